@@ -1,0 +1,111 @@
+"""Talk to a fine-tuned model.
+
+    sft-pipeline chat outputs/quickstart
+    echo "Who are you?" | sft-pipeline chat outputs/quickstart
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TextStreamer
+
+from sft_pipeline.data.encode import cache_dir
+from sft_pipeline.data.templates import Message, Template, build_template, with_system_prompt
+from sft_pipeline.model.generation import generate
+from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
+from sft_pipeline.model.sampling import Sampling
+from sft_pipeline.train import TEMPLATE_FILE
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
+
+
+def chat(name_or_path: str, max_new_tokens: int) -> None:
+    """Answer standard input: a conversation in a terminal, and a line each from a pipe (of the same conversation)."""
+    path = resolve(name_or_path, cache_dir())
+    template, system_prompt = load_template(path)
+    model = load_model(path)
+    conversation = Conversation(model, template, system_prompt, max_new_tokens)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(HELP)
+    for line in _lines(interactive):
+        if line == "/quit":
+            break
+        conversation.take(line)
+
+
+def load_template(path: str) -> tuple[Template, str | None]:
+    """The template and system prompt that the model was trained with, or the tokenizer's own chat template."""
+    tokenizer = load_tokenizer(path)
+    record = Path(path) / TEMPLATE_FILE
+    if not record.is_file():
+        return build_template("chat", tokenizer), None
+    settings = json.loads(record.read_text(encoding="utf-8"))
+    return build_template(settings["template"], tokenizer), settings["system_prompt"]
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """What is said, without empty lines."""
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line
+
+
+class Conversation:
+    """What was said so far, and the model that goes on with it."""
+
+    def __init__(
+        self, model: PreTrainedModel, template: Template, system_prompt: str | None, max_new_tokens: int
+    ) -> None:
+        self.model, self.template, self.system_prompt = model, template, system_prompt
+        self.max_new_tokens = max_new_tokens
+        self.messages: list[Message] = []
+
+    def take(self, line: str) -> None:
+        """One line of the user's: a command, or a message to answer."""
+        command, _, rest = line.partition(" ")
+        if command == "/reset":
+            self.messages = []
+        elif command == "/system":
+            self.system_prompt, self.messages = rest.strip() or None, []
+        elif command.startswith("/") and command[1:].isalpha():
+            print(f"{command}: no such command; {HELP}", file=sys.stderr)
+        else:
+            self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        """Stream the answer; a message that gets none is taken back."""
+        self.messages.append({"role": "user", "content": line})
+        streamer = TextStreamer(self.template.tokenizer, skip_special_tokens=True)
+        [done] = generate(
+            self.model,
+            [self._prompt()],
+            [self.template.stop_token_id],
+            Sampling(max_new_tokens=self.max_new_tokens),
+            on_token=lambda row, token: streamer.put(torch.tensor([token])),
+        )
+        streamer.end()
+        if done.error:
+            self.messages.pop()
+            print(f"no answer: {done.error}", file=sys.stderr)
+            return
+        self.messages.append({"role": "assistant", "content": self.template.parse(done.ids)})
+
+    def _prompt(self) -> list[int]:
+        """The conversation's ids, less its oldest exchanges where the model's positions do not hold them."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        while True:
+            ids = self.template.prompt(with_system_prompt(self.messages, self.system_prompt))
+            if limit is None or len(ids) + self.max_new_tokens <= limit or len(self.messages) == 1:
+                return ids
+            del self.messages[:2]
+

@@ -1,0 +1,120 @@
+"""The verbs. What each needs is imported when it is called, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+
+from sft_pipeline.errors import SFTError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb; an error of ours is one line on standard error and exit status 2."""
+    args, rest = _parser().parse_known_args(arguments)
+    try:
+        _quiet_libraries()
+        args.run(args, rest)
+    except SFTError as error:
+        print(f"sft-pipeline: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sft-pipeline: interrupted; checkpoints that were saved are whole", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sft-pipeline", description="Fine-tune a causal language model on instruction rows.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = _verb(verbs, "train", _train, "fine-tune as a config says", epilog=_keys())
+    train.add_argument("config", nargs="?", help="a YAML file; every key can also be given as --key value")
+
+    preview = _verb(verbs, "preview", _preview, "show a row as it will be trained", epilog=_keys())
+    preview.add_argument("config", nargs="?", help="a YAML file")
+    preview.add_argument("--row", type=int, default=0, help="which row of train_data, from 0")
+    preview.add_argument("--json", action="store_true", help="one line of JSON: input_ids, labels, text")
+
+    chat = _verb(verbs, "chat", _chat, "talk to a model in the terminal, or answer lines from a pipe")
+    chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
+    chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
+    return parser
+
+
+def _verb(verbs, name: str, run, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _keys() -> str:
+    """The config's keys for --help."""
+    from sft_pipeline.config import SFTArguments
+
+    lines = [f"  {field.name}\n      {field.metadata['help']}" for field in dataclasses.fields(SFTArguments)]
+    return "\n".join(["keys, beside all of transformers.TrainingArguments':", *lines])
+
+
+def _quiet_libraries() -> None:
+    """Our own lines and real warnings, nothing else."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("sft_pipeline").setLevel(logging.INFO if main_process else logging.WARNING)
+    # The Rust threads of the tokenizer would warn when worker processes are forked.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.config import parse
+    from sft_pipeline.train import train
+
+    train(*parse(args.config, rest), Console())
+
+
+def _preview(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline import preview
+    from sft_pipeline.config import parse
+    from sft_pipeline.data.encode import cache_dir
+    from sft_pipeline.data.prepare import one_row
+    from sft_pipeline.data.templates import build_template
+    from sft_pipeline.model.loading import load_tokenizer, resolve
+
+    sft, _ = parse(args.config, rest)
+    tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
+    template = build_template(sft.template, tokenizer)
+    row, origin = one_row(sft, template, args.row)
+    if args.json:
+        print(preview.as_json(row, tokenizer))
+        return
+    console = Console()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.stop_token_id)
+    preview.show(row, tokenizer, origin, console)
+    preview.show_positions(row, tokenizer, console)
+
+
+def _chat(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.chat import chat
+
+    if rest:
+        raise SFTError(f"chat: unknown option {rest[0]}; it takes --max_new_tokens alone")
+    chat(args.model, args.max_new_tokens)

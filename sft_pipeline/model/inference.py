@@ -1,0 +1,83 @@
+"""A model lent for inference: evaluation mode, an attention function of our own, fast layers; given back as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sft_pipeline.model.fused_layer import layer_forward, linear_forward, serves_layer, serves_linear
+
+ATTENTION = "sft_generation"
+
+
+@contextmanager
+def lent(model: PreTrainedModel, attention: Callable, rows: int) -> Iterator[None]:
+    """Within this block, `model` runs without gradients or dropout and attends with `attention`, on about `rows` rows.
+
+    In fp32 on the CPU the linear layers' weights are also kept in the layout that is fastest for so many rows: another
+    copy of them until the block ends. Afterwards mode, configuration and layers are as they were, also if the block
+    raises.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(_evaluation_mode(model))
+        stack.enter_context(_attention(model, attention))
+        stack.enter_context(_fast_forwards(model, attention, rows))
+        yield
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Each module gets its own mode back: a frozen part may be in evaluation mode while the rest is being trained."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _attention(model: nn.Module, attention: Callable) -> Iterator[None]:
+    """Register `attention` with transformers and let every configuration in `model` name it.
+
+    No mask function is registered with it, so that transformers builds no mask.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    names = [(config, config._attn_implementation) for config in configs]
+    ALL_ATTENTION_FUNCTIONS[ATTENTION] = attention
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION
+        yield
+    finally:
+        for config, name in names:
+            config._attn_implementation = name
+        del ALL_ATTENTION_FUNCTIONS[ATTENTION]
+
+
+@contextmanager
+def _fast_forwards(model: nn.Module, attention: Callable, rows: int) -> Iterator[None]:
+    """Give the layers that `fused_layer` serves its forwards, and the other linear layers its product."""
+    replaced: list[nn.Module] = []
+
+    def replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        module.forward = forward
+        replaced.append(module)
+
+    fused = [module for module in model.modules() if serves_layer(module)]
+    inside = {part for layer in fused for part in layer.modules()}
+    try:
+        for layer in fused:
+            replace(layer, layer_forward(layer, rows, attention))
+        for module in model.modules():
+            if module not in inside and serves_linear(module):
+                replace(module, linear_forward(module, rows))
+        yield
+    finally:
+        for module in replaced:
+            del module.forward

