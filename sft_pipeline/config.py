@@ -56,6 +56,9 @@ class SFTArguments:
         default=0.0,
         metadata={"help": "Rows of train_data kept for evaluation: a number from 1 on, a share below 1, 0 for none."},
     )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave malformed rows out and count them, where the first one else is an error."}
+    )
     template: Literal["role", "chat"] = field(
         default="chat", metadata={"help": "role: \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:; chat: the tokenizer's own."}
     )

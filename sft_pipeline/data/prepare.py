@@ -47,10 +47,10 @@ def prepare(sft: SFTArguments, template: Template) -> Prepared:
 
 def load_messages(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
     """(training, held-out or None) conversations; no row is in both."""
-    parts = [load_source(name) for name in sft.train_data]
+    parts = [_load(name, sft) for name in sft.train_data]
     if sft.eval_data:
         train = mix(parts, sft.train_data_weights or None)
-        held = datasets.concatenate_datasets([load_source(name) for name in sft.eval_data])
+        held = datasets.concatenate_datasets([_load(name, sft) for name in sft.eval_data])
         return drop_overlap(train, held), held
     if not sft.held_out:
         return mix(parts, sft.train_data_weights or None), None
@@ -66,7 +66,7 @@ def one_row(sft: SFTArguments, template: Template, row: int) -> tuple[dict[str, 
 
     Raises SFTError for a row that is not there or that the length policy drops.
     """
-    rows = datasets.concatenate_datasets([load_source(name) for name in sft.train_data])
+    rows = datasets.concatenate_datasets([_load(name, sft) for name in sft.train_data])
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: train_data has the rows 0 to {len(rows) - 1}")
     batch = rows[row : row + 1]
@@ -74,3 +74,7 @@ def one_row(sft: SFTArguments, template: Template, row: int) -> tuple[dict[str, 
     if not ids:
         raise SFTError(f"{batch['origin'][0]}: dropped, {outcome}; raise max_length or choose another `overlong`")
     return {"input_ids": ids, "labels": labels}, batch["origin"][0]
+
+
+def _load(name: str, sft: SFTArguments) -> Dataset:
+    return load_source(name, skip_bad_rows=sft.skip_bad_rows)

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from sft_pipeline.model.loss import evaluating, without_adapter_shell
 
 NAME = "sft_packed"
 BLOCK = 128  # queries at a time: scores above the diagonal are computed only within a block
@@ -92,13 +93,15 @@ def why_not_packable(model: nn.Module, longest: int | None = None) -> str | None
     short rows don't show; everything else (a model that ignores positions, keeps a state, adds a bias to the scores)
     is found by comparing the model's own hidden states of three short rows with those of the packed line.
     """
+    model = without_adapter_shell(model)
     if reason := _unservable(model, longest):
         return reason
     before = model.config._attn_implementation
     try:
         use_packed_attention(model)
-        difference = _packing_difference(model.base_model)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        with evaluating(model):
+            difference = _packing_difference(model.base_model)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"{type(model).__name__} does not take packed rows ({str(error).splitlines()[0]})"
     finally:
         model.set_attn_implementation(before)
@@ -124,11 +127,8 @@ def _unservable(model: nn.Module, longest: int | None) -> str | None:
     return None
 
 
-@torch.no_grad()
 def _packing_difference(backbone: nn.Module) -> float:
     """The largest difference of hidden states between three rows run alone and packed, over the largest state."""
-    training = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     device = next(backbone.parameters()).device
     prefix, lengths = 3, (4, 2, 5)
     ids = torch.arange(prefix + sum(lengths), device=device)[None] % backbone.config.get_text_config().vocab_size
@@ -142,8 +142,6 @@ def _packing_difference(backbone: nn.Module) -> float:
         expected = backbone(input_ids=alone, use_cache=False).last_hidden_state[:, prefix:].float()
         worst = max(worst, (packed.last_hidden_state[:, start:end].float() - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
-    for module, flag in training.items():
-        module.training = flag
     return worst / largest
 
 
@@ -163,7 +161,8 @@ def _sdpa_rows(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scal
     for start, end in rows.spans():
         own = query[:, :, start:end]
         seen = [torch.cat((t[:, :, :prefix], t[:, :, start:end]), 2) for t in (key, value)]
-        mask = causal_lower_right(end - start, prefix + end - start)
+        # A tensor, not torch's CausalBias, which refuses the mixed types that autocast brings here.
+        mask = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=query.device).tril(prefix)
         outputs.append(F.scaled_dot_product_attention(own, *seen, attn_mask=mask, **options))
     return torch.cat(outputs, 2).transpose(1, 2)
 

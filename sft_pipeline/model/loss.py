@@ -9,6 +9,8 @@ chunk's probabilities are at hand, in the forward pass, so that the backward pas
     loss = head.loss(hidden, labels, num_items=num_items_in_batch)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,17 +221,26 @@ def _scale(config: Any) -> float:
     return factor / (getattr(config, "logits_scaling", None) or 1.0)
 
 
-@torch.no_grad()
 def _difference(model: nn.Module, head: Head) -> float:
     """The largest difference between the model's logits and the head's on a few tokens, over the largest logit."""
+    ids = torch.arange(4, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = getattr(head.backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return float("inf")
+        found = head.logits(hidden).float()
+    return ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; every module's mode is put back."""
     training = {module: module.training for module in model.modules()}
     model.eval()
-    ids = torch.arange(4, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = getattr(head.backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    for module, flag in training.items():
-        module.training = flag
-    if hidden is None:
-        return float("inf")
-    found = head.logits(hidden).float()
-    return ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The one door: ./launch.sh train CONFIG | preview CONFIG | chat FOLDER | test
+#
+# Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
+# arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+environment() { # the active virtual environment, or .venv
+    if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
+        if [[ ! -x $root/.venv/bin/python ]]; then
+            python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+                echo "launch.sh: needs Python 3.10 or newer, python3 is $(python3 --version)" >&2
+                exit 2
+            }
+            echo "making $root/.venv" >&2
+            python3 -m venv "$root/.venv"
+        fi
+        source "$root/.venv/bin/activate"
+    fi
+    prefix=${VIRTUAL_ENV:-$CONDA_PREFIX}
+}
+
+install() { # the package with the extras $1, unless that was done since setup.cfg and the pins last changed
+    local mark=$prefix/.sft_pipeline-$1
+    if [[ $mark -nt $root/setup.cfg && $mark -nt $root/constraints.txt && $(cat "$mark") == "$root" ]]; then return; fi
+    echo "installing the pinned releases (once, some minutes)" >&2
+    python -m pip install --quiet --constraint "$root/constraints.txt" --editable "$root[$1]" >&2
+    echo "$root" >"$mark"
+}
+
+environment
+verb=${1:---help}
+if [[ $verb == test ]]; then
+    install test
+    cd "$root"
+    exec python -m pytest "${@:2}"
+fi
+install lora
+if [[ $verb == train ]]; then
+    processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    # For one process `accelerate launch` would add nothing and turn exit status 2 into 1.
+    if [[ $processes -gt 1 ]]; then
+        exec accelerate launch --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no \
+            -m sft_pipeline "$@"
+    fi
+fi
+exec python -m sft_pipeline "$@"
