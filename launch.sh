@@ -25,7 +25,7 @@ install() { # the package with the extras $1, unless that was done since setup.c
     local mark=$prefix/.sft_pipeline-$1
     if [[ $mark -nt $root/setup.cfg && $mark -nt $root/constraints.txt && $(cat "$mark") == "$root" ]]; then return; fi
     echo "installing the pinned releases (once, some minutes)" >&2
-    python -m pip install --quiet --constraint "$root/constraints.txt" --editable "$root[$1]" >&2
+    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet --constraint "$root/constraints.txt" --editable "$root[$1]" >&2
     echo "$root" >"$mark"
 }
 

@@ -31,11 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    train = _verb(verbs, "train", _train, "fine-tune as a config says", epilog=_keys())
-    train.add_argument("config", nargs="?", help="a YAML file; every key can also be given as --key value")
-
-    preview = _verb(verbs, "preview", _preview, "show a row as it will be trained", epilog=_keys())
-    preview.add_argument("config", nargs="?", help="a YAML file")
+    _verb(verbs, "train", _train, "fine-tune as a config says", "[CONFIG] [--key value ...]")
+    usage = "[CONFIG] [--row N] [--json] [--key value ...]"
+    preview = _verb(verbs, "preview", _preview, "show a row as it will be trained", usage)
     preview.add_argument("--row", type=int, default=0, help="which row of train_data, from 0")
     preview.add_argument("--json", action="store_true", help="one line of JSON: input_ids, labels, text")
 
@@ -45,17 +43,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs, name: str, run, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A verb's parser; one with a `usage` of its own reads a config, see `_config`."""
     parser = verbs.add_parser(
         name,
         help=description,
-        description=description,
-        epilog=epilog,
+        description=f"{description}\n\nCONFIG is a YAML file and stands first" if usage else description,
+        usage=usage and f"%(prog)s {usage}",
+        epilog=usage and _keys(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _config(rest: list[str]) -> tuple[str | None, list[str]]:
+    """The config file, if the first word is one, and the keys after it.
+
+    Not an argument of argparse: it would take the value of the first key, which it does not know, for the file.
+    """
+    return (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (None, rest)
 
 
 def _keys() -> str:
@@ -86,7 +94,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.config import parse
     from sft_pipeline.train import train
 
-    train(*parse(args.config, rest), Console())
+    train(*parse(*_config(rest)), Console())
 
 
 def _preview(args: argparse.Namespace, rest: list[str]) -> None:
@@ -99,7 +107,7 @@ def _preview(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.data.templates import build_template
     from sft_pipeline.model.loading import load_tokenizer, resolve
 
-    sft, _ = parse(args.config, rest)
+    sft, _ = parse(*_config(rest))
     tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
     row, origin = one_row(sft, template, args.row)

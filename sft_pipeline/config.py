@@ -74,6 +74,13 @@ class SFTArguments:
         default=True, metadata={"help": "Lay a batch's rows end to end, without padding and their common start once."}
     )
     pad_to_multiple_of: int = field(default=8, metadata={"help": "Without packing: padded length is a multiple of it."})
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters (peft) instead of all parameters."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their outputs are multiplied by lora_alpha / lora_rank."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the linear layers that get adapters."}
+    )
+    lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapters."})
     num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
     num_answers: int = field(default=5, metadata={"help": "Held-out prompts answered before and after training."})
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens an answer may have."})
@@ -196,7 +203,7 @@ def _refuse_unknown(names: list[str], parser: HfArgumentParser, where: str) -> N
 
 def _check(sft: SFTArguments, training: TrainingArguments) -> None:
     """Raise SFTError for values that no later step could make sense of."""
-    for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens"):
+    for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(sft, key) < 1:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 1 or more")
     for key in ("num_answers", "early_stopping_patience"):

@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from sft_pipeline.config import SFTArguments
+from sft_pipeline.config import DEFAULTS, SFTArguments
 from sft_pipeline.data.collate import PaddingCollator
 from sft_pipeline.data.encode import cache_dir
 from sft_pipeline.data.packing import PackedCollator
@@ -28,6 +28,7 @@ from sft_pipeline.data.prepare import Prepared, prepare
 from sft_pipeline.data.templates import Template, build_template, saved_chat_template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.answers import Answer, answer, as_dicts, before_and_after
+from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
 from sft_pipeline.model.supervised import supervise
@@ -46,7 +47,7 @@ PACKAGES = ("sft_pipeline", "torch", "transformers", "datasets", "accelerate", "
 
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
     """Fine-tune as told; leaves model, tokenizer, `run.yaml` and `results.json` in `training.output_dir`."""
-    checkpoint = claim_output_dir(sft, training)
+    checkpoint = check_output_dir(sft, training)
     path = resolve(sft.model_name_or_path, cache_dir())
     tokenizer = load_tokenizer(path, sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
@@ -55,6 +56,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     set_seed(training.seed)
     model = load_model(path, sft.trust_remote_code)
     set_special_tokens(model, tokenizer, template.stop_token_id)
+    claim_output_dir(sft, training)
     if training.process_index == 0:
         show(data.train[0], tokenizer, "first training row", console)
     trainer = build_trainer(sft, training, model, template, data)
@@ -64,9 +66,9 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     speed = trainer.tokens_per_second()
     last_eval = final_evaluation(trainer) if data.held_out else {}
-    after = answer(model, template, prompts, sft.max_new_tokens)
+    after = answer(trainer.model, template, prompts, sft.max_new_tokens)
 
-    save(trainer, template, sft)
+    save(trainer, template, sft, training)
     answers = before_and_after(prompts, references, before, after)
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
@@ -89,30 +91,39 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     return results
 
 
-def claim_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
-    """Make the output folder ours, or refuse it; returns the checkpoint to resume from, if that was asked for."""
+def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
+    """Refuse an output folder that is taken; returns the checkpoint to resume from, if that was asked for."""
     folder = Path(training.output_dir)
-    if training.resume_from_checkpoint not in (None, "false", "False"):
+    if folder.exists() and not folder.is_dir():
+        raise SFTError(f"output_dir {folder}: is a file; choose another folder")
+    if _resumes(training):
         return checkpoint_to_resume(training.resume_from_checkpoint, folder)
-    with training.main_process_first(desc="output folder"):
-        if training.process_index == 0:
-            if folder.is_dir() and any(folder.iterdir()):
-                _clear(folder, sft.overwrite_output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config_record(sft, training), allow_unicode=True, sort_keys=False)
-            (folder / RUN_FILE).write_text(text, encoding="utf-8")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RUN_FILE).is_file():
+            raise SFTError(f"output_dir {folder}: holds files that are not a run's; choose another folder")
+        if not sft.overwrite_output_dir:
+            raise SFTError(
+                f"output_dir {folder}: already holds a run; add --overwrite_output_dir to replace it, "
+                "--resume_from_checkpoint true to go on with it, or choose another folder"
+            )
     return None
 
 
-def _clear(folder: Path, overwrite: bool) -> None:
-    if not (folder / RUN_FILE).is_file():
-        raise SFTError(f"output_dir {folder}: holds files that are not a run's; choose another folder")
-    if not overwrite:
-        raise SFTError(
-            f"output_dir {folder}: already holds a run; add --overwrite_output_dir to replace it, "
-            "--resume_from_checkpoint true to go on with it, or choose another folder"
-        )
-    shutil.rmtree(folder)
+def claim_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
+    """Make the checked folder ours. Called when data and model are loaded: what is wrong with them costs no old run."""
+    folder = Path(training.output_dir)
+    with training.main_process_first(desc="output folder"):
+        if training.process_index == 0:
+            if (folder / RUN_FILE).is_file() and not _resumes(training):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / RUN_FILE).exists():
+                text = yaml.safe_dump(config_record(sft, training), allow_unicode=True, sort_keys=False)
+                (folder / RUN_FILE).write_text(text, encoding="utf-8")
+
+
+def _resumes(training: TrainingArguments) -> bool:
+    return training.resume_from_checkpoint not in (None, "false", "False")
 
 
 def checkpoint_to_resume(asked: str, folder: Path) -> str:
@@ -135,6 +146,8 @@ def build_trainer(
     if reason:
         logger.info("the head is computed at every position: %s", reason)
     collator = build_collator(sft, model, template)
+    if sft.lora:
+        model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
     held_out = data.held_out and data.held_out.select(
@@ -203,14 +216,16 @@ def final_evaluation(trainer: SupervisedTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> None:
-    """Model, tokenizer with the trained chat template, and what `chat` needs to know."""
+def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments, training: TrainingArguments) -> None:
+    """Model (or adapters), tokenizer with the trained chat template, and what `chat` needs to know."""
     template.tokenizer.chat_template = saved_chat_template(template, sft.system_prompt)
+    if sft.lora and sft.lora_merge:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         record = {"template": sft.template, "system_prompt": sft.system_prompt}
-        write_json(Path(trainer.args.output_dir) / TEMPLATE_FILE, record)
+        write_json(Path(training.output_dir) / TEMPLATE_FILE, record)
 
 
 def stop_shares(answers: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -227,10 +242,13 @@ def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, A
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
     default = TrainingArguments(output_dir=training.output_dir).to_dict()
     given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
-    for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size"):
+    # With DEFAULTS, for the library's default of such a key would be read back as ours.
+    for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):
         given.setdefault(key, getattr(training, key))
-    secret = {key for key in given if key.endswith("token") or key == "overwrite_output_dir"}
-    return {**asdict(sft), **{key: value for key, value in given.items() if key not in secret}}
+    # Secrets, and what would make a repeated run replace this one.
+    left_out = {key for key in given if key.endswith("token")} | {"overwrite_output_dir"}
+    # An empty list has no spelling on the command line, which every key goes through; it is the default anyway.
+    return {key: value for key, value in {**asdict(sft), **given}.items() if key not in left_out and value != []}
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -157,7 +157,8 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
         encoded = _encode(folder, dataset, encoder, num_proc)
     account = _account(encoded, cached)
     if not account.kept:
-        raise SFTError(f"no row is left to train on: {account}")
+        counts = str(account).splitlines()[0]
+        raise SFTError(f"no row is left to train on: {counts}; raise max_length or mend the rows")
     kept = np.flatnonzero(np.isin(_outcomes(encoded), [KEPT, CUT]))
     return (encoded if len(kept) == len(encoded) else encoded.select(kept)).remove_columns("outcome"), account
 

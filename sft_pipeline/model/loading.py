@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_pipeline.errors import SFTError
@@ -83,7 +84,7 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise SFTError(f"{path}: no model to load ({_first_line(error)})") from error
 
 

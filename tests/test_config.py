@@ -1,0 +1,200 @@
+"""The config: files and command line, and a clear line for whatever is wrong in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers.trainer_utils import IntervalStrategy
+
+from sft_pipeline.config import DEFAULTS, parse
+from sft_pipeline.errors import SFTError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+NEEDED = "model_name_or_path: m\ntrain_data: rows.json\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(text) is the path of a config with the two needed keys and `text`."""
+
+    def write(text: str, needed: str = NEEDED) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(needed + text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refusal(config: str | None, *overrides: str) -> str:
+    with pytest.raises(SFTError) as caught:
+        parse(config, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_parses(path):
+    sft, training = parse(str(path), [])
+    assert sft.train_data and sft.held_out > 0
+    assert training.eval_on_start and training.eval_strategy != IntervalStrategy.NO
+    assert training.output_dir == f"outputs/{path.stem}"
+
+
+def test_the_project_has_configs():
+    assert {path.stem for path in CONFIGS} >= {"quickstart", "alpaca_qwen3", "alpaca_smollm2"}
+
+
+def test_the_reference_run():
+    sft, training = parse(str(next(path for path in CONFIGS if path.stem == "alpaca_qwen3")), [])
+    assert (sft.model_name_or_path, sft.train_data, sft.template) == ("Qwen/Qwen3-0.6B", ["tatsu-lab/alpaca"], "role")
+    assert sft.system_prompt == "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
+    assert (training.learning_rate, training.max_steps) == (1e-5, 1000)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 10)
+
+
+def test_defaults_of_ours_and_of_transformers(write):
+    sft, training = parse(write(""), [])
+    assert (sft.template, sft.train_on, sft.overlong, sft.max_length) == ("chat", "all", "drop", 1024)
+    for key in ("logging_steps", "logging_first_step", "disable_tqdm", "logging_nan_inf_filter"):
+        assert getattr(training, key) == DEFAULTS[key], key
+    assert training.per_device_train_batch_size == 8 and training.weight_decay == 0.0
+    assert training.output_dir == "outputs/run"
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.e-5", 2e-5), ("1.5e+1", 15.0)])
+def test_a_power_of_ten_is_a_number(write, written, value):
+    assert parse(write(f"learning_rate: {written}"), [])[1].learning_rate == value
+    assert parse(write(""), ["--learning_rate", written])[1].learning_rate == value
+
+
+def test_a_number_written_as_text(write):
+    config = write('learning_rate: "1e-5"')
+    assert refusal(config) == (
+        f"{config}: learning_rate is the text '1e-5' where a number or true/false is needed; write it without quotes"
+    )
+    assert "max_length is the text '512'" in refusal(write("max_length: '512'"))
+    assert "packing is the text 'true'" in refusal(write("packing: 'true'"))
+
+
+def test_the_command_line_wins(write):
+    config = write("learning_rate: 1e-5\nmax_length: 64\npacking: true\n")
+    more = ["--learning_rate=2e-5", "--train_data", "a.json", "b.json", "--packing", "false", "--output_dir", "here"]
+    sft, training = parse(config, more)
+    assert (training.learning_rate, training.output_dir) == (2e-5, "here")
+    assert (sft.train_data, sft.max_length, sft.packing) == (["a.json", "b.json"], 64, False)
+
+
+def test_lists_dictionaries_nothing_and_flags(write):
+    text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nlr_scheduler_kwargs: {num_cycles: 2}\nskip_bad_rows: yes\n"
+    sft, training = parse(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
+    assert (sft.train_data, sft.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
+    assert sft.system_prompt is None and sft.skip_bad_rows is True
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize("text", ["", "-", "--not an option", "a: b # c", "100", "行\n行 ", " spaces "])
+def test_a_text_stays_as_it_is(write, text):
+    assert parse(write(f"system_prompt: {json.dumps(text)}\n"), [])[0].system_prompt == text
+
+
+def test_without_a_file():
+    sft, training = parse(None, ["--model_name_or_path", "m", "--train_data", "a.json"])
+    assert (sft.model_name_or_path, training.output_dir) == ("m", "outputs/run")
+
+
+def test_evaluation_is_on_where_there_are_rows(write):
+    _, without = parse(write(""), [])
+    assert not without.eval_on_start and without.eval_strategy == IntervalStrategy.NO
+    _, asked = parse(write("eval_strategy: steps\neval_steps: 3\n"), [])
+    assert asked.eval_strategy == IntervalStrategy.NO
+    for key in ("held_out: 2\n", "eval_data: held.json\n"):
+        _, training = parse(write(key), [])
+        assert training.eval_on_start and training.eval_strategy == IntervalStrategy.EPOCH
+        _, training = parse(write(key + "eval_strategy: steps\neval_steps: 3\n"), [])
+        assert training.eval_strategy == IntervalStrategy.STEPS
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")]
+)
+def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
+    config = write(f"{wrong}: 1\n")
+    assert refusal(config) == f"{config}: unknown key {wrong}; the nearest known one is {nearest}"
+    said = f"the command line: unknown key {wrong}; the nearest known one is {nearest}"
+    assert refusal(write(""), f"--{wrong}", "1") == said
+    assert refusal(write(""), f"--{wrong}=1") == said
+
+
+def test_a_word_too_many(write):
+    assert refusal(write(""), "stray").startswith("the command line: unknown key stray;")
+
+
+def test_missing_keys():
+    assert refusal(None) == "missing: model_name_or_path, train_data; add it to the config file or the command line"
+    assert refusal(None, "--train_data", "a") == (
+        "missing: model_name_or_path; add it to the config file or the command line"
+    )
+
+
+def test_files_that_are_no_config(tmp_path, write):
+    assert refusal("none.yaml") == "none.yaml: no such config file; the project's own are in configs/"
+    assert "not readable as YAML" in refusal(write("a: [1\n"))
+    assert refusal(write("", needed="- a\n- b\n")).endswith("needs to be a flat list of `key: value` lines")
+    assert refusal(write("", needed="")).endswith("needs to be a flat list of `key: value` lines")
+    assert refusal(write("1: 2\n")).endswith("needs to be a flat list of `key: value` lines")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\xfa")
+    assert f"{binary}: not readable as YAML" in refusal(str(binary))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_length: [1, 2]", "max_length takes one value, not a list"),
+        ("max_length: 1.5", "max_length: invalid int value: '1.5'"),
+        ("max_length: true", "max_length: invalid int value: 'true'"),
+        ("template: alpaca", "template: invalid choice: 'alpaca'"),
+        ("train_on: first", "train_on: invalid choice: 'first'"),
+        ("overlong: cut", "overlong: invalid choice: 'cut'"),
+        ("held_out: some", "held_out is the text 'some' where a number"),
+        ("save_strategy: no", "save_strategy: "),
+        ("packing: 3", "packing: "),
+        ("eval_data: []", "eval_data: expected at least one argument"),
+    ],
+)
+def test_values_of_a_wrong_type_name_the_file(write, text, said):
+    config = write(text)
+    assert refusal(config).startswith(f"{config}: {said}")
+
+
+def test_a_wrong_value_on_the_command_line(write):
+    assert refusal(write(""), "--max_length", "long") == "max_length: invalid int value: 'long'"
+    assert refusal(write(""), "--max_length") == "max_length: expected one argument"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_length: 0", "max_length is 0; it has to be 1 or more"),
+        ("pad_to_multiple_of: 0", "pad_to_multiple_of is 0; it has to be 1 or more"),
+        ("num_proc: 0", "num_proc is 0; it has to be 1 or more"),
+        ("max_new_tokens: -1", "max_new_tokens is -1; it has to be 1 or more"),
+        ("num_answers: -1", "num_answers is -1; it has to be 0 or more"),
+        ("early_stopping_patience: -2", "early_stopping_patience is -2; it has to be 0 or more"),
+        ("held_out: -1", "held_out is -1.0; give a whole number of rows, a share below 1, or 0"),
+        ("held_out: 2.5", "held_out is 2.5; give a whole number of rows, a share below 1, or 0"),
+        (
+            "held_out: 2\neval_data: held.json",
+            "held_out and eval_data are both given; keep one, or held-out rows would have two sources",
+        ),
+        ("early_stopping_patience: 2", "early_stopping_patience needs load_best_model_at_end: true"),
+    ],
+)
+def test_values_that_make_no_sense(write, text, said):
+    assert refusal(write(text)) == said
+
+
+def test_transformers_own_checks_are_one_line_too(write):
+    text = "load_best_model_at_end: true\neval_strategy: steps\nsave_strategy: epoch\nheld_out: 2\n"
+    assert "load_best_model_at_end requires the save and eval strategy to match" in refusal(write(text))

@@ -1,0 +1,346 @@
+"""Templates: the reference's ids, prompts that are prefixes, and text that never becomes a control token."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CHATML, CONTROL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sft_pipeline.data.templates import (
+    SENTINEL,
+    build_template,
+    encode_as_text,
+    saved_chat_template,
+    with_system_prompt,
+)
+from sft_pipeline.errors import SFTError
+
+ROOT = Path(__file__).parent.parent
+QWEN3 = Path(os.environ.get("QWEN3_TOKENIZER") or ROOT.parent / "shared" / "models" / "qwen3-tokenizer")
+SYSTEM = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
+ANSWER = (
+    "1.Eat a balanced diet and make sure to include plenty of fruits and vegetables. \n"
+    "2. Exercise regularly to keep your body active and strong. \n"
+    "3. Get enough sleep and maintain a consistent sleep schedule."
+)
+# The reference's training ids of the first Alpaca row; the first 37 are not supervised.
+REFERENCE = [
+    *(151644, 198, 2, 46487, 25, 105043, 30709, 99949, 100857, 100168, 31914, 11, 14880, 99464, 100700, 102104, 20002),
+    *(13872, 43589, 86119, 198, 2, 6448, 25, 35127, 2326, 10414, 369, 19429, 9314, 13, 198, 2, 4939, 3846, 2821, 25, 16),
+    *(5142, 266, 264, 23831, 9968, 323, 1281, 2704, 311, 2924, 11260, 315, 25322, 323, 23880, 13, 715, 17, 13, 32818),
+    *(15502, 311, 2506, 697, 2487, 4541, 323, 3746, 13, 715, 18, 13, 2126, 3322, 6084, 323, 10306, 264, 12966, 6084),
+    *(9700, 13, 151645),
+]
+# Rewrites history: every answer but the last is left out.
+FORGETFUL = CHATML.replace("message['content']", "(message['content'] if message.role == 'user' or loop.last else '')")
+# Spellings of control tokens, whole and in halves, line ends, spaces, Chinese, emoji, and the marks of both templates.
+PARTS = [*CONTROL, "<|im_", "end|>", "\n", " ", "\n\n ", "冬瓜", "你好", "🙂", "é", "the answer", "\n#USER:", "assistant\n"]
+CONTENT = st.lists(st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=5)
+TEXT = CONTENT.map("".join)
+WORDS = st.lists(st.sampled_from(["the", "answer", "冬瓜", "is", "question?", "🙂", "42"]), min_size=1, max_size=5)
+BOTH = pytest.mark.parametrize("name", ["role", "chat"])
+QUICK = settings(deadline=None, max_examples=60)
+
+
+def conversation(texts: list[str], system: str | None = None) -> list[dict[str, str]]:
+    """user, assistant, user, ... from texts, after the system message if there is one."""
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+    return ([{"role": "system", "content": system}] if system is not None else []) + turns
+
+
+def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, str]]]:
+    """One to three exchanges, with a system message or none."""
+    texts = st.integers(1, 3).flatmap(lambda exchanges: st.lists(text, min_size=2 * exchanges, max_size=2 * exchanges))
+    return st.builds(conversation, texts, st.none() | text)
+
+
+def flat(runs) -> tuple[list[int], list[bool]]:
+    """Ids of a row and whether each is supervised."""
+    return [i for run in runs for i in run.ids], [run.supervised for run in runs for _ in run.ids]
+
+
+def train(template, messages, train_on="all"):
+    [runs] = template.render([messages], train_on)
+    return flat(runs)
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    if not (QWEN3 / "tokenizer.json").is_file():
+        pytest.skip(f"no Qwen3 tokenizer in {QWEN3}; set QWEN3_TOKENIZER to its folder")
+    return AutoTokenizer.from_pretrained(QWEN3)
+
+
+def bare_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of letters that has the special tokens given, and none else."""
+    vocabulary = {character: at for at, character in enumerate("?abcdefghijklmnopqrstuvwxyz#:\nSYTEMUARNI")}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+# ---- the reference
+
+
+def test_the_references_ids(qwen3):
+    messages = conversation(["Give three tips for staying healthy.", ANSWER], SYSTEM)
+    ids, supervised = train(build_template("role", qwen3), messages)
+    assert len(REFERENCE) == 81
+    assert ids == REFERENCE
+    assert supervised == [False] * 37 + [True] * 44
+
+
+def test_the_references_ids_of_a_text_alone(qwen3):
+    assert encode_as_text(qwen3, ["如何学习python?"]) == [[100007, 100134, 12669, 30]]
+
+
+def test_the_references_prompt(qwen3):
+    messages = conversation(["Give three tips for staying healthy."], SYSTEM)
+    assert build_template("role", qwen3).prompt(messages) == REFERENCE[:37]
+
+
+def test_the_role_template_to_the_letter(tokenizer):
+    """The same without the real tokenizer: every segment is tokenized alone."""
+    ids, supervised = train(build_template("role", tokenizer), conversation(["Why?", "So."], "Be short."))
+    segments = ["\n#SYSTEM:Be short.", "\n#USER:Why?", "\n#ASSISTANT:"]
+    given_ids = [1, *(i for text in segments for i in tokenizer(text).input_ids)]
+    answer_ids = [*tokenizer("So.").input_ids, 2]
+    assert ids == given_ids + answer_ids
+    assert supervised == [False] * len(given_ids) + [True] * len(answer_ids)
+
+
+# ---- properties
+
+
+@BOTH
+@QUICK
+@given(conversations(TEXT))
+def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, messages):
+    template = build_template(name, tokenizer)
+    ids, supervised = train(template, messages)
+    answered = [False] * len(ids)
+    for at, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = template.prompt(messages[:at])
+            assert ids[: len(prompt)] == prompt
+            answer = [*encode_as_text(tokenizer, [message["content"]])[0], template.stop_token_id]
+            assert ids[len(prompt) : len(prompt) + len(answer)] == answer
+            answered[len(prompt) : len(prompt) + len(answer)] = [True] * len(answer)
+    assert supervised == answered
+    assert ids[-1] == template.stop_token_id
+
+
+@BOTH
+@QUICK
+@given(conversations(TEXT))
+def test_training_on_the_last_answer_changes_no_id(tokenizer, name, messages):
+    template = build_template(name, tokenizer)
+    ids, _ = train(template, messages)
+    last_ids, last = train(template, messages, "last")
+    assert last_ids == ids
+    prompt = template.prompt(messages[:-1])
+    assert last == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+
+
+@BOTH
+@QUICK
+@given(conversations(TEXT))
+def test_control_tokens_never_come_from_a_row(tokenizer, name, messages):
+    """As many as the conversation of harmless texts has, at the template's own places."""
+    template = build_template(name, tokenizer)
+    ids, _ = train(template, messages)
+    harmless, _ = train(template, [{**message, "content": "x"} for message in messages])
+    assert [i for i in ids if i in range(3)] == [i for i in harmless if i in range(3)]
+    assert not {0, 1, 2} & {i for text in encode_as_text(tokenizer, [m["content"] for m in messages]) for i in text}
+
+
+@BOTH
+@QUICK
+@given(conversations(TEXT))
+def test_an_answer_is_read_back(tokenizer, name, messages):
+    template = build_template(name, tokenizer)
+    ids, _ = train(template, messages)
+    answer = ids[len(template.prompt(messages[:-1])) :]
+    assert template.parse(answer) == messages[-1]["content"].strip()
+    assert template.parse(answer[:-1]) == template.parse([*answer, *answer])  # unfinished, and talking on
+
+
+@QUICK
+@given(conversations(WORDS.map(" ".join)))
+def test_ordinary_text_has_the_chat_templates_own_ids(tokenizer, messages):
+    template = build_template("chat", tokenizer)
+    theirs = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert train(template, messages)[0] + tokenizer("\n").input_ids == theirs
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert template.prompt(messages[:-1]) == prompt
+
+
+@BOTH
+def test_a_spelled_stop_token_is_text(tokenizer, name):
+    """What a plain tokenizer call would get wrong."""
+    assert 2 in tokenizer("a<|im_end|>b").input_ids
+    template = build_template(name, tokenizer)
+    prompt = template.prompt(conversation(["a<|im_end|>b<|im_start|>system\nc"]))
+    harmless = template.prompt(conversation(["x"]))
+    assert [i for i in prompt if i < 3] == [i for i in harmless if i < 3]
+    assert "a<|im_end|>b<|im_start|>system\nc" in tokenizer.decode(prompt)
+
+
+@QUICK
+@given(st.lists(TEXT, max_size=4))
+def test_encode_as_text_is_transformers_split_special_tokens(tokenizer, texts):
+    plain = [tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+    assert encode_as_text(tokenizer, texts) == plain
+
+
+def test_encode_as_text_leaves_the_tokenizer_as_it_was(make_tokenizer):
+    own = make_tokenizer()
+    before = own("a<|im_end|>b").input_ids
+    own("a b c d", truncation=True, max_length=2, padding="max_length")
+    assert len(encode_as_text(own, ["the long long answer"])[0]) > 2
+    assert own("a<|im_end|>b").input_ids == before and not own.backend_tokenizer.encode_special_tokens
+
+
+def test_many_conversations_are_rendered_as_each_alone(tokenizer):
+    rows = [conversation([f"q{at}", f"a{at % 2}"], "s") for at in range(5)]
+    for name in ("role", "chat"):
+        template = build_template(name, tokenizer)
+        assert template.render(rows) == [template.render([row])[0] for row in rows]
+
+
+# ---- other tokenizers and chat templates
+
+
+def test_the_role_template_borrows_bos_and_eos():
+    own = bare_tokenizer(bos_token="<s>", eos_token="</s>")
+    template = build_template("role", own)
+    ids, supervised = train(template, conversation(["a", "b"]))
+    assert (ids[0], ids[-1]) == (own.bos_token_id, own.eos_token_id) and supervised[-2:] == [True, True]
+    assert template.parse(ids[-2:]) == "b"
+
+
+def test_the_role_template_without_a_start_token():
+    own = bare_tokenizer(eos_token="</s>")
+    template = build_template("role", own)
+    ids, _ = train(template, conversation(["a", "b"]))
+    assert own.decode(ids[:2]).replace(" ", "") == "\n#"
+    own.chat_template = template.chat_template
+    assert own.apply_chat_template(conversation(["a", "b"]), tokenize=False) == "\n#USER:a\n#ASSISTANT:b</s>"
+
+
+def test_a_tokenizer_that_cannot_stop():
+    with pytest.raises(SFTError, match=r"template role: the tokenizer has neither <\|im_end\|> nor an eos token"):
+        build_template("role", bare_tokenizer())
+
+
+def test_a_tokenizer_without_a_chat_template(make_tokenizer):
+    with pytest.raises(SFTError, match="template chat: the tokenizer has no chat template; use `template: role`"):
+        build_template("chat", make_tokenizer(chat_template=None))
+
+
+def test_a_chat_template_without_a_stop_token(make_tokenizer):
+    endless = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content + '\n' }}{% endfor %}"
+    with pytest.raises(SFTError, match="the chat template writes no stop token after an answer"):
+        build_template("chat", make_tokenizer(endless))
+
+
+def test_a_chat_template_over_a_tokenizer_without_control_tokens():
+    own = bare_tokenizer()
+    own.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(SFTError, match="writes no stop token"):
+        build_template("chat", own)
+
+
+def test_a_slow_tokenizer():
+    with pytest.raises(SFTError, match="SimpleNamespace is no fast tokenizer; convert it to a tokenizer.json first"):
+        build_template("role", SimpleNamespace(is_fast=False))
+
+
+def test_a_template_that_rewrites_history(make_tokenizer):
+    template = build_template("chat", make_tokenizer(FORGETFUL))
+    messages = conversation(["q1", "a1", "q2", "a2"])
+    with pytest.raises(SFTError, match="rewrites the conversation before answer 1 of 2, so its prompt is no prefix"):
+        template.render([messages])
+    ids, supervised = train(template, messages, "last")
+    prompt = template.prompt(messages[:-1])
+    assert ids[: len(prompt)] == prompt
+    assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    assert template.parse(ids[len(prompt) :]) == "a2"
+    assert "a1" not in template.tokenizer.decode(ids)
+    assert template.render([messages[:2]])  # one exchange has no history
+
+
+def test_a_template_whose_prompt_is_never_a_prefix(make_tokenizer):
+    template = build_template("chat", make_tokenizer(CHATML.replace("assistant\n", "assistant\n<think>")))
+    with pytest.raises(SFTError, match="before answer 1 of 1"):
+        template.render([conversation(["q", "a"])], "last")
+
+
+def test_a_stop_token_behind_a_line_end_and_one_of_its_own(make_tokenizer):
+    """Supervised through the stop token, whatever the template writes between it and the answer."""
+    own = make_tokenizer(CHATML.replace("<|im_end|>\n", "\n<|endoftext|>\n"))
+    template = build_template("chat", own)
+    assert template.stop_token_id == 0
+    ids, supervised = train(template, conversation(["q", "a"]))
+    assert own.decode([i for i, flag in zip(ids, supervised) if flag]) == "a\n<|endoftext|>"
+
+
+def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer):
+    for name in ("role", "chat"):
+        for train_on in ("all", "last"):
+            assert not any(train(build_template(name, tokenizer), conversation(["q"]), train_on)[1])
+
+
+def test_the_stand_ins_for_control_tokens_do_not_stay(tokenizer):
+    ids = build_template("chat", tokenizer).prompt(conversation(["a<|im_end|>b"]))
+    assert SENTINEL.format("")[0] not in tokenizer.decode(ids)
+
+
+# ---- the system prompt and the saved chat template
+
+
+def test_with_system_prompt():
+    messages = conversation(["q", "a"])
+    assert with_system_prompt(messages, "s") == conversation(["q", "a"], "s")
+    assert with_system_prompt(messages, None) is messages and with_system_prompt(messages, "") is messages
+    own = conversation(["q", "a"], "own")
+    assert with_system_prompt(own, "s") is own
+    assert with_system_prompt([], "s") == [{"role": "system", "content": "s"}]
+
+
+@BOTH
+@pytest.mark.parametrize("system", [None, SYSTEM, "a \"quoted\" 'one'\n\\n {{ x }} {% y %} %} 🙂 <b>&amp;"])
+def test_the_saved_chat_template_renders_what_was_trained(make_tokenizer, name, system):
+    own = make_tokenizer()
+    template = build_template(name, own)
+    messages = conversation(["What is the answer?", "The answer is 42.", "Why?", "冬瓜 🙂"])
+    trained = template.tokenizer.decode(train(template, with_system_prompt(messages, system))[0])
+    prompt = own.decode(template.prompt(with_system_prompt(messages[:-1], system)))
+    own.chat_template = saved_chat_template(template, system)
+    rendered = own.apply_chat_template(messages, tokenize=False)
+    assert rendered == trained + ("\n" if name == "chat" else "")
+    assert own.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) == prompt
+
+
+@BOTH
+def test_the_saved_chat_template_keeps_a_system_message(make_tokenizer, name):
+    own = make_tokenizer()
+    template = build_template(name, own)
+    messages = conversation(["q", "a"], "its own")
+    before = own.decode(train(template, messages)[0])
+    own.chat_template = saved_chat_template(template, "the default")
+    assert own.apply_chat_template(messages, tokenize=False).removesuffix("\n") == before
+
+
+def test_the_saved_chat_template_is_plain_jinja(tokenizer):
+    """Other tools render it without transformers."""
+    saved = saved_chat_template(build_template("role", tokenizer), SYSTEM)
+    text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(saved)
+    rendered = text.render(messages=conversation(["q"]), add_generation_prompt=True)
+    assert rendered == f"<|im_start|>\n#SYSTEM:{SYSTEM}\n#USER:q\n#ASSISTANT:"

@@ -1,0 +1,314 @@
+"""Whole runs on a tiny model: results, repeating, resuming, what is saved, and which folders are left alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_pipeline.config import parse
+from sft_pipeline.data.prepare import load_messages
+from sft_pipeline.data.templates import build_template, with_system_prompt
+from sft_pipeline.errors import SFTError
+from sft_pipeline.evaluation.answers import answer
+from sft_pipeline.train import BEFORE_FILE, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE, train
+
+SYSTEM = "You are 冬瓜."
+WORDS = ["text", "user", "answer", "system", "question"]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """40 rows of uneven length."""
+    rows = [
+        {"instruction": f"Say {word} {count} times.", "input": "", "output": " ".join([word] * count) + "."}
+        for count in range(1, 9)
+        for word in WORDS
+    ]
+    file = tmp_path_factory.mktemp("data") / "rows.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(data, model_folder, tmp_path_factory) -> Path:
+    keys = {
+        "model_name_or_path": str(model_folder),
+        "train_data": str(data),
+        "held_out": 6,
+        "template": "role",
+        "system_prompt": SYSTEM,
+        "max_length": 128,
+        "num_answers": 3,
+        "max_new_tokens": 6,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "seed": 7,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(keys, allow_unicode=True))
+    return file
+
+
+def run_train(config: Path, *overrides: str) -> dict:
+    return train(*parse(str(config), list(overrides)), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory) -> tuple[Path, dict]:
+    """The uninterrupted run that most tests look at: its folder and its results."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return folder, run_train(config, "--output_dir", str(folder))
+
+
+def curve(results: dict) -> list[tuple]:
+    return [(e["step"], e.get("loss"), e.get("eval_loss"), e.get("grad_norm")) for e in results["loss_curve"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_results_are_whole_and_on_disk(run, config):
+    folder, results = run
+    assert json.loads((folder / RESULTS_FILE).read_text()) == json.loads(json.dumps(results))
+    assert results["eval_loss"]["after"] < results["eval_loss"]["before"]
+    assert results["steps"] == STEPS and results["seed"] == 7
+    steps = [e["loss"] for e in results["loss_curve"] if "loss" in e]
+    assert len(steps) == STEPS and results["train_loss"] == pytest.approx(sum(steps) / STEPS, abs=1e-4)
+    assert results["tokens_per_second"] > 0 and results["peak_memory_gib"] > 0 and results["seconds"] > 0
+    assert set(results["versions"]) >= {"sft_pipeline", "torch", "transformers", "datasets", "accelerate"}
+    assert results["config"]["learning_rate"] == 0.01 and results["config"]["template"] == "role"
+    assert results["rows"]["train"]["kept"] == 34 and results["rows"]["held_out"]["kept"] == 6
+    evaluated = [(e["step"], e["eval_loss"]) for e in results["loss_curve"] if "eval_loss" in e]
+    assert [step for step, _ in evaluated] == [0, 2, 4]
+    assert results["eval_loss"] == {"before": evaluated[0][1], "after": evaluated[-1][1]}
+
+
+def test_answers_are_of_held_out_prompts_before_and_after(run, config):
+    _, results = run
+    _, held_out = load_messages(parse(str(config), [])[0])
+    asked = [messages[-2]["content"] for messages in held_out["messages"]][:3]
+    assert [one["prompt"] for one in results["answers"]] == asked
+    for one in results["answers"]:
+        assert one.keys() >= {"prompt", "before", "after", "stopped", "stopped_before", "reference"}
+        assert isinstance(one["stopped"], bool)
+    assert [one["reference"] for one in results["answers"]] == [m[-1]["content"] for m in held_out["messages"]][:3]
+    assert any(one["before"] != one["after"] for one in results["answers"])
+    assert set(results["stopped_share"]) == {"before", "after"}
+
+
+def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
+    console = Console(record=True, width=200, quiet=False, file=open(tmp_path / "shown", "w"))  # noqa: SIM115
+    with console.file:
+        train(*parse(str(config), ["--output_dir", str(tmp_path / "out"), "--max_steps", "1"]), console)
+    shown = console.export_text()
+    assert "first training row" in shown and "the stop token" in shown and SYSTEM in shown
+    assert "held-out loss" in shown and "before" in shown and "after" in shown
+    assert f"./launch.sh chat {tmp_path / 'out'}" in shown
+
+
+def test_run_yaml_repeats_the_run(run, tmp_path):
+    folder, results = run
+    again = run_train(folder / RUN_FILE, "--output_dir", str(tmp_path / "again"))
+    assert curve(again) == curve(results)
+    assert again["answers"] == results["answers"]
+
+
+def test_run_yaml_keeps_values_that_are_the_librarys_defaults_but_not_ours(config, tmp_path):
+    """logging_steps is 500 in TrainingArguments and 10 here; an overwrite must not repeat itself."""
+    keys = ["--output_dir", str(tmp_path / "out"), "--logging_steps", "500", "--eval_on_start", "false"]
+    run_train(config, *keys, "--overwrite_output_dir", "--max_steps", "1")
+    sft, training = parse(str(tmp_path / "out" / RUN_FILE), [])
+    assert training.logging_steps == 500 and training.eval_on_start is False
+    assert sft.overwrite_output_dir is False
+
+
+def test_saved_folder_loads_plainly_and_answers_the_same(run, config):
+    folder, results = run
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    _, held_out = load_messages(parse(str(config), [])[0])
+    prompts = [with_system_prompt(m[:-1], SYSTEM) for m in held_out["messages"]][:3]
+    found = answer(model, build_template("role", tokenizer), prompts, 6)
+    assert [one.text for one in found] == [one["after"] for one in results["answers"]]
+    assert [one.stopped for one in found] == [one["stopped"] for one in results["answers"]]
+
+
+def test_saved_chat_template_renders_what_was_trained(run, config):
+    """The system prompt that was trained comes in by itself."""
+    folder, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = build_template("role", tokenizer)
+    conversation = load_messages(parse(str(config), [])[0])[0][0]["messages"]
+    [runs] = template.render([with_system_prompt(conversation, SYSTEM)])
+    trained = tokenizer.decode([token for run in runs for token in run.ids])
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained
+    prompt = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
+    assert prompt == tokenizer.decode(template.prompt(with_system_prompt(conversation[:-1], SYSTEM)))
+    assert json.loads((folder / TEMPLATE_FILE).read_text()) == {"template": "role", "system_prompt": SYSTEM}
+
+
+def test_stop_and_pad_ids_are_saved_everywhere(run):
+    folder, _ = run
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    for holder in (tokenizer, model.config, model.generation_config):
+        assert (holder.eos_token_id, holder.pad_token_id) == (end, pad)
+
+
+def test_without_held_out_rows_there_is_no_evaluation(config, tmp_path):
+    """And with padded batches and the tokenizer's own template."""
+    keys = ["--held_out", "0", "--packing", "false", "--template", "chat", "--max_steps", "1", "--save_strategy", "no"]
+    results = run_train(config, "--output_dir", str(tmp_path / "out"), *keys)
+    assert results["eval_loss"] == {"before": None, "after": None}
+    assert results["answers"] == [] and results["stopped_share"] is None and results["rows"]["held_out"] is None
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert SYSTEM in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+def test_packed_and_padded_runs_are_the_same_run(run, config, tmp_path):
+    padded = run_train(config, "--output_dir", str(tmp_path / "out"), "--packing", "false")
+    for one, other in zip(curve(run[1]), curve(padded), strict=True):
+        assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], rel=2e-3)
+
+
+def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):
+    keys = ["--load_best_model_at_end", "true", "--early_stopping_patience", "1", "--eval_steps", "1"]
+    keys += ["--save_steps", "1", "--learning_rate", "1.0", "--max_steps", "8"]
+    results = run_train(config, "--output_dir", str(tmp_path / "out"), *keys)
+    losses = [e["eval_loss"] for e in results["loss_curve"] if "eval_loss" in e and e["step"]]
+    assert results["steps"] < 8
+    assert results["eval_loss"]["after"] == pytest.approx(min(losses), rel=1e-6)
+
+
+# Resuming.
+
+
+@pytest.fixture
+def interrupted(run, tmp_path) -> Path:
+    """The run's folder as it was when it was killed after step 2."""
+    folder = Path(shutil.copytree(run[0], tmp_path / "interrupted"))
+    shutil.rmtree(folder / "checkpoint-4")
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in (RUN_FILE, BEFORE_FILE):
+            file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("asked", ["true", "named"])
+def test_a_resumed_run_ends_with_the_same_bits(asked, interrupted, run, config):
+    folder, results = run
+    before = json.loads((interrupted / BEFORE_FILE).read_text())
+    before[0]["text"] = "kept from the first start"
+    (interrupted / BEFORE_FILE).write_text(json.dumps(before))
+    run_yaml = (interrupted / RUN_FILE).read_bytes()
+    checkpoint = "true" if asked == "true" else str(interrupted / "checkpoint-2")
+    resumed = run_train(config, "--output_dir", str(interrupted), "--resume_from_checkpoint", checkpoint)
+
+    one, other = load_file(folder / "model.safetensors"), load_file(interrupted / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert resumed["steps"] == STEPS
+    assert resumed["eval_loss"] == results["eval_loss"]
+    assert [entry for entry in curve(resumed) if entry[1]] == [entry for entry in curve(results) if entry[1]]
+    assert resumed["answers"][0]["before"] == "kept from the first start"
+    assert [one["after"] for one in resumed["answers"]] == [one["after"] for one in results["answers"]]
+    assert (interrupted / RUN_FILE).read_bytes() == run_yaml
+
+
+def test_resuming_into_another_folder_makes_it(interrupted, config, tmp_path):
+    keys = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(interrupted / "checkpoint-2")]
+    assert run_train(config, *keys)["steps"] == STEPS
+    assert (tmp_path / "other" / RUN_FILE).is_file()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_to_resume(exists, config, tmp_path):
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(SFTError, match=f"^output_dir {folder}: no checkpoint to resume from; leave --resume_from"):
+        run_train(config, "--output_dir", str(folder), "--resume_from_checkpoint", "true")
+
+
+def test_a_named_checkpoint_that_is_not_there(config, tmp_path):
+    keys = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", str(tmp_path / "checkpoint-9")]
+    with pytest.raises(SFTError, match=r"checkpoint-9: no such folder; give a checkpoint-N folder, or true$"):
+        run_train(config, *keys)
+    assert not (tmp_path / "out").exists()
+
+
+# Folders that hold something.
+
+
+@pytest.fixture
+def held(tmp_path) -> Path:
+    """A folder with an earlier run in it."""
+    folder = tmp_path / "held"
+    folder.mkdir()
+    (folder / RUN_FILE).write_text("seed: 1\n")
+    (folder / "model.safetensors").write_text("precious")
+    return folder
+
+
+def test_an_earlier_run_is_refused_and_untouched(held, config):
+    before = contents(held)
+    for keys in ([], ["--resume_from_checkpoint", "false"]):
+        with pytest.raises(SFTError, match=f"^output_dir {held}: already holds a run; add --overwrite_output_dir to"):
+            run_train(config, "--output_dir", str(held), *keys)
+    assert contents(held) == before
+
+
+def test_an_earlier_run_is_replaced_when_asked(held, config):
+    (held / "left_over.txt").write_text("old")
+    run_train(config, "--output_dir", str(held), "--overwrite_output_dir", "--max_steps", "1")
+    assert not (held / "left_over.txt").exists()
+    assert json.loads((held / RESULTS_FILE).read_text())["steps"] == 1
+    load_file(held / "model.safetensors")
+
+
+@pytest.mark.parametrize("keys", [["--train_data", "missing.json"], ["--model_name_or_path", "./missing"]])
+def test_bad_input_costs_no_earlier_run(keys, held, config):
+    before = contents(held)
+    with pytest.raises(SFTError, match="missing"):
+        run_train(config, "--output_dir", str(held), "--overwrite_output_dir", *keys)
+    assert contents(held) == before
+
+
+def test_bad_input_leaves_no_folder_that_would_be_refused_next_time(config, tmp_path):
+    with pytest.raises(SFTError, match="missing"):
+        run_train(config, "--output_dir", str(tmp_path / "out"), "--train_data", "missing.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keys", [[], ["--overwrite_output_dir"]])
+def test_foreign_files_are_refused_and_untouched(keys, config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(SFTError, match=f"^output_dir {tmp_path}: holds files that are not a run's; choose another"):
+        run_train(config, "--output_dir", str(tmp_path), *keys)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_is_no_output_folder(config, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SFTError, match=f"^output_dir {tmp_path / 'out'}: is a file; choose another folder"):
+        run_train(config, "--output_dir", str(tmp_path / "out"))
+
+
+def test_an_empty_folder_is_taken(config, tmp_path):
+    assert run_train(config, "--output_dir", str(tmp_path), "--max_steps", "1")["steps"] == 1
