@@ -32,7 +32,8 @@ def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: s
     for text, flag in zip(texts, trained):
         line.append(text, style=TRAINED if flag else GIVEN)
     count = sum(trained)
-    console.print(f"[bold]{title}[/]: {len(ids)} tokens, {count} trained ([{TRAINED}]{TRAINED}[/])", highlight=False)
+    # No markup: a file's name may hold brackets.
+    console.print(Text.assemble((title, "bold"), f": {len(ids)} tokens, {count} trained (", (TRAINED, TRAINED), ")"))
     console.print(line)
     if count:
         console.print(_ends([i for i, flag in enumerate(trained) if flag], ids, tokenizer), highlight=False)
@@ -40,7 +41,8 @@ def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: s
 
 def _ends(trained: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Text:
     """First and last trained token, and whether the row teaches to stop."""
-    first, last = (repr(tokenizer.decode([ids[at]])) for at in (trained[0], trained[-1]))
+    texts = token_texts(ids, tokenizer, parts=True)
+    first, last = (repr(texts[at]) for at in (trained[0], trained[-1]))
     stops = ids[trained[-1]] == tokenizer.eos_token_id
     end = "the stop token" if stops else "no stop token: the row is cut"
     return Text(f"first trained token {first}, last {last} ({end})")

@@ -1,17 +1,19 @@
 """What people are shown of a row, and the JSON that scripts read."""
 
+import io
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
 from sft_pipeline.data.encode import Encoder
 from sft_pipeline.data.templates import build_template, encode_as_text
 from sft_pipeline.preview import as_json, show, show_positions, token_texts
 
-PIECES = st.sampled_from(["冬瓜", "🙂", "é", "the answer", " ", "\n", "<|im_end|>", "\ufffd", "[bold]", "x"])
+PIECES = st.sampled_from(["冬瓜", "🙂", "é", "the answer", " ", "\n", "<|im_end|>", "[bold]", "x"])
 TEXT = st.lists(PIECES, max_size=6).map("".join)
 
 
@@ -23,10 +25,18 @@ def encode(tokenizer, question="Why?", answer="冬瓜 [b]🙂", name="role", **s
 
 
 def rendered(draw, *arguments, styles=False, width=80) -> str:
-    with open("/dev/null", "w", encoding="utf-8") as nowhere:
-        console = Console(width=width, record=True, file=nowhere, force_terminal=True, color_system="standard")
-        draw(*arguments, console)
-        return console.export_text(styles=styles)
+    """What draw(*arguments, console) prints, with its colours (ANSI) or without."""
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True, color_system="standard")
+    draw(*arguments, console)
+    return console.export_text(styles=styles)
+
+
+def colour(text: Text, part: str) -> set[str]:
+    """The styles of the characters of `part`, which stands in `text` once; line ends have none."""
+    assert text.plain.count(part) == 1
+    start = text.plain.index(part)
+    places = [at for at in range(start, start + len(part)) if text.plain[at] != "\n"]
+    return {" ".join(str(span.style) for span in text.spans if span.start <= at < span.end) for at in places}
 
 
 # ---- whole characters
@@ -81,18 +91,15 @@ def test_show(tokenizer):
     assert lines == (
         f"rows.json row 3: {len(row['input_ids'])} tokens, {trained} trained (green)\n"
         "<|im_start|>\n#USER:Why?\n#ASSISTANT:冬瓜 [b]🙂<|im_end|>\n"
-        "first trained token '\ufffd', last '<|im_end|>' (the stop token)\n"
+        "first trained token '冬(1/3)', last '<|im_end|>' (the stop token)\n"
     )
 
 
 def test_show_colours_what_is_trained(tokenizer):
     """Dim up to the answer, green from there: the answer and its stop token."""
-    text = rendered(show, encode(tokenizer, answer="So."), tokenizer, "row", styles=True)
-    [line] = [line for line in text.splitlines() if "#ASSISTANT" in line]
-    given_part, _, answer_part = line.partition("\x1b[32m")
-    assert "#ASSISTANT" in "".join(given_part.split("\x1b[0m\x1b[2m")) or "\x1b[2m" in given_part
-    assert "\x1b[32m" not in given_part and "\x1b[2m" not in answer_part
-    assert "So" in answer_part.replace("\x1b[0m\x1b[32m", "") and "<|im_end|>" in answer_part
+    text = Text.from_ansi(rendered(show, encode(tokenizer, answer="So."), tokenizer, "row", styles=True))
+    assert colour(text, "<|im_start|>\n#USER:Why?\n#ASSISTANT:") == {"dim"}
+    assert colour(text, "So.<|im_end|>") == {"color(2)"}  # green
 
 
 def test_show_says_that_a_row_is_cut(tokenizer):
@@ -128,10 +135,10 @@ def test_show_positions(tokenizer):
     assert end[1] == [str(at - 4), str(ids[-4]), "瓜(1/3)", "瓜(2/3)", "yes"]
     assert end[3] == [str(at - 2), str(ids[-2]), "瓜(3/3)", "<|im_end|>", "yes"]
     assert end[4] == [str(at - 1), "2", "<|im_end|>", "no"]
-    assert sum(line.endswith("yes") or line.rstrip().endswith("yes") for line in lines) == 5
+    assert sum(line.rstrip().endswith("yes") for line in lines) == 5
 
 
 def test_positions_show_line_ends_and_brackets_as_they_are(tokenizer):
-    text = rendered(show_positions, encode(tokenizer, question="[bold]\n[/x]"), tokenizer, width=200)
-    cells = [line.split() for line in text.splitlines()]
-    assert any("\\n" in row for row in cells) and any("[" in row for row in cells)
+    text = rendered(show_positions, encode(tokenizer, question="[bold]\n[/x]", answer="So."), tokenizer)
+    tokens = [line.split()[2] for line in text.splitlines()[1:]]
+    assert "".join(tokens) == "<|im_start|>\\n#USER:[bold]\\n[/x]\\n#ASSISTANT:So.<|im_end|>"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,23 +171,25 @@ def cache_dir() -> Path:
 
 def _encode(folder: Path, dataset: Dataset, encoder: Encoder, num_proc: int) -> Dataset:
     """Encode into `folder`, which appears whole or not at all."""
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # Below some thousand rows starting a process takes longer than encoding.
     workers = min(num_proc, 1 + len(dataset) // 4000)
-    dataset.map(
-        encoder,
-        batched=True,
-        num_proc=workers if workers > 1 else None,
-        remove_columns=dataset.column_names,
-        features=FEATURES,
-        cache_file_name=str(aside / "rows.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint=folder.name,
-        desc="encoding",
-    )
-    if not folder.exists():
-        aside.replace(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        aside = Path(work) / folder.name
+        aside.mkdir()
+        dataset.map(
+            encoder,
+            batched=True,
+            num_proc=workers if workers > 1 else None,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            cache_file_name=str(aside / "rows.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=folder.name,
+            desc="encoding",
+        )
+        if not folder.exists():
+            aside.replace(folder)
     encoded = _read(folder)
     assert encoded is not None
     return encoded

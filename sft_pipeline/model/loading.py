@@ -60,7 +60,7 @@ def resolve(name_or_path: str, cache: Path) -> str:
             raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; give the folder of a saved model")
         return str(folder)
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise SFTError(f"{name_or_path}: no such model folder; check the path, or give a hub name or {list(PACKAGED)[0]}")
+        raise SFTError(f"{name_or_path}: no such model folder; check the path, or give a hub name or {next(iter(PACKAGED))}")
     return name_or_path
 
 
