@@ -19,7 +19,7 @@ from sft_pipeline.data.templates import Message, Template, build_template, with_
 from sft_pipeline.model.generation import generate
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.model.sampling import Sampling
-from sft_pipeline.train import TEMPLATE_FILE
+from sft_pipeline.output import TEMPLATE_FILE
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 

@@ -145,7 +145,7 @@ def _read_yaml(path: Path, parser: HfArgumentParser) -> list[str]:
     if not path.is_file():
         raise SFTError(f"{path}: no such config file; the project's own are in configs/")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SFTError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -13,7 +13,7 @@ from sft_pipeline.data.templates import build_template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.generation import generate
 from sft_pipeline.model.sampling import Sampling
-from sft_pipeline.train import TEMPLATE_FILE
+from sft_pipeline.output import TEMPLATE_FILE
 
 LIMIT = 5
 

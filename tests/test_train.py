@@ -16,7 +16,8 @@ from sft_pipeline.data.prepare import load_messages
 from sft_pipeline.data.templates import build_template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.answers import answer
-from sft_pipeline.train import BEFORE_FILE, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE, train
+from sft_pipeline.output import BEFORE_FILE, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
+from sft_pipeline.train import train
 
 SYSTEM = "You are 冬瓜."
 WORDS = ["text", "user", "answer", "system", "question"]

@@ -12,10 +12,12 @@ from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.encode import Account, Encoder, encode_dataset
 from sft_pipeline.data.sources import load_source
 from sft_pipeline.data.splits import drop_overlap, hold_out, mix
-from sft_pipeline.data.templates import Template
+from sft_pipeline.data.templates import Message, Template, count_other_ids
 from sft_pipeline.errors import SFTError
 
 logger = logging.getLogger(__name__)
+
+COMPARED = 100  # rows on which the saved chat template is compared with the trained ids
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def prepare(sft: SFTArguments, template: Template) -> Prepared:
     encoder = build_encoder(sft, template)
     rows, account = encode_dataset(train, encoder, sft.num_proc)
     logger.info("training rows: %s", account)
+    _say_what_other_tools_see(train[:COMPARED]["messages"], template, sft)
     held_rows, held_account = (None, None) if held is None else encode_dataset(held, encoder, sft.num_proc)
     if held_account:
         logger.info("held-out rows: %s", held_account)
@@ -74,6 +77,21 @@ def one_row(sft: SFTArguments, template: Template, row: int) -> tuple[dict[str, 
     if not ids:
         raise SFTError(f"{batch['origin'][0]}: dropped, {outcome}; raise max_length or choose another `overlong`")
     return {"input_ids": ids, "labels": labels}, batch["origin"][0]
+
+
+def _say_what_other_tools_see(conversations: list[list[Message]], template: Template, sft: SFTArguments) -> None:
+    """The difference between the trained ids and those of the chat template that is saved, if there is one."""
+    try:
+        others = count_other_ids(template, conversations, sft.system_prompt)
+    except SFTError:
+        return  # a history that the template rewrites, which `train_on: last` trains all the same
+    if others:
+        logger.info(
+            "the saved chat template gives other ids than training for %s of %s rows: tools that use it tokenize the "
+            "text in one go, `chat` and the evaluation here tokenize each piece alone",
+            others,
+            len(conversations),
+        )
 
 
 def _load(name: str, sft: SFTArguments) -> Dataset:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from typing import Iterable, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,7 @@ Message = dict[str, str]
 # What stands for a control token's spelling in a row while jinja puts the row into the template: private-use
 # characters, which no tokenizer has as a special token.
 SENTINEL = "\ue000sft{}\ue001"
+MARKS = {"system": "\n#SYSTEM:", "user": "\n#USER:", "assistant": "\n#ASSISTANT:"}
 
 
 class Piece(NamedTuple):
@@ -117,7 +119,6 @@ class RoleTemplate(Template):
     """
 
     name = "role"
-    MARKS = {"system": "\n#SYSTEM:", "user": "\n#USER:", "assistant": "\n#ASSISTANT:"}
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
@@ -131,7 +132,7 @@ class RoleTemplate(Template):
             )
         self.stop_token_id = stop
         self.chat_template = self._jinja()
-        self._remember(self.MARKS["assistant"])
+        self._remember(MARKS["assistant"])
 
     def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
         start = [] if self.start_token_id is None else [Piece("", self.start_token_id, False)]
@@ -143,26 +144,26 @@ class RoleTemplate(Template):
         ]
 
     def prompt_pieces(self, messages: list[Message]) -> list[Piece]:
-        return [*self.pieces(messages), Piece(self.MARKS["assistant"], None, False)]
+        return [*self.pieces(messages), Piece(MARKS["assistant"], None, False)]
 
     def _turn(self, message: Message, supervised: bool) -> list[Piece]:
         role, content = message["role"], message["content"]
         if role != "assistant":
-            return [Piece(self.MARKS[role] + content, None, False)]
+            return [Piece(MARKS[role] + content, None, False)]
         answer = [Piece(content, None, supervised), Piece("", self.stop_token_id, supervised)]
-        return [Piece(self.MARKS["assistant"], None, False), *answer]
+        return [Piece(MARKS["assistant"], None, False), *answer]
 
     def _jinja(self) -> str:
         """The same text as a chat template, for tools that know only that."""
         start = "" if self.start_token_id is None else self.tokenizer.convert_ids_to_tokens(self.start_token_id)
         stop = self.tokenizer.convert_ids_to_tokens(self.stop_token_id)
-        quote = json.dumps
+        assistant = json.dumps(MARKS["assistant"])
         return (
-            "{{ %s }}{%% for message in messages %%}"
-            "{%% if message['role'] == 'assistant' %%}{{ %s + message['content'] + %s }}"
-            "{%% else %%}{{ '\\n#' + message['role'].upper() + ':' + message['content'] }}{%% endif %%}"
-            "{%% endfor %%}{%% if add_generation_prompt %%}{{ %s }}{%% endif %%}"
-        ) % (quote(start), quote(self.MARKS["assistant"]), quote(stop), quote(self.MARKS["assistant"]))
+            f"{{{{ {json.dumps(start)} }}}}{{% for message in messages %}}"
+            f"{{% if message['role'] == 'assistant' %}}{{{{ {assistant} + message['content'] + {json.dumps(stop)} }}}}"
+            "{% else %}{{ '\\n#' + message['role'].upper() + ':' + message['content'] }}{% endif %}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
+        )
 
 
 class ChatTemplate(Template):
@@ -291,3 +292,18 @@ def saved_chat_template(template: Template, system_prompt: str | None) -> str:
         + "] + messages %}{%- endif %}"
         + template.chat_template
     )
+
+
+def count_other_ids(template: Template, conversations: list[list[Message]], system_prompt: str | None) -> int:
+    """How many conversations the saved chat template gives other ids than training does.
+
+    Tools that know only the chat template tokenize its text in one go, where training tokenizes each piece alone.
+    """
+    jinja = saved_chat_template(template, system_prompt)
+    rows = template.render([with_system_prompt(messages, system_prompt) for messages in conversations])
+    others = 0
+    for runs, messages in zip(rows, conversations):
+        trained = list(itertools.chain.from_iterable(run.ids for run in runs))
+        saved = template.tokenizer.apply_chat_template(messages, chat_template=jinja, return_dict=False)
+        others += saved[: len(trained)] != trained
+    return others

@@ -1,0 +1,94 @@
+"""The output folder of a run: who may write there, what marks it, and what repeats the run.
+
+    run.yaml            the config that repeats the run; marks the folder as a run's
+    answers_before.json the base model's answers
+    results.json        figures, answers before and after, loss curve, versions
+    sft_template.json   template and system prompt, which `chat` needs
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sft_pipeline.config import DEFAULTS, SFTArguments
+from sft_pipeline.errors import SFTError
+
+RUN_FILE = "run.yaml"
+BEFORE_FILE = "answers_before.json"
+RESULTS_FILE = "results.json"
+TEMPLATE_FILE = "sft_template.json"
+
+
+def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
+    """Refuse an output folder that is taken; returns the checkpoint to resume from, if that was asked for."""
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise SFTError(f"output_dir {folder}: is a file; choose another folder")
+    if _resumes(training):
+        return checkpoint_to_resume(training.resume_from_checkpoint, folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RUN_FILE).is_file():
+            raise SFTError(f"output_dir {folder}: holds files that are not a run's; choose another folder")
+        if not sft.overwrite_output_dir:
+            raise SFTError(
+                f"output_dir {folder}: already holds a run; add --overwrite_output_dir to replace it, "
+                "--resume_from_checkpoint true to go on with it, or choose another folder"
+            )
+    return None
+
+
+def claim_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
+    """Make the checked folder ours. Called when data and model are loaded: what is wrong with them costs no old run."""
+    folder = Path(training.output_dir)
+    with training.main_process_first(desc="output folder"):
+        if training.process_index == 0:
+            if (folder / RUN_FILE).is_file() and not _resumes(training):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / RUN_FILE).exists():
+                text = yaml.safe_dump(config_record(sft, training), allow_unicode=True, sort_keys=False)
+                (folder / RUN_FILE).write_text(text, encoding="utf-8")
+
+
+def _resumes(training: TrainingArguments) -> bool:
+    return training.resume_from_checkpoint not in (None, "false", "False")
+
+
+def checkpoint_to_resume(asked: str, folder: Path) -> str:
+    """The checkpoint's folder: the one that was named, or the run's newest."""
+    if asked.lower() in ("true", "last"):
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if found is None:
+            raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
+        return found
+    if not Path(asked).is_dir():
+        raise SFTError(f"resume_from_checkpoint {asked}: no such folder; give a checkpoint-N folder, or true")
+    return asked
+
+
+def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
+    """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
+    default = TrainingArguments(output_dir=training.output_dir).to_dict()
+    given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
+    # With DEFAULTS, for the library's default of such a key would be read back as ours.
+    for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):
+        given.setdefault(key, getattr(training, key))
+    # Secrets, and what would make a repeated run replace this one.
+    left_out = {key for key in given if key.endswith("token")} | {"overwrite_output_dir"}
+    # An empty list has no spelling on the command line, which every key goes through; it is the default anyway.
+    return {key: value for key, value in {**asdict(sft), **given}.items() if key not in left_out and value != []}
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Written aside and renamed, so that a file is whole or absent."""
+    aside = file.with_suffix(".part")
+    aside.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    aside.replace(file)
