@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.collate import PaddingCollator
 from sft_pipeline.data.encode import cache_dir
-from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.packing import PackedCollator, savings
 from sft_pipeline.data.prepare import Prepared, prepare
 from sft_pipeline.data.templates import Template, build_template, saved_chat_template, with_system_prompt
 from sft_pipeline.evaluation.answers import Answer, answer, as_dicts, before_and_after
@@ -43,6 +43,7 @@ from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("sft_pipeline", "torch", "transformers", "datasets", "accelerate", "tokenizers")
+SAMPLE = 1000  # rows on which the savings are counted
 
 
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def build_trainer(
     reason = supervise(model)
     if reason:
         logger.info("the head is computed at every position: %s", reason)
-    collator = build_collator(sft, model, template)
+    collator = build_collator(sft, training, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
@@ -124,12 +125,18 @@ def build_trainer(
     )
 
 
-def build_collator(sft: SFTArguments, model: PreTrainedModel, template: Template) -> PackedCollator | PaddingCollator:
-    """Packed batches where they were asked for and the model can take them; says which."""
-    reason = why_not_packable(model) if sft.packing else "packing: false"
+def build_collator(
+    sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: Prepared
+) -> PackedCollator | PaddingCollator:
+    """Packed batches where they were asked for and the model can take them; says which, and what that saves."""
+    accounts = [account for account in (data.train_account, data.held_out_account) if account]
+    longest = max(account.length_quantiles["most"] for account in accounts)
+    reason = why_not_packable(model, longest) if sft.packing else "packing: false"
     if reason:
         logger.info("batches are padded: %s", reason)
         return PaddingCollator(template.tokenizer.pad_token_id, sft.pad_to_multiple_of)
+    sample = data.train.select(range(min(SAMPLE, len(data.train))))
+    logger.info(savings(sample, training.per_device_train_batch_size))
     use_packed_attention(model)
     return PackedCollator()
 

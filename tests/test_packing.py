@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.data.packing import IGNORED, PackedCollator, best_fit, common_prefix
+from sft_pipeline.data.packing import IGNORED, PackedCollator, best_fit, common_prefix, savings
 
 
 def row(ids, first_target):
@@ -89,3 +89,17 @@ def test_the_collator_draws_no_random_numbers():
 def test_rows_may_be_lists_or_tensors(make):
     rows = [{key: make(value) for key, value in row([1, 2, 3], 2).items()} for _ in range(2)]
     assert PackedCollator()(rows)["row_lengths"].tolist() == [1, 2, 2]
+
+
+def test_savings_count_what_a_padded_batch_would_compute():
+    def row(length):
+        return {"input_ids": [7, 7, *range(length - 2)], "labels": [-100] * 4 + [1] * (length - 4)}
+
+    # Padded: 2 x 40 tokens; real: 40 + 10; packed: those less the prefix of the second; targets: 36 + 6.
+    rows = [row(40), row(10)]
+    prefix = common_prefix(*([torch.tensor(r[k]) for r in rows] for k in ("input_ids", "labels")))
+    computed = 50 - prefix
+    line = savings(rows, 2)
+    assert f"saves {1 - 50 / 80:.0%} of the tokens of padded" in line
+    assert f"saves {1 - computed / 50:.0%} of the rest" in line
+    assert f"head at {42 / computed:.0%}" in line

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sft_pipeline.data.templates import (
     SENTINEL,
     build_template,
+    count_other_ids,
     encode_as_text,
     saved_chat_template,
     with_system_prompt,
@@ -345,3 +346,11 @@ def test_the_saved_chat_template_is_plain_jinja(tokenizer):
     text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(saved)
     rendered = text.render(messages=conversation(["q"]), add_generation_prompt=True)
     assert rendered == f"<|im_start|>\n#SYSTEM:{SYSTEM}\n#USER:q\n#ASSISTANT:"
+
+
+def test_the_saved_chat_templates_difference_is_counted(tokenizer):
+    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    # A control token that a row spells is text in training, and the token itself to whoever tokenizes the whole.
+    spelled = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]
+    template = build_template("chat", tokenizer)
+    assert count_other_ids(template, [plain, spelled, plain], "Be brief.") == 1

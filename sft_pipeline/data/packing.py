@@ -84,3 +84,21 @@ class PackedCollator:
 def _laid_out(rows: Sequence[Tensor], prefix: int) -> Tensor:
     """(1, tokens): the prefix of the first row, then what follows it in every row."""
     return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
+
+
+def savings(rows: Sequence[dict[str, Any]], batch_size: int) -> str:
+    """One line on what packing saves over padded batches, counted on batches of neighbouring rows."""
+    padded = real = computed = targets = 0
+    collate = PackedCollator()
+    for at in range(0, len(rows), batch_size):
+        batch = [rows[i] for i in range(at, min(at + batch_size, len(rows)))]
+        lengths = [len(row["input_ids"]) for row in batch]
+        packed = collate(batch)
+        padded += max(lengths) * len(lengths)
+        real += sum(lengths)
+        computed += packed["input_ids"].numel()
+        targets += int(packed["labels"].ne(IGNORED).sum())
+    return (
+        f"packed rows: no padding (saves {1 - real / padded:.0%} of the tokens of padded batches), the common prefix once "
+        f"(saves {1 - computed / real:.0%} of the rest), the head at {targets / computed:.0%} of the positions"
+    )
