@@ -18,7 +18,7 @@ def write(tmp_path):
     """write(text) is the path of a config with the two needed keys and `text`."""
 
     def write(text: str, needed: str = NEEDED) -> str:
-        path = tmp_path / "run.yaml"
+        path = tmp_path / "mine.yaml"
         path.write_text(needed + text, encoding="utf-8")
         return str(path)
 
@@ -59,7 +59,7 @@ def test_defaults_of_ours_and_of_transformers(write):
     for key in ("logging_steps", "logging_first_step", "disable_tqdm", "logging_nan_inf_filter"):
         assert getattr(training, key) == DEFAULTS[key], key
     assert training.per_device_train_batch_size == 8 and training.weight_decay == 0.0
-    assert training.output_dir == "outputs/run"
+    assert training.output_dir == "outputs/mine"
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.e-5", 2e-5), ("1.5e+1", 15.0)])
