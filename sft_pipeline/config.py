@@ -92,12 +92,17 @@ class SFTArguments:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-5 as the number it is (YAML 1.2), where PyYAML's 1.1 rules make it text."""
+    """Safe YAML with two rules of YAML 1.2 where PyYAML has those of 1.1: 1e-5 is a number, and of words only true and
+    false are truth values, so that `save_strategy: no` is what it says."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def parse(config: str | None, overrides: list[str]) -> tuple[SFTArguments, TrainingArguments]:
@@ -172,7 +177,8 @@ def _as_arguments(path: Path, key: str, value: Any, hint: Any) -> list[str]:
             raise SFTError(f"{path}: {key} takes one value, not a list")
         return [f"--{key}", *map(str, value)]
     if isinstance(value, str) and not any(kind in (str, list) or _is_text_like(kind) for kind in kinds):
-        raise SFTError(f"{path}: {key} is the text {value!r} where a number or true/false is needed; write it without quotes")
+        needed = "a number or true/false is needed; write it without quotes"
+        raise SFTError(f"{path}: {key} is the text {value!r} where {needed}")
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
 
 

@@ -86,7 +86,7 @@ def test_the_command_line_wins(write):
 
 
 def test_lists_dictionaries_nothing_and_flags(write):
-    text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nlr_scheduler_kwargs: {num_cycles: 2}\nskip_bad_rows: yes\n"
+    text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nlr_scheduler_kwargs: {num_cycles: 2}\nskip_bad_rows: true\n"
     sft, training = parse(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
     assert (sft.train_data, sft.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
     assert sft.system_prompt is None and sft.skip_bad_rows is True
@@ -158,7 +158,7 @@ def test_files_that_are_no_config(tmp_path, write):
         ("train_on: first", "train_on: invalid choice: 'first'"),
         ("overlong: cut", "overlong: invalid choice: 'cut'"),
         ("held_out: some", "held_out is the text 'some' where a number"),
-        ("save_strategy: no", "save_strategy: "),
+        ("bf16: yes", "bf16 is the text 'yes' where a number or true/false is needed"),
         ("packing: 3", "packing: "),
         ("eval_data: []", "eval_data: expected at least one argument"),
     ],
@@ -166,6 +166,11 @@ def test_files_that_are_no_config(tmp_path, write):
 def test_values_of_a_wrong_type_name_the_file(write, text, said):
     config = write(text)
     assert refusal(config).startswith(f"{config}: {said}")
+
+
+def test_no_is_a_word_and_false_a_truth_value(write):
+    _, training = parse(write("save_strategy: no\nlogging_first_step: false\n"), [])
+    assert training.save_strategy == "no" and training.logging_first_step is False
 
 
 def test_a_wrong_value_on_the_command_line(write):
