@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @pytest.fixture
 def config(model_folder, tmp_path):
-    rows = [{"prompt": f"Say {n}.", "completion": "one two three four five six".split()[n % 6]} for n in range(24)]
+    rows = [{"prompt": f"Say {n}.", "completion": ["one", "two", "three"][n % 3]} for n in range(24)]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     keys = {
