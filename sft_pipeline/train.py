@@ -69,7 +69,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     last_eval = final_evaluation(trainer) if data.held_out else {}
     after = answer(trainer.model, template, prompts, sft.max_new_tokens)
 
-    save(trainer, template, sft, training)
+    save(trainer, template, sft)
     answers = before_and_after(prompts, references, before, after)
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
@@ -176,7 +176,7 @@ def final_evaluation(trainer: SupervisedTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments, training: TrainingArguments) -> None:
+def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> None:
     """Model (or adapters), tokenizer with the trained chat template, and what `chat` needs to know."""
     template.tokenizer.chat_template = saved_chat_template(template, sft.system_prompt)
     if sft.lora and sft.lora_merge:
@@ -185,7 +185,7 @@ def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments, trai
     trainer.save_state()
     if trainer.is_world_process_zero():
         record = {"template": sft.template, "system_prompt": sft.system_prompt}
-        write_json(Path(training.output_dir) / TEMPLATE_FILE, record)
+        write_json(Path(trainer.args.output_dir) / TEMPLATE_FILE, record)
 
 
 def stop_shares(answers: list[dict[str, Any]]) -> dict[str, float] | None:
