@@ -6,30 +6,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
-from sft_pipeline.data.encode import cache_dir
-from sft_pipeline.data.templates import Message, Template, build_template, with_system_prompt
+from sft_pipeline.data.templates import Message, Template, with_system_prompt
 from sft_pipeline.model.generation import generate
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.model.sampling import Sampling
-from sft_pipeline.output import TEMPLATE_FILE
+from sft_pipeline.trained import load_trained
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
 
 def chat(name_or_path: str, max_new_tokens: int) -> None:
     """Answer standard input: a conversation in a terminal, and a line each from a pipe (of the same conversation)."""
-    path = resolve(name_or_path, cache_dir())
-    template, system_prompt = load_template(path)
-    model = load_model(path)
-    conversation = Conversation(model, template, system_prompt, max_new_tokens)
+    conversation = Conversation(*load_trained(name_or_path), max_new_tokens)
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP)
@@ -37,16 +30,6 @@ def chat(name_or_path: str, max_new_tokens: int) -> None:
         if line == "/quit":
             break
         conversation.take(line)
-
-
-def load_template(path: str) -> tuple[Template, str | None]:
-    """The template and system prompt that the model was trained with, or the tokenizer's own chat template."""
-    tokenizer = load_tokenizer(path)
-    record = Path(path) / TEMPLATE_FILE
-    if not record.is_file():
-        return build_template("chat", tokenizer), None
-    settings = json.loads(record.read_text(encoding="utf-8"))
-    return build_template(settings["template"], tokenizer), settings["system_prompt"]
 
 
 def _lines(interactive: bool) -> Iterator[str]:

@@ -101,8 +101,8 @@ def _preview(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
     from sft_pipeline import preview
+    from sft_pipeline.cache import cache_dir
     from sft_pipeline.config import parse
-    from sft_pipeline.data.encode import cache_dir
     from sft_pipeline.data.prepare import one_row
     from sft_pipeline.data.templates import build_template
     from sft_pipeline.model.loading import load_tokenizer, resolve

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
+from sft_pipeline.cache import cache_dir
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.collate import PaddingCollator
-from sft_pipeline.data.encode import cache_dir
 from sft_pipeline.data.packing import PackedCollator, savings
 from sft_pipeline.data.prepare import Prepared, prepare
 from sft_pipeline.data.templates import Template, build_template, saved_chat_template, with_system_prompt

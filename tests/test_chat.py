@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from sft_pipeline import chat as chat_module
-from sft_pipeline.chat import HELP, Conversation, chat, load_template
+from sft_pipeline.chat import HELP, Conversation, chat
 from sft_pipeline.data.templates import build_template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.generation import generate
 from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.output import TEMPLATE_FILE
+from sft_pipeline.trained import load_template
 
 LIMIT = 5
 

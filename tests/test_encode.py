@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
+from sft_pipeline.cache import cache_dir
 from sft_pipeline.data import encode
 from sft_pipeline.data.encode import (
     CUT,
@@ -19,7 +20,6 @@ from sft_pipeline.data.encode import (
     TOO_LONG,
     UNSUPERVISED,
     Encoder,
-    cache_dir,
     encode_dataset,
     shift,
 )

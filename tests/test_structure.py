@@ -14,17 +14,19 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # What each part may import of the project beside itself: a part stands above all those that it names.
 MAY_IMPORT = {
     "errors": set(),
+    "cache": set(),
     "config": {"errors"},
-    "data": {"errors", "config"},
+    "data": {"errors", "cache", "config"},
     "model": {"errors"},
     "evaluation": {"errors", "data", "model"},
     "preview": {"errors"},
     "trainer": {"errors", "data", "model", "evaluation"},
     "output": {"errors", "config"},
     "summary": set(),
-    "train": {"errors", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary"},
-    "chat": {"errors", "config", "data", "model", "output"},
-    "cli": {"errors", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"},
+    "trained": {"cache", "data", "model", "output"},
+    "train": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary"},
+    "chat": {"errors", "data", "model", "trained"},
+    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
+from sft_pipeline.cache import cache_dir
 from sft_pipeline.data import templates
 from sft_pipeline.data.templates import Message, Run, Template, with_system_prompt
 from sft_pipeline.errors import SFTError
@@ -162,11 +162,6 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
         raise SFTError(f"no row is left to train on: {counts}; raise max_length or mend the rows")
     kept = np.flatnonzero(np.isin(_outcomes(encoded), [KEPT, CUT]))
     return (encoded if len(kept) == len(encoded) else encoded.select(kept)).remove_columns("outcome"), account
-
-
-def cache_dir() -> Path:
-    """Where encoded rows and converted models are kept between runs."""
-    return Path(os.environ.get("SFT_PIPELINE_CACHE", "~/.cache/sft_pipeline")).expanduser()
 
 
 def _encode(folder: Path, dataset: Dataset, encoder: Encoder, num_proc: int) -> Dataset:
