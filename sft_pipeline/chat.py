@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from sft_pipeline.data.templates import Message, Template, with_system_prompt
-from sft_pipeline.model.generation import generate
+from sft_pipeline.evaluation.answers import complete
 from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.trained import load_trained
 
@@ -69,10 +69,10 @@ class Conversation:
         """Stream the answer; a message that gets none is taken back."""
         self.messages.append({"role": "user", "content": line})
         streamer = TextStreamer(self.template.tokenizer, skip_special_tokens=True)
-        [done] = generate(
+        [done] = complete(
             self.model,
+            self.template,
             [self._prompt()],
-            [self.template.stop_token_id],
             Sampling(max_new_tokens=self.max_new_tokens),
             on_token=lambda row, token: streamer.put(torch.tensor([token])),
         )
@@ -81,7 +81,7 @@ class Conversation:
             self.messages.pop()
             print(f"no answer: {done.error}", file=sys.stderr)
             return
-        self.messages.append({"role": "assistant", "content": self.template.parse(done.ids)})
+        self.messages.append({"role": "assistant", "content": done.text})
 
     def _prompt(self) -> list[int]:
         """The conversation's ids, less its oldest exchanges where the model's positions do not hold them."""

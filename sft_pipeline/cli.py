@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+from pathlib import Path
 
 from sft_pipeline.errors import SFTError
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"sft-pipeline: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sft-pipeline: interrupted; checkpoints that were saved are whole", file=sys.stderr)
+        print("sft-pipeline: interrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)
 
 
@@ -40,7 +41,31 @@ def _parser() -> argparse.ArgumentParser:
     chat = _verb(verbs, "chat", _chat, "talk to a model in the terminal, or answer lines from a pipe")
     chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
+
+    _generate_options(_verb(verbs, "generate", _generate, "answer a file of prompts; the answers are rows to train on"))
     return parser
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    """The names of transformers' GenerationConfig. What is left out has the defaults of `Sampling` and `Request`."""
+    parser.add_argument("prompts", help="a text file (.txt) with a prompt a line, or rows as train_data takes them")
+    parser.add_argument("--model", required=True, help="a run's output folder, a model folder or a hub name")
+    parser.add_argument("--output", required=True, help="a .jsonl file; FILE.errors tells of prompts without an answer")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    options = argparse.SUPPRESS  # absent unless given
+    parser.add_argument("--samples", type=int, default=options, help="answers to each prompt (1)")
+    parser.add_argument("--batch_size", type=int, default=options, help="answers written side by side (16)")
+    parser.add_argument("--max_length", type=int, default=options, help="most tokens of prompt and answer together")
+    parser.add_argument("--stop_strings", nargs="+", default=options, help="texts that end an answer")
+    parser.add_argument("--system_prompt", default=options, help="instead of the one the model was trained with")
+    parser.add_argument("--max_new_tokens", type=int, default=options, help="most tokens of an answer (256)")
+    parser.add_argument("--repetition_penalty", type=float, default=options, help="above 1: repeat less")
+    parser.add_argument("--seed", type=int, default=options, help="of all that is drawn (0)")
+    drawn = parser.add_argument_group("drawing", "answers are greedy unless one of these is given")
+    drawn.add_argument("--temperature", type=float, default=options, help="1 draws as the model says, less is surer")
+    drawn.add_argument("--top_k", type=int, default=options, help="only from so many of the likeliest (50; 0: all)")
+    drawn.add_argument("--top_p", type=float, default=options, help="only from the likeliest with this probability")
+    drawn.add_argument("--min_p", type=float, default=options, help="only from those with this share of the best's")
 
 
 def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -126,3 +151,17 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise SFTError(f"chat: unknown option {rest[0]}; it takes --max_new_tokens alone")
     chat(args.model, args.max_new_tokens)
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.generate import Request, generate_file
+    from sft_pipeline.model.sampling import Sampling
+
+    if rest:
+        raise SFTError(f"generate: unknown option {rest[0]}; `generate --help` lists them")
+    given = {name: value for name, value in vars(args).items() if name != "run"}
+    sampling = {field.name: given.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in given}
+    drawn = not sampling.keys().isdisjoint(("temperature", "top_k", "top_p", "min_p"))
+    given["output"] = Path(given["output"])
+    if generate_file(Request(sampling=Sampling(**sampling, do_sample=drawn), **given)):
+        sys.exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from sft_pipeline.cache import cache_dir
@@ -14,10 +15,12 @@ from sft_pipeline.output import TEMPLATE_FILE
 
 
 def load_trained(name_or_path: str) -> tuple[PreTrainedModel, Template, str | None]:
-    """Model, template and system prompt of a run's output folder, a model folder or a hub name."""
+    """Model, template and system prompt of a run's output folder (merged, if it holds adapters), a model folder or a
+    hub name; the model on the accelerator, if there is one."""
     path = resolve(name_or_path, cache_dir())
     template, system_prompt = load_template(path)
-    return load_model(path), template, system_prompt
+    model = load_model(path).to(torch.accelerator.current_accelerator() or "cpu")
+    return model, template, system_prompt
 
 
 def load_template(path: str) -> tuple[Template, str | None]:

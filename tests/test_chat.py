@@ -11,6 +11,7 @@ from sft_pipeline import chat as chat_module
 from sft_pipeline.chat import HELP, Conversation, chat
 from sft_pipeline.data.templates import build_template, with_system_prompt
 from sft_pipeline.errors import SFTError
+from sft_pipeline.evaluation.answers import complete
 from sft_pipeline.model.generation import generate
 from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.output import TEMPLATE_FILE
@@ -34,11 +35,11 @@ def asked(monkeypatch) -> list[list[int]]:
     """The prompts that the model is given, as they come."""
     seen = []
 
-    def spy(model, prompts, *args, **kwargs):
+    def spy(model, template, prompts, *args, **kwargs):
         seen.extend(prompts)
-        return generate(model, prompts, *args, **kwargs)
+        return complete(model, template, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(chat_module, "generate", spy)
+    monkeypatch.setattr(chat_module, "complete", spy)
     return seen
 
 

@@ -229,7 +229,7 @@ def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 130
-    assert capsys.readouterr().err == "sft-pipeline: interrupted; checkpoints that were saved are whole\n"
+    assert capsys.readouterr().err == "sft-pipeline: interrupted; what was saved is whole\n"
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -239,7 +239,7 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess:
 def test_help_imports_nothing_heavy():
     code = "import sys; from sft_pipeline.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
-    for verb in ([], ["train"], ["preview"], ["chat"]):
+    for verb in ([], ["train"], ["preview"], ["chat"], ["generate"]):
         shown = python("-c", code, *verb, "--help")
         assert shown.returncode == 0, shown.stderr
         assert shown.stdout.startswith("usage: sft-pipeline")

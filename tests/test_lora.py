@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 
 from sft_pipeline.config import parse
 from sft_pipeline.errors import SFTError
+from sft_pipeline.evaluation.answers import answer
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.train import train
+from sft_pipeline.trained import load_trained
 
-pytest.importorskip("peft", reason="the extra `lora` is not installed")
+PeftModel = pytest.importorskip("peft", reason="the extra `lora` is not installed").PeftModel
+ADAPTERS, BASE = "adapter_config.json", "base_model_name_or_path"
 # peft 0.21 still asks transformers 5.23 under the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -88,3 +91,58 @@ def test_missing_peft_is_said(tiny_model, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SFTError, match="lora: true needs peft"):
         add_lora(tiny_model, 4, 8, ["all-linear"])
+
+
+def test_adapters_are_merged_into_their_base(config, tmp_path):
+    """A folder of adapters loads as the plain model that they make, whole and trainable."""
+    run(config)
+    folder = tmp_path / "out"
+    model, template, _ = load_trained(str(folder))
+    assert type(model).__name__ == "LlamaForCausalLM" and not any("lora" in name for name, _ in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    by_hand = PeftModel.from_pretrained(load_model(json.loads((folder / ADAPTERS).read_text())[BASE]), str(folder))
+    torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)
+    results = json.loads((folder / "results.json").read_text())["answers"]
+    asked = [[{"role": "user", "content": one["prompt"]}] for one in results]
+    assert [one.text for one in answer(model, template, asked, 4)] == [one["after"] for one in results]
+
+
+# peft looks for the base's configuration in its folder, which holds adapters alone.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .* vocabulary was not modified:UserWarning")
+def test_adapters_on_a_model_of_adapters(config, tmp_path):
+    run(config)
+    over = ["--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "second")]
+    run(config, *over)
+    record = json.loads((tmp_path / "second" / ADAPTERS).read_text())
+    assert record[BASE] == str(tmp_path / "out")
+    run(config, *over, "--lora_merge", "true", "--overwrite_output_dir")
+    merged = logits(load_model(str(tmp_path / "second")))
+    run(config, *over, "--overwrite_output_dir")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "second"))), merged, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{}", "adapter_config.json: names no base_model_name_or_path; put the base model's folder there"),
+        ("mine", "adapter_config.json: names no base_model_name_or_path"),
+        ('{"base_model_name_or_path": null}', "adapter_config.json: names no base_model_name_or_path"),
+        (
+            '{"base_model_name_or_path": "/not/there"}',
+            "adapter_config.json: the base model /not/there is not there; set base_model_name_or_path to where it is",
+        ),
+    ],
+)
+def test_adapters_without_their_base(record, message, tmp_path):
+    (tmp_path / ADAPTERS).write_text(record)
+    with pytest.raises(SFTError, match=message):
+        load_model(str(tmp_path))
+
+
+def test_adapters_that_do_not_fit_or_cannot_be_read(model_folder, tmp_path, monkeypatch):
+    (tmp_path / ADAPTERS).write_text(json.dumps({BASE: str(model_folder), "peft_type": "LORA", "r": 4}))
+    with pytest.raises(SFTError, match=f"{tmp_path}: its adapters do not fit {model_folder}"):
+        load_model(str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SFTError, match=f"{tmp_path}: holds adapters and needs peft; install it with"):
+        load_model(str(tmp_path))

@@ -5,11 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from sft_pipeline.chat import chat
 from sft_pipeline.config import parse
+from sft_pipeline.model.generation import generate
+from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.train import train
+from sft_pipeline.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +51,31 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     chat(str(tmp_path / "out"), 16)
     output = capsys.readouterr()
     assert len([line for line in output.out.splitlines() if line.strip()]) >= 2 and "no answer" not in output.err
+
+
+@pytest.mark.real
+def test_greedy_answers_are_those_of_transformers_one_at_a_time(monkeypatch):
+    """Twenty prompts in a batch that is refilled; `benchmarks/generate.py --check 200` does the same for more."""
+    monkeypatch.delenv("SFT_PIPELINE_CACHE")
+    model, template, _ = load_trained("smollm2-135m")
+    rows = [
+        json.loads(line) for line in (ROOT / "configs/data/quickstart.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    prompts = [template.prompt([{"role": "user", "content": row["instruction"]}]) for row in rows[:20]]
+    stop, new = template.stop_token_id, 32
+    for prompt, done in zip(prompts, generate(model, prompts, [stop], Sampling(max_new_tokens=new), batch_size=8)):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": stop, "pad_token_id": stop}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        expected = output[:-1] if output[-1] == stop else output
+        assert done.ids == expected or tied(model, prompt, done.ids, expected)
+
+
+def tied(model: PreTrainedModel, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+    """Whether two answers part where their tokens' logits lie within 1e-5, so that rounding chooses."""
+    at = next((at for at, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+    if at is None:
+        return False
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ours[:at]])).logits[0, -1]
+    return bool((logits[ours[at]] - logits[theirs[at]]).abs() < 1e-5)

@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "summary": set(),
     "trained": {"cache", "data", "model", "output"},
     "train": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary"},
-    "chat": {"errors", "data", "model", "trained"},
-    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"},
+    "chat": {"errors", "data", "model", "evaluation", "trained"},
+    "answer_file": {"errors"},
+    "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
+    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -94,7 +96,7 @@ def test_init_files_are_empty():
     assert [str(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["preview", "--help"], ["chat", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"]] + [[verb, "--help"] for verb in ("train", "preview", "chat", "generate")])
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import runpy, sys\n"

@@ -33,36 +33,59 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     convert: Callable[[Row], list[Message]]
+    answer: str | None = None  # the column of the answer alone, which a prompt may lack
 
     def used(self, columns: Collection[str]) -> list[str]:
         """Those of `columns` that this shape reads, in the order of `columns`."""
         return [column for column in columns if column in self.required + self.optional]
 
+    def needed(self, answered: bool) -> list[str]:
+        """The columns a row must have, with its answer or without."""
+        return [column for column in self.required if answered or column != self.answer]
 
-def detect_format(columns: Collection[str], name: str = "the data") -> Format:
-    """The shape that these columns have; where several fit, the one that stands first in FORMATS.
+
+def detect_format(columns: Collection[str], name: str = "the data", answered: bool = True) -> Format:
+    """The shape that these columns have; where several fit, the one that stands first in FORMATS. Rows that are not
+    `answered` are prompts, whose columns may lack the answer's.
 
     Raises SFTError, naming the file (`name`), its columns and the known shapes, if none fits.
     """
     for candidate in FORMATS.values():
-        if set(candidate.required) <= set(columns):
+        if set(candidate.needed(answered)) <= set(columns):
             return candidate
-    known = "; ".join(f"{shape.name} ({', '.join(shape.required)})" for shape in FORMATS.values())
+    known = "; ".join(f"{shape.name} ({', '.join(shape.needed(answered))})" for shape in FORMATS.values())
     found = ", ".join(map(str, columns)) or "none"
     raise SFTError(f"{name}: its columns ({found}) fit no known shape; rename them to one of: {known}")
 
 
 def to_messages(row: Any, shape: Format) -> list[Message]:
     """One row as messages. Raises SFTError with the reason alone: the caller knows where the row stands."""
+    messages = _convert(row, shape, answered=True)
+    _check(messages)
+    return messages
+
+
+def to_prompt(row: Any, shape: Format) -> tuple[list[Message], str | None]:
+    """What a model is shown of a row: a conversation that ends with the user's message, and the answer that stood
+    behind it, if one did. Raises SFTError with the reason alone."""
+    messages = _convert(row, shape, answered=False)
+    if not messages:
+        raise SFTError("an empty conversation")
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    if isinstance(answer, str) and not answer.strip():
+        answer = None
+    _check([*messages, {"role": "assistant", "content": "to come" if answer is None else answer}])
+    return messages, answer
+
+
+def _convert(row: Any, shape: Format, answered: bool) -> list[Message]:
     if not isinstance(row, Mapping):
         raise SFTError(f"a row must be an object with columns, this is {_kind(row)}")
-    missing = [column for column in shape.required if row.get(column) is None]
+    missing = [column for column in shape.needed(answered) if row.get(column) is None]
     if missing:
         keys = ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
         raise SFTError(f"no {missing[0]!r} (the row has: {keys}), which {shape.name} rows need")
-    messages = shape.convert(row)
-    _check(messages)
-    return messages
+    return shape.convert(row)
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -89,11 +112,13 @@ def _sharegpt(row: Row) -> list[Message]:
 
 
 def _prompt_completion(row: Row) -> list[Message]:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = row["prompt"], row.get("completion")
+    if completion is None:  # a prompt alone
+        completion = "" if isinstance(prompt, str) else []
     if isinstance(prompt, str) and isinstance(completion, str):
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _turns(row, "prompt") + _turns(row, "completion")
+        return _turns(row, "prompt") + _turns({"completion": completion}, "completion")
     raise SFTError("'prompt' and 'completion' must both be text or both be lists of messages")
 
 
@@ -164,7 +189,7 @@ FORMATS = {
     for shape in (
         Format("messages", ("messages",), (), _messages),
         Format("sharegpt", ("conversations",), ("system",), _sharegpt),
-        Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
-        Format("prompt-completion", ("prompt", "completion"), (), _prompt_completion),
+        Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca, "output"),
+        Format("prompt-completion", ("prompt", "completion"), (), _prompt_completion, "completion"),
     )
 }

@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from sft_pipeline.data import formats, readers
 from sft_pipeline.data.formats import FORMATS, Format, detect_format, to_messages
-from sft_pipeline.data.readers import READERS, read_rows
+from sft_pipeline.data.readers import READERS, PlacedRow, read_rows
 from sft_pipeline.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,22 @@ def load_source(name_or_path: str, split: str = "train", skip_bad_rows: bool = F
     dataset = _without_problems(dataset, name, skip_bad_rows)
     logger.info("%s: %s rows, %s", name, f"{len(dataset):,}", said)
     return dataset
+
+
+def raw_rows(name_or_path: str, split: str = "train") -> Iterator[PlacedRow]:
+    """The rows of the same sources as they are, each with its place: nothing is converted, checked or cached."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        for file in _files(path, split):
+            yield from read_rows(file, f"{file.parent.name}/{file.name}")
+    elif path.is_file():
+        yield from read_rows(path, path.name)
+    else:
+        dataset = _from_hub(str(name_or_path), split)
+        shape = detect_format(dataset.column_names, str(name_or_path), answered=False)
+        tables = _undecoded(dataset, shape).iter(batch_size=1000)
+        rows = (row for table in tables for row in table.to_pylist())
+        yield from ((f"{name_or_path} row {index}", row) for index, row in enumerate(rows))
 
 
 def _reading(shape: Format, columns: list[str]) -> str:
@@ -170,8 +186,7 @@ def _from_hub(name: str, split: str) -> Dataset:
 def _convert(dataset: Dataset, name: str) -> tuple[Dataset, str]:
     columns = dataset.column_names
     shape = detect_format(columns, name)
-    # As Arrow, because the decoding of images and sounds would open the paths that stand in the data.
-    used = dataset.select_columns(shape.used(columns)).with_format("arrow")
+    used = _undecoded(dataset, shape)
     converted = used.map(
         _convert_batch,
         batched=True,
@@ -182,6 +197,12 @@ def _convert(dataset: Dataset, name: str) -> tuple[Dataset, str]:
         desc=f"reading {name}",
     )
     return converted.with_format(None), _reading(shape, columns)
+
+
+def _undecoded(dataset: Dataset, shape: Format) -> Dataset:
+    """The columns of the shape as Arrow: the decoding of images and sounds would open the paths that stand in the
+    data."""
+    return dataset.select_columns(shape.used(dataset.column_names)).with_format("arrow")
 
 
 def _convert_batch(batch: pa.Table, indices: list[int], name: str, shape: str, key: str) -> pa.Table:

@@ -1,25 +1,29 @@
-"""Held-out prompts answered by the model as it is now."""
+"""Prompts answered by a model: the one way from conversations to text, for `chat`, `generate` and the evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.templates import Message, Template
-from sft_pipeline.model.generation import generate
+from sft_pipeline.model.generation import Completion, generate
 from sft_pipeline.model.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Answer:
-    """stopped: the model ended the answer itself; otherwise the token limit cut it off. error: why there is none."""
+    """stopped: the model (or a stop string) ended the answer; otherwise the token limit cut it off. error: why there is
+    none. logprob: of all its tokens together, in nats."""
 
     text: str
     stopped: bool
     tokens: int
     error: str | None = None
+    logprob: float = 0.0
 
 
 def answer(
@@ -27,12 +31,43 @@ def answer(
 ) -> list[Answer]:
     """Greedy answers to conversations that end with a user message, in their order."""
     ids = [template.prompt(messages) for messages in prompts]
-    settings = Sampling(max_new_tokens=max_new_tokens)
-    completions = generate(model, ids, [template.stop_token_id], settings, batch_size=batch_size)
-    return [
-        Answer(template.parse(done.ids), done.finish_reason == "stop", len(done.ids), done.error)
-        for done in completions
-    ]
+    return complete(model, template, ids, Sampling(max_new_tokens=max_new_tokens), batch_size=batch_size)
+
+
+def complete(
+    model: PreTrainedModel,
+    template: Template,
+    prompts: list[list[int]],
+    settings: Sampling,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    stop_strings: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_done: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Answers to what `template.prompt` made, in their order. The arguments are those of `generation.generate`, but
+    that `on_done` is given the answer."""
+    completions = generate(
+        model,
+        prompts,
+        [template.stop_token_id],
+        settings,
+        batch_size=batch_size,
+        max_length=max_length,
+        stop_strings=stop_strings,
+        decode=partial(template.tokenizer.decode, skip_special_tokens=True),
+        seeds=seeds,
+        on_token=on_token,
+        on_done=on_done and (lambda row, done: on_done(row, _read(done))),
+    )
+    return [_read(done) for done in completions]
+
+
+def _read(done: Completion) -> Answer:
+    text = (done.text or "").strip()
+    return Answer(text, done.finish_reason == "stop", len(done.ids), done.error, sum(done.logprobs))
 
 
 def before_and_after(

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.model.adapters import base_of, merge
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with float32 weights, whatever it was saved in: the optimizer's small steps vanish in 16 bits.
 
-    Only safetensors are read: a pickle can run code. Raises SFTError for a folder without them.
+    Adapters in a folder are merged into their base. Only safetensors are read: a pickle can run code. Raises SFTError
+    for a folder without them.
     """
     folder = Path(path)
+    base = base_of(folder)
+    if base:
+        return merge(load_model(base, trust_remote_code), folder)
     if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         raise SFTError(f"{path}: a model folder without weights (no *.safetensors); save the model there again")
     try:

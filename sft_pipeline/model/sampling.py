@@ -36,7 +36,7 @@ class Sampling:
     def __post_init__(self) -> None:
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature > 0, "above 0; for greedy decoding set do_sample to false"),
+            "temperature": (self.temperature > 0, "above 0; greedy decoding takes none"),
             "top_k": (self.top_k is None or self.top_k >= 0, "at least 1, or 0 for no limit"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
