@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 ROOT = Path(__file__).resolve().parent.parent
+SYSTEM = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"  # the reference's system prompt
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "peft")
 Run = dict[str, Any]
 

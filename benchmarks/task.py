@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import torch
+from report import SYSTEM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from sft_pipeline.cache import cache_dir
@@ -23,7 +24,6 @@ from sft_pipeline.data.templates import build_template
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.train import build_trainer
 
-SYSTEM = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
 MAX_LENGTH = 1024
 
 
@@ -48,12 +48,12 @@ class Task:
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
 
-def prepare(model: str, data: str, rows: int, template: str = "role") -> Task:
+def prepare(model: str, data: str, rows: int) -> Task:
     """The first `rows` rows of `data` as the role template encodes them, with the reference's system prompt."""
     datasets.disable_progress_bars()
     path = resolve(model, cache_dir())
     source = load_source(data)
-    encoder = Encoder(build_template(template, load_tokenizer(path)), SYSTEM, MAX_LENGTH)
+    encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM, MAX_LENGTH)
     encoded, account = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
     return Task(path, encoded[:], asdict(account))
 
@@ -105,6 +105,7 @@ def shared_settings() -> dict[str, Any]:
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
+        "logging_first_step": False,
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
