@@ -39,7 +39,9 @@ def ours(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, num_p
 
 def trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> float:
     """Rows a second, of rows that are on disk as those of a user are."""
-    model = LlamaForCausalLM(LlamaConfig(len(tokenizer), 8, 8, num_hidden_layers=1, num_attention_heads=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
     with tempfile.TemporaryDirectory() as folder:
         rows.save_to_disk(f"{folder}/rows")
         on_disk = datasets.load_from_disk(f"{folder}/rows")

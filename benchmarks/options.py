@@ -22,7 +22,7 @@ FULL = "full"
 OPTIONS: dict[str, dict[str, Any]] = {
     FULL: {},
     "lora": {"lora": True, "learning_rate": 1e-3},
-    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"activation_checkpointing": True},
     "packing: false": {"packing": False},
     "prefix not shared": {"share_prefix": False},
     "bf16 (autocast)": {"bf16": True},

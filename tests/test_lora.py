@@ -79,9 +79,9 @@ def test_packed_and_padded_runs_agree(config, tmp_path):
     assert packed["eval_loss"]["after"] == pytest.approx(padded["eval_loss"]["after"], abs=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+def test_checkpointing_changes_nothing(config, tmp_path):
     plain = run(config)
-    other = run(config, "--gradient_checkpointing", "true", "--output_dir", str(tmp_path / "checkpointed"))
+    other = run(config, "--activation_checkpointing", "true", "--output_dir", str(tmp_path / "checkpointed"))
     assert other["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
 
 

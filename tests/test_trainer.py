@@ -113,7 +113,7 @@ def test_accumulated_gradients_are_the_whole_batchs(size, accumulation, collator
 def test_checkpointed_gradients_are_the_same(collator, reference_gradients, tmp_path):
     """Each layer is computed again in the backward pass, and nothing else changes."""
     keep, calls = KeepGradients(), []
-    options = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
+    options = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
     trainer = make_trainer(tmp_path, collator, callbacks=[keep], **options)
     for layer in trainer.model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
