@@ -82,6 +82,12 @@ def test_packed_and_padded_runs_agree(config, tmp_path):
     assert packed["eval_loss"]["after"] == pytest.approx(padded["eval_loss"]["after"], abs=1e-4)
 
 
+def test_checkpointing_changes_nothing(config, tmp_path):
+    plain = run(config)
+    other = run(config, "--activation_checkpointing", "true", "--output_dir", str(tmp_path / "checkpointed"))
+    assert other["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
+
+
 def test_unknown_layers_are_named(tiny_model):
     with pytest.raises(SFTError, match=r"lora_target_modules \['nowhere'\]: .*not found"):
         add_lora(tiny_model, 4, 8, ["nowhere"])

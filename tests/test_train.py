@@ -188,6 +188,14 @@ def test_packed_and_padded_runs_are_the_same_run(run, config, tmp_path):
         assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], rel=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("key", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_changes_no_figure(key, run, config, tmp_path):
+    checkpointed = run_train(config, "--output_dir", str(tmp_path / "out"), f"--{key}", "true")
+    for one, other in zip(curve(run[1]), curve(checkpointed), strict=True):
+        assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], abs=1e-6)
+
+
 def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):
     keys = ["--load_best_model_at_end", "true", "--early_stopping_patience", "1", "--eval_steps", "1"]
     keys += ["--save_steps", "1", "--learning_rate", "1.0", "--max_steps", "8"]

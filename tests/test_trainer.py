@@ -109,6 +109,20 @@ def test_accumulated_gradients_are_the_whole_batchs(size, accumulation, collator
     assert max(g.abs().max() for g in found.values()) > 1e-2  # else the tolerance would hide everything
 
 
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_checkpointed_gradients_are_the_same(collator, reference_gradients, tmp_path):
+    """Each layer is computed again in the backward pass, and nothing else changes."""
+    keep, calls = KeepGradients(), []
+    options = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
+    trainer = make_trainer(tmp_path, collator, callbacks=[keep], **options)
+    for layer in trainer.model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert len(calls) == 2 * len(trainer.model.model.layers)
+    for name, expected in reference_gradients.items():
+        torch.testing.assert_close(keep.gradients[name], expected, rtol=0, atol=1e-5)
+
+
 def plain_figures(model, rows: Dataset) -> tuple[float, float]:
     """Loss in nats a target and share of hits over all rows, each run alone through the plain forward pass."""
     nll = targets = hits = 0.0

@@ -1,0 +1,151 @@
+"""The work that all contenders are given: a model folder, rows that were encoded once, and our trainer over them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from report import SYSTEM
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
+
+from sft_pipeline.cache import cache_dir
+from sft_pipeline.config import parse
+from sft_pipeline.data.encode import Account, Encoder, encode_dataset
+from sft_pipeline.data.prepare import Prepared
+from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.templates import build_template
+from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
+from sft_pipeline.train import build_trainer
+
+MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of `input_ids` and shifted `labels`, and the folder of the model that is trained on them."""
+
+    model: str
+    rows: dict[str, list[list[int]]]
+    account: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens: no padding, no sharing."""
+        return self.account["tokens"]
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Task:
+        return cls(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def prepare(model: str, data: str, rows: int) -> Task:
+    """The first `rows` rows of `data` as the role template encodes them, with the reference's system prompt."""
+    datasets.disable_progress_bars()
+    path = resolve(model, cache_dir())
+    source = load_source(data)
+    encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM, MAX_LENGTH)
+    encoded, account = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
+    return Task(path, encoded[:], asdict(account))
+
+
+def random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:
+    """A model folder of Qwen3-0.6B's shape with random weights and fewer of its 28 layers."""
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def our_trainer(task: Task, folder: str, batch: int, **options: Any) -> Trainer:
+    """The trainer as `train` builds it, with the settings that all contenders share; rows in file order."""
+    keys = {
+        "model_name_or_path": task.model,
+        "train_data": "encoded already",
+        "template": "role",
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "optim": "adamw_torch_fused",
+        **shared_settings(),
+        **options,
+    }
+    sft, training = parse(None, [f"--{key}={value}" for key, value in keys.items()])
+    account = Account(**task.account)
+    rows = datasets.Dataset.from_dict(task.rows)
+    template = build_template("role", load_tokenizer(task.model))
+    return build_trainer(sft, training, load_model(task.model), template, Prepared(rows, account, None, None, None))
+
+
+def shared_settings() -> dict[str, Any]:
+    """TrainingArguments of every contender that is a Trainer: plain AdamW, float32, no clipping, no shuffling."""
+    return {
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "logging_strategy": "no",
+        "logging_first_step": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+class Clock(TrainerCallback):
+    """When training began and when each optimizer step ended, by `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.ends: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, from the first batch on."""
+        return self.ends[-1] - self.began
+
+
+def record_losses(trainer: Trainer) -> list[float]:
+    """The list that each step's loss will be put into, unrounded."""
+    losses: list[float] = []
+    step = trainer.training_step
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    trainer.training_step = recorded
+    return losses
+
+
+def peak_gib() -> float:
+    """The most memory this process had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
