@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
+from sft_pipeline.allocator import keep_freed_memory
 from sft_pipeline.cache import cache_dir
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.collate import PaddingCollator
@@ -25,6 +26,7 @@ from sft_pipeline.data.templates import Template, build_template, saved_chat_tem
 from sft_pipeline.evaluation.answers import Answer, answer, as_dicts, before_and_after
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
+from sft_pipeline.model.fused_training import use_fused_layers
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import (
@@ -102,6 +104,8 @@ def build_trainer(
     collator = build_collator(sft, training, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
+    if isinstance(collator, PackedCollator) and (fused := use_fused_layers(model)):
+        logger.info("fused forward and backward in %s layers", fused)
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
     held_out = data.held_out and data.held_out.select(
@@ -112,6 +116,8 @@ def build_trainer(
     # One process a device: the old way of one process for all devices would split a packed batch.
     training._n_gpu = min(1, training.n_gpu)
     training.dataloader_pin_memory &= torch.accelerator.is_available()
+    if training.device.type == "cpu":
+        keep_freed_memory()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{model.num_parameters():,}", model.dtype)
     return SupervisedTrainer(

@@ -21,8 +21,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sft_pipeline.model import attention
-from sft_pipeline.model.attention import NAME, PackedRows, packed_arguments, use_packed_attention, why_not_packable
+from sft_pipeline.model import attention, block_attention
+from sft_pipeline.model.attention import NAME, packed_arguments, use_packed_attention, why_not_packable
+from sft_pipeline.model.block_attention import PackedRows
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -87,11 +88,11 @@ def test_packed_rows_have_the_loss_and_gradients_of_the_padded_batch(name, prefi
     model.set_attn_implementation("sdpa")
     expected = loss_and_grads(model, padded(model, rows, prefix), rows, prefix)
     use_packed_attention(model)
-    whole, attention.BLOCK = attention.BLOCK, block
+    whole, block_attention.BLOCK = block_attention.BLOCK, block
     try:
         assert_same(loss_and_grads(model, packed(model, rows, prefix), rows, prefix), expected)
     finally:
-        attention.BLOCK = whole
+        block_attention.BLOCK = whole
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,9 +10,8 @@ generation) it is plain `sdpa`.
     model(input_ids=..., position_ids=..., **packed_arguments(row_lengths), use_cache=False)
 """
 
-from collections.abc import Iterator
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +20,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from sft_pipeline.model.block_attention import PackedRows, attend, attend_backward
 from sft_pipeline.model.loss import evaluating, without_adapter_shell
 
 NAME = "sft_packed"
-BLOCK = 128  # queries at a time: scores above the diagonal are computed only within a block
-
-
-class PackedRows(NamedTuple):
-    """How a line of tokens is divided: the shared prefix, then the rest of each row."""
-
-    prefix: int
-    lengths: tuple[int, ...]
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Start and end of each row's own tokens."""
-        end = self.prefix
-        for length in self.lengths:
-            yield end, end + length
-            end += length
 
 
 def packed_arguments(row_lengths: Tensor) -> dict[str, Any]:
@@ -198,99 +183,16 @@ def _flex_mask(rows: PackedRows, device: torch.device) -> Any:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Attention by batched matrix products over blocks of queries, the heads of a group side by side.
-
-    Nothing is kept but the inputs: the backward pass forms a block's probabilities again, one product in five.
-    """
+    """model/block_attention.py for autograd; keeps the inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.rows, ctx.scaling = rows, scaling
-        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-        queries, outputs = (_grouped(t, key.shape[1]) for t in (query, output.transpose(1, 2)))
-        for span, keys, values in _segments(rows, key[0], value[0]):
-            for block, seen in _blocks(span, keys.shape[1]):
-                weights = _weights(queries[:, :, block].flatten(1, 2), keys[:, :seen], block, scaling)
-                outputs[:, :, block] = torch.bmm(weights, values[:, :seen]).unflatten(1, (outputs.shape[1], -1))
-        return output
+        return attend(query, key, value, rows, scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        query, key, value = ctx.saved_tensors
-        slopes = [torch.zeros_like(t) for t in (query, key, value)]
-        queries, query_slopes, grads = (_grouped(t, key.shape[1]) for t in (query, slopes[0], grad.transpose(1, 2)))
-        for span, keys, values in _segments(ctx.rows, key[0], value[0]):
-            sums = torch.zeros_like(keys), torch.zeros_like(values)
-            for block, seen in _blocks(span, keys.shape[1]):
-                part = queries[:, :, block].flatten(1, 2), keys[:, :seen], values[:, :seen]
-                slope = _block_slopes(*part, grads[:, :, block].flatten(1, 2), block, ctx.scaling, sums)
-                query_slopes[:, :, block] = slope.unflatten(1, (queries.shape[1], -1))
-            for slope, total in zip(slopes[1:], sums):
-                _scatter(slope[0], total, span)
+        slopes = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+        attend_backward(*ctx.saved_tensors, grad, ctx.rows, ctx.scaling, slopes)
         return *slopes, None, None
-
-
-def _block_slopes(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    grad: Tensor,
-    block: slice,
-    scaling: float,
-    sums: tuple[Tensor, Tensor],
-) -> Tensor:
-    """One block's gradient of the queries; those of the keys and values it has seen are added to `sums`."""
-    weights = _weights(query, keys, block, scaling)
-    seen = keys.shape[1]
-    sums[1][:, :seen].baddbmm_(weights.transpose(1, 2), grad)
-    slope = torch.bmm(grad, values.transpose(1, 2))
-    slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
-    sums[0][:, :seen].baddbmm_(slope.transpose(1, 2), query, alpha=scaling)
-    return torch.baddbmm(query, slope, keys, beta=0, alpha=scaling)
-
-
-def _weights(query: Tensor, keys: Tensor, block: slice, scaling: float) -> Tensor:
-    """Probabilities (key-value heads, group x queries, keys): the last keys are the block's own, under the diagonal."""
-    own = block.stop - block.start
-    empty = query.new_empty(())
-    scores = torch.baddbmm(empty, query, keys.transpose(1, 2), beta=0, alpha=scaling)
-    scores.unflatten(1, (-1, own))[..., -own:] += _diagonal(own, query.dtype, query.device)
-    return torch.softmax(scores, -1)
-
-
-@cache
-def _diagonal(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Minus infinity above the diagonal; at most BLOCK different ones are kept."""
-    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
-
-
-def _grouped(heads: Tensor, groups: int) -> Tensor:
-    """(1, heads, tokens, size) seen as (key-value heads, heads of a group, tokens, size)."""
-    return heads[0].unflatten(0, (groups, -1))
-
-
-def _segments(rows: PackedRows, key: Tensor, value: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """For the prefix and each row: its span, and the keys and values it sees: the prefix's and its own."""
-    prefix = rows.prefix
-    if prefix:
-        yield (0, prefix), key[:, :prefix], value[:, :prefix]
-    for start, end in rows.spans():
-        yield (start, end), *(torch.cat((t[:, :prefix], t[:, start:end]), 1) for t in (key, value))
-
-
-def _blocks(span: tuple[int, int], keys: int) -> Iterator[tuple[slice, int]]:
-    """Blocks of a row's queries, with the number of its keys up to the block's end."""
-    start, end = span
-    for at in range(start, end, BLOCK):
-        stop = min(at + BLOCK, end)
-        yield slice(at, stop), keys - (end - stop)
-
-
-def _scatter(slopes: Tensor, total: Tensor, span: tuple[int, int]) -> None:
-    """Add a segment's gradients (heads, prefix + own, size) to those of the whole line."""
-    start, end = span
-    own = end - start
-    slopes[:, start:end] += total[:, -own:]
-    prefix = total.shape[1] - own
-    slopes[:, :prefix] += total[:, :prefix]

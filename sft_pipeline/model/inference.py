@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_pipeline.model.fused_layer import layer_forward, linear_forward, serves_layer, serves_linear
+from sft_pipeline.model.fused_training import fused_layers_set_aside
 
 ATTENTION = "sft_generation"
 
@@ -25,6 +26,7 @@ def lent(model: PreTrainedModel, attention: Callable, rows: int) -> Iterator[Non
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_attention(model, attention))
+        stack.enter_context(fused_layers_set_aside(model))
         stack.enter_context(_fast_forwards(model, attention, rows))
         yield
 
