@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -33,24 +32,3 @@ def answer(
         Answer(template.parse(done.ids), done.finish_reason == "stop", len(done.ids), done.error)
         for done in completions
     ]
-
-
-def before_and_after(
-    prompts: list[list[Message]], references: list[str], before: list[Answer], after: list[Answer]
-) -> list[dict[str, Any]]:
-    """The rows of results.json's `answers`."""
-    return [
-        {
-            "prompt": prompt[-1]["content"],
-            "reference": reference,
-            "before": old.text,
-            "after": new.text,
-            "stopped": new.stopped,
-            "stopped_before": old.stopped,
-        }
-        for prompt, reference, old, new in zip(prompts, references, before, after)
-    ]
-
-
-def as_dicts(answers: list[Answer]) -> list[dict[str, Any]]:
-    return [asdict(one) for one in answers]
