@@ -229,7 +229,7 @@ def send_table(table: list[Row], report_to: list[str], step: int) -> None:
         if not table or name not in report_to:
             continue
         tracker = importlib.import_module(name)
-        tracker.log({"eval/table": tracker.Table(dataframe=pandas.DataFrame(table)), "train/global_step": step})
+        tracker.log({"eval/table": tracker.Table(dataframe=pandas.DataFrame(table, dtype=object)), "train/global_step": step})
 
 
 def described(found: Evaluation, questions: int) -> str:
