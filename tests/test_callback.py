@@ -280,14 +280,14 @@ def test_references_without_words_cost_no_run():
 # Training does not notice.
 
 
-@pytest.mark.parametrize("keys", [[], ["--packing", "false"]], ids=["packed", "padded"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_training_gives_the_same_bits_without_it(dropout, keys, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dropout", "packing"), [(0.0, "true"), (0.2, "true"), (0.2, "false")])
+def test_training_gives_the_same_bits_without_it(dropout, packing, config, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(yaml.safe_load(config.read_text())["model_name_or_path"], model)
     settings = json.loads((model / "config.json").read_text()) | {"attention_dropout": dropout}
     (model / "config.json").write_text(json.dumps(settings))
-    keys = [*keys, "--model_name_or_path", str(model), "--eval_steps", "1", "--save_strategy", "no", "--max_steps", "3"]
+    keys = ["--packing", packing, "--model_name_or_path", str(model), "--eval_steps", "1", "--max_steps", "3"]
+    keys += ["--save_strategy", "no"]
     run_train(config, tmp_path / "with", *keys)
     assert len(evaluations(tmp_path / "with")) == 4
     monkeypatch.setattr(EvaluationCallback, "on_evaluate", lambda *args, **kwargs: None)
@@ -600,7 +600,7 @@ def test_two_processes_make_the_table_of_one(run, config, tmp_path):
     assert [row["prompt"] for row in two["step_000004"]["table"]] == [
         row["prompt"] for row in one["step_000004"]["table"]
     ]
-    assert "answers before" not in said[1] and "held-out loss" in said[0]
+    assert "held-out loss" in said[0] and "held-out loss" not in said[1]
 
 
 # Trackers.

@@ -166,7 +166,7 @@ class Budget:
     """How many questions an evaluation on the way may ask: seconds of answers / seconds of training is at most `share`.
 
     A question is taken to cost what it did in the evaluation before; what was taken wrongly is paid back later. The
-    number is set at the first evaluation on the way and then only ever falls, so that figures are of the same questions.
+    number is set at the first evaluation on the way and never rises above that: figures are of the same questions.
     """
 
     def __init__(self, share: float) -> None:
@@ -229,7 +229,9 @@ def send_table(table: list[Row], report_to: list[str], step: int) -> None:
         if not table or name not in report_to:
             continue
         tracker = importlib.import_module(name)
-        tracker.log({"eval/table": tracker.Table(dataframe=pandas.DataFrame(table, dtype=object)), "train/global_step": step})
+        # As objects, for a column of texts or truth values would turn None into NaN.
+        frame = pandas.DataFrame(table, dtype=object)
+        tracker.log({"eval/table": tracker.Table(dataframe=frame), "train/global_step": step})
 
 
 def described(found: Evaluation, questions: int) -> str:

@@ -88,7 +88,7 @@ def held_out_figures(held_out: dict[str, list[float]], utf8_bytes: int) -> dict[
 
 
 def table_figures(table: list[Row]) -> dict[str, float]:
-    """The figures of the rows that have an answer; `answers` and `instructions` count those, `answer_errors` the rest."""
+    """Figures of the rows that have an answer; `answers` and `instructions` count those, `answer_errors` the rest."""
     rows, told = ([row for row in _of_kind(table, kind) if row["error"] is None] for kind in (False, True))
     figures: dict[str, float] = {
         "answers": len(rows),

@@ -51,7 +51,7 @@ def load_instructions() -> tuple[Instruction, ...]:
 
 
 def sample_instructions(count: int) -> list[Instruction]:
-    """The first `count` of all, taken from each language and category in turn, so that every beginning is a fair one."""
+    """`count` of all, taken from each language and category in turn, so that every beginning is a fair sample."""
     groups: dict[tuple[str, str], list[Instruction]] = {}
     for instruction in load_instructions():
         groups.setdefault((instruction.language, instruction.category), []).append(instruction)
