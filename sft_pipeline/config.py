@@ -82,7 +82,18 @@ class SFTArguments:
     )
     lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapters."})
     num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
-    num_answers: int = field(default=5, metadata={"help": "Held-out prompts answered before and after training."})
+    num_answers: int = field(
+        default=5, metadata={"help": "Held-out prompts answered before training, at evaluations and after it."}
+    )
+    num_instructions: int = field(
+        default=24, metadata={"help": "Instructions whose answers code checks, asked with them; there are 74."}
+    )
+    eval_answer_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Answers at evaluations on the way take at most this share of the training time: fewer are asked."
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens an answer may have."})
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after this many evaluations without a better eval_loss; 0 never stops."}
@@ -212,7 +223,7 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
     for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(sft, key) < 1:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 1 or more")
-    for key in ("num_answers", "early_stopping_patience"):
+    for key in ("num_answers", "num_instructions", "eval_answer_share", "early_stopping_patience"):
         if getattr(sft, key) < 0:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 0 or more")
     if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):

@@ -1,7 +1,7 @@
 """The output folder of a run: who may write there, what marks it, and what repeats the run.
 
     run.yaml            the config that repeats the run; marks the folder as a run's
-    answers_before.json the base model's answers
+    evaluation/         answers and figures of each evaluation (evaluation/history.py)
     results.json        figures, answers before and after, loss curve, versions
     sft_template.json   template and system prompt, which `chat` needs
 """
@@ -22,7 +22,7 @@ from sft_pipeline.config import DEFAULTS, SFTArguments
 from sft_pipeline.errors import SFTError
 
 RUN_FILE = "run.yaml"
-BEFORE_FILE = "answers_before.json"
+EVALUATION_DIR = "evaluation"
 RESULTS_FILE = "results.json"
 TEMPLATE_FILE = "sft_template.json"
 
@@ -74,9 +74,21 @@ def checkpoint_to_resume(asked: str, folder: Path) -> str:
     return asked
 
 
+def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> None:
+    """A run that goes on in another folder takes along what was found before, the base model's answers among it."""
+    if checkpoint is None or training.process_index:
+        return
+    earlier, ours = Path(checkpoint).parent / EVALUATION_DIR, Path(training.output_dir) / EVALUATION_DIR
+    if earlier.is_dir() and not ours.exists():
+        shutil.copytree(earlier, ours)
+
+
 def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
-    default = TrainingArguments(output_dir=training.output_dir).to_dict()
+    # TrainingArguments set up the process's device and group anew: these have to be told the same.
+    group = {"use_cpu": training.use_cpu, "ddp_backend": training.ddp_backend}
+    default = TrainingArguments(output_dir=training.output_dir, **group).to_dict()
+    default |= {"use_cpu": False, "ddp_backend": None}
     given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
     # With DEFAULTS, for the library's default of such a key would be read back as ours.
     for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):

@@ -9,6 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 SHOWN = 5  # answers printed; results.json has them all
+# Figures of the table, as they are called there, and how a value and a difference are written.
+FIGURES = {
+    "nll_nats_per_token": ("held-out loss, nats a token", "{:.3f}", "{:+.3f}"),
+    "stop_rate": ("answers that end", "{:.0%}", "{:+.0%}"),
+    "loop_rate": ("answers in a loop (复读机)", "{:.0%}", "{:+.0%}"),
+    "instructions_followed_rate": ("instructions followed", "{:.0%}", "{:+.0%}"),
+}
 
 
 def print_results(results: dict[str, Any], folder: str, console: Console) -> None:
@@ -18,20 +25,37 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         table.add_column(style="bold", width=9, no_wrap=True)
         table.add_column()
         table.add_row("prompt", Text(one["prompt"]))
-        table.add_row("before", Text(one["before"] + ("" if one["stopped_before"] else " … (cut off)")), style="dim")
-        table.add_row("after", Text(one["after"] + ("" if one["stopped"] else " … (cut off)")), style="green")
+        if one["before"] is not None:
+            table.add_row("before", Text(_shown(one["before"], one["stopped_before"], one["error"])), style="dim")
+        table.add_row("after", Text(_shown(one["after"], one["stopped"], one["error"])), style="green")
         console.print(table)
         console.print()
-    loss, stopped = results["eval_loss"], results["stopped_share"]
-    if loss["before"] is not None and loss["after"] is not None:
-        change = loss["after"] / loss["before"] - 1
-        console.print(f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f} ({change:+.0%})", highlight=False)
-    if stopped:
-        count = len(results["answers"])
-        line = f"answers that end by themselves {stopped['before']:.0%} -> {stopped['after']:.0%} (of {count})"
-        console.print(line, highlight=False)
+    if results["before_and_after"]:
+        console.print(figures_table(results["before_and_after"]))
     console.print(
         f"{results['steps']} steps in {results['seconds']:.0f} s, {results['tokens_per_second']:.0f} tokens/s, "
         f"{results['peak_memory_gib']} GiB at most\nsaved in {folder}; talk to it: ./launch.sh chat {folder}",
         highlight=False,
     )
+
+
+def figures_table(changes: dict[str, dict[str, float | None]]) -> Table:
+    """A row a figure: before, after, the difference with its 95% interval, and the items it is over."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("")
+    for name in ("before", "after", "change", "95% interval", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, (title, value, difference) in FIGURES.items():
+        if name not in changes:
+            continue
+        one = changes[name]
+        interval = "" if one["low"] is None else f"{difference.format(one['low'])} to {difference.format(one['high'])}"
+        written = value.format(one["before"]), value.format(one["after"]), difference.format(one["difference"])
+        table.add_row(title, *written, interval, str(one["items"]))
+    return table
+
+
+def _shown(answer: str, stopped: bool, error: str | None) -> str:
+    if error:
+        return f"no answer: {error}"
+    return answer if stopped else f"{answer} … (cut off)"

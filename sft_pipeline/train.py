@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,17 +21,18 @@ from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.collate import PaddingCollator
 from sft_pipeline.data.packing import PackedCollator, savings
 from sft_pipeline.data.prepare import Prepared, prepare
-from sft_pipeline.data.templates import Template, build_template, saved_chat_template, with_system_prompt
-from sft_pipeline.evaluation.answers import Answer, answer, as_dicts, before_and_after
+from sft_pipeline.data.templates import Template, build_template, saved_chat_template
+from sft_pipeline.evaluation.callback import EvaluationCallback
+from sft_pipeline.evaluation.history import answers_before_and_after, changes
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
 from sft_pipeline.model.fused_training import use_fused_layers
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import (
-    BEFORE_FILE,
     RESULTS_FILE,
     TEMPLATE_FILE,
+    bring_evaluations,
     check_output_dir,
     claim_output_dir,
     config_record,
@@ -51,6 +51,7 @@ SAMPLE = 1000  # rows on which the savings are counted
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
     """Fine-tune as told; leaves model, tokenizer, `run.yaml` and `results.json` in `training.output_dir`."""
     checkpoint = check_output_dir(sft, training)
+    config = config_record(sft, training)
     path = resolve(sft.model_name_or_path, cache_dir())
     tokenizer = load_tokenizer(path, sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
@@ -60,19 +61,21 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     model = load_model(path, sft.trust_remote_code)
     set_special_tokens(model, tokenizer, template.stop_token_id)
     claim_output_dir(sft, training)
+    bring_evaluations(checkpoint, training)
+    # A resumed run was evaluated when it first started.
+    training.eval_on_start = training.eval_on_start and checkpoint is None
     if training.process_index == 0:
         show(data.train[0], tokenizer, "first training row", console)
     trainer = build_trainer(sft, training, model, template, data)
 
-    prompts, references = held_out_prompts(data, sft)
-    before = answers_before(trainer, template, prompts, sft, Path(training.output_dir))
+    evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
+    trainer.add_callback(evaluation)
+
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     speed = trainer.tokens_per_second()
-    last_eval = final_evaluation(trainer) if data.held_out else {}
-    after = answer(trainer.model, template, prompts, sft.max_new_tokens)
+    last_eval = final_evaluation(trainer, evaluation) if data.held_out else {}
 
     save(trainer, template, sft)
-    answers = before_and_after(prompts, references, before, after)
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
         "train_loss": outcome.training_loss,
@@ -80,13 +83,12 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         "tokens_per_second": round(speed, 1),
         "peak_memory_gib": peak_memory_gib(),
         "seconds": round(outcome.metrics["train_runtime"], 1),
-        "stopped_share": stop_shares(answers),
-        "answers": answers,
+        **before_and_after(evaluation),
         "rows": {"train": asdict(data.train_account), "held_out": data.held_out and asdict(data.held_out_account)},
         "loss_curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
         "versions": {name: version(name) for name in PACKAGES},
         "seed": training.seed,
-        "config": config_record(sft, training),
+        "config": config,
     }
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / RESULTS_FILE, results)
@@ -147,39 +149,28 @@ def build_collator(
     return PackedCollator()
 
 
-def held_out_prompts(data: Prepared, sft: SFTArguments) -> tuple[list[list[dict[str, str]]], list[str]]:
-    """The first `num_answers` held-out conversations without their last answer, and that answer."""
-    if data.held_out_messages is None:
-        return [], []
-    rows = data.held_out_messages[: sft.num_answers]["messages"]
-    rows = [with_system_prompt(messages, sft.system_prompt) for messages in rows]
-    return [messages[:-1] for messages in rows], [messages[-1]["content"] for messages in rows]
-
-
-def answers_before(
-    trainer: SupervisedTrainer, template: Template, prompts: list, sft: SFTArguments, folder: Path
-) -> list[Answer]:
-    """The base model's answers; a resumed run reads what the first one wrote."""
-    file = folder / BEFORE_FILE
-    if file.is_file():
-        return [Answer(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
-    answers = answer(trainer.model, template, prompts, sft.max_new_tokens)
-    if trainer.is_world_process_zero():
-        write_json(file, as_dicts(answers))
-    return answers
-
-
 def first_eval_loss(trainer: SupervisedTrainer) -> float | None:
     """The held-out loss at step 0."""
     return next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), None)
 
 
-def final_evaluation(trainer: SupervisedTrainer) -> dict[str, float]:
-    """Held-out figures of the model as it will be saved; not computed again if the last evaluation was of it."""
+def final_evaluation(trainer: SupervisedTrainer, evaluation: EvaluationCallback) -> dict[str, float]:
+    """Held-out figures of the model as it will be saved; not computed again if the last evaluation was wholly of it."""
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
-    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+    step = trainer.state.global_step
+    if last.get("step") == step and evaluation.is_complete(step) and not trainer.args.load_best_model_at_end:
         return last
     return trainer.evaluate()
+
+
+def before_and_after(evaluation: EvaluationCallback) -> dict[str, Any]:
+    """The figures of the last evaluation, their changes since step 0, and the answers of both."""
+    before, after = evaluation.before, (evaluation.evaluations or [None])[-1]
+    return {
+        "figures": after and after.figures,
+        "before_and_after": changes(before, after) if before and after else {},
+        "answers": answers_before_and_after(before, after) if after else [],
+    }
 
 
 def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> None:
@@ -192,13 +183,3 @@ def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> N
     if trainer.is_world_process_zero():
         record = {"template": sft.template, "system_prompt": sft.system_prompt}
         write_json(Path(trainer.args.output_dir) / TEMPLATE_FILE, record)
-
-
-def stop_shares(answers: list[dict[str, Any]]) -> dict[str, float] | None:
-    """The share of answers that ended by themselves, before and after."""
-    if not answers:
-        return None
-    return {
-        "before": sum(one["stopped_before"] for one in answers) / len(answers),
-        "after": sum(one["stopped"] for one in answers) / len(answers),
-    }

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -23,7 +24,8 @@ class SupervisedTrainer(Trainer):
     """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, compute_metrics=token_weighted, **kwargs)
+        super().__init__(*args, compute_metrics=self._held_out_figures, **kwargs)
+        self.row_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
         self._tokens = 0
         self._paused_seconds = 0.0
         self._started = time.perf_counter()
@@ -53,6 +55,10 @@ class SupervisedTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = model(**inputs, row_figures=True).logits
         return None, sums, sums[:, 1]
+
+    def _held_out_figures(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.row_sums = prediction.predictions
+        return token_weighted(prediction)
 
     def tokens_per_second(self) -> float:
         """Real tokens (no padding) of all processes over the seconds of training alone."""

@@ -186,6 +186,8 @@ def test_a_wrong_value_on_the_command_line(write):
         ("num_proc: 0", "num_proc is 0; it has to be 1 or more"),
         ("max_new_tokens: -1", "max_new_tokens is -1; it has to be 1 or more"),
         ("num_answers: -1", "num_answers is -1; it has to be 0 or more"),
+        ("num_instructions: -1", "num_instructions is -1; it has to be 0 or more"),
+        ("eval_answer_share: -0.5", "eval_answer_share is -0.5; it has to be 0 or more"),
         ("early_stopping_patience: -2", "early_stopping_patience is -2; it has to be 0 or more"),
         ("held_out: -1", "held_out is -1.0; give a whole number of rows, a share below 1, or 0"),
         ("held_out: 2.5", "held_out is 2.5; give a whole number of rows, a share below 1, or 0"),

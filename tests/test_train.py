@@ -16,7 +16,7 @@ from sft_pipeline.data.prepare import load_messages
 from sft_pipeline.data.templates import build_template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.answers import answer
-from sft_pipeline.output import BEFORE_FILE, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
+from sft_pipeline.output import EVALUATION_DIR, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
 from sft_pipeline.train import train
 
 SYSTEM = "You are 冬瓜."
@@ -47,6 +47,7 @@ def config(data, model_folder, tmp_path_factory) -> Path:
         "system_prompt": SYSTEM,
         "max_length": 128,
         "num_answers": 3,
+        "num_instructions": 2,
         "max_new_tokens": 6,
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -111,7 +112,9 @@ def test_answers_are_of_held_out_prompts_before_and_after(run, config):
         assert isinstance(one["stopped"], bool)
     assert [one["reference"] for one in results["answers"]] == [m[-1]["content"] for m in held_out["messages"]][:3]
     assert any(one["before"] != one["after"] for one in results["answers"])
-    assert set(results["stopped_share"]) == {"before", "after"}
+    share = results["before_and_after"]["stop_rate"]
+    assert share["before"] == sum(one["stopped_before"] for one in results["answers"]) / 3
+    assert share["after"] == sum(one["stopped"] for one in results["answers"]) / 3
 
 
 def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
@@ -177,7 +180,8 @@ def test_without_held_out_rows_there_is_no_evaluation(config, tmp_path):
     keys = ["--held_out", "0", "--packing", "false", "--template", "chat", "--max_steps", "1", "--save_strategy", "no"]
     results = run_train(config, "--output_dir", str(tmp_path / "out"), *keys)
     assert results["eval_loss"] == {"before": None, "after": None}
-    assert results["answers"] == [] and results["stopped_share"] is None and results["rows"]["held_out"] is None
+    assert results["answers"] == [] and results["before_and_after"] == {} and results["rows"]["held_out"] is None
+    assert results["figures"] is None and not (tmp_path / "out" / EVALUATION_DIR).exists()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert SYSTEM in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
@@ -214,7 +218,7 @@ def interrupted(run, tmp_path) -> Path:
     folder = Path(shutil.copytree(run[0], tmp_path / "interrupted"))
     shutil.rmtree(folder / "checkpoint-4")
     for file in folder.iterdir():
-        if file.is_file() and file.name not in (RUN_FILE, BEFORE_FILE):
+        if file.is_file() and file.name != RUN_FILE:
             file.unlink()
     return folder
 
@@ -222,9 +226,10 @@ def interrupted(run, tmp_path) -> Path:
 @pytest.mark.parametrize("asked", ["true", "named"])
 def test_a_resumed_run_ends_with_the_same_bits(asked, interrupted, run, config):
     folder, results = run
-    before = json.loads((interrupted / BEFORE_FILE).read_text())
-    before[0]["text"] = "kept from the first start"
-    (interrupted / BEFORE_FILE).write_text(json.dumps(before))
+    file = interrupted / EVALUATION_DIR / "step_000000.json"
+    before = json.loads(file.read_text())
+    before["table"][0]["answer"] = "kept from the first start"
+    file.write_text(json.dumps(before))
     run_yaml = (interrupted / RUN_FILE).read_bytes()
     checkpoint = "true" if asked == "true" else str(interrupted / "checkpoint-2")
     resumed = run_train(config, "--output_dir", str(interrupted), "--resume_from_checkpoint", checkpoint)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -68,24 +67,3 @@ def complete(
 def _read(done: Completion) -> Answer:
     text = (done.text or "").strip()
     return Answer(text, done.finish_reason == "stop", len(done.ids), done.error, sum(done.logprobs))
-
-
-def before_and_after(
-    prompts: list[list[Message]], references: list[str], before: list[Answer], after: list[Answer]
-) -> list[dict[str, Any]]:
-    """The rows of results.json's `answers`."""
-    return [
-        {
-            "prompt": prompt[-1]["content"],
-            "reference": reference,
-            "before": old.text,
-            "after": new.text,
-            "stopped": new.stopped,
-            "stopped_before": old.stopped,
-        }
-        for prompt, reference, old, new in zip(prompts, references, before, after)
-    ]
-
-
-def as_dicts(answers: list[Answer]) -> list[dict[str, Any]]:
-    return [asdict(one) for one in answers]

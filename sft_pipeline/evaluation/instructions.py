@@ -6,6 +6,7 @@ is that of IFEval (Zhou et al. 2023, "Instruction-Following Evaluation for Large
 are our own, short enough for a small model. No prompt is followed by an empty answer or by repeating the prompt.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -47,6 +48,15 @@ def load_instructions() -> tuple[Instruction, ...]:
     """All instructions, in the order of the file shipped with the package."""
     text = resources.files("sft_pipeline.evaluation").joinpath("instructions.jsonl").read_text(encoding="utf-8")
     return tuple(Instruction(**json.loads(line)) for line in text.splitlines())
+
+
+def sample_instructions(count: int) -> list[Instruction]:
+    """`count` of all, taken from each language and category in turn, so that every beginning is a fair sample."""
+    groups: dict[tuple[str, str], list[Instruction]] = {}
+    for instruction in load_instructions():
+        groups.setdefault((instruction.language, instruction.category), []).append(instruction)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
+    return [instruction for instruction in in_turn if instruction][:count]
 
 
 def follows(instruction: Instruction, answer: str) -> bool:
