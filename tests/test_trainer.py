@@ -47,7 +47,9 @@ def make_rows(lengths: list[tuple[int, int]], seed: int = 3) -> Dataset:
 UNEVEN = make_rows([(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6, 5)])
 
 
-def make_trainer(folder, collator="padded", rows=UNEVEN, held_out=None, callbacks=(), **arguments) -> SupervisedTrainer:
+def make_trainer(
+    folder, collator="padded", rows=UNEVEN, held_out=None, callbacks=(), tokens_per_batch=0, **arguments
+) -> SupervisedTrainer:
     training = TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -73,6 +75,7 @@ def make_trainer(folder, collator="padded", rows=UNEVEN, held_out=None, callback
         train_dataset=rows,
         eval_dataset=held_out,
         callbacks=list(callbacks),
+        tokens_per_batch=tokens_per_batch,
     )
 
 
