@@ -1,6 +1,7 @@
 """Steps and micro-batches: every row once an epoch, the same steps on any number of processes, budgets and balance."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_an_epoch_has_every_row_once(lengths, way, epoch, **keys):
     assert sorted(row for share in found for batch in share for row in batch) == list(range(len(lengths)))
     assert len({len(share) for share in found}) == 1, "all processes go through as many forward passes"
     for batches in zip(*found):
-        assert any(batches), "no forward pass where all processes have nothing"
+        assert any(batches) or "tokens" in way, "no forward pass where all processes have nothing"
 
 
 @settings(deadline=None, max_examples=150)
@@ -54,14 +55,12 @@ def test_the_rows_of_a_step_are_the_same_for_any_spread(lengths, way, seed, epoc
         spreads = [(6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 6, 1)]
     else:
         spreads = [(6, 1, 1), (1, 2, 3), (2, 3, 1), (1, 1, 6), (6 // processes, processes, 1)]
-    steps = []
-    for accumulation, processes, times in spreads:
-        keys = way | {"rows": way["rows"] * times, "accumulation": accumulation}
-        steps.append(as_trainer_takes_them(shares(lengths, epoch, processes, seed=seed, **keys), accumulation))
-    assert all(one == steps[0] for one in steps)
     plan = StepBatches(lengths, seed=seed, **way | {"accumulation": 6})
-    assert steps[0] == [set(step) for step in plan.steps(epoch)]
-    assert sum(plan.steps(epoch), []) == plan.order(epoch), "steps are pieces of the shuffled order"
+    assert [row for step in plan.steps(epoch) for row in step] == plan.order(epoch)
+    for accumulation, share_of, times in spreads:
+        keys = way | {"rows": way["rows"] * times, "accumulation": accumulation, "seed": seed}
+        found = as_trainer_takes_them(shares(lengths, epoch, share_of, **keys), accumulation)
+        assert found == [set(step) for step in plan.steps(epoch)]
 
 
 @settings(deadline=None, max_examples=150)
@@ -85,11 +84,12 @@ def test_a_budget_plans_for_all_epochs_that_max_steps_reach(lengths, way, max_st
 
 
 def test_a_budgets_steps_are_full():
-    """All but the last of an epoch leave less room than the next row and best fit's loss would need."""
+    """None could have the next one's first row too."""
     lengths = [(7 * row) % 23 + 5 for row in range(500)]
-    plan = StepBatches(lengths, seed=1, rows=1, accumulation=4, tokens=64)
-    fill = [sum(lengths[row] for row in step) / (4 * 64) for step in plan.steps(0)[:-1]]
-    assert min(fill) > 0.85
+    steps = StepBatches(lengths, seed=1, rows=1, accumulation=4, tokens=64).steps(0)
+    for step, following in pairwise(steps):
+        assert len(best_fit([lengths[row] for row in [*step, following[0]]], 64)) > 4
+    assert sum(lengths) / (len(steps) * 4 * 64) > 0.9
 
 
 def test_a_row_above_the_budget_is_a_batch_alone():
@@ -140,12 +140,8 @@ def test_divided_rows_keep_a_budget_that_best_fit_can_keep(lengths, budget):
 @settings(deadline=None, max_examples=100)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), budget=st.integers(40, 80))
 def test_best_fit_needs_few_bins(lengths, budget):
-    """At most 11/9 of the fewest possible and 1 (Johnson, 1973), of which the tokens give a lower bound."""
-    needed = len(best_fit(lengths, budget))
-    large = sum(2 * length > budget for length in lengths)
-    assert needed <= 2 * max(large, math.ceil(sum(lengths) / budget))
-    halves = best_fit([budget // 2] * 9, budget)
-    assert len(halves) == 5
+    """Fewer than twice what the tokens ask for, since any two bins hold more than one could."""
+    assert len(best_fit(lengths, budget)) <= max(1, math.ceil(2 * sum(lengths) / budget) - 1)
 
 
 def test_divided_rows_of_a_usual_batch_are_nearly_even():

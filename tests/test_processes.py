@@ -18,7 +18,11 @@ HELD_OUT = make_rows([(3, 9), (2, 12), (4, 1), (1, 5), (6, 2)], seed=4)
 REFERENCE = ("padded", 8, 1, 0)
 BUDGET = ("packed", 1, 2, 48)
 # collator, rows a micro-batch, accumulation, tokens a micro-batch
-ONE_PROCESS = {"packed 8 x 1": ("packed", 8, 1, 0), "packed 2 x 4": ("packed", 2, 4, 0), "padded 1 x 8": ("padded", 1, 8, 0)}
+ONE_PROCESS = {
+    "packed 8 x 1": ("packed", 8, 1, 0),
+    "packed 2 x 4": ("packed", 2, 4, 0),
+    "padded 1 x 8": ("padded", 1, 8, 0),
+}
 TWO_PROCESSES = {
     "padded 4 x 1": ("padded", 4, 1, 0),
     "padded 1 x 4": ("padded", 1, 4, 0),
@@ -52,7 +56,13 @@ def report(trainer, checkpoint: str | None = None) -> dict:
 
 def work(process: int, port: int, folder: str) -> None:
     """One of the two processes: all runs in turn; the first writes what it found."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": process,
+        "LOCAL_RANK": process,
+        "WORLD_SIZE": PROCESSES,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
     out, ddp = Path(folder), {"ddp_backend": "gloo"}
