@@ -24,13 +24,12 @@ ONE_PROCESS = {
     "padded 1 x 8": ("padded", 1, 8, 0),
 }
 TWO_PROCESSES = {
-    "padded 4 x 1": ("padded", 4, 1, 0),
-    "padded 1 x 4": ("padded", 1, 4, 0),
+    "padded 2 x 2": ("padded", 2, 2, 0),
     "packed 4 x 1": ("packed", 4, 1, 0),
-    "packed 2 x 2": ("packed", 2, 2, 0),
     "packed 1 x 4": ("packed", 1, 4, 0),
 }
-RESUMED_AT = 5  # within the second epoch
+RESUMED, RESUMED_AT = "packed 1 x 4", 5  # within the second epoch
+SAVING = {"save_strategy": "steps", "save_steps": RESUMED_AT}
 
 
 def build(folder: Path, run: tuple[str, int, int, int], **arguments):
@@ -56,22 +55,14 @@ def report(trainer, checkpoint: str | None = None) -> dict:
 
 def work(process: int, port: int, folder: str) -> None:
     """One of the two processes: all runs in turn; the first writes what it found."""
-    place = {
-        "RANK": process,
-        "LOCAL_RANK": process,
-        "WORLD_SIZE": PROCESSES,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     os.environ.update({key: str(value) for key, value in place.items()})
-    torch.set_num_threads(1)
     out, ddp = Path(folder), {"ddp_backend": "gloo"}
-    found = {name: report(build(out, run, **ddp)) for name, run in TWO_PROCESSES.items()}
+    found = {name: report(build(out / name, run, **SAVING, **ddp)) for name, run in TWO_PROCESSES.items()}
+    resumed = build(out / "resumed", TWO_PROCESSES[RESUMED], **ddp)
     found["budget"] = report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
-    saving = {"save_strategy": "steps", "save_steps": RESUMED_AT}
-    report(build(out / "saved", TWO_PROCESSES["packed 2 x 2"], **saving, **ddp))
-    resumed = build(out / "resumed", TWO_PROCESSES["packed 2 x 2"], **ddp)
-    found["resumed"] = report(resumed, str(out / "saved" / f"checkpoint-{RESUMED_AT}"))
+    found["resumed"] = report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
     assert resumed.args.world_size == PROCESSES
     if process == 0:
         (out / "found.json").write_text(json.dumps(found))
@@ -136,6 +127,6 @@ def test_a_run_resumed_within_an_epoch_sees_the_rows_it_would_have_seen(where, t
     if where == "two processes":
         found = two["resumed"]
     else:
-        report(build(tmp_path, REFERENCE, save_strategy="steps", save_steps=RESUMED_AT))
+        report(build(tmp_path, REFERENCE, **SAVING))
         found = report(build(tmp_path / "resumed", REFERENCE), str(tmp_path / f"checkpoint-{RESUMED_AT}"))
     assert_same(found, one)

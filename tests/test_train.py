@@ -188,6 +188,23 @@ def test_packed_and_padded_runs_are_the_same_run(run, config, tmp_path):
         assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], rel=2e-3)
 
 
+def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
+    keys = ["--tokens_per_batch", "128", "--max_steps", "-1", "--num_train_epochs", "2", "--eval_strategy", "epoch"]
+    with caplog.at_level("INFO", logger="sft_pipeline"):
+        results = run_train(config, "--output_dir", str(tmp_path / "out"), "--save_strategy", "no", *keys)
+    losses = [entry for entry in results["loss_curve"] if "loss" in entry]
+    assert len(losses) == results["steps"] and losses[-1]["epoch"] == 2
+    assert results["steps"] * 2 * 128 >= 2 * results["rows"]["train"]["tokens"]
+    assert "packed rows: no padding" in caplog.text
+
+
+def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft_pipeline.train.why_not_packable", lambda model, longest: "it is a teapot")
+    said = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
+    with pytest.raises(SFTError, match=said):
+        run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
+
+
 def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):
     keys = ["--load_best_model_at_end", "true", "--early_stopping_patience", "1", "--eval_steps", "1"]
     keys += ["--save_steps", "1", "--learning_rate", "1.0", "--max_steps", "8"]

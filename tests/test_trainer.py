@@ -79,6 +79,22 @@ def make_trainer(
     )
 
 
+def trained_ids(folder, **arguments) -> list[list[int]]:
+    """The first epoch's rows in order, a row a batch."""
+    loader = make_trainer(folder, per_device_train_batch_size=1, **arguments).get_train_dataloader()
+    return [batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in loader]
+
+
+def test_rows_come_in_the_order_that_was_asked_for(tmp_path):
+    rows = list(UNEVEN["input_ids"])
+    shuffled = trained_ids(tmp_path, seed=5)
+    assert sorted(shuffled) == sorted(rows) != shuffled != rows
+    assert trained_ids(tmp_path, seed=9, data_seed=5) == shuffled != trained_ids(tmp_path, seed=9)
+    assert trained_ids(tmp_path, train_sampling_strategy="sequential") == rows
+    grouped = trained_ids(tmp_path, train_sampling_strategy="group_by_length")
+    assert sorted(grouped) == sorted(rows) and len(grouped[0]) == max(map(len, rows)), "the library's own"
+
+
 class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
