@@ -76,7 +76,10 @@ def checkpoint_to_resume(asked: str, folder: Path) -> str:
 
 def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
-    default = TrainingArguments(output_dir=training.output_dir).to_dict()
+    # Making TrainingArguments sets up the process' device and group; told otherwise, they would end a distributed run.
+    same_place = {"use_cpu": training.use_cpu, "ddp_backend": training.ddp_backend}
+    default = TrainingArguments(output_dir=training.output_dir, **same_place).to_dict()
+    default |= {"use_cpu": False, "ddp_backend": None}
     given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
     # With DEFAULTS, for the library's default of such a key would be read back as ours.
     for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):

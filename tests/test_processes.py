@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from accelerate import PartialState
 from test_trainer import make_rows, make_trainer
+
+from sft_pipeline.config import SFTArguments
+from sft_pipeline.output import config_record
 
 PROCESSES, STEPS = 2, 10
 # 17 rows, 8 a step: the third and last step of an epoch has one row, so that one of two processes has none.
@@ -63,7 +67,9 @@ def work(process: int, port: int, folder: str) -> None:
     resumed = build(out / "resumed", TWO_PROCESSES[RESUMED], **ddp)
     found["budget"] = report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
     found["resumed"] = report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
-    assert resumed.args.world_size == PROCESSES
+    if process == 0:  # as the first process of a run does before it trains
+        config_record(SFTArguments("model", ["rows"]), resumed.args)
+    assert resumed.args.world_size == PartialState().num_processes == PROCESSES
     if process == 0:
         (out / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

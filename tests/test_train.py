@@ -126,6 +126,7 @@ def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
 
 def test_run_yaml_repeats_the_run(run, tmp_path):
     folder, results = run
+    assert yaml.safe_load((folder / RUN_FILE).read_text())["use_cpu"] is True
     again = run_train(folder / RUN_FILE, "--output_dir", str(tmp_path / "again"))
     assert curve(again) == curve(results)
     assert again["answers"] == results["answers"]
