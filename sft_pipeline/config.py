@@ -73,6 +73,10 @@ class SFTArguments:
     packing: bool = field(
         default=True, metadata={"help": "Lay a batch's rows end to end, without padding and their common start once."}
     )
+    tokens_per_batch: int = field(
+        default=0,
+        metadata={"help": "With packing: a batch is filled with rows up to so many tokens; 0 counts rows instead."},
+    )
     pad_to_multiple_of: int = field(default=8, metadata={"help": "Without packing: padded length is a multiple of it."})
     lora: bool = field(default=False, metadata={"help": "Train low-rank adapters (peft) instead of all parameters."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -223,7 +227,7 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
     for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(sft, key) < 1:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 1 or more")
-    for key in ("num_answers", "num_instructions", "eval_answer_share", "early_stopping_patience"):
+    for key in ("num_answers", "num_instructions", "eval_answer_share", "early_stopping_patience", "tokens_per_batch"):
         if getattr(sft, key) < 0:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 0 or more")
     if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):
@@ -232,6 +236,24 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
         raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
     if sft.early_stopping_patience and not training.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
+    if training.dataloader_drop_last:
+        raise SFTError("dataloader_drop_last would leave rows out; every epoch trains each row once, so take it away")
+    if sft.tokens_per_batch:
+        _check_tokens_per_batch(sft, training)
+
+
+def _check_tokens_per_batch(sft: SFTArguments, training: TrainingArguments) -> None:
+    """Raise SFTError for what a budget of tokens cannot go with."""
+    if not sft.packing:
+        raise SFTError("tokens_per_batch counts the tokens of packed rows; it needs packing: true")
+    if sft.tokens_per_batch < sft.max_length:
+        raise SFTError(
+            f"tokens_per_batch is {sft.tokens_per_batch}, and a row may have {sft.max_length} tokens (max_length); "
+            "raise the one or lower the other"
+        )
+    strategy = str(training.train_sampling_strategy)
+    if strategy not in ("random", "sequential"):
+        raise SFTError(f"tokens_per_batch makes batches of its own; train_sampling_strategy {strategy} can't be kept")
 
 
 def _evaluate_when_there_are_rows(sft: SFTArguments, training: TrainingArguments) -> None:

@@ -85,9 +85,9 @@ def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> No
 
 def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
-    # TrainingArguments set up the process's device and group anew: these have to be told the same.
-    group = {"use_cpu": training.use_cpu, "ddp_backend": training.ddp_backend}
-    default = TrainingArguments(output_dir=training.output_dir, **group).to_dict()
+    # Making TrainingArguments sets up the process' device and group; told otherwise, they would end a distributed run.
+    same_place = {"use_cpu": training.use_cpu, "ddp_backend": training.ddp_backend}
+    default = TrainingArguments(output_dir=training.output_dir, **same_place).to_dict()
     default |= {"use_cpu": False, "ddp_backend": None}
     given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
     # With DEFAULTS, for the library's default of such a key would be read back as ours.

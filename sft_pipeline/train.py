@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
@@ -18,10 +20,12 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from sft_pipeline.allocator import keep_freed_memory
 from sft_pipeline.cache import cache_dir
 from sft_pipeline.config import SFTArguments
+from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.data.collate import PaddingCollator
 from sft_pipeline.data.packing import PackedCollator, savings
 from sft_pipeline.data.prepare import Prepared, prepare
 from sft_pipeline.data.templates import Template, build_template, saved_chat_template
+from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.callback import EvaluationCallback
 from sft_pipeline.evaluation.history import answers_before_and_after, changes
 from sft_pipeline.model.adapters import add_lora
@@ -103,16 +107,14 @@ def build_trainer(
     reason = supervise(model)
     if reason:
         logger.info("the head is computed at every position: %s", reason)
-    collator = build_collator(sft, training, model, template, data)
+    collator = build_collator(sft, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     if isinstance(collator, PackedCollator) and (fused := use_fused_layers(model)):
         logger.info("fused forward and backward in %s layers", fused)
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
-    held_out = data.held_out and data.held_out.select(
-        sorted(range(len(data.held_out)), key=lambda at: len(data.held_out[at]["input_ids"]))
-    )
+    held_out = data.held_out and data.held_out.select(np.argsort(row_lengths(data.held_out), kind="stable"))
     # The rows have no other columns, and the library looks for their names in the model's own forward signature.
     training.remove_unused_columns = False
     # One process a device: the old way of one process for all devices would split a packed batch.
@@ -122,7 +124,7 @@ def build_trainer(
         keep_freed_memory()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{model.num_parameters():,}", model.dtype)
-    return SupervisedTrainer(
+    trainer = SupervisedTrainer(
         model=model,
         args=training,
         data_collator=collator,
@@ -130,21 +132,28 @@ def build_trainer(
         eval_dataset=held_out,
         processing_class=template.tokenizer,
         callbacks=callbacks,
+        tokens_per_batch=sft.tokens_per_batch,
     )
+    if isinstance(collator, PackedCollator):
+        batches = trainer.training_batches()
+        logger.info(savings(data.train, islice(batches, -(-len(batches) * SAMPLE // len(data.train)))))
+    return trainer
 
 
 def build_collator(
-    sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: Prepared
+    sft: SFTArguments, model: PreTrainedModel, template: Template, data: Prepared
 ) -> PackedCollator | PaddingCollator:
-    """Packed batches where they were asked for and the model can take them; says which, and what that saves."""
+    """Packed batches where they were asked for and the model can take them; says why not."""
     accounts = [account for account in (data.train_account, data.held_out_account) if account]
     longest = max(account.length_quantiles["most"] for account in accounts)
     reason = why_not_packable(model, longest) if sft.packing else "packing: false"
+    if reason and sft.tokens_per_batch:
+        raise SFTError(
+            f"tokens_per_batch: {sft.tokens_per_batch} needs packed rows, which are off ({reason}); set it to 0"
+        )
     if reason:
         logger.info("batches are padded: %s", reason)
         return PaddingCollator(template.tokenizer.pad_token_id, sft.pad_to_multiple_of)
-    sample = data.train.select(range(min(SAMPLE, len(data.train))))
-    logger.info(savings(sample, training.per_device_train_batch_size))
     use_packed_attention(model)
     return PackedCollator()
 

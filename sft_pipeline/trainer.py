@@ -2,7 +2,7 @@
 
 Loss, accumulation and many devices are the library's own: the model's forward pass returns the loss (see
 model/supervised.py) over the number of targets that `Trainer` counts for the whole optimizer step. Ours are the
-evaluation weighted by tokens, the true throughput, and a progress bar that shows it.
+order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, and a progress bar.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
+from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
+from sft_pipeline.data.packing import PackedCollator
+
 
 class SupervisedTrainer(Trainer):
-    """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`."""
+    """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
+    """
+
+    def __init__(self, *args: Any, tokens_per_batch: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, compute_metrics=self._held_out_figures, **kwargs)
         self.row_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
+        self._tokens_per_batch = tokens_per_batch
         self._tokens = 0
         self._paused_seconds = 0.0
         self._started = time.perf_counter()
@@ -36,6 +44,39 @@ class SupervisedTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
         return super().train(*args, **kwargs)
+
+    def training_batches(self) -> StepBatches:
+        """The row numbers of this process' micro-batches."""
+        args = self.args
+        return StepBatches(
+            row_lengths(self.train_dataset),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rows=self._train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            process=args.process_index,
+            tokens=self._tokens_per_batch,
+            epochs=math.ceil(args.num_train_epochs),
+            max_steps=args.max_steps,
+            packed=isinstance(self.data_collator, PackedCollator),
+            shuffle=args.train_sampling_strategy == "random",
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by accelerate, which would deal batches anew; `Trainer` itself moves them to the device."""
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            return super().get_train_dataloader()
+        return EpochLoader(
+            self.train_dataset,
+            batch_sampler=self.training_batches(),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            in_order=self.args.dataloader_in_order,
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._tokens += real_tokens(inputs)

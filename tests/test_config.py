@@ -195,6 +195,23 @@ def test_a_wrong_value_on_the_command_line(write):
             "held_out: 2\neval_data: held.json",
             "held_out and eval_data are both given; keep one, or held-out rows would have two sources",
         ),
+        ("tokens_per_batch: -1", "tokens_per_batch is -1; it has to be 0 or more"),
+        (
+            "tokens_per_batch: 512",
+            "tokens_per_batch is 512, and a row may have 1024 tokens (max_length); raise the one or lower the other",
+        ),
+        (
+            "tokens_per_batch: 2048\npacking: false",
+            "tokens_per_batch counts the tokens of packed rows; it needs packing: true",
+        ),
+        (
+            "tokens_per_batch: 2048\ntrain_sampling_strategy: group_by_length",
+            "tokens_per_batch makes batches of its own; train_sampling_strategy group_by_length can't be kept",
+        ),
+        (
+            "dataloader_drop_last: true",
+            "dataloader_drop_last would leave rows out; every epoch trains each row once, so take it away",
+        ),
         ("early_stopping_patience: 2", "early_stopping_patience needs load_best_model_at_end: true"),
     ],
 )

@@ -99,7 +99,7 @@ def test_savings_count_what_a_padded_batch_would_compute():
     rows = [row(40), row(10)]
     prefix = common_prefix(*([torch.tensor(r[k]) for r in rows] for k in ("input_ids", "labels")))
     computed = 50 - prefix
-    line = savings(rows, 2)
+    line = savings(rows, [[1, 0], []])
     assert f"saves {1 - 50 / 80:.0%} of the tokens of padded" in line
     assert f"saves {1 - computed / 50:.0%} of the rest" in line
     assert f"head at {42 / computed:.0%}" in line

@@ -129,6 +129,7 @@ def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
 
 def test_run_yaml_repeats_the_run(run, tmp_path):
     folder, results = run
+    assert yaml.safe_load((folder / RUN_FILE).read_text())["use_cpu"] is True
     again = run_train(folder / RUN_FILE, "--output_dir", str(tmp_path / "again"))
     assert curve(again) == curve(results)
     assert again["answers"] == results["answers"]
@@ -198,6 +199,23 @@ def test_checkpointing_changes_no_figure(key, run, config, tmp_path):
     checkpointed = run_train(config, "--output_dir", str(tmp_path / "out"), f"--{key}", "true")
     for one, other in zip(curve(run[1]), curve(checkpointed), strict=True):
         assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], abs=1e-6)
+
+
+def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
+    keys = ["--tokens_per_batch", "128", "--max_steps", "-1", "--num_train_epochs", "2", "--eval_strategy", "epoch"]
+    with caplog.at_level("INFO", logger="sft_pipeline"):
+        results = run_train(config, "--output_dir", str(tmp_path / "out"), "--save_strategy", "no", *keys)
+    losses = [entry for entry in results["loss_curve"] if "loss" in entry]
+    assert len(losses) == results["steps"] and losses[-1]["epoch"] == 2
+    assert results["steps"] * 2 * 128 >= 2 * results["rows"]["train"]["tokens"]
+    assert "packed rows: no padding" in caplog.text
+
+
+def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft_pipeline.train.why_not_packable", lambda model, longest: "it is a teapot")
+    said = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
+    with pytest.raises(SFTError, match=said):
+        run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
 
 
 def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):

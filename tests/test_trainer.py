@@ -47,7 +47,9 @@ def make_rows(lengths: list[tuple[int, int]], seed: int = 3) -> Dataset:
 UNEVEN = make_rows([(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6, 5)])
 
 
-def make_trainer(folder, collator="padded", rows=UNEVEN, held_out=None, callbacks=(), **arguments) -> SupervisedTrainer:
+def make_trainer(
+    folder, collator="padded", rows=UNEVEN, held_out=None, callbacks=(), tokens_per_batch=0, **arguments
+) -> SupervisedTrainer:
     training = TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -73,7 +75,24 @@ def make_trainer(folder, collator="padded", rows=UNEVEN, held_out=None, callback
         train_dataset=rows,
         eval_dataset=held_out,
         callbacks=list(callbacks),
+        tokens_per_batch=tokens_per_batch,
     )
+
+
+def trained_ids(folder, **arguments) -> list[list[int]]:
+    """The first epoch's rows in order, a row a batch."""
+    loader = make_trainer(folder, per_device_train_batch_size=1, **arguments).get_train_dataloader()
+    return [batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in loader]
+
+
+def test_rows_come_in_the_order_that_was_asked_for(tmp_path):
+    rows = list(UNEVEN["input_ids"])
+    shuffled = trained_ids(tmp_path, seed=5)
+    assert sorted(shuffled) == sorted(rows) != shuffled != rows
+    assert trained_ids(tmp_path, seed=9, data_seed=5) == shuffled != trained_ids(tmp_path, seed=9)
+    assert trained_ids(tmp_path, train_sampling_strategy="sequential") == rows
+    grouped = trained_ids(tmp_path, train_sampling_strategy="group_by_length")
+    assert sorted(grouped) == sorted(rows) and len(grouped[0]) == max(map(len, rows)), "the library's own"
 
 
 class KeepGradients(TrainerCallback):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+# What an empty micro-batch is made of (see batches.py): one token, without a target, counts nothing.
+NO_ROW: dict[str, Any] = {"input_ids": [0], "labels": [IGNORED]}
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class PaddingCollator:
     pad_to_multiple_of: int = 8
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = rows or [NO_ROW]
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         labels = self._padded(rows, "labels", width, IGNORED)

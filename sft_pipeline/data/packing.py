@@ -6,14 +6,15 @@ every row see the prefix and itself alone. Nothing here draws a random number, s
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from sft_pipeline.data.collate import IGNORED, NO_ROW
+
 LEAST_SAVED = 0.05  # share of the tokens a common prefix must save to be worth its bookkeeping
 
 
@@ -67,6 +68,7 @@ class PackedCollator:
     share_prefix: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = rows or [NO_ROW]
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
         prefix = common_prefix(ids, labels) if self.share_prefix else 0
@@ -86,12 +88,12 @@ def _laid_out(rows: Sequence[Tensor], prefix: int) -> Tensor:
     return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
 
 
-def savings(rows: Sequence[dict[str, Any]], batch_size: int) -> str:
-    """One line on what packing saves over padded batches, counted on batches of neighbouring rows."""
+def savings(rows: Sequence[dict[str, Any]], batches: Iterable[list[int]]) -> str:
+    """One line on what packing saves over the same micro-batches padded; `batches` are lists of row numbers."""
     padded = real = computed = targets = 0
     collate = PackedCollator()
-    for at in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in range(at, min(at + batch_size, len(rows)))]
+    for numbers in filter(None, batches):
+        batch = [rows[number] for number in numbers]
         lengths = [len(row["input_ids"]) for row in batch]
         packed = collate(batch)
         padded += max(lengths) * len(lengths)
