@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+from pathlib import Path
 
 from sft_pipeline.errors import SFTError
 
@@ -40,7 +41,27 @@ def _parser() -> argparse.ArgumentParser:
     chat = _verb(verbs, "chat", _chat, "talk to a model in the terminal, or answer lines from a pipe")
     chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
+
+    _add_evaluate(verbs)
     return parser
+
+
+def _add_evaluate(verbs) -> None:
+    one = _verb(verbs, "evaluate", _evaluate, "compare models on held-out rows and checkable instructions")
+    one.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="runs' folders, model folders or hub names; the first is the baseline",
+    )
+    one.add_argument("--data", help="a run's folder (its held-out rows), or a file, folder or hub name of rows")
+    one.add_argument("--num_prompts", type=int, default=50, help="most rows that are asked (50)")
+    one.add_argument("--max_new_tokens", type=int, default=128, help="most tokens an answer may have (128)")
+    one.add_argument("--few_shot", type=int, default=0, help="ask each model also with this many rows as examples")
+    one.add_argument("--template", choices=("role", "chat"), default="chat", help="for models that are no run's (chat)")
+    one.add_argument("--system_prompt", help="for models that are no run's")
+    one.add_argument("--output", help="a folder for JSON, Markdown, picture and answers")
+    one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
 
 
 def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -126,3 +147,15 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise SFTError(f"chat: unknown option {rest[0]}; it takes --max_new_tokens alone")
     chat(args.model, args.max_new_tokens)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.evaluate import Request, evaluate
+
+    if rest:
+        raise SFTError(f"evaluate: unknown option {rest[0]}; `evaluate --help` lists them")
+    names = [field.name for field in dataclasses.fields(Request)]
+    request = Request(**{name: getattr(args, name) for name in names})
+    evaluate(args.models, request, args.output and Path(args.output), args.json, Console())

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "trained": {"cache", "data", "model", "output"},
     "train": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary"},
     "chat": {"errors", "data", "model", "trained"},
-    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"},
+    "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained"},
+    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "evaluate"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -94,8 +95,9 @@ def test_init_files_are_empty():
     assert [str(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["preview", "--help"], ["chat", "--help"]])
-def test_help_loads_nothing_heavy(arguments):
+@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "evaluate"])
+def test_help_loads_nothing_heavy(verb):
+    arguments = [*verb.split(), "--help"]
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['sft_pipeline', *{arguments!r}]\n"
