@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
 
     _add_evaluate(verbs)
+    study = "train the variants of a config and compare them; what is done is not done again"
+    _verb(verbs, "study", _study, study, "CONFIG [--key value ...]")
     return parser
 
 
@@ -60,6 +62,10 @@ def _add_evaluate(verbs) -> None:
     one.add_argument("--few_shot", type=int, default=0, help="ask each model also with this many rows as examples")
     one.add_argument("--template", choices=("role", "chat"), default="chat", help="for models that are no run's (chat)")
     one.add_argument("--system_prompt", help="for models that are no run's")
+    one.add_argument(
+        "--judge_base_url", help="an OpenAI-compatible endpoint that judges pairs, as https://api.openai.com/v1"
+    )
+    one.add_argument("--judge_model", help="the judge's name there; its key is read from OPENAI_API_KEY")
     one.add_argument("--output", help="a folder for JSON, Markdown, picture and answers")
     one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
 
@@ -152,10 +158,22 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.evaluate import Request, evaluate
+    from sft_pipeline.evaluate import Request, build_judge, evaluate
 
     if rest:
         raise SFTError(f"evaluate: unknown option {rest[0]}; `evaluate --help` lists them")
     names = [field.name for field in dataclasses.fields(Request)]
     request = Request(**{name: getattr(args, name) for name in names})
-    evaluate(args.models, request, args.output and Path(args.output), args.json, Console())
+    judge = build_judge(args.judge_base_url, args.judge_model)
+    evaluate(args.models, request, args.output and Path(args.output), args.json, Console(), judge)
+
+
+def _study(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.study import study
+
+    config, overrides = _config(rest)
+    if config is None:
+        raise SFTError("study: name a config first, such as configs/study_rows.yaml")
+    study(config, overrides, Console())

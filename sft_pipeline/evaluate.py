@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation import report
 from sft_pipeline.evaluation.comparison import Comparison, compare
 from sft_pipeline.evaluation.instructions import load_instructions
+from sft_pipeline.evaluation.judge import Judge, Judged, judge_pairs
 from sft_pipeline.evaluation.picture import draw
 from sft_pipeline.evaluation.questions import Questions, choose
-from sft_pipeline.evaluation.record import Contestant, Record, record
+from sft_pipeline.evaluation.record import Contestant, Record, check_room, record
 from sft_pipeline.model.loading import resolve
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import RUN_FILE, write_json
@@ -38,8 +40,6 @@ from sft_pipeline.trained import load_template, load_trained
 logger = logging.getLogger(__name__)
 
 COMPARISON_FILE = "evaluation.json"
-TABLE_FILE = "evaluation.md"
-PICTURE_FILE = "evaluation.png"
 ANSWERS_FILE = "answers.jsonl"
 
 
@@ -62,9 +62,18 @@ class Request:
             raise SFTError("few_shot needs rows to take the examples from; add --data")
 
 
-def evaluate(models: list[str], request: Request, output: Path | None, as_json: bool, console: Console) -> None:
+def evaluate(
+    models: list[str],
+    request: Request,
+    output: Path | None,
+    as_json: bool,
+    console: Console,
+    judge: Judge | None = None,
+) -> None:
     """Ask, compare, print, and keep it in `output`."""
     check_output(output)
+    if judge and len(models) < 2 and not request.few_shot:
+        raise SFTError("a judge compares answers of two models; name another model or give --few_shot")
     for name in models:
         # All are looked at before the first one is asked, which takes minutes.
         load_template(resolve(name, cache_dir()), request.template, request.system_prompt)
@@ -72,11 +81,35 @@ def evaluate(models: list[str], request: Request, output: Path | None, as_json: 
     records = [one for name in models for one in ask(name, name, questions, request)]
     comparison = compare(records, questions)
     if output:
-        keep(output, comparison, records, questions)
-    if as_json:
-        print(json.dumps(comparison.as_json(), ensure_ascii=False))
-    else:
+        keep(
+            output, "evaluation", report.markdown(comparison), comparison, records, questions
+        )  # before the judge, which may fail
+    if not as_json:
         report.show(report.details(comparison), console)
+    judged = [judge_against(judge, records[0], other, questions) for other in records[1:]] if judge else []
+    for one in judged:
+        logger.info("judged by %s: %s", judge.model, one)
+    result = comparison.as_json() | {"judged": [asdict(one) for one in judged]}
+    if output:
+        write_json(output / COMPARISON_FILE, result)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def build_judge(base_url: str | None, model: str | None) -> Judge | None:
+    """The judge that was named, with the key from the environment; local servers need none."""
+    if bool(base_url) != bool(model):
+        raise SFTError("judge_base_url and judge_model go together; give both or neither")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return Judge(base_url, model, key or None) if base_url and model else None
+
+
+def judge_against(judge: Judge, first: Record, other: Record, questions: Questions) -> Judged:
+    """The held-out prompts' answers in pairs; the instructions' where there is no data."""
+    prompts = questions.texts or [instruction.prompt for instruction in load_instructions()]
+    pairs = (one.answers if questions.rows else one.instruction_answers for one in (first, other))
+    answers = ([answer.text for answer in column] for column in pairs)
+    return judge_pairs(judge, prompts, *answers, names=(first.name, other.name))
 
 
 def load_questions(request: Request) -> Questions:
@@ -103,6 +136,8 @@ def ask(path: str, name: str, questions: Questions, request: Request) -> Iterato
         model = model.to(device)
     supervise(model)
     one = Contestant(name, model, template, system_prompt)
+    if request.few_shot:
+        check_room(one, questions, request.max_new_tokens)
     yield record(one, questions, request.max_new_tokens)
     if request.few_shot:
         yield record(one, questions, request.max_new_tokens, few_shot=True)
@@ -116,15 +151,16 @@ def check_output(output: Path | None) -> None:
         raise SFTError(f"output {output}: is a file; choose a folder")
 
 
-def keep(folder: Path, comparison: Comparison, records: list[Record], questions: Questions) -> None:
-    """Figures as JSON, Markdown and a picture, and every answer; a missing matplotlib costs the picture alone."""
+def keep(
+    folder: Path, name: str, table: str, comparison: Comparison, records: list[Record], questions: Questions
+) -> None:
+    """The table, a picture, and every answer; a missing matplotlib costs the picture alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / COMPARISON_FILE, comparison.as_json())
-    (folder / TABLE_FILE).write_text(report.markdown(comparison), encoding="utf-8")
+    (folder / f"{name}.md").write_text(table, encoding="utf-8")
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(records, questions))
     (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
     try:
-        draw(comparison, folder / PICTURE_FILE)
+        draw(comparison, folder / f"{name}.png")
     except SFTError as error:
         logger.warning(error)
 

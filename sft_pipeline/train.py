@@ -25,6 +25,7 @@ from sft_pipeline.data.templates import Template, build_template, saved_chat_tem
 from sft_pipeline.evaluation.answers import Answer, answer, as_dicts, before_and_after
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
+from sft_pipeline.model.freezing import train_only
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import (
@@ -64,6 +65,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
 
     prompts, references = held_out_prompts(data, sft)
     before = answers_before(trainer, template, prompts, sft, Path(training.output_dir))
+    trainable = trainable_parameters(trainer.model)  # before adapters may be merged
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     speed = trainer.tokens_per_second()
     last_eval = final_evaluation(trainer) if data.held_out else {}
@@ -74,6 +76,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
         "train_loss": outcome.training_loss,
+        "trainable_parameters": trainable,
         "steps": trainer.state.global_step,
         "tokens_per_second": round(speed, 1),
         "peak_memory_gib": peak_memory_gib(),
@@ -102,6 +105,8 @@ def build_trainer(
     collator = build_collator(sft, training, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
+    if sft.trainable_modules:
+        train_only(model, sft.trainable_modules)
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
     held_out = data.held_out and data.held_out.select(
@@ -112,8 +117,7 @@ def build_trainer(
     # One process a device: the old way of one process for all devices would split a packed batch.
     training._n_gpu = min(1, training.n_gpu)
     training.dataloader_pin_memory &= torch.accelerator.is_available()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{model.num_parameters():,}", model.dtype)
+    logger.info("training %s of %s parameters in %s", f"{trainable_parameters(model):,}", f"{model.num_parameters():,}", model.dtype)
     return SupervisedTrainer(
         model=model,
         args=training,
@@ -123,6 +127,10 @@ def build_trainer(
         processing_class=template.tokenizer,
         callbacks=callbacks,
     )
+
+
+def trainable_parameters(model: PreTrainedModel) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def build_collator(

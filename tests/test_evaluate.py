@@ -30,6 +30,8 @@ from sft_pipeline.output import TEMPLATE_FILE
 ROWS = [{"instruction": f"Say {n} to the text.", "input": "", "output": f"the answer is {n}, 冬瓜"} for n in range(8)]
 SYSTEM = "You are 冬瓜."
 
+pytestmark = pytest.mark.usefixtures("few_instructions")
+
 
 @pytest.fixture(autouse=True)
 def as_it_was():
@@ -63,7 +65,7 @@ def other_folder(model_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(data, model_folder, other_folder) -> tuple[Questions, list[Record]]:
+def asked(data, model_folder, other_folder, few_instructions) -> tuple[Questions, list[Record]]:
     """Both models, without and with two examples."""
     request = Request(data, num_prompts=5, max_new_tokens=8, few_shot=2)
     questions = load_questions(request)
@@ -167,7 +169,7 @@ def test_answers_and_their_figures(at, asked, comparison, model_folder, other_fo
 
 def test_names_say_the_examples(comparison):
     assert [one.name for one in comparison.entries] == ["first", "first, 2 examples", "second", "second, 2 examples"]
-    assert (comparison.rows, comparison.left_out) == (5, 0) and comparison.instructions == len(load_instructions())
+    assert (comparison.rows, comparison.left_out) == (5, 0) and comparison.instructions == 6
 
 
 def test_differences_are_those_of_the_figures(comparison):
@@ -201,7 +203,7 @@ def made_up(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ..
     """A record of two rows; rows in `errors` could not be asked."""
     answers = [Answer(text, True, 1, "too long" if at in errors else None) for at, text in enumerate(texts)]
     losses = [RowLoss(nll, 2, 1, 4) for _ in texts]
-    return Record(name, losses, answers, [Answer(one.good, True, 1) for one in load_instructions()])
+    return Record(name, losses, answers, [Answer(one.good, True, 1) for one in load_instructions()[:6]])
 
 
 def test_what_one_model_could_not_be_asked_is_left_out_for_all():
@@ -209,7 +211,7 @@ def test_what_one_model_could_not_be_asked_is_left_out_for_all():
     found = compare([made_up("a", ["yes", "no", "no"]), made_up("b", ["no", "yes", "yes"], errors=(0,))], questions)
     assert [one.figures["exact_match_rate"] for one in found.entries] == [0, 1]
     assert (found.rows, found.left_out) == (2, 1) and found.entries[0].figures[INSTRUCTIONS] == 1
-    assert "2 held-out rows, 74 instructions, 1 left out" in report.markdown(found)
+    assert "2 held-out rows, 6 instructions, 1 left out" in report.markdown(found)
 
 
 def test_a_loss_that_is_missing_leaves_the_row_out():
@@ -250,7 +252,7 @@ def printed(content, width: int = 80) -> list[str]:
     return console.export_text().splitlines()
 
 
-@pytest.mark.parametrize("make", [report.details, report.overview])
+@pytest.mark.parametrize("make", [report.details, lambda one: report.overview(one, ["12.3 min, 6.4 GiB"] * 4)])
 def test_tables_fit_80_columns_uncut(make, comparison):
     lines = printed(make(comparison))
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
@@ -320,7 +322,7 @@ def test_the_verb_prints_json_and_keeps_everything(data, model_folder, other_fol
     assert json.loads((out / "evaluation.json").read_text()) == found
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 + len(load_instructions())
+    assert len(lines) == 2 + 6
     assert lines[0]["prompt"] == [{"role": "user", "content": ROWS[0]["instruction"]}]
     assert [one["model"] for one in lines[0]["answers"]] == [str(model_folder), str(other_folder)]
     assert lines[2]["instruction"] == load_instructions()[0].id
@@ -329,7 +331,7 @@ def test_the_verb_prints_json_and_keeps_everything(data, model_folder, other_fol
 def test_without_data_only_instructions(model_folder, capsys):
     main(["evaluate", str(model_folder), "--max_new_tokens", "2"])
     shown = capsys.readouterr().out
-    assert "instructions followed" in shown and "nll" not in shown and "0 held-out rows, 74 instructions" in shown
+    assert "instructions followed" in shown and "nll" not in shown and "0 held-out rows, 6 instructions" in shown
 
 
 def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_folder):

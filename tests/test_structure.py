@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "train": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary"},
     "chat": {"errors", "data", "model", "trained"},
     "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained"},
-    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "evaluate"},
+    "study": {"errors", "config", "data", "evaluation", "output", "evaluate"},
+    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "evaluate", "study"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -95,7 +96,7 @@ def test_init_files_are_empty():
     assert [str(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
 
-@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "evaluate"])
+@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "evaluate", "study"])
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]
     code = (

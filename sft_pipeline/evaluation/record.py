@@ -51,29 +51,35 @@ class Contestant:
 
 
 def record(one: Contestant, questions: Questions, max_new_tokens: int, few_shot: bool = False) -> Record:
-    """Ask everything, with the questions' examples in every prompt if `few_shot`.
-
-    Raises SFTError where the examples leave no room for a question and its answer.
-    """
+    """Ask everything, with the questions' examples in every prompt if `few_shot`."""
     examples = questions.examples if few_shot else []
-    rows = [with_examples(with_system_prompt(row, one.system_prompt), examples) for row in questions.rows]
-    tasks = [[{"role": "user", "content": instruction.prompt}] for instruction in load_instructions()]
-    tasks = [with_examples(with_system_prompt(task, one.system_prompt), examples) for task in tasks]
-    prompts = [row[:-1] for row in rows]
-    if few_shot:
-        _check_room(one, [*prompts, *tasks], max_new_tokens, len(examples))
+    rows = _as_asked(one, questions.rows, examples)
+    prompts = [*(row[:-1] for row in rows), *_as_asked(one, _tasks(), examples)]
     name = one.name + (f", {len(examples)} examples" if few_shot else "")
-    logger.info("%s: loss of %s rows, %s answers", name, len(rows), len(prompts) + len(tasks))
+    logger.info("%s: loss of %s rows, %s answers", name, len(rows), len(prompts))
     losses = reference_losses(one.model, one.template, rows) if rows else []
-    answers = answer(one.model, one.template, prompts + tasks, max_new_tokens)
-    return Record(name, losses, answers[: len(prompts)], answers[len(prompts) :])
+    answers = answer(one.model, one.template, prompts, max_new_tokens)
+    return Record(name, losses, answers[: len(rows)], answers[len(rows) :])
 
 
-def _check_room(one: Contestant, prompts: list[list[Message]], max_new_tokens: int, examples: int) -> None:
+def check_room(one: Contestant, questions: Questions, max_new_tokens: int) -> None:
+    """Raise SFTError where the examples leave no room for a question and its answer."""
+    prompts = _as_asked(one, [*(row[:-1] for row in questions.rows), *_tasks()], questions.examples)
     limit = getattr(one.model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(one.template.prompt(prompt)) for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise SFTError(
-            f"few_shot {examples}: with the examples a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the "
-            f"{limit} positions of {one.name}; use fewer examples"
+            f"few_shot {len(questions.examples)}: with the examples a prompt of {longest} tokens and an answer of "
+            f"{max_new_tokens} exceed the {limit} positions of {one.name}; use fewer examples"
         )
+
+
+def _tasks() -> list[list[Message]]:
+    """The checkable instructions as conversations."""
+    return [[{"role": "user", "content": instruction.prompt}] for instruction in load_instructions()]
+
+
+def _as_asked(
+    one: Contestant, conversations: list[list[Message]], examples: list[list[Message]]
+) -> list[list[Message]]:
+    return [with_examples(with_system_prompt(messages, one.system_prompt), examples) for messages in conversations]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -98,29 +99,32 @@ def _counts(comparison: Comparison) -> str:
     return f"{said}; intervals are of the difference, paired bootstrap"
 
 
-def overview(comparison: Comparison) -> Table:
-    """A line for each model with the key figures, and below each the interval of its difference from the first."""
+def overview(comparison: Comparison, notes: Sequence[str]) -> Table:
+    """A line for each model with the key figures, and below it a note and the intervals of the differences from the
+    first."""
     table = Table("", box=None, header_style="bold", padding=(0, 1, 0, 0), caption=_counts(comparison))
     names = [name for name in KEY_FIGURES if name in comparison.entries[0].figures]
     for name in names:
         table.add_column(FIGURES[name].title, justify="right")
-    for entry in comparison.entries:
+    for entry, note in zip(comparison.entries, notes, strict=True):
         cells = []
         for name in names:
             one, shown = entry.differences.get(name), FIGURES[name]
             style = "bold" if one and one.excludes_zero else ""
             cells.append(Text(f"{shown.value(entry.figures[name])}\n{shown.interval(one)}", style=style))
-        table.add_row(Text(entry.name), *cells)
+        table.add_row(Text.assemble(entry.name, "\n", (note, "dim")), *cells)
     return table
 
 
-def markdown(comparison: Comparison) -> str:
-    """All figures, a column for each model; in brackets the interval of the difference from the first."""
+def markdown(comparison: Comparison, more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """All figures, a column for each model; in brackets the interval of the difference from the first. `more`: lines of
+    other things, a cell for each model."""
     names = [entry.name.replace("|", "\\|") for entry in comparison.entries]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for name, shown in _present(comparison.entries[0]):
         cells = [_cell(shown, entry, name) for entry in comparison.entries]
         lines.append(f"| {shown.title} | " + " | ".join(cells) + " |")
+    lines += [f"| {title} | " + " | ".join(cells) + " |" for title, cells in (more or {}).items()]
     return "\n".join([*lines, "", f"{_counts(comparison)}, 95%.", ""])
 
 
