@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
 
     _generate_options(_verb(verbs, "generate", _generate, "answer a file of prompts; the answers are rows to train on"))
+    _add_evaluate(verbs)
+    study = "train the variants of a config and compare them; what is done is not done again"
+    _verb(verbs, "study", _study, study, "CONFIG [--key value ...]")
     return parser
 
 
@@ -66,6 +69,28 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     drawn.add_argument("--top_k", type=int, default=options, help="only from so many of the likeliest (50; 0: all)")
     drawn.add_argument("--top_p", type=float, default=options, help="only from the likeliest with this probability")
     drawn.add_argument("--min_p", type=float, default=options, help="only from those with this share of the best's")
+
+
+def _add_evaluate(verbs) -> None:
+    one = _verb(verbs, "evaluate", _evaluate, "compare models on held-out rows and checkable instructions")
+    one.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="runs' folders, model folders or hub names; the first is the baseline",
+    )
+    one.add_argument("--data", help="a run's folder (its held-out rows), or a file, folder or hub name of rows")
+    one.add_argument("--num_prompts", type=int, default=50, help="most rows that are asked (50)")
+    one.add_argument("--max_new_tokens", type=int, default=128, help="most tokens an answer may have (128)")
+    one.add_argument("--few_shot", type=int, default=0, help="ask each model also with this many rows as examples")
+    one.add_argument("--template", choices=("role", "chat"), default="chat", help="for models that are no run's (chat)")
+    one.add_argument("--system_prompt", help="for models that are no run's")
+    one.add_argument(
+        "--judge_base_url", help="an OpenAI-compatible endpoint that judges pairs, as https://api.openai.com/v1"
+    )
+    one.add_argument("--judge_model", help="the judge's name there; its key is read from OPENAI_API_KEY")
+    one.add_argument("--output", help="a folder for JSON, Markdown, picture and answers")
+    one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
 
 
 def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -165,3 +190,27 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
     given["output"] = Path(given["output"])
     if generate_file(Request(sampling=Sampling(**sampling, do_sample=drawn), **given)):
         sys.exit(1)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.evaluate import Request, build_judge, evaluate
+
+    if rest:
+        raise SFTError(f"evaluate: unknown option {rest[0]}; `evaluate --help` lists them")
+    names = [field.name for field in dataclasses.fields(Request)]
+    request = Request(**{name: getattr(args, name) for name in names})
+    judge = build_judge(args.judge_base_url, args.judge_model)
+    evaluate(args.models, request, args.output and Path(args.output), args.json, Console(), judge)
+
+
+def _study(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.study import study
+
+    config, overrides = _config(rest)
+    if config is None:
+        raise SFTError("study: name a config first, such as configs/study_rows.yaml")
+    study(config, overrides, Console())

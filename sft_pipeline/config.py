@@ -85,6 +85,13 @@ class SFTArguments:
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the linear layers that get adapters."}
     )
     lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapters."})
+    trainable_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Train only parameters whose name one of these regular expressions is found in, as self_attn."},
+    )
+    max_train_rows: int = field(
+        default=0, metadata={"help": "Train on so many rows at most, chosen by content hash; 0 is all."}
+    )
     num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
     num_answers: int = field(
         default=5, metadata={"help": "Held-out prompts answered before training, at evaluations and after it."}
@@ -125,8 +132,13 @@ def parse(config: str | None, overrides: list[str]) -> tuple[SFTArguments, Train
 
     Raises SFTError for a file that is missing or no flat YAML, an unknown key, or a value of the wrong type.
     """
+    return parse_keys(read_keys(Path(config)) if config else {}, config or "run", overrides)
+
+
+def parse_keys(keys: dict[str, Any], name: str, overrides: list[str]) -> tuple[SFTArguments, TrainingArguments]:
+    """As `parse`, for keys that were read already; `name` stands in the errors and in the default `output_dir`."""
     parser = _parser()
-    from_file = _read_yaml(Path(config), parser) if config else []
+    from_file = _checked(keys, name, parser)
     try:
         sft, training, unknown = parser.parse_args_into_dataclasses(
             args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
@@ -137,7 +149,7 @@ def parse(config: str | None, overrides: list[str]) -> tuple[SFTArguments, Train
     _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check(sft, training)
     if training.output_dir == "trainer_output":
-        training.output_dir = str(Path("outputs") / (Path(config).stem if config else "run"))
+        training.output_dir = str(Path("outputs") / Path(name).stem)
     _evaluate_when_there_are_rows(sft, training)
     return sft, training
 
@@ -160,8 +172,8 @@ def _parser() -> HfArgumentParser:
     return parser
 
 
-def _read_yaml(path: Path, parser: HfArgumentParser) -> list[str]:
-    """The file as command-line arguments, each checked against its field, so that both go one way from here."""
+def read_keys(path: Path) -> dict[str, Any]:
+    """The file's keys and values. Raises SFTError for a file that is missing or no YAML of keys and values."""
     if not path.is_file():
         raise SFTError(f"{path}: no such config file; the project's own are in configs/")
     try:
@@ -170,17 +182,22 @@ def _read_yaml(path: Path, parser: HfArgumentParser) -> list[str]:
         raise SFTError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SFTError(f"{path}: needs to be a flat list of `key: value` lines")
-    _refuse_unknown(list(values), parser, str(path))
+    return values
+
+
+def _checked(values: dict[str, Any], name: str, parser: HfArgumentParser) -> list[str]:
+    """The keys as command-line arguments, each checked against its field, so that both go one way from here."""
+    _refuse_unknown(list(values), parser, name)
     hints = _hints(parser)
-    arguments = [word for key, value in values.items() for word in _as_arguments(path, key, value, hints[key])]
+    arguments = [word for key, value in values.items() for word in _as_arguments(name, key, value, hints[key])]
     try:
         parser.parse_known_args(["--model_name_or_path=", "--train_data=", *arguments])
     except SFTError as error:
-        raise SFTError(f"{path}: {error}") from error
+        raise SFTError(f"{name}: {error}") from error
     return arguments
 
 
-def _as_arguments(path: Path, key: str, value: Any, hint: Any) -> list[str]:
+def _as_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
     """One `key: value` as the words that argparse reads."""
     kinds = _kinds(hint)
     if value is None:
@@ -227,13 +244,16 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
     for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(sft, key) < 1:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 1 or more")
-    for key in ("num_answers", "num_instructions", "eval_answer_share", "early_stopping_patience", "tokens_per_batch"):
+    counts = ("num_answers", "num_instructions", "early_stopping_patience", "tokens_per_batch", "max_train_rows")
+    for key in (*counts, "eval_answer_share"):
         if getattr(sft, key) < 0:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 0 or more")
     if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):
         raise SFTError(f"held_out is {sft.held_out}; give a whole number of rows, a share below 1, or 0")
     if sft.held_out and sft.eval_data:
         raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
+    if sft.lora and sft.trainable_modules:
+        raise SFTError("lora and trainable_modules both say what is trained; keep one")
     if sft.early_stopping_patience and not training.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
     if training.dataloader_drop_last:

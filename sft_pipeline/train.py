@@ -30,6 +30,7 @@ from sft_pipeline.evaluation.callback import EvaluationCallback
 from sft_pipeline.evaluation.history import answers_before_and_after, changes
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
+from sft_pipeline.model.freezing import train_only
 from sft_pipeline.model.fused_training import use_fused_layers
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
 from sft_pipeline.model.supervised import supervise
@@ -74,6 +75,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
 
     evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
     trainer.add_callback(evaluation)
+    trainable = trainable_parameters(trainer.model)  # before adapters may be merged
 
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     speed = trainer.tokens_per_second()
@@ -83,6 +85,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
         "train_loss": outcome.training_loss,
+        "trainable_parameters": trainable,
         "steps": trainer.state.global_step,
         "tokens_per_second": round(speed, 1),
         "peak_memory_gib": peak_memory_gib(),
@@ -110,6 +113,8 @@ def build_trainer(
     collator = build_collator(sft, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
+    if sft.trainable_modules:
+        train_only(model, sft.trainable_modules)
     if isinstance(collator, PackedCollator) and (fused := use_fused_layers(model)):
         logger.info("fused forward and backward in %s layers", fused)
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
@@ -122,8 +127,8 @@ def build_trainer(
     training.dataloader_pin_memory &= torch.accelerator.is_available()
     if training.device.type == "cpu":
         keep_freed_memory()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{model.num_parameters():,}", model.dtype)
+    trainable, parameters = trainable_parameters(model), model.num_parameters()
+    logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{parameters:,}", model.dtype)
     trainer = SupervisedTrainer(
         model=model,
         args=training,
@@ -138,6 +143,10 @@ def build_trainer(
         batches = trainer.training_batches()
         logger.info(savings(data.train, islice(batches, -(-len(batches) * SAMPLE // len(data.train)))))
     return trainer
+
+
+def trainable_parameters(model: PreTrainedModel) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def build_collator(

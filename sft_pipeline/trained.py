@@ -14,20 +14,24 @@ from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.output import TEMPLATE_FILE
 
 
-def load_trained(name_or_path: str) -> tuple[PreTrainedModel, Template, str | None]:
+def load_trained(
+    name_or_path: str, template_name: str = "chat", system_prompt: str | None = None
+) -> tuple[PreTrainedModel, Template, str | None]:
     """Model, template and system prompt of a run's output folder (merged, if it holds adapters), a model folder or a
-    hub name; the model on the accelerator, if there is one."""
+    hub name; the model on the accelerator, if there is one. For template and system prompt see `load_template`."""
     path = resolve(name_or_path, cache_dir())
-    template, system_prompt = load_template(path)
+    template, system_prompt = load_template(path, template_name, system_prompt)
     model = load_model(path).to(torch.accelerator.current_accelerator() or "cpu")
     return model, template, system_prompt
 
 
-def load_template(path: str) -> tuple[Template, str | None]:
-    """The template and system prompt that the model was trained with, or the tokenizer's own chat template."""
+def load_template(
+    path: str, template_name: str = "chat", system_prompt: str | None = None
+) -> tuple[Template, str | None]:
+    """The template and system prompt that the model was trained with; for a model that is no run's, those given."""
     tokenizer = load_tokenizer(path)
     record = Path(path) / TEMPLATE_FILE
     if not record.is_file():
-        return build_template("chat", tokenizer), None
+        return build_template(template_name, tokenizer), system_prompt
     settings = json.loads(record.read_text(encoding="utf-8"))
     return build_template(settings["template"], tokenizer), settings["system_prompt"]

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports datasets or transformers: both read these once.
@@ -104,3 +104,16 @@ def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache of encoded rows, for the test alone."""
     monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def few_instructions() -> Iterator[None]:
+    """Models are asked six of the checkable instructions, for the sake of time."""
+    from sft_pipeline import evaluate
+    from sft_pipeline.evaluation import comparison, instructions, record
+
+    few = instructions.load_instructions()[:6]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluate, comparison, record):
+            patch.setattr(module, "load_instructions", lambda: few)
+        yield

@@ -388,11 +388,12 @@ def test_the_finished_model_is_always_asked_everything(config, tmp_path):
 
 
 def test_the_best_model_has_a_file_of_its_own(config, tmp_path):
-    keys = ["--load_best_model_at_end", "true", "--learning_rate", "1.0"]
+    # The greater loss is called the better one, so that the best model is not the last.
+    keys = ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
     results = run_train(config, tmp_path / "out", *keys)
     kept = evaluations(tmp_path / "out")
     losses = {one["step"]: one["figures"]["nll_nats_per_token"] for name, one in kept.items() if name != "best"}
-    best = min(list(losses)[1:], key=losses.get)
+    best = max(list(losses)[1:], key=losses.get)
     assert list(losses) == [0, 2, 4] and best == 2
     assert kept["best"]["step"] == best and kept["best"]["table"] == kept["step_000002"]["table"]
     assert results["figures"] == kept["best"]["figures"]

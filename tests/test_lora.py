@@ -37,7 +37,7 @@ def config(model_folder, tmp_path):
         "lora_rank": 4,
         "lora_alpha": 8,
         "learning_rate": 0.05,
-        "max_steps": 3,
+        "max_steps": 6,
         "num_answers": 2,
         "max_new_tokens": 4,
         "use_cpu": True,

@@ -29,7 +29,12 @@ MAY_IMPORT = {
     "chat": {"errors", "data", "model", "evaluation", "trained"},
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
-    "cli": {"errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate"},
+    "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained"},
+    "study": {"errors", "config", "data", "evaluation", "output", "evaluate"},
+    "cli": {
+        "errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate", "evaluate",
+        "study",
+    },
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -97,8 +102,9 @@ def test_init_files_are_empty():
     assert [str(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"]] + [[verb, "--help"] for verb in ("train", "preview", "chat", "generate")])
-def test_help_loads_nothing_heavy(arguments):
+@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "generate", "evaluate", "study"])
+def test_help_loads_nothing_heavy(verb):
+    arguments = [*verb.split(), "--help"]
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['sft_pipeline', *{arguments!r}]\n"

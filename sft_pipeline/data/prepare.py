@@ -11,7 +11,7 @@ from datasets import Dataset
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.encode import Account, Encoder, encode_dataset
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.splits import drop_overlap, hold_out, mix
+from sft_pipeline.data.splits import drop_overlap, hold_out, mix, take
 from sft_pipeline.data.templates import Message, Template, count_other_ids
 from sft_pipeline.errors import SFTError
 
@@ -49,7 +49,12 @@ def prepare(sft: SFTArguments, template: Template) -> Prepared:
 
 
 def load_messages(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
-    """(training, held-out or None) conversations; no row is in both."""
+    """(training, held-out or None) conversations; no row is in both. `max_train_rows` changes no held-out row."""
+    train, held = _divided(sft)
+    return (take(train, sft.max_train_rows) if sft.max_train_rows else train), held
+
+
+def _divided(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
     parts = [_load(name, sft) for name in sft.train_data]
     if sft.eval_data:
         train = mix(parts, sft.train_data_weights or None)

@@ -100,6 +100,13 @@ def _chosen(hashes: np.ndarray, held_out: float) -> np.ndarray:
     raise SFTError(f"held out {held_out}: give a share between 0 and 1 (0.05) or a whole number of rows (20)")
 
 
+def take(dataset: Dataset, rows: int) -> Dataset:
+    """The `rows` rows with the smallest hashes, or all where there are no more, in their order: fewer are always among
+    more."""
+    smallest = np.argsort(row_hashes(dataset, "take"), kind="stable")[:rows]
+    return dataset.select(np.sort(smallest))
+
+
 def drop_overlap(train: Dataset, held: Dataset) -> Dataset:
     """`train` without the rows that stand in `held` too; their number is logged.
 

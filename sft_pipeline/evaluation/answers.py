@@ -24,6 +24,11 @@ class Answer:
     error: str | None = None
     logprob: float = 0.0
 
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended, as generation says it: "stop", "length" or "error"."""
+        return "error" if self.error else "stop" if self.stopped else "length"
+
 
 def answer(
     model: PreTrainedModel, template: Template, prompts: list[list[Message]], max_new_tokens: int, batch_size: int = 8

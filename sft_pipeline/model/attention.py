@@ -193,6 +193,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        slopes = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
-        attend_backward(*ctx.saved_tensors, grad, ctx.rows, ctx.scaling, slopes)
+        inputs = ctx.saved_tensors  # once: a checkpointed layer computes them at the first access
+        slopes = tuple(torch.empty_like(t) for t in inputs)
+        attend_backward(*inputs, grad, ctx.rows, ctx.scaling, slopes)
         return *slopes, None, None
