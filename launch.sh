@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one door: ./launch.sh train CONFIG | preview CONFIG | chat FOLDER | test
+# The one door: ./launch.sh train | preview | study CONFIG, chat | evaluate | generate, test
 #
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
 # arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
@@ -36,7 +36,7 @@ if [[ $verb == test ]]; then
     cd "$root"
     exec python -m pytest "${@:2}"
 fi
-install lora
+install lora,plot
 if [[ $verb == train ]]; then
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     # For one process `accelerate launch` would add nothing and turn exit status 2 into 1.

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from sft_pipeline.cache import cache_dir
@@ -81,9 +80,8 @@ def evaluate(
     records = [one for name in models for one in ask(name, name, questions, request)]
     comparison = compare(records, questions)
     if output:
-        keep(
-            output, "evaluation", report.markdown(comparison), comparison, records, questions
-        )  # before the judge, which may fail
+        # Before the judge, which may fail.
+        keep(output, "evaluation", report.markdown(comparison), comparison, records, questions)
     if not as_json:
         report.show(report.details(comparison), console)
     judged = [judge_against(judge, records[0], other, questions) for other in records[1:]] if judge else []
@@ -132,8 +130,6 @@ def held_out_conversations(data: str) -> list[list[Message]]:
 def ask(path: str, name: str, questions: Questions, request: Request) -> Iterator[Record]:
     """The model's record, and with examples in its prompts another. The model's memory is free afterwards."""
     model, template, system_prompt = load_trained(path, request.template, request.system_prompt)
-    if device := torch.accelerator.current_accelerator(check_available=True):
-        model = model.to(device)
     supervise(model)
     one = Contestant(name, model, template, system_prompt)
     if request.few_shot:

@@ -115,8 +115,7 @@ def build_trainer(
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     if sft.trainable_modules:
         train_only(model, sft.trainable_modules)
-    if isinstance(collator, PackedCollator) and (fused := use_fused_layers(model)):
-        logger.info("fused forward and backward in %s layers", fused)
+    fused = use_fused_layers(model) if isinstance(collator, PackedCollator) else 0
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
     held_out = data.held_out and data.held_out.select(np.argsort(row_lengths(data.held_out), kind="stable"))
@@ -124,6 +123,8 @@ def build_trainer(
     training.remove_unused_columns = False
     # One process a device: the old way of one process for all devices would split a packed batch.
     training._n_gpu = min(1, training.n_gpu)
+    # Every forward pass uses every parameter, also one without a target: no need to walk the graph for unused ones.
+    training.ddp_find_unused_parameters = bool(training.ddp_find_unused_parameters)
     training.dataloader_pin_memory &= torch.accelerator.is_available()
     if training.device.type == "cpu":
         keep_freed_memory()
@@ -141,7 +142,8 @@ def build_trainer(
     )
     if isinstance(collator, PackedCollator):
         batches = trainer.training_batches()
-        logger.info(savings(data.train, islice(batches, -(-len(batches) * SAMPLE // len(data.train)))))
+        sample = islice(batches, -(-len(batches) * SAMPLE // len(data.train)))
+        logger.info("%s; forward and backward are fused in %s layers", savings(data.train, sample), fused)
     return trainer
 
 
