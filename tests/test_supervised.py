@@ -187,9 +187,10 @@ def test_rows_without_a_target_sum_to_nothing():
     row = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3}
     sums = model(**PaddingCollator(0)([row, rows()[0]]), row_figures=True).logits
     assert sums[0].tolist() == [0, 0, 0] and sums[1, 1] == targets(rows()[:1])
-    loss = model(**PaddingCollator(0)([row]), num_items_in_batch=3).loss
-    loss.backward()
-    assert loss.item() == 0 and all(not g.any() for g in gradients(model))
+    for count in (3, None):
+        loss = model(**PaddingCollator(0)([row]), num_items_in_batch=count).loss
+        loss.backward()
+        assert loss.item() == 0 and all(not g.any() for g in gradients(model))
 
 
 def test_row_sums_do_not_keep_a_graph():
@@ -197,3 +198,15 @@ def test_row_sums_do_not_keep_a_graph():
     supervise(model)
     sums = model(**PaddingCollator(0)(rows()), row_figures=True).logits
     assert not sums.requires_grad and math.isfinite(sums.sum().item())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_tied_embedding_gets_one_dense_gradient_over_an_accumulated_step(name):
+    plain, ours = make(SPLIT[name]), make(SPLIT[name])
+    supervise(ours)
+    for part in (rows()[:2], rows()[2:]):
+        plain(**ordinary_batch(part), num_items_in_batch=41).loss.backward()
+        ours(**PaddingCollator(0)(part), num_items_in_batch=41).loss.backward()
+    found, expected = (model.get_input_embeddings().weight.grad for model in (ours, plain))
+    assert found.layout == torch.strided and not ours.get_input_embeddings().sparse
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ chunk's probabilities are at hand, in the forward pass, so that the backward pas
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,17 @@ class Head:
     scale: float
     softcap: float | None
 
+    def hidden(self, **inputs: Any) -> Tensor:
+        """The backbone's last hidden states (lines, length, hidden size).
+
+        The gradient of a tied embedding is its rows that occurred, added to the head's gradient: a dense one would be
+        a second matrix of vocabulary x hidden size to clear, fill and add.
+        """
+        embedding = self.backbone.get_input_embeddings()
+        tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
+        with _sparse_gradient(embedding) if tied else nullcontext():
+            return self.backbone(use_cache=False, **inputs).last_hidden_state
+
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits (..., vocabulary) of few positions, as the model itself gives them."""
         logits = self.linear(hidden) * self.scale
@@ -231,6 +242,16 @@ def _difference(model: nn.Module, head: Head) -> float:
             return float("inf")
         found = head.logits(hidden).float()
     return ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+
+
+@contextmanager
+def _sparse_gradient(embedding: nn.Embedding) -> Iterator[None]:
+    """Forward passes inside give the embedding a sparse gradient."""
+    before, embedding.sparse = embedding.sparse, True
+    try:
+        yield
+    finally:
+        embedding.sparse = before
 
 
 @contextmanager

@@ -52,10 +52,12 @@ def supervise(model: nn.Module) -> str | None:
             kwargs |= packed_arguments(row_lengths)
         if head is None:
             return _with_full_logits(plain, shift_labels, num_items_in_batch, row_lengths, row_figures, kwargs)
-        hidden = head.backbone(use_cache=False, **kwargs).last_hidden_state
+        hidden = head.hidden(**kwargs)
         if row_figures:
             return CausalLMOutput(logits=row_sums(hidden, shift_labels, row_lengths, head))
-        count = shift_labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        count = num_items_in_batch
+        if count is None:
+            count = shift_labels.ne(IGNORED).sum().clamp(min=1)
         return CausalLMOutput(loss=head.loss(hidden, shift_labels, count))
 
     inner.forward = forward
