@@ -38,6 +38,7 @@ def config(model: str, data: str, folder: str, held_out: int) -> dict[str, Any]:
         "template": "role",
         "system_prompt": SYSTEM,
         "num_answers": 0,
+        "num_instructions": 0,
         "per_device_train_batch_size": 8,
         "num_train_epochs": 1,
         "learning_rate": 1e-4,

@@ -138,8 +138,9 @@ def train_variant(variant: Variant) -> None:
     variant.folder.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(variant.config, allow_unicode=True, sort_keys=False)
     variant.config_file.write_text(text, encoding="utf-8")
-    # A run that was cut off is begun again.
-    command = [sys.executable, "-m", "sft_pipeline", "train", str(variant.config_file), "--overwrite_output_dir"]
+    # A run that was cut off is begun again. Nothing is asked while training: the study asks afterwards.
+    options = ["--overwrite_output_dir", "--num_answers", "0", "--num_instructions", "0"]
+    command = [sys.executable, "-m", "sft_pipeline", "train", str(variant.config_file), *options]
     status = subprocess.run(command, check=False).returncode
     if status:
         raise SFTError(f"variant {variant.name}: training ended with status {status}, see above; what is done is kept")
