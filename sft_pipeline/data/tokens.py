@@ -53,7 +53,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, tuple[int, ...]] = {}  # tuples of numbers cost the garbage collector nothing
         self._rules: tuple[Any, ...] = ()
         self._cuts = False
 
@@ -68,7 +68,7 @@ class TextEncoder:
             return dict(zip(different, encode_as_text(self._tokenizer, different)))
         cut = [words_of(text) for text in different]
         fresh = list(set(itertools.chain.from_iterable(cut)).difference(self._known))
-        self._known.update(zip(fresh, encode_as_text(self._tokenizer, fresh)))
+        self._known.update(zip(fresh, map(tuple, encode_as_text(self._tokenizer, fresh))))
         ids = [list(itertools.chain.from_iterable(map(self._known.__getitem__, words))) for words in cut]
         self._forget(fresh)
         return dict(zip(different, ids))
