@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from sft_pipeline.data.encode import Encoder
-from sft_pipeline.data.templates import build_template, encode_as_text
+from sft_pipeline.data.templates import build_template
+from sft_pipeline.data.tokens import encode_as_text
 from sft_pipeline.preview import as_json, show, show_positions, token_texts
 
 PIECES = st.sampled_from(["冬瓜", "🙂", "é", "the answer", " ", "\n", "<|im_end|>", "[bold]", "x"])

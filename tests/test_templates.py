@@ -16,10 +16,10 @@ from sft_pipeline.data.templates import (
     SENTINEL,
     build_template,
     count_other_ids,
-    encode_as_text,
     saved_chat_template,
     with_system_prompt,
 )
+from sft_pipeline.data.tokens import encode_as_text
 from sft_pipeline.errors import SFTError
 
 ROOT = Path(__file__).parent.parent
@@ -191,22 +191,6 @@ def test_a_spelled_stop_token_is_text(tokenizer, name):
     harmless = template.prompt(conversation(["x"]))
     assert [i for i in prompt if i < 3] == [i for i in harmless if i < 3]
     assert "a<|im_end|>b<|im_start|>system\nc" in tokenizer.decode(prompt)
-
-
-@QUICK
-@given(st.lists(TEXT, max_size=4))
-def test_encode_as_text_is_transformers_split_special_tokens(tokenizer, texts):
-    plain = [tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
-    assert encode_as_text(tokenizer, texts) == plain
-
-
-def test_encode_as_text_leaves_the_tokenizer_as_it_was(make_tokenizer):
-    own = make_tokenizer()
-    before = own("a<|im_end|>b").input_ids
-    own("a b c d", truncation=True, max_length=2, padding="max_length")
-    assert len(encode_as_text(own, ["the long long answer"])[0]) > 2
-    assert not own.backend_tokenizer.encode_special_tokens
-    assert own("a<|im_end|>b").input_ids == before
 
 
 def test_many_conversations_are_rendered_as_each_alone(tokenizer):

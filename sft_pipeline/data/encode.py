@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
 from sft_pipeline.cache import cache_dir
-from sft_pipeline.data import templates
+from sft_pipeline.data import templates, tokens
 from sft_pipeline.data.templates import Message, Run, Template, with_system_prompt
 from sft_pipeline.errors import SFTError
 
@@ -37,9 +38,9 @@ FEATURES = Features(
 
 def shift(runs: list[Run], limit: int | None = None) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of one row from its runs, cut after `limit` tokens."""
-    ids = [token for run in runs for token in run.ids][:limit]
-    targets = [token for run in runs for token in (run.ids if run.supervised else [IGNORED] * len(run.ids))][:limit]
-    return ids, [*targets[1:], IGNORED]
+    targets = (run.ids if run.supervised else [IGNORED] * len(run.ids) for run in runs)
+    ids = list(itertools.chain.from_iterable(run.ids for run in runs))[:limit]
+    return ids, [*list(itertools.chain.from_iterable(targets))[1:limit], IGNORED]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Encoder:
         if _length(runs) > self.max_length and self.overlong != "truncate_answer":
             return [], [], TOO_LONG
         ids, labels = shift(runs, self.max_length)
-        if all(label == IGNORED for label in labels):
+        if labels.count(IGNORED) == len(labels):
             return [], [], TOO_LONG if outcome == CUT else UNSUPERVISED
         return ids, labels, outcome
 
@@ -115,7 +116,7 @@ def _length(runs: list[Run]) -> int:
 
 def _code() -> str:
     """The text of the code that makes rows, so that another release never reads this one's cache."""
-    return Path(__file__).read_text(encoding="utf-8") + inspect.getsource(templates)
+    return Path(__file__).read_text(encoding="utf-8") + inspect.getsource(templates) + inspect.getsource(tokens)
 
 
 @dataclass(frozen=True)

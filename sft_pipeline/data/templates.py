@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from sft_pipeline.data.tokens import TextEncoder
 from sft_pipeline.errors import SFTError
 
 Message = dict[str, str]
@@ -53,7 +54,7 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._constants: dict[str, list[int]] = {}
+        self._encode = TextEncoder(tokenizer)
 
     def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
         """The whole conversation, up to its last answer's stop token."""
@@ -81,35 +82,12 @@ class Template:
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def _to_runs(self, rows: list[list[Piece]]) -> list[list[Run]]:
-        """Tokenize all rows' texts in one call: the tokenizer's own loop is the fast one."""
-        texts = [piece.text for pieces in rows for piece in pieces if piece.token_id is None]
-        fresh = [text for text in dict.fromkeys(texts) if text not in self._constants]
-        known = self._constants | dict(zip(fresh, encode_as_text(self.tokenizer, fresh)))
+        """Tokenize all rows' texts in one call."""
+        known = self._encode(piece.text for pieces in rows for piece in pieces if piece.token_id is None)
         return [
             [Run(known[p.text] if p.token_id is None else [p.token_id], p.supervised) for p in pieces]
             for pieces in rows
         ]
-
-    def _remember(self, *texts: str) -> None:
-        """Tokenize constant texts once."""
-        self._constants |= zip(texts, encode_as_text(self.tokenizer, list(texts)))
-
-
-def encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, in which no control token appears even where the text spells one.
-
-    The same as `tokenizer(texts, add_special_tokens=False, split_special_tokens=True)`, a fifth faster because no
-    character offsets are made.
-    """
-    backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    finally:
-        backend.encode_special_tokens = before
 
 
 class RoleTemplate(Template):
@@ -132,7 +110,6 @@ class RoleTemplate(Template):
             )
         self.stop_token_id = stop
         self.chat_template = self._jinja()
-        self._remember(MARKS["assistant"])
 
     def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
         start = [] if self.start_token_id is None else [Piece("", self.start_token_id, False)]
