@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,18 @@ def config(model: str, data: str, folder: str, held_out: int) -> dict[str, Any]:
 
 def child(keys: dict[str, Any]) -> Run:
     """One run; the benchmark's own key `share_prefix`, which no config has, is put into the collator."""
-    import functools
-
     from rich.console import Console
 
     from sft_pipeline import train
     from sft_pipeline.config import parse
 
     if not keys.pop("share_prefix", True):
-        train.PackedCollator = functools.partial(train.PackedCollator, share_prefix=False)
+
+        @dataclass(frozen=True)
+        class Unshared(train.PackedCollator):
+            share_prefix: bool = False
+
+        train.PackedCollator = Unshared
     found = train.train(*parse(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
     tokens = found["rows"]["train"]["tokens"]
     return {
