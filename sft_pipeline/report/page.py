@@ -79,7 +79,7 @@ def comparison(runs: list[Run]) -> str:
         names=names,
         charts=_drawn(charts.of_several(runs, names)),
         against=against,
-        same_rows=everywhere and len({str(one.held_out["tokens"]) for one in evaluations}) == 1,
+        other_rows=len({str(run.after and run.after.held_out["tokens"]) for run in runs}) > 1,
         answers=side_by_side(evaluations, instructions=False) if everywhere else [],
         differing=_differing([run.results["config"] for run in runs]),
     )
