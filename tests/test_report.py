@@ -233,7 +233,7 @@ def test_the_first_row_shows_what_is_trained(trained, config):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30))
 def test_the_histogram_counts_every_row_once(lengths, tokenizer):
     rows = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "labels": [[-100] * n for n in lengths]})
     found = record(rows, tokenizer)["lengths"]
