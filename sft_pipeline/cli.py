@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _generate_options(_verb(verbs, "generate", _generate, "answer a file of prompts; the answers are rows to train on"))
     _add_evaluate(verbs)
+    _add_report(verbs)
     study = "train the variants of a config and compare them; what is done is not done again"
     _verb(verbs, "study", _study, study, "CONFIG [--key value ...]")
     return parser
@@ -91,6 +92,12 @@ def _add_evaluate(verbs) -> None:
     one.add_argument("--judge_model", help="the judge's name there; its key is read from OPENAI_API_KEY")
     one.add_argument("--output", help="a folder for JSON, Markdown, picture and answers")
     one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
+
+
+def _add_report(verbs) -> None:
+    one = _verb(verbs, "report", _report, "write the page of a run, or one that compares runs")
+    one.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="runs' output folders; the first is the baseline")
+    one.add_argument("--output", help="the page (OUTPUT_DIR/report.html; of several runs comparison.html in the first)")
 
 
 def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -203,6 +210,14 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     request = Request(**{name: getattr(args, name) for name in names})
     judge = build_judge(args.judge_base_url, args.judge_model)
     evaluate(args.models, request, args.output and Path(args.output), args.json, Console(), judge)
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.report.page import write_report
+
+    if rest:
+        raise SFTError(f"report: unknown option {rest[0]}; it takes --output alone")
+    print(write_report(args.folders, args.output))
 
 
 def _study(args: argparse.Namespace, rest: list[str]) -> None:

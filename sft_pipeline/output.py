@@ -3,6 +3,8 @@
     run.yaml            the config that repeats the run; marks the folder as a run's
     evaluation/         answers and figures of each evaluation (evaluation/history.py)
     results.json        figures, answers before and after, loss curve, versions
+    preview.json        the first training row in tokens, and how long the rows are (preview.py)
+    report.html         all this as one page (report/)
     sft_template.json   template and system prompt, which `chat` needs
 """
 
@@ -24,6 +26,8 @@ from sft_pipeline.errors import SFTError
 RUN_FILE = "run.yaml"
 EVALUATION_DIR = "evaluation"
 RESULTS_FILE = "results.json"
+PREVIEW_FILE = "preview.json"
+REPORT_FILE = "report.html"
 TEMPLATE_FILE = "sft_template.json"
 
 

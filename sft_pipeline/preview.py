@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from sft_pipeline.data.batches import row_lengths
+
 IGNORED = -100
 TRAINED, GIVEN = "green", "dim"
+BARS = 40  # most bars of the histogram of lengths
 
 
 def as_json(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -26,8 +31,7 @@ def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: s
     """The row as running text and its ends, as at the start of a run."""
     ids, labels = row["input_ids"], row["labels"]
     texts = token_texts(ids, tokenizer)
-    # A token is trained if the position before it has it for a target.
-    trained = [False, *(label != IGNORED for label in labels[:-1])]
+    trained = are_trained(labels)
     line = Text()
     for text, flag in zip(texts, trained):
         line.append(text, style=TRAINED if flag else GIVEN)
@@ -37,6 +41,24 @@ def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: s
     console.print(line)
     if count:
         console.print(_ends([i for i, flag in enumerate(trained) if flag], ids, tokenizer), highlight=False)
+
+
+def are_trained(labels: list[int]) -> list[bool]:
+    """Of each token of a row. It is trained if the position before it has it for a target."""
+    return [False, *(label != IGNORED for label in labels[:-1])]
+
+
+def record(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, list]]:
+    """What a report shows of the training rows: the first one's tokens, and how many rows (`rows[i]`) have from
+    `edges[i]` up to, not including, `edges[i + 1]` tokens."""
+    first, lengths = rows[0], row_lengths(rows)
+    # Whole numbers as edges: between them a bar would hold more lengths than its neighbours.
+    width = max(1, -(-(max(lengths) + 1 - min(lengths)) // BARS))
+    counts, edges = np.histogram(lengths, np.arange(min(lengths), max(lengths) + width + 1, width))
+    return {
+        "first_row": {"tokens": token_texts(first["input_ids"], tokenizer), "trained": are_trained(first["labels"])},
+        "lengths": {"edges": edges.tolist(), "rows": counts.tolist()},
+    }
 
 
 def _ends(trained: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -35,6 +35,7 @@ from sft_pipeline.model.fused_training import use_fused_layers
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import (
+    PREVIEW_FILE,
     RESULTS_FILE,
     TEMPLATE_FILE,
     bring_evaluations,
@@ -43,7 +44,8 @@ from sft_pipeline.output import (
     config_record,
     write_json,
 )
-from sft_pipeline.preview import show
+from sft_pipeline.preview import record, show
+from sft_pipeline.report.page import write_report
 from sft_pipeline.summary import print_results
 from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
 
@@ -54,7 +56,7 @@ SAMPLE = 1000  # rows on which the savings are counted
 
 
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
-    """Fine-tune as told; leaves model, tokenizer, `run.yaml` and `results.json` in `training.output_dir`."""
+    """Fine-tune as told; leaves model, tokenizer, `run.yaml`, `results.json` and its page in the output folder."""
     checkpoint = check_output_dir(sft, training)
     config = config_record(sft, training)
     path = resolve(sft.model_name_or_path, cache_dir())
@@ -71,6 +73,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     training.eval_on_start = training.eval_on_start and checkpoint is None
     if training.process_index == 0:
         show(data.train[0], tokenizer, "first training row", console)
+        write_json(Path(training.output_dir) / PREVIEW_FILE, record(data.train, tokenizer))
     trainer = build_trainer(sft, training, model, template, data)
 
     evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
@@ -100,6 +103,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / RESULTS_FILE, results)
         print_results(results, training.output_dir, console)
+        console.print(f"all of it as a page: {write_report([training.output_dir])}", highlight=False, soft_wrap=True)
     return results
 
 

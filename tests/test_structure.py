@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "output": {"errors", "config"},
     "trainer": {"errors", "data", "model"},
     "evaluation": {"errors", "config", "data", "model", "output", "trainer"},
-    "preview": {"errors"},
+    "preview": {"errors", "data"},
+    "report": {"errors", "evaluation", "output"},
     "summary": set(),
     "trained": {"cache", "data", "model", "output"},
-    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary"},
+    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary", "report"},
     "chat": {"errors", "data", "model", "evaluation", "trained"},
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "study": {"errors", "config", "data", "evaluation", "output", "evaluate"},
     "cli": {
         "errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate", "evaluate",
-        "study",
+        "study", "report",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -103,7 +104,7 @@ def test_init_files_are_empty():
     assert [str(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
 
-@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "generate", "evaluate", "study"])
+@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report"])
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]
     code = (
