@@ -10,7 +10,9 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 class TrainingProgress(ProgressCallback):
     """One bar with loss, tokens a second and time left; a line for each evaluation."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("training")

@@ -147,7 +147,9 @@ def test_a_damaged_one_is_named_and_passed_over(reason, tmp_path, caplog):
         assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-9")
     assert caplog.messages == [f"{tmp_path / 'checkpoint-10'}: damaged ({reason}); passed over"]
     DAMAGES[reason](tmp_path / "checkpoint-9")
-    with pytest.raises(SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to begin"):
+    with pytest.raises(
+        SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to begin"
+    ):
         newest_whole(tmp_path)
 
 
@@ -307,7 +309,9 @@ class Terminate(TrainerCallback):
 def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     place = tmp_path / "checkpoint-3"
-    with pytest.raises(Requeue, match=f"^SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it$") as told:
+    with pytest.raises(
+        Requeue, match=f"^SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it$"
+    ) as told:
         build(tmp_path, [Terminate(3)], save_steps=save_steps).train()
     assert told.value.status == 75 == os.EX_TEMPFAIL
     assert signal.getsignal(signal.SIGTERM) is before
@@ -373,7 +377,7 @@ def work(process: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_stop_at_the_same_step_and_one_names_the_checkpoint(whole, tmp_path):
+def test_all_processes_stop_at_the_same_step_and_one_names_the_checkpoint(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -511,7 +515,12 @@ def command(*words) -> list[str]:
 
 
 def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(config, tmp_path):
-    keys = [f"--output_dir={tmp_path / 'out'}", "--save_steps=1", "--save_total_limit=2", "--resume_from_checkpoint=auto"]
+    keys = [
+        f"--output_dir={tmp_path / 'out'}",
+        "--save_steps=1",
+        "--save_total_limit=2",
+        "--resume_from_checkpoint=auto",
+    ]
     started = command("train", config, *keys, "--max_steps=100000", "--eval_strategy=steps", "--eval_steps=100000")
     run = subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while run.poll() is None and not (tmp_path / "out" / "checkpoint-1").is_dir():
@@ -520,7 +529,9 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 75, errors
     last = errors.splitlines()[-1]
-    found = re.fullmatch(r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last)
+    found = re.fullmatch(
+        r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last
+    )
     assert found and newest_whole(tmp_path / "out") == found[1] and "Traceback" not in errors
     again = command("train", config, *keys, f"--max_steps={int(found[2]) + 2}")
     subprocess.run(again, cwd=ROOT, capture_output=True, check=True)
