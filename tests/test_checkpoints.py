@@ -235,7 +235,7 @@ def test_train_loss_is_of_the_steps_that_were_trained(whole, tmp_path):
 
 def test_best_checkpoints_are_known_by_their_own_names(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
-    trainer = build(tmp_path, held_out=HELD_OUT, learning_rate=0.3, **best)
+    trainer = build(tmp_path, held_out=HELD_OUT, learning_rate=0.05, **best)
     trainer.train()
     kept = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(kept) and damage(kept) is None
