@@ -540,6 +540,7 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
     assert results["eval_loss"]["before"] > 0, "what the first start found is known"
 
 
+@pytest.mark.real
 def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
         assert verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}"]) == []
