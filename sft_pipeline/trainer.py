@@ -56,6 +56,7 @@ class SupervisedTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
+        self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
             clear(Path(self.args.output_dir))
         with self._termination:
