@@ -125,4 +125,4 @@ def _same(one: Any, other: Any) -> bool:
         return same_kind and torch.equal(*(part.reshape(-1).contiguous().view(torch.uint8) for part in (one, other)))
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.dtype == other.dtype and one.tobytes() == other.tobytes()
-    return one == other or (type(one) is type(other) and repr(one) == repr(other))
+    return type(one) is type(other) and (one == other or repr(one) == repr(other))
