@@ -95,6 +95,13 @@ class SupervisedTrainer(Trainer):
             in_order=self.args.dataloader_in_order,
         )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that goes on from its last step has none left; within an epoch, the library would train one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._tokens += real_tokens(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
