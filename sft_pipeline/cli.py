@@ -13,14 +13,14 @@ from sft_pipeline.errors import SFTError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb; an error of ours is one line on standard error and exit status 2."""
+    """Run one verb; an error of ours is one line on standard error and its exit status (errors.py), mostly 2."""
     args, rest = _parser().parse_known_args(arguments)
     try:
         _quiet_libraries()
         args.run(args, rest)
     except SFTError as error:
         print(f"sft-pipeline: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("sft-pipeline: interrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)
@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     study = "train the variants of a config and compare them; what is done is not done again"
     _verb(verbs, "study", _study, study, "CONFIG [--key value ...]")
+    resumed = "prove for a config that a run killed on its way ends with the bits of one that was not"
+    verify = _verb(verbs, "verify-resume", _verify_resume, resumed, "CONFIG [--steps N] [--key value ...]")
+    verify.add_argument("--steps", type=int, default=4, help="steps before the kill, and after it (4)")
     return parser
 
 
@@ -229,3 +232,15 @@ def _study(args: argparse.Namespace, rest: list[str]) -> None:
     if config is None:
         raise SFTError("study: name a config first, such as configs/study_rows.yaml")
     study(config, overrides, Console())
+
+
+def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.verify_resume import verify_resume
+
+    config, overrides = _config(rest)
+    if config is None:
+        raise SFTError("verify-resume: name a config first, such as configs/quickstart.yaml")
+    if args.steps < 1:
+        raise SFTError(f"steps is {args.steps}; it has to be 1 or more")
+    if verify_resume(config, args.steps, overrides):
+        sys.exit(1)

@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,
     # A NaN must be seen, not averaged away.
     "logging_nan_inf_filter": False,
+    # A resumed run has waited for a better eval_loss as long as the one before it.
+    "restore_callback_states_from_checkpoint": True,
 }
 
 

@@ -1,9 +1,17 @@
-"""The one error class of the package.
+"""The error classes of the package.
 
-Raise it for whatever a user can mend: its message is one line that names the file, row or key and the remedy.
-The command line prints that line without a traceback and exits with status 2.
+Raise SFTError for whatever a user can mend: its message is one line that names the file, row or key and the remedy.
+The command line prints that line without a traceback and exits with the error's status.
 """
 
 
 class SFTError(ValueError):
-    """Bad input: the message says where it is and what to do about it."""
+    """Bad input: the message says where it is and what to do about it. To try again would fail again."""
+
+    status = 2
+
+
+class Requeue(SFTError):
+    """The run was told to end and has saved what it had: the same command, started again, goes on with it."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
+from sft_pipeline.checkpoints import CHECKSUMS_FILE, damage, newest_whole
 from sft_pipeline.config import DEFAULTS, SFTArguments
 from sft_pipeline.errors import SFTError
 
@@ -36,12 +39,18 @@ def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | No
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise SFTError(f"output_dir {folder}: is a file; choose another folder")
+    begins_again = False
     if _resumes(training):
-        return checkpoint_to_resume(training.resume_from_checkpoint, folder)
+        checkpoint = checkpoint_to_resume(training, folder)
+        if checkpoint is not None:
+            return checkpoint
+        # auto, and nothing was saved: the run begins, or begins again.
+        training.resume_from_checkpoint = None
+        begins_again = not (folder / RESULTS_FILE).exists()
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RUN_FILE).is_file():
             raise SFTError(f"output_dir {folder}: holds files that are not a run's; choose another folder")
-        if not sft.overwrite_output_dir:
+        if not (sft.overwrite_output_dir or begins_again):
             raise SFTError(
                 f"output_dir {folder}: already holds a run; add --overwrite_output_dir to replace it, "
                 "--resume_from_checkpoint true to go on with it, or choose another folder"
@@ -66,16 +75,37 @@ def _resumes(training: TrainingArguments) -> bool:
     return training.resume_from_checkpoint not in (None, "false", "False")
 
 
-def checkpoint_to_resume(asked: str, folder: Path) -> str:
-    """The checkpoint's folder: the one that was named, or the run's newest."""
-    if asked.lower() in ("true", "last"):
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if found is None:
-            raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
-        return found
-    if not Path(asked).is_dir():
-        raise SFTError(f"resume_from_checkpoint {asked}: no such folder; give a checkpoint-N folder, or true")
-    return asked
+def checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | None:
+    """The checkpoint's folder: the one that was named, or the run's newest whole one.
+
+    None where `auto` finds no checkpoint, which is an error where `true` was given.
+    """
+    asked = training.resume_from_checkpoint
+    if asked.lower() not in ("true", "last", "auto"):
+        return _named_checkpoint(training, Path(asked))
+    found = _looked_for_once(training, lambda: newest_whole(folder))
+    if found is None and asked.lower() != "auto":
+        raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
+    return found
+
+
+def _named_checkpoint(training: TrainingArguments, folder: Path) -> str:
+    if not folder.is_dir():
+        raise SFTError(f"resume_from_checkpoint {folder}: no such folder; give a checkpoint-N folder, or true")
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise SFTError(f"resume_from_checkpoint {folder}: has no {TRAINER_STATE_NAME}; give a checkpoint-N folder")
+    # One that another trainer has saved has no checksums.
+    sealed = (folder / CHECKSUMS_FILE).is_file()
+    reason = _looked_for_once(training, lambda: damage(folder)) if sealed else None
+    if reason:
+        raise SFTError(f"resume_from_checkpoint {folder}: damaged ({reason}); give an older one, or true")
+    return str(folder)
+
+
+def _looked_for_once(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
+    """What the first process finds, for all: it reads every byte of a checkpoint."""
+    [found] = broadcast_object_list([look() if training.process_index == 0 else None])
+    return found
 
 
 def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> None:

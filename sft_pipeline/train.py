@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.allocator import keep_freed_memory
 from sft_pipeline.cache import cache_dir
@@ -69,8 +71,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     set_special_tokens(model, tokenizer, template.stop_token_id)
     claim_output_dir(sft, training)
     bring_evaluations(checkpoint, training)
-    # A resumed run was evaluated when it first started.
-    training.eval_on_start = training.eval_on_start and checkpoint is None
+    training.eval_on_start = training.eval_on_start if checkpoint is None else lacks_evaluation(checkpoint, training)
     if training.process_index == 0:
         show(data.train[0], tokenizer, "first training row", console)
         write_json(Path(training.output_dir) / PREVIEW_FILE, record(data.train, tokenizer))
@@ -105,6 +106,17 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         print_results(results, training.output_dir, console)
         console.print(f"all of it as a page: {write_report([training.output_dir])}", highlight=False, soft_wrap=True)
     return results
+
+
+def lacks_evaluation(checkpoint: str, training: TrainingArguments) -> bool:
+    """Whether the checkpoint was saved at a step that is evaluated, and the run then stopped before that was done."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+        return False
+    if training.eval_strategy == IntervalStrategy.EPOCH:
+        return state.epoch == int(state.epoch) and training.eval_delay <= state.epoch
+    due = training.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
+    return due and training.eval_delay <= state.global_step
 
 
 def build_trainer(

@@ -2,26 +2,35 @@
 
 Loss, accumulation and many devices are the library's own: the model's forward pass returns the loss (see
 model/supervised.py) over the number of targets that `Trainer` counts for the whole optimizer step. Ours are the
-order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, and a progress bar.
+order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole or
+absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
+from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, publish, rotate
 from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.divergence import described, divergence, write_rows
+from sft_pipeline.errors import Requeue, SFTError
+from sft_pipeline.progress import TrainingProgress
 
 
 class SupervisedTrainer(Trainer):
@@ -37,13 +46,21 @@ class SupervisedTrainer(Trainer):
         self._tokens = 0
         self._paused_seconds = 0.0
         self._started = time.perf_counter()
+        self._termination = Termination()
+        self._aside = False  # while a checkpoint is being written
+        self._saved_step = self._checked_step = -1
+        self._step_loss: Tensor | float = 0.0  # this process' part of the step's loss
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
-        return super().train(*args, **kwargs)
+        self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
+        if self.args.should_save:
+            clear(Path(self.args.output_dir))
+        with self._termination:
+            return super().train(*args, **kwargs)
 
     def training_batches(self) -> StepBatches:
         """The row numbers of this process' micro-batches."""
@@ -78,9 +95,119 @@ class SupervisedTrainer(Trainer):
             in_order=self.args.dataloader_in_order,
         )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that goes on from its last step has none left; within an epoch, the library would train one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._tokens += real_tokens(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss += loss
+        return loss
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """At the end of each step, and once more at that of an epoch. Raises Requeue when SIGTERM has come."""
+        told = self._check_step(grad_norm, epoch)
+        if told and self.args.metric_for_best_model is None:
+            # There may be seconds left; the run that goes on begins with this evaluation (train.py). One that tells
+            # the best model has to be made in its turn.
+            self.control.should_evaluate = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+        if told:
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            raise Requeue(f"SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it")
+
+    def _check_step(self, grad_norm: Any, epoch: int) -> bool:
+        """Whether any process got SIGTERM. Raises SFTError where the step's loss or its gradient is lost."""
+        if self._checked_step == self.state.global_step:
+            return False
+        self._checked_step = self.state.global_step
+        own = torch.tensor([float(self._termination.received), float(self._step_loss)], device=self.args.device)
+        told, loss = self.accelerator.reduce(own, reduction="mean").tolist()
+        self._step_loss = 0.0
+        # A gradient scaler (fp16) leaves out steps whose gradient overflows, and trains on.
+        norm = 0.0 if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
+        reason = divergence(loss, norm, self.model.config.get_text_config().vocab_size)
+        if reason:
+            raise self._diverged(reason, epoch)
+        return told > 0
+
+    def _diverged(self, reason: str, epoch: int) -> SFTError:
+        """The error that names the step's rows, whose text is left in the output folder."""
+        folder, step, rows = Path(self.args.output_dir), self.state.global_step, []
+        if self.args.train_sampling_strategy in ("random", "sequential"):
+            steps = self.training_batches().steps(epoch)
+            rows = steps[(step - 1) % len(steps)]
+        if self.args.should_save:
+            write_rows(folder, rows, self.train_dataset, self.processing_class)
+        return SFTError(described(folder, step, reason, rows))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / SAVING_DIR) if self._aside else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Whole or absent; older ones go after that."""
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        try:
+            self._aside = True
+            super()._save_checkpoint(model, trial)
+            self._name_best(run, run / SAVING_DIR / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(run / SAVING_DIR / name, run / name)
+                rotate(run / name, self.args.save_total_limit, self.state.best_model_checkpoint)
+                clear(run)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch and safetensors have errors of their own for a disk that is full.
+            why = " ".join(str(error).split())
+            raise SFTError(f"{run / name}: could not be saved ({why}); older checkpoints are kept") from error
+        finally:
+            self._aside = False
+        self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _name_best(self, run: Path, aside: Path) -> None:
+        """The best checkpoint by the name that it will have."""
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.is_dir() or best.name == aside.name):
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushed when it is whole: the hub's thread would read a folder that is renamed meanwhile."""
+        if not self._aside:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """And the loss since the last log, which else would begin anew in a run that goes on."""
+        super()._save_rng_state(output_dir)
+        running = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        self._running_loss_file(output_dir).write_text(json.dumps(running), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called once, before the first step of a run that goes on."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self._running_loss_file(checkpoint).is_file():
+            return
+        running = json.loads(self._running_loss_file(checkpoint).read_text(encoding="utf-8"))
+        self._tr_loss.fill_(running["loss"])
+        self._globalstep_last_logged = running["last_logged_step"]
+        # The library's train_loss is of the steps from here on alone.
+        self._total_loss_scalar = -running["loss"]
+
+    def _running_loss_file(self, folder: str) -> Path:
+        return Path(folder) / f"running_loss_{self.args.process_index}.json"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.perf_counter()
@@ -135,25 +262,3 @@ def peak_memory_gib() -> float:
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
-
-
-class TrainingProgress(ProgressCallback):
-    """One bar with loss, tokens a second and time left; a line for each evaluation."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("training")
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if self.training_bar is None:
-            return
-        if "eval_loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
-                f"token accuracy {logs['eval_token_accuracy']:.1%}"
-            )
-        elif "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s")

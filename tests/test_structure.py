@@ -19,8 +19,11 @@ MAY_IMPORT = {
     "config": {"errors"},
     "data": {"errors", "cache", "config"},
     "model": {"errors"},
-    "output": {"errors", "config"},
-    "trainer": {"errors", "data", "model"},
+    "checkpoints": {"errors"},
+    "output": {"errors", "config", "checkpoints"},
+    "divergence": set(),
+    "progress": set(),
+    "trainer": {"errors", "data", "model", "checkpoints", "divergence", "progress"},
     "evaluation": {"errors", "config", "data", "model", "output", "trainer"},
     "preview": {"errors", "data"},
     "report": {"errors", "evaluation", "output"},
@@ -32,9 +35,10 @@ MAY_IMPORT = {
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
     "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained"},
     "study": {"errors", "config", "data", "evaluation", "output", "evaluate"},
+    "verify_resume": {"errors", "config", "output"},
     "cli": {
         "errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate", "evaluate",
-        "study", "report",
+        "study", "report", "verify_resume",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -104,7 +108,9 @@ def test_init_files_are_empty():
     assert [str(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
 
-@pytest.mark.parametrize("verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report"])
+@pytest.mark.parametrize(
+    "verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
+)
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]
     code = (

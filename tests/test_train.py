@@ -220,7 +220,7 @@ def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, m
 
 def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):
     keys = ["--load_best_model_at_end", "true", "--early_stopping_patience", "1", "--eval_steps", "1"]
-    keys += ["--save_steps", "1", "--learning_rate", "1.0", "--max_steps", "8"]
+    keys += ["--save_steps", "1", "--learning_rate", "0.3", "--max_steps", "8"]
     results = run_train(config, "--output_dir", str(tmp_path / "out"), *keys)
     losses = [e["eval_loss"] for e in results["loss_curve"] if "eval_loss" in e and e["step"]]
     assert results["steps"] < 8
