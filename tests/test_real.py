@@ -30,7 +30,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
         "held_out": 8,
         "num_answers": 2,
         "max_new_tokens": 16,
-        "max_steps": 6,
+        "max_steps": 12,
         "warmup_steps": 1,
         "logging_steps": 1,
         "output_dir": tmp_path / "out",
@@ -41,7 +41,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
 
     loss = results["eval_loss"]
     assert loss["after"] < 0.9 * loss["before"], loss
-    assert results["steps"] == 6 and results["rows"]["train"]["kept"] == 40
+    assert results["steps"] == 12 and results["rows"]["train"]["kept"] == 40
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["answers"]) == 2
     assert all(one["prompt"] and one["before"] and one["after"] for one in results["answers"])
