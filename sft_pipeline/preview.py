@@ -16,8 +16,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.data.batches import row_lengths
+from sft_pipeline.data.collate import IGNORED
 
-IGNORED = -100
 TRAINED, GIVEN = "green", "dim"
 BARS = 40  # most bars of the histogram of lengths
 

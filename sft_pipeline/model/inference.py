@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_pipeline.model.fused_layer import layer_forward, linear_forward, serves_layer, serves_linear
 from sft_pipeline.model.fused_training import fused_layers_set_aside
+from sft_pipeline.model.loss import evaluating
 
 ATTENTION = "sft_generation"
 
@@ -24,23 +25,11 @@ def lent(model: PreTrainedModel, attention: Callable, rows: int) -> Iterator[Non
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_evaluation_mode(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(_attention(model, attention))
         stack.enter_context(fused_layers_set_aside(model))
         stack.enter_context(_fast_forwards(model, attention, rows))
         yield
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Each module gets its own mode back: a frozen part may be in evaluation mode while the rest is being trained."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
