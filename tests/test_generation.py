@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model import generation
 from sft_pipeline.model.generation import Completion, generate
-from sft_pipeline.model.guesses import Guesses
+from sft_pipeline.model.guesses import LENGTH, Guesses
 from sft_pipeline.model.kv_cache import KVCache, bytes_per_token
 from sft_pipeline.model.sampling import Sampling
 
@@ -262,7 +262,7 @@ def parrot(name: str) -> nn.Module:
     model = deepcopy(MODELS[name])
     for parameter_name, parameter in model.named_parameters():
         if "o_proj.weight" in parameter_name or "attn.c_proj.weight" in parameter_name:
-            parameter.data *= 0.1
+            parameter.data *= 0.01
     return model
 
 
@@ -313,16 +313,12 @@ def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
     assert stopped.ids == shown == whole.ids[: len(shown)] and stopped.text == decode(whole.ids).split(text)[0]
 
 
-@given(ids=st.lists(st.integers(0, 3), max_size=30), most=st.integers(-1, 20), trust=st.integers(1, 16))
+@given(ids=st.lists(st.integers(0, 1), max_size=30), most=st.integers(-1, 20), trust=st.integers(1, 16))
 def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, trust):
     guesses = Guesses(ids)
     guesses.trust = trust
-    expected: list[int] = []
-    for n in (3, 2):
-        places = [end for end in range(n, len(ids)) if ids[end - n : end] == ids[-n:]]
-        if places:
-            expected = (ids[places[-1] :] * 20)[: max(min(most, trust), 0)]
-            break
+    places = [end for end in range(LENGTH, len(ids)) if ids[end - LENGTH : end] == ids[-LENGTH:]]
+    expected = (ids[places[-1] :] * 20)[: max(min(most, trust), 0)] if places else []
     assert guesses.next(most) == expected
 
 

@@ -9,7 +9,9 @@ Source: prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-dec
 transformers' generate).
 """
 
-LENGTHS = (3, 2)  # of the tokens looked up, the longest first
+LENGTH = (
+    4  # of the tokens looked up: on answers to Alpaca's prompts three in four guesses are right, after 3 tokens half
+)
 MOST = 16  # guessed at once for a row
 
 
@@ -19,21 +21,19 @@ class Guesses:
     def __init__(self, ids: list[int]) -> None:
         self.ids: list[int] = []
         self.followed_at: dict[tuple[int, ...], int] = {}  # by the tokens before: the latest place of what followed
-        self.trust = 2
+        self.trust = 4
         for token in ids:
             self.append(token)
 
     def append(self, token: int) -> None:
-        for length in LENGTHS:
-            if len(self.ids) >= length:
-                self.followed_at[tuple(self.ids[-length:])] = len(self.ids)
+        if len(self.ids) >= LENGTH:
+            self.followed_at[tuple(self.ids[-LENGTH:])] = len(self.ids)
         self.ids.append(token)
 
     def next(self, most: int) -> list[int]:
         """At most `most` tokens; none where the last tokens are new. A guess that reaches the text's end goes on as a
         loop."""
-        starts = (self.followed_at.get(tuple(self.ids[-length:])) for length in LENGTHS)
-        start = next((start for start in starts if start is not None), None)
+        start = self.followed_at.get(tuple(self.ids[-LENGTH:]))
         if start is None:
             return []
         period = len(self.ids) - start
