@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model import generation
 from sft_pipeline.model.generation import Completion, generate
-from sft_pipeline.model.guesses import LENGTH, Guesses
+from sft_pipeline.model.guesses import Guesses
 from sft_pipeline.model.kv_cache import KVCache, bytes_per_token
 from sft_pipeline.model.sampling import Sampling
 
@@ -313,13 +313,22 @@ def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
     assert stopped.ids == shown == whole.ids[: len(shown)] and stopped.text == decode(whole.ids).split(text)[0]
 
 
-@given(ids=st.lists(st.integers(0, 1), max_size=30), most=st.integers(-1, 20), trust=st.integers(1, 16))
-def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, trust):
+@given(
+    ids=st.lists(st.integers(0, 2), max_size=30),
+    most=st.integers(-1, 20),
+    least=st.integers(1, 4),
+    trust=st.integers(1, 16),
+)
+def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, least, trust):
     guesses = Guesses(ids)
     guesses.trust = trust
-    places = [end for end in range(LENGTH, len(ids)) if ids[end - LENGTH : end] == ids[-LENGTH:]]
-    expected = (ids[places[-1] :] * 20)[: max(min(most, trust), 0)] if places else []
-    assert guesses.next(most) == expected
+    expected: list[int] = []
+    for length in range(4, least - 1, -1):
+        places = [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
+        if places:
+            expected = (ids[places[-1] :] * 20)[: max(min(most, trust), 0)]
+            break
+    assert guesses.next(most, least) == expected
 
 
 def test_right_guesses_are_trusted_more_and_wrong_ones_less():
@@ -444,7 +453,7 @@ def test_a_layer_that_does_not_attend_is_refused():
 
 def _used(model: nn.Module) -> KVCache:
     cache = KVCache(1)
-    with generation.lent(model, cache.attend, 1):
+    with generation.lent(model, cache.attend):
         plan = cache.prepare([0], [2], torch.device("cpu"))
         model(input_ids=torch.tensor([[1, 2]]), position_ids=plan.positions[None], use_cache=False)
     return cache

@@ -20,14 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
-from sft_pipeline.model.guesses import Guesses
+from sft_pipeline.model.guesses import SURE, Guesses
 from sft_pipeline.model.inference import lent
 from sft_pipeline.model.kv_cache import KVCache
 from sft_pipeline.model.sampling import Sampling, choose
 from sft_pipeline.model.stops import Stops
 
 PROMPT_TOKENS_A_STEP = 512  # bounds a forward's memory, and how long a long prompt can hold up the other rows
-GUESSES_A_STEP = 16  # more would cost the time of more than they save
+GUESSES_A_STEP = 16  # more would take more time than they save
+CHEAP_TOKENS = 8  # a forward of so many takes little longer than that of one: any guess is worth it
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _Batch:
 
     def run(self, completions: dict[int, Completion]) -> None:
         """Decode until no row waits; puts each row's completion under its index."""
-        with lent(self.model, self.cache.attend, self.cache.slots):
+        with lent(self.model, self.cache.attend):
             self._read_prefix()
             self.rows = [self._next_row() for _ in range(self.cache.slots)]
             while self.rows:
@@ -181,20 +182,22 @@ class _Batch:
         for row, tokens in zip(self.rows, new):
             row.past += len(tokens)
             del row.pending[: len(tokens)]
-        self._guess()
+        self._guess(sum(map(len, new)))
         logits = self._forward(
             [tokens + row.guess for tokens, row in zip(new, self.rows)], past, [1 + len(row.guess) for row in self.rows]
         )
         starts = accumulate((1 + len(row.guess) for row in self.rows), initial=0)
         return self._follow([(row, start) for row, start in zip(self.rows, starts) if not row.pending], logits)
 
-    def _guess(self) -> None:
-        """Decide what is read ahead for each row: nothing for one whose prompt is not read yet."""
+    def _guess(self, tokens: int) -> None:
+        """Decide what is read ahead for each row, beside the `tokens` that must be read: nothing for a row whose prompt
+        is not read yet."""
         budget = GUESSES_A_STEP
         for row in self.rows:
-            left = self.settings.max_new_tokens - len(row.ids) - 1
-            row.guess = [] if row.pending else row.guesses.next(min(budget, left))
+            most = min(budget, self.settings.max_new_tokens - len(row.ids) - 1)
+            row.guess = [] if row.pending else row.guesses.next(most, 1 if tokens < CHEAP_TOKENS else SURE)
             budget -= len(row.guess)
+            tokens += len(row.guess)
 
     def _follow(self, ready: list[tuple[Row, int]], logits: Tensor) -> list[tuple[Row, Completion]]:
         """Give each row its next token, and one more for each token that was rightly guessed; returns the rows that
