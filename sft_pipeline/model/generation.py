@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
-from sft_pipeline.model.guesses import SURE, Guesses
+from sft_pipeline.model.guesses import Guesses
 from sft_pipeline.model.inference import lent
 from sft_pipeline.model.kv_cache import KVCache
 from sft_pipeline.model.sampling import Sampling, choose
@@ -28,7 +28,6 @@ from sft_pipeline.model.stops import Stops
 
 PROMPT_TOKENS_A_STEP = 512  # bounds a forward's memory, and how long a long prompt can hold up the other rows
 GUESSES_A_STEP = 16  # more would take more time than they save
-CHEAP_TOKENS = 8  # a forward of so many takes little longer than that of one: any guess is worth it
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class _Batch:
         budget = GUESSES_A_STEP
         for row in self.rows:
             most = min(budget, self.settings.max_new_tokens - len(row.ids) - 1)
-            row.guess = [] if row.pending else row.guesses.next(most, 1 if tokens < CHEAP_TOKENS else SURE)
+            row.guess = [] if row.pending else row.guesses.next(most, tokens)
             budget -= len(row.guess)
             tokens += len(row.guess)
 
