@@ -6,6 +6,8 @@
     preview.json        the first training row in tokens, and how long the rows are (preview.py)
     report.html         all this as one page (report/)
     sft_template.json   template and system prompt, which `chat` needs
+
+Beside these stand the model as transformers saves it, and the checkpoints.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     sft-pipeline preview configs/quickstart.yaml --row 3
     sft-pipeline preview configs/quickstart.yaml --row 3 --json
+
+A run keeps the same of its first row (`record`), for its page.
 """
 
 from __future__ import annotations

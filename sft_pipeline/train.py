@@ -1,6 +1,8 @@
 """A run from its config to its results, read top to bottom.
 
     sft-pipeline train configs/quickstart.yaml
+
+The loss is three hops away: trainer.py, model/supervised.py, model/loss.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Loss, accumulation and many devices are the library's own: the model's forward pass returns the loss (see
 model/supervised.py) over the number of targets that `Trainer` counts for the whole optimizer step. Ours are the
-order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole or
-absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
+order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole
+or absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
 """
 
 from __future__ import annotations

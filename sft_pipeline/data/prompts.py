@@ -1,7 +1,9 @@
 """Prompts to be answered: a text file with one a line, or any source of rows. What is wrong with a row stays with it.
 
     load_prompts("questions.txt")
-    load_prompts("alpaca.json")  # the last answer of a row is its reference and is not shown to the model
+    load_prompts("alpaca.json")
+
+The last answer of a row is its reference and is not shown to the model.
 """
 
 import logging

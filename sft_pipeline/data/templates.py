@@ -230,7 +230,8 @@ class ChatTemplate(Template):
 
     def _find_stop(self) -> int:
         """The first control token after an answer."""
-        text = self._jinja([{"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}], False)
+        asked, answered = {"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}
+        text = self._jinja([asked, answered], False)
         after = self._tokens_apart(text.split("sft-answer", 1)[-1])
         stop = next((piece.token_id for piece in after if piece.token_id is not None), None)
         if stop is None:

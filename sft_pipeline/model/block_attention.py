@@ -52,7 +52,7 @@ def attend_backward(
     scaling: float,
     slopes: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of query, key and value by `grad` (1, tokens, heads, size), written into `slopes`, shaped as they are."""
+    """Gradients of query, key and value by `grad` (1, tokens, heads, size), written into `slopes` of their shapes."""
     grads = grad[0].transpose(0, 1)
     query_slope, key_slope, value_slope = (slope[0] for slope in slopes)
     key_slope.zero_()

@@ -8,7 +8,7 @@ all prompts is read once. What a row's own text lets guess is read ahead (`guess
 right. The result is that of decoding each prompt alone, token by token, up to the rounding of fp32.
 """
 
-import os
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -300,7 +300,9 @@ def _common_prefix(prompts: list[list[int]]) -> list[int]:
     """What all prompts begin with, less than the shortest of them, so that each has a token to predict from."""
     if len(prompts) == 1:
         return []
-    return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    # What the least and the greatest share, all between them share too.
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
+    return [token for token, _ in shared][: min(map(len, prompts)) - 1]
 
 
 def _call(callback: Callable[..., None] | None, *arguments: object) -> None:
