@@ -192,7 +192,7 @@ class _BlockAttention(torch.autograd.Function):
         return attend(query, key, value, rows, scaling)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors  # once: a checkpointed layer computes them at the first access
         slopes = tuple(torch.empty_like(t) for t in inputs)
         attend_backward(*inputs, grad, ctx.rows, ctx.scaling, slopes)

@@ -95,7 +95,15 @@ class _Attention(torch.autograd.Function):
     """x + o(attention(q, k, v of norm(x))): x (tokens, hidden size) -> (tokens, hidden size)."""
 
     @staticmethod
-    def forward(ctx, shape, x, norm, q_norm, k_norm, *projections):
+    def forward(
+        ctx: Any,
+        shape: _Shape,
+        x: Tensor,
+        norm: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        *projections: Tensor | None,
+    ) -> Tensor:
         *qkv, output, output_bias = projections
         weight, bias = _joined(qkv)
         scale = _inverse_rms(x, shape.epsilon)
@@ -109,7 +117,7 @@ class _Attention(torch.autograd.Function):
         return result if output_bias is None else result.add_(output_bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, raw, mixed, norm, q_norm, k_norm, *projections = ctx.saved_tensors
         shape, needs = ctx.shape, ctx.needs_input_grad
         *qkv, output, output_bias = projections
@@ -135,7 +143,18 @@ class _MLP(torch.autograd.Function):
     """x + down(silu(gate(n)) * up(n)) with n = norm(x): x (tokens, hidden size) -> (tokens, hidden size)."""
 
     @staticmethod
-    def forward(ctx, epsilon, x, norm, gate, gate_bias, up, up_bias, down, down_bias):
+    def forward(
+        ctx: Any,
+        epsilon: float,
+        x: Tensor,
+        norm: Tensor,
+        gate: Tensor,
+        gate_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+    ) -> Tensor:
         scale = _inverse_rms(x, epsilon)
         normed = _normed(x, scale, norm)
         gated, raised = linear(normed, gate, gate_bias), linear(normed, up, up_bias)
@@ -148,7 +167,7 @@ class _MLP(torch.autograd.Function):
         return result if down_bias is None else result.add_(down_bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, gated, raised, norm, gate, up, down = ctx.saved_tensors
         needs, (gate_bias, up_bias, down_bias) = ctx.needs_input_grad, ctx.biases
         inner, gated_slope, raised_slope = _silu_slopes(gated, raised, grad @ down)

@@ -70,7 +70,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass; `backward` multiplies what `forward` has kept by the loss's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options):
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+    ) -> Tensor:
         needs = [options.grad and t is not None and t.requires_grad for t in (states, weight, bias)]
         with torch.autocast(states.device.type, enabled=False):
             loss, grads = _loss_and_grads(states, targets, weight, bias, options, needs)
@@ -79,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # On CPU reading the factor is free and saves a pass over the head's gradient; elsewhere it would synchronize.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
