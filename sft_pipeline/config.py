@@ -169,7 +169,8 @@ def _parser() -> HfArgumentParser:
             # argparse spells both forms of an option, --max_length/--max-length; one is enough.
             raise SFTError(re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message))
 
-    parser = Parser((SFTArguments, TrainingArguments), allow_abbrev=False)
+    classes: Any = (SFTArguments, TrainingArguments)
+    parser = Parser(classes, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     return parser
 

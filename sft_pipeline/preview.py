@@ -91,7 +91,7 @@ def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase, parts: bool 
     texts: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
+        text = str(tokenizer.decode(ids[start:end]))
         # An unfinished character decodes to U+FFFD; four bytes are the longest, so more tokens are no character.
         if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
             continue

@@ -171,5 +171,7 @@ def divide(lengths: Sequence[int], parts: int, most: int = 0) -> list[list[int]]
 class EpochLoader(DataLoader):
     """A `DataLoader` that `Trainer` can tell the epoch."""
 
+    batch_sampler: StepBatches
+
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

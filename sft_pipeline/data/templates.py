@@ -79,7 +79,7 @@ class Template:
     def parse(self, ids: list[int]) -> str:
         """The answer's text: what stands before the stop token."""
         end = ids.index(self.stop_token_id) if self.stop_token_id in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
     def _to_runs(self, rows: list[list[Piece]]) -> list[list[Run]]:
         """Tokenize all rows' texts in one call."""
@@ -216,7 +216,7 @@ class ChatTemplate(Template):
         ]
 
     def _jinja(self, messages: list[Message], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
 
     def _hide(self, content: str) -> str:
         """The content with every control token's spelling replaced, so that rendering cannot tell it from text."""

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -147,7 +148,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """GGUF to a plain transformers folder with float32 safetensors."""
     logger.info("converting %s (about 20 s, once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are expanded already; as long as these say "quantized", saving is refused.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -16,7 +16,8 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from sft_pipeline.errors import SFTError
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 POSITIONS = 1024  # positions at a time whose logits are formed in evaluation
 
 
-def supervise(model: nn.Module) -> str | None:
+def supervise(model: PreTrainedModel) -> str | None:
     """Teach `model` the two calls above. Returns why it stays with full logits instead, or None."""
     try:
         head, reason = split_head(model), None
