@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one door: ./launch.sh train | preview | study CONFIG, chat | evaluate | generate, test
+# The one door: ./launch.sh train | preview | study CONFIG, chat | evaluate | generate, test, lint
 #
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
 # arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
@@ -35,6 +35,13 @@ if [[ $verb == test ]]; then
     install test
     cd "$root"
     exec python -m pytest "${@:2}"
+fi
+if [[ $verb == lint ]]; then
+    install test,dev
+    cd "$root"
+    ruff check
+    ruff format --check
+    exec mypy
 fi
 install lora,plot
 if [[ $verb == train ]]; then

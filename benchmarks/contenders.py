@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 BATCH = 8
 IGNORED = -100
-TRL = {
+TRL: dict[str, dict[str, Any]] = {
     "trl-plain": {"per_device_train_batch_size": BATCH},
     "trl-group": {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "group_by_length"},
     "trl-pack": {"per_device_train_batch_size": 2, "packing": True, "packing_strategy": "bfd"},

@@ -52,7 +52,7 @@ class Plan:
 
     def _keys(self, folder: Path) -> list[str]:
         keys = {"model_name_or_path": self.model, "train_data": self.data, "template": "role", "system_prompt": SYSTEM}
-        keys |= {"output_dir": folder, "resume_from_checkpoint": "auto", **self.settings()}
+        keys |= {"output_dir": str(folder), "resume_from_checkpoint": "auto", **self.settings()}
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A run over its steps, from results.json and evaluation/ of its output folder, as a picture: losses, and its answers.
 
-python benchmarks/plot_run.py outputs/alpaca_smollm2 docs/run.png        # needs the extra `bench`
+    python benchmarks/plot_run.py outputs/alpaca_smollm2 docs/run.png
+
+Needs the extra `bench`.
 """
 
 import json

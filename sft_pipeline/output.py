@@ -6,6 +6,8 @@
     preview.json        the first training row in tokens, and how long the rows are (preview.py)
     report.html         all this as one page (report/)
     sft_template.json   template and system prompt, which `chat` needs
+
+Beside these stand the model as transformers saves it, and the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sft_pipeline.checkpoints import CHECKSUMS_FILE, damage, newest_whole
+from sft_pipeline.checkpoints import CHECKSUMS_FILE, damage, newest_whole, output_folder
 from sft_pipeline.config import DEFAULTS, SFTArguments
 from sft_pipeline.errors import SFTError
 
@@ -36,7 +38,7 @@ TEMPLATE_FILE = "sft_template.json"
 
 def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
     """Refuse an output folder that is taken; returns the checkpoint to resume from, if that was asked for."""
-    folder = Path(training.output_dir)
+    folder = output_folder(training)
     if folder.exists() and not folder.is_dir():
         raise SFTError(f"output_dir {folder}: is a file; choose another folder")
     begins_again = False
@@ -60,7 +62,7 @@ def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | No
 
 def claim_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
     """Make the checked folder ours. Called when data and model are loaded: what is wrong with them costs no old run."""
-    folder = Path(training.output_dir)
+    folder = output_folder(training)
     with training.main_process_first(desc="output folder"):
         if training.process_index == 0:
             if (folder / RUN_FILE).is_file() and not _resumes(training):
@@ -80,7 +82,7 @@ def checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | Non
 
     None where `auto` finds no checkpoint, which is an error where `true` was given.
     """
-    asked = training.resume_from_checkpoint
+    asked = str(training.resume_from_checkpoint)
     if asked.lower() not in ("true", "last", "auto"):
         return _named_checkpoint(training, Path(asked))
     found = _looked_for_once(training, lambda: newest_whole(folder))
@@ -112,7 +114,7 @@ def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> No
     """A run that goes on in another folder takes along what was found before, the base model's answers among it."""
     if checkpoint is None or training.process_index:
         return
-    earlier, ours = Path(checkpoint).parent / EVALUATION_DIR, Path(training.output_dir) / EVALUATION_DIR
+    earlier, ours = Path(checkpoint).parent / EVALUATION_DIR, output_folder(training) / EVALUATION_DIR
     if earlier.is_dir() and not ours.exists():
         shutil.copytree(earlier, ours)
 
@@ -120,8 +122,9 @@ def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> No
 def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
     # Making TrainingArguments sets up the process' device and group; told otherwise, they would end a distributed run.
-    same_place = {"use_cpu": training.use_cpu, "ddp_backend": training.ddp_backend}
-    default = TrainingArguments(output_dir=training.output_dir, **same_place).to_dict()
+    default = TrainingArguments(
+        output_dir=training.output_dir, use_cpu=training.use_cpu, ddp_backend=training.ddp_backend
+    ).to_dict()
     default |= {"use_cpu": False, "ddp_backend": None}
     given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
     # With DEFAULTS, for the library's default of such a key would be read back as ours.

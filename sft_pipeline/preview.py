@@ -2,6 +2,8 @@
 
     sft-pipeline preview configs/quickstart.yaml --row 3
     sft-pipeline preview configs/quickstart.yaml --row 3 --json
+
+A run keeps the same of its first row (`record`), for its page.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase, parts: bool 
     texts: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
+        text = str(tokenizer.decode(ids[start:end]))
         # An unfinished character decodes to U+FFFD; four bytes are the longest, so more tokens are no character.
         if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
             continue

@@ -10,6 +10,8 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 class TrainingProgress(ProgressCallback):
     """One bar with loss, tokens a second and time left; a line for each evaluation."""
 
+    training_bar: Any  # the library says None, until there is one
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -1,6 +1,8 @@
 """A run from its config to its results, read top to bottom.
 
     sft-pipeline train configs/quickstart.yaml
+
+The loss is three hops away: trainer.py, model/supervised.py, model/loss.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.allocator import keep_freed_memory
 from sft_pipeline.cache import cache_dir
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.data.collate import PaddingCollator
@@ -74,7 +77,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     training.eval_on_start = training.eval_on_start if checkpoint is None else lacks_evaluation(checkpoint, training)
     if training.process_index == 0:
         show(data.train[0], tokenizer, "first training row", console)
-        write_json(Path(training.output_dir) / PREVIEW_FILE, record(data.train, tokenizer))
+        write_json(output_folder(training) / PREVIEW_FILE, record(data.train, tokenizer))
     trainer = build_trainer(sft, training, model, template, data)
 
     evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
@@ -95,16 +98,20 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         "peak_memory_gib": peak_memory_gib(),
         "seconds": round(outcome.metrics["train_runtime"], 1),
         **before_and_after(evaluation),
-        "rows": {"train": asdict(data.train_account), "held_out": data.held_out and asdict(data.held_out_account)},
+        "rows": {
+            "train": asdict(data.train_account),
+            "held_out": asdict(data.held_out_account) if data.held_out_account else None,
+        },
         "loss_curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
         "versions": {name: version(name) for name in PACKAGES},
         "seed": training.seed,
         "config": config,
     }
     if trainer.is_world_process_zero():
-        write_json(Path(training.output_dir) / RESULTS_FILE, results)
-        print_results(results, training.output_dir, console)
-        console.print(f"all of it as a page: {write_report([training.output_dir])}", highlight=False, soft_wrap=True)
+        folder = output_folder(training)
+        write_json(folder / RESULTS_FILE, results)
+        print_results(results, str(folder), console)
+        console.print(f"all of it as a page: {write_report([folder])}", highlight=False, soft_wrap=True)
     return results
 
 
@@ -201,7 +208,7 @@ def final_evaluation(trainer: SupervisedTrainer, evaluation: EvaluationCallback)
 
 def before_and_after(evaluation: EvaluationCallback) -> dict[str, Any]:
     """The figures of the last evaluation, their changes since step 0, and the answers of both."""
-    before, after = evaluation.before, (evaluation.evaluations or [None])[-1]
+    before, after = evaluation.before, evaluation.evaluations[-1] if evaluation.evaluations else None
     return {
         "figures": after and after.figures,
         "before_and_after": changes(before, after) if before and after else {},
@@ -218,4 +225,4 @@ def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> N
     trainer.save_state()
     if trainer.is_world_process_zero():
         record = {"template": sft.template, "system_prompt": sft.system_prompt}
-        write_json(Path(trainer.args.output_dir) / TEMPLATE_FILE, record)
+        write_json(output_folder(trainer.args) / TEMPLATE_FILE, record)

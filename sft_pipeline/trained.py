@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +22,9 @@ def load_trained(
     hub name; the model on the accelerator, if there is one. For template and system prompt see `load_template`."""
     path = resolve(name_or_path, cache_dir())
     template, system_prompt = load_template(path, template_name, system_prompt)
-    model = load_model(path).to(torch.accelerator.current_accelerator() or "cpu")
+    model = load_model(path)
+    device: Any = torch.accelerator.current_accelerator() or "cpu"
+    model.to(device)
     return model, template, system_prompt
 
 

@@ -2,8 +2,8 @@
 
 Loss, accumulation and many devices are the library's own: the model's forward pass returns the loss (see
 model/supervised.py) over the number of targets that `Trainer` counts for the whole optimizer step. Ours are the
-order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole or
-absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
+order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole
+or absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, publish, rotate
+from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, output_folder, publish, rotate
 from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
@@ -39,8 +40,14 @@ class SupervisedTrainer(Trainer):
     tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
     """
 
-    def __init__(self, *args: Any, tokens_per_batch: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, compute_metrics=self._held_out_figures, **kwargs)
+    # What the library allows for beside these is not used here.
+    model: PreTrainedModel
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase | None
+
+    def __init__(self, *, tokens_per_batch: int = 0, **kwargs: Any) -> None:
+        super().__init__(compute_metrics=self._held_out_figures, **kwargs)
         self.row_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
         self._tokens_per_batch = tokens_per_batch
         self._tokens = 0
@@ -58,7 +65,7 @@ class SupervisedTrainer(Trainer):
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
         self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
-            clear(Path(self.args.output_dir))
+            clear(output_folder(self.args))
         with self._termination:
             return super().train(*args, **kwargs)
 
@@ -109,10 +116,10 @@ class SupervisedTrainer(Trainer):
         return loss
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: int, *args: Any, **kwargs: Any
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: float, *args: Any, **kwargs: Any
     ) -> None:
         """At the end of each step, and once more at that of an epoch. Raises Requeue when SIGTERM has come."""
-        told = self._check_step(grad_norm, epoch)
+        told = self._check_step(grad_norm, int(epoch))
         if told and self.args.metric_for_best_model is None:
             # There may be seconds left; the run that goes on begins with this evaluation (train.py). One that tells
             # the best model has to be made in its turn.
@@ -121,7 +128,7 @@ class SupervisedTrainer(Trainer):
         if told:
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
-            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            place = output_folder(self.args) / f"checkpoint-{self.state.global_step}"
             raise Requeue(f"SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it")
 
     def _check_step(self, grad_norm: Any, epoch: int) -> bool:
@@ -141,7 +148,7 @@ class SupervisedTrainer(Trainer):
 
     def _diverged(self, reason: str, epoch: int) -> SFTError:
         """The error that names the step's rows, whose text is left in the output folder."""
-        folder, step, rows = Path(self.args.output_dir), self.state.global_step, []
+        folder, step, rows = output_folder(self.args), self.state.global_step, []
         if self.args.train_sampling_strategy in ("random", "sequential"):
             steps = self.training_batches().steps(epoch)
             rows = steps[(step - 1) % len(steps)]
@@ -225,7 +232,7 @@ class SupervisedTrainer(Trainer):
         return None, sums, sums[:, 1]
 
     def _held_out_figures(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.row_sums = prediction.predictions
+        self.row_sums = np.asarray(prediction.predictions)
         return token_weighted(prediction)
 
     def tokens_per_second(self) -> float:
@@ -250,7 +257,7 @@ def real_tokens(inputs: dict[str, Tensor]) -> int:
 
 def token_weighted(prediction: EvalPrediction) -> dict[str, float]:
     """Held-out loss in nats a target, its exponential, and the share of targets that were the likeliest id."""
-    nll, targets, correct = prediction.predictions.sum(axis=0)
+    nll, targets, correct = np.asarray(prediction.predictions).sum(axis=0)
     loss = nll / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": float(loss), "perplexity": perplexity, "token_accuracy": float(correct / targets)}

@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import parse
 from sft_pipeline.errors import SFTError
 from sft_pipeline.output import config_record
@@ -41,7 +42,7 @@ MEASURED = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second", "mo
 def verify_resume(config: str, steps: int, overrides: list[str]) -> list[str]:
     """What differs between the runs, which is said too; empty if nothing does."""
     sft, training = parse(config, overrides)
-    folder = Path(training.output_dir + "-verify-resume")
+    folder = Path(f"{output_folder(training)}-verify-resume")
     whole, stopped = folder / "whole", folder / "stopped"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

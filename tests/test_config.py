@@ -34,7 +34,10 @@ def refusal(config: str | None, *overrides: str) -> str:
 
 
 # A study's own keys are read by study.py: tests/test_study.py.
-@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.stem.startswith("study_")], ids=lambda path: path.stem)
+RUNS = [path for path in CONFIGS if not path.stem.startswith("study_")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_parses(path):
     sft, training = parse(str(path), [])
     assert sft.train_data and sft.held_out > 0
@@ -117,7 +120,8 @@ def test_evaluation_is_on_where_there_are_rows(write):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "nearest"), [("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")]
+    ("wrong", "nearest"),
+    [("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")],
 )
 def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
     config = write(f"{wrong}: 1\n")

@@ -262,8 +262,9 @@ def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(LINES * 30))
     arguments = ["generate", str(tmp_path / "many.txt"), "--model", str(model_folder), "--output", "many.jsonl"]
     arguments += ["--max_new_tokens", "24", "--temperature", "1.5", "--seed", "3", "--batch_size", "4"]
-    process = subprocess.Popen([sys.executable, "-m", "sft_pipeline", *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(Path(verb.__file__).parents[1])})  # fmt: skip
+    command = [sys.executable, "-m", "sft_pipeline", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(verb.__file__).parents[1])}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment)
     partial, deadline = tmp_path / "many.jsonl.partial", time.monotonic() + 120
     while (not partial.exists() or partial.read_bytes().count(b"\n") < 20) and time.monotonic() < deadline:
         assert process.poll() is None

@@ -104,7 +104,8 @@ def test_adapters_are_merged_into_their_base(config, tmp_path):
     run(config)
     folder = tmp_path / "out"
     model, template, _ = load_trained(str(folder))
-    assert type(model).__name__ == "LlamaForCausalLM" and not any("lora" in name for name, _ in model.named_parameters())
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name, _ in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     by_hand = PeftModel.from_pretrained(load_model(json.loads((folder / ADAPTERS).read_text())[BASE]), str(folder))
     torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The page of a run: every number is that of results.json, text stays text, nothing is fetched, and a browser shows it."""
+"""The page of a run: every number is that of results.json, text stays text, nothing is fetched, a browser shows it."""
 
 import functools
 import json
@@ -461,16 +461,19 @@ def test_runs_of_one_name_are_told_apart(folder, tmp_path):
 
 REFUSALS = {
     "nowhere": (lambda folder: shutil.rmtree(folder), "{0}: no such folder; give the output folder of a run"),
-    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run leaves at its end"),
+    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run leaves at"),
     "cut off": (lambda folder: (folder / "results.json").write_text('{"a'), "{0}/results.json: not readable as JSON ("),
     "a list": (lambda folder: (folder / "results.json").write_text("[]"), "{0}/results.json: holds no JSON object"),
-    "older": (lambda folder: edit(folder / "results.json", lambda r: r.pop("figures")), "{0}/results.json: no figures; it is of"),
+    "older": (
+        lambda folder: edit(folder / "results.json", lambda results: results.pop("figures")),
+        "{0}/results.json: no figures; it is of another release",
+    ),
     "no evaluation": (
         lambda folder: (folder / "evaluation" / "step_000002.json").write_text('{"a": 1}'),
         "{0}/evaluation: holds a file that is no evaluation (",
     ),
-    "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a file in it"),
-}  # fmt: skip
+    "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a "),
+}
 
 
 @pytest.mark.parametrize("case", REFUSALS)

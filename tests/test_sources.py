@@ -48,7 +48,7 @@ def offline(monkeypatch, tmp_path_factory):
 
 def talk(user="Hi", answer="Hello", system=None):
     start = [{"role": "system", "content": system}] if system else []
-    return start + [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return [*start, {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
 
 def table(conversations):
@@ -117,12 +117,12 @@ def test_shapes_agree(pairs, system):
     start = [messages[0]] if system else []
     speakers = {"user": "human", "assistant": "gpt", "system": "system"}
     spoken = [{"from": speakers[message["role"]], "value": message["content"]} for message in messages]
+    *earlier, (question, reply) = [list(pair) for pair in pairs]
     rows = [
-        ("alpaca", {"instruction": pairs[-1][0], "output": pairs[-1][1], "system": system,
-                    "history": [list(pair) for pair in pairs[:-1]]}),
+        ("alpaca", {"instruction": question, "output": reply, "system": system, "history": earlier}),
         ("messages", {"messages": [{**message, "name": "x", "weight": 1} for message in messages]}),
         ("sharegpt", {"conversations": spoken}),
-        ("sharegpt", {"conversations": spoken[len(start):], "system": system}),
+        ("sharegpt", {"conversations": spoken[len(start) :], "system": system}),
         ("prompt-completion", {"prompt": messages[:-1], "completion": messages[-1:]}),
     ]
     for name, row in rows:
@@ -389,7 +389,7 @@ def test_a_hub_name_with_a_hub(monkeypatch):
 
     def answer(name, split):
         asked.append((name, split))
-        return Dataset.from_list([{**row, "text": "x"} for row in ROWS + [{"instruction": "Hi", "output": ""}]])
+        return Dataset.from_list([{**row, "text": "x"} for row in [*ROWS, {"instruction": "Hi", "output": ""}]])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     dataset = load_source("someone/rows", split="train[:4]", skip_bad_rows=True)

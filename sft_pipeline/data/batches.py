@@ -36,14 +36,15 @@ class StepBatches:
 
     - `rows`: a step is rows x accumulation x processes rows. The epoch's last step has what is left, in as few
       micro-batches as that allows.
-    - `tokens`, where not 0: a step has as many rows as best fit lays into accumulation x processes micro-batches of at most
-      so many tokens, each row counted whole. How many rows that is varies, and how many steps an epoch needs varies with
-      the shuffle; since `Trainer` plans with one number, every epoch is cut into the most steps that any epoch of the
-      run (`epochs`, or `max_steps` where positive) needs, by halving steps. A row above `tokens` is a micro-batch alone.
+    - `tokens`, where not 0: a step has as many rows as best fit lays into accumulation x processes micro-batches of at
+      most so many tokens, each row counted whole. How many rows that is varies, and how many steps an epoch needs
+      varies with the shuffle; since `Trainer` plans with one number, every epoch is cut into the most steps that any
+      epoch of the run (`epochs`, or `max_steps` where positive) needs, by halving steps. A row above `tokens` is a
+      micro-batch alone.
 
-    `packed` micro-batches are balanced in tokens, others in rows. A micro-batch is empty only where a step has fewer rows
-    than micro-batches: the collators make one token without a target of it, which counts zero, so that all processes go
-    through the same number of forward passes.
+    `packed` micro-batches are balanced in tokens, others in rows. A micro-batch is empty only where a step has fewer
+    rows than micro-batches: the collators make one token without a target of it, which counts zero, so that all
+    processes go through the same number of forward passes.
     """
 
     lengths: Sequence[int]
@@ -169,6 +170,8 @@ def divide(lengths: Sequence[int], parts: int, most: int = 0) -> list[list[int]]
 
 class EpochLoader(DataLoader):
     """A `DataLoader` that `Trainer` can tell the epoch."""
+
+    batch_sampler: StepBatches
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

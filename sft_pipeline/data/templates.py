@@ -79,7 +79,7 @@ class Template:
     def parse(self, ids: list[int]) -> str:
         """The answer's text: what stands before the stop token."""
         end = ids.index(self.stop_token_id) if self.stop_token_id in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
     def _to_runs(self, rows: list[list[Piece]]) -> list[list[Run]]:
         """Tokenize all rows' texts in one call."""
@@ -216,7 +216,7 @@ class ChatTemplate(Template):
         ]
 
     def _jinja(self, messages: list[Message], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
 
     def _hide(self, content: str) -> str:
         """The content with every control token's spelling replaced, so that rendering cannot tell it from text."""
@@ -230,7 +230,8 @@ class ChatTemplate(Template):
 
     def _find_stop(self) -> int:
         """The first control token after an answer."""
-        text = self._jinja([{"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}], False)
+        asked, answered = {"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}
+        text = self._jinja([asked, answered], False)
         after = self._tokens_apart(text.split("sft-answer", 1)[-1])
         stop = next((piece.token_id for piece in after if piece.token_id is not None), None)
         if stop is None:

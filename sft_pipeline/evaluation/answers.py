@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -61,7 +60,7 @@ def complete(
         batch_size=batch_size,
         max_length=max_length,
         stop_strings=stop_strings,
-        decode=partial(template.tokenizer.decode, skip_special_tokens=True),
+        decode=lambda ids: str(template.tokenizer.decode(ids, skip_special_tokens=True)),
         seeds=seeds,
         on_token=on_token,
         on_done=on_done and (lambda row, done: on_done(row, _read(done))),

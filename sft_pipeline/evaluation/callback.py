@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import pandas
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.collate import IGNORED
 from sft_pipeline.data.templates import Template, with_system_prompt
@@ -59,7 +59,7 @@ class EvaluationCallback(TrainerCallback):
         """held_out: conversations (`messages`), each ending with the reference answer."""
         self.trainer, self.template, self.max_new_tokens = trainer, template, sft.max_new_tokens
         self.questions = build_questions(held_out, sft)
-        self.folder = Path(trainer.args.output_dir) / EVALUATION_DIR
+        self.folder = output_folder(trainer.args) / EVALUATION_DIR
         self.evaluations: list[Evaluation] = []
         self._budget = Budget(sft.eval_answer_share)
         self._ended = False
@@ -98,7 +98,7 @@ class EvaluationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Called inside `trainer.evaluate`, so that the seconds count as evaluation, not as training."""
@@ -108,13 +108,13 @@ class EvaluationCallback(TrainerCallback):
         answers = self._answers(model, asked)
         seconds = time.perf_counter() - started
         self._budget.pay(len(asked), seconds, on_the_way=not whole)
-        best = self._ended and args.load_best_model_at_end and state.best_global_step is not None
-        step = state.best_global_step if best else state.global_step
+        best = state.best_global_step if self._ended and args.load_best_model_at_end else None
+        step = state.global_step if best is None else best
         found = self._evaluation(step, seconds, [table_row(*pair) for pair in zip(asked, answers)])
         self.evaluations.append(found)
         self._log(found)
         if state.is_world_process_zero:
-            found.write(self.folder / (BEST_FILE if best else step_file(step)))
+            found.write(self.folder / (step_file(step) if best is None else BEST_FILE))
             send_table(found.table, args.report_to, state.global_step)
             if not args.disable_tqdm:
                 tqdm.write(f"step {step}: {described(found, len(self.questions))}")
@@ -220,13 +220,13 @@ def supervised_bytes(labels: Sequence[int], template: Template) -> int:
     """UTF-8 bytes of the text that a row's labels spell: its supervised answers, without their stop tokens."""
     outside = (IGNORED, template.stop_token_id)
     runs = [list(run) for is_text, run in itertools.groupby(labels, key=lambda label: label not in outside) if is_text]
-    return sum(utf8_bytes(template.tokenizer.decode(run, skip_special_tokens=True)) for run in runs)
+    return sum(utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
 
 
-def send_table(table: list[Row], report_to: list[str], step: int) -> None:
+def send_table(table: list[Row], report_to: str | list[str] | None, step: int) -> None:
     """To the trackers that take tables and are in use, under the step that transformers' own callbacks give figures."""
     for name in ("wandb", "trackio"):
-        if not table or name not in report_to:
+        if not table or name not in (report_to or ()):
             continue
         tracker = importlib.import_module(name)
         # As objects, for a column of texts or truth values would turn None into NaN.

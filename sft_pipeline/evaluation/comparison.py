@@ -102,7 +102,7 @@ def difference(first: Items, other: Items) -> Difference | None:
 
 
 def _row_values(record: Record, questions: Questions, rows: list[int]) -> dict[str, Items]:
-    losses = [record.losses[at] for at in rows]
+    losses = [loss for loss in (record.losses[at] for at in rows) if loss]
     nll, tokens = [loss.nll_nats for loss in losses], [float(loss.tokens) for loss in losses]
     found = {
         "nll_nats_per_token": Items(nll, tokens),

@@ -1,7 +1,9 @@
 """What the evaluations of a run found, and how they are kept in its output folder.
 
-    evaluation/step_000090.json     one an evaluation, whole or absent; its fields are those of `Evaluation`
+    evaluation/step_000090.json     one an evaluation
     evaluation/best.json            of the best model, where load_best_model_at_end brings one back after training
+
+A file is whole or absent; its fields are those of `Evaluation`.
 """
 
 from __future__ import annotations

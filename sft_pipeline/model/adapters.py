@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -22,7 +23,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, target_modules: list
     targets = target_modules[0] if target_modules == ["all-linear"] else target_modules
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, config)
+        # Not one itself, but it hands on whatever it is asked for.
+        return cast(PreTrainedModel, get_peft_model(model, config))
     except ValueError as error:
         raise SFTError(f"lora_target_modules {target_modules}: {str(error).splitlines()[0]}") from error
 

@@ -10,6 +10,7 @@ arithmetic is fp32 either way; only the order of the sums differs.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.functional import linear
 # Layers that compute norm, attention with rotary positions, sum, norm, silu-gated MLP, sum (and Qwen3's norms of
 # heads).
 FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+Part = Any  # a module of such a layer: torch types what it is made of as tensors or modules, whichever it is
 
 # What oneDNN is told of the number of tokens. Its layout for 16 is as fast on 1 as its layout for 1, and faster on more.
 LAYOUT_TOKENS = 16
@@ -42,7 +44,7 @@ class Product:
         return self.multiply_with(x, other, self.weight, self.bias, operation)
 
 
-def serves_linear(layer: nn.Module) -> bool:
+def serves_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a plain fp32 linear layer on the CPU. One of another class, or whose forward is already
     replaced, is someone else's; a build of torch without the operators of its inductor for oneDNN keeps its own
     product."""
@@ -52,7 +54,7 @@ def serves_linear(layer: nn.Module) -> bool:
     return ours and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def serves_layer(layer: nn.Module) -> bool:
+def serves_layer(layer: Part) -> bool:
     """Whether `layer` is of the family, untouched: no adapter in it, no hook on it, nothing that a fused layer would
     skip."""
     if type(layer).__name__ not in FAMILY or not type(layer).__module__.startswith("transformers."):
@@ -78,7 +80,7 @@ def linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def layer_forward(layer: nn.Module, attend: Callable) -> Callable[..., Tensor]:
+def layer_forward(layer: Part, attend: Callable) -> Callable[..., Tensor]:
     """A forward for a decoder layer that `serves_layer`; `attend` is an attention function of transformers'
     interface."""
     self_attention, mlp = _attention(layer.self_attn, attend), _mlp(layer.mlp)
@@ -93,12 +95,12 @@ def layer_forward(layer: nn.Module, attend: Callable) -> Callable[..., Tensor]:
     return forward
 
 
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(norm: Part) -> Callable[[Tensor], Tensor]:
     shape, weight, epsilon = tuple(norm.weight.shape), norm.weight, norm.variance_epsilon
     return lambda x: torch.rms_norm(x, shape, weight, epsilon)
 
 
-def _attention(module: nn.Module, attend: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _attention(module: Part, attend: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     project, output = Product([module.q_proj, module.k_proj, module.v_proj]), Product([module.o_proj])
     size = module.head_dim
     heads, shared = module.q_proj.out_features // size, module.k_proj.out_features // size
@@ -121,6 +123,6 @@ def _attention(module: nn.Module, attend: Callable) -> Callable[[Tensor, Tensor,
     return forward
 
 
-def _mlp(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def _mlp(module: Part) -> Callable[[Tensor, Tensor], Tensor]:
     gate, up, down = (Product([layer]) for layer in (module.gate_proj, module.up_proj, module.down_proj))
     return lambda x, residual: down.with_(up.with_(x, gate(x, "swish"), "mul"), residual, "add")

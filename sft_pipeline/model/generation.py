@@ -8,15 +8,15 @@ all prompts is read once. What a row's own text lets guess is read ahead (`guess
 right. The result is that of decoding each prompt alone, token by token, up to the rounding of fp32.
 """
 
-import os
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
@@ -127,7 +127,7 @@ class _Batch:
         """`waiting` holds the prompts with their row's number before and its seed after."""
         self.model, self.stops, self.settings = model, stops, settings
         self.on_token, self.on_done = on_token, on_done
-        self.device = model.get_input_embeddings().weight.device
+        self.device = _embedding(model).weight.device
         self.prefix = _common_prefix([prompt for _, prompt, _ in waiting])
         self.waiting = deque(waiting)
         self.cache = KVCache(min(batch_size, len(waiting)))
@@ -220,8 +220,9 @@ class _Batch:
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[tuple[Row, Completion]]:
         """Give each row its next token, from logits (rows, vocabulary); returns the rows that ended."""
-        seen = torch.stack([row.seen for row in rows]) if self.settings.repetition_penalty != 1 else None
-        ids, logprobs = choose(logits, self.settings, [row.generator for row in rows], seen)
+        seen = [row.seen for row in rows if row.seen is not None]
+        generators = [row.generator for row in rows]
+        ids, logprobs = choose(logits, self.settings, generators, torch.stack(seen) if seen else None)
         ended = []
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
             reason = self._accept(row, token, logprob)
@@ -285,7 +286,7 @@ def _row_limit(model: PreTrainedModel, max_length: int | None) -> int | None:
 
 def _refusal(prompt: list[int], max_new_tokens: int, limit: int | None, model: PreTrainedModel) -> str | None:
     """Why the prompt can't be answered, or None."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _embedding(model).num_embeddings
     if not prompt:
         return "the prompt is empty: give at least one token"
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
@@ -295,11 +296,17 @@ def _refusal(prompt: list[int], max_new_tokens: int, limit: int | None, model: P
     return None
 
 
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def _common_prefix(prompts: list[list[int]]) -> list[int]:
     """What all prompts begin with, less than the shortest of them, so that each has a token to predict from."""
     if len(prompts) == 1:
         return []
-    return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    # What the least and the greatest share, all between them share too.
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
+    return [token for token, _ in shared][: min(map(len, prompts)) - 1]
 
 
 def _call(callback: Callable[..., None] | None, *arguments: object) -> None:

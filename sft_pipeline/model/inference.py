@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def _attention(model: nn.Module, attention: Callable) -> Iterator[None]:
 
     No mask function is registered with it, so that transformers builds no mask.
     """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
     names = [(config, config._attn_implementation) for config in configs]
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attention
     try:

@@ -9,9 +9,10 @@ answers being written share it, and no padding is computed.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sft_pipeline.errors import SFTError
@@ -61,7 +62,7 @@ class KVCache:
         self.slots = slots
         self.capacity = 0
         self.layers: dict[int, list[Tensor]] = {}
-        self.plan: Plan | None = None
+        self.plan: Plan  # of the forward pass, from `prepare` on
 
     def prepare(self, past: Sequence[int], new: Sequence[int], device: torch.device) -> Plan:
         """Plan a forward that adds `new[s]` >= 1 tokens to slot s, which holds `past[s]`. Slots are filled from 0."""
@@ -74,7 +75,7 @@ class KVCache:
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,

