@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 Part = Any  # a module of such a layer: torch types what it is made of as tensors or modules, whichever it is
 
-# What oneDNN is told of the number of tokens. Its layout for 16 is as fast on 1 as its layout for 1, and faster on more.
+# What oneDNN is told of the number of tokens. Its layout for 16 is as fast on 1 as that for 1, and faster on more.
 LAYOUT_TOKENS = 16
 
 

@@ -10,9 +10,9 @@ transformers' generate).
 """
 
 LENGTHS = (4, 3, 2, 1)  # of the tokens looked up, the longest first
-# How many must have occurred before, by the tokens that a forward reads anyway: the more, the dearer is another one. On
-# answers to Alpaca's prompts a sixth of the guesses after 1 known token is right, near a half after 2 or 3, three in four
-# after 4; on two cores another token takes 2% of the time of a forward of 1 token and 3% of that of a forward of 16.
+# How many must have occurred before, by the tokens that a forward reads anyway: the more, the dearer is another one.
+# On answers to Alpaca's prompts a sixth of the guesses after 1 known token is right, near a half after 2 or 3, three in
+# four after 4; on two cores another token takes 2% of the time of a forward of 1 token, and 3% of that of one of 16.
 LEAST = ((8, 1), (16, 2))  # (below so many tokens, length)
 MOST = 16  # guessed at once for a row
 
@@ -34,8 +34,8 @@ class Guesses:
         self.ids.append(token)
 
     def next(self, most: int, tokens: int) -> list[int]:
-        """At most `most` tokens, to be read in a forward of `tokens` others; none where the last tokens are new. A guess
-        that reaches the text's end goes on as a loop."""
+        """At most `most` tokens, to be read in a forward of `tokens` others; none where the last tokens are new. A
+        guess that reaches the text's end goes on as a loop."""
         least = next((length for below, length in LEAST if tokens < below), LENGTHS[0])
         places = (self.followed_at.get(tuple(self.ids[-length:])) for length in LENGTHS if length >= least)
         start = next((place for place in places if place is not None), None)
