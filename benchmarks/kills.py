@@ -157,7 +157,7 @@ def plain(keys: dict[str, Any], folder: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from sft_pipeline.data.collate import IGNORED
+    from sft_pipeline.labels import IGNORED
 
     plan = Plan(**keys)
     task = prepare(plan.model, plan.data, plan.steps * BATCH)

@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.data.batches import row_lengths
-from sft_pipeline.data.collate import IGNORED
+from sft_pipeline.labels import IGNORED
 
 TRAINED, GIVEN = "green", "dim"
 BARS = 40  # most bars of the histogram of lengths

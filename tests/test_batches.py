@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sft_pipeline.data.batches import EpochLoader, StepBatches, divide, row_lengths
 from sft_pipeline.data.collate import PaddingCollator
-from sft_pipeline.data.packing import IGNORED, PackedCollator, best_fit
+from sft_pipeline.data.packing import PackedCollator, best_fit
+from sft_pipeline.labels import IGNORED
 
 lengths_of_rows = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 counted = st.fixed_dictionaries({"rows": st.integers(1, 5), "packed": st.booleans()})

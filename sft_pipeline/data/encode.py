@@ -19,16 +19,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
 from sft_pipeline.cache import cache_dir
 from sft_pipeline.data import templates, tokens
+from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.data.templates import Message, Run, Template, with_system_prompt
 from sft_pipeline.errors import SFTError
+from sft_pipeline.labels import IGNORED
 
-IGNORED = -100
 KEPT, CUT, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
     # 32 bits hold every vocabulary and halve the files.
@@ -212,7 +212,7 @@ def _outcomes(encoded: Dataset) -> np.ndarray:
 
 def _account(encoded: Dataset, cached: bool) -> Account:
     outcomes = _outcomes(encoded)
-    lengths = _lengths(encoded)
+    lengths = np.array(row_lengths(encoded), dtype=np.int64)
     kept = lengths[np.isin(outcomes, [KEPT, CUT])]
     quantiles = np.quantile(kept, [0, 0.25, 0.5, 0.75, 0.95, 1]) if len(kept) else [0] * 6
     counts = {reason: int((outcomes == reason).sum()) for reason in (TOO_LONG, UNSUPERVISED)}
@@ -227,8 +227,3 @@ def _account(encoded: Dataset, cached: bool) -> Account:
         length_quantiles=dict(zip(["least", "25%", "median", "75%", "95%", "most"], map(int, quantiles))),
         cached=cached,
     )
-
-
-def _lengths(encoded: Dataset) -> np.ndarray:
-    """Tokens of each row."""
-    return pc.list_value_length(encoded.data.column("input_ids")).to_numpy()

@@ -27,7 +27,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import SFTArguments
-from sft_pipeline.data.collate import IGNORED
 from sft_pipeline.data.templates import Template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.answers import Answer, answer
@@ -44,6 +43,7 @@ from sft_pipeline.evaluation.history import (
 )
 from sft_pipeline.evaluation.instructions import sample_instructions
 from sft_pipeline.evaluation.likelihood import utf8_bytes
+from sft_pipeline.labels import IGNORED
 from sft_pipeline.output import EVALUATION_DIR
 from sft_pipeline.trainer import SupervisedTrainer
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.labels import IGNORED
 
-IGNORED = -100
 CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small beside a model
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-6}  # the largest difference of logits split_head accepts, relative
 

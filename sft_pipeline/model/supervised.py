@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.labels import IGNORED
 from sft_pipeline.model.attention import packed_arguments
-from sft_pipeline.model.loss import IGNORED, Head, split_head, without_adapter_shell
+from sft_pipeline.model.loss import Head, split_head, without_adapter_shell
 
 logger = logging.getLogger(__name__)
 
