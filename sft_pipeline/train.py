@@ -104,7 +104,9 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / RESULTS_FILE, results)
         print_results(results, training.output_dir, console)
-        console.print(f"all of it as a page: {write_report([training.output_dir])}", highlight=False, soft_wrap=True)
+        console.print(
+            f"all of it as a page: {write_report([training.output_dir])}", highlight=False, markup=False, soft_wrap=True
+        )
     return results
 
 

@@ -1,0 +1,542 @@
+"""The fuzzer: whatever stands in a file, a conversation or a config, the outcome is a right result or one line of ours.
+
+    python tests/fuzz.py --inputs 100000 --seed 1          # spread over all targets, as SHARES says
+    python tests/fuzz.py --inputs 20000 --only templates
+
+Each target is a property of one random input; hypothesis makes the inputs and shrinks what fails. A seed gives the same
+inputs again. tests/test_fuzz.py runs a small number of them with every run of the suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from conftest import CHATML, CONTROL, build_tokenizer
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from test_templates import QWEN3
+from transformers import AutoTokenizer, TrainingArguments
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from sft_pipeline.answer_file import AnswerFile
+from sft_pipeline.config import SFTArguments, parse
+from sft_pipeline.data.encode import IGNORED, Encoder
+from sft_pipeline.data.formats import FORMATS, detect_format, to_messages
+from sft_pipeline.data.prompts import load_prompts
+from sft_pipeline.data.readers import read_rows
+from sft_pipeline.data.sources import load_source, raw_rows
+from sft_pipeline.data.templates import build_template, with_system_prompt
+from sft_pipeline.data.tokens import encode_as_text
+from sft_pipeline.errors import SFTError
+
+WORK = Path(tempfile.mkdtemp(prefix="sft_pipeline_fuzz_"))
+NAMES = ["messages", "conversations", "system", "instruction", "input", "output", "history", "prompt", "completion"]
+SPEAKERS = ["system", "user", "assistant", "human", "gpt", "tool", "", "\x1b[2J"]
+
+# ---- values
+
+# Control characters, halves of characters, spellings of control tokens and of what stands in for them, line ends of
+# every kind, marks of the templates, jinja, markup.
+ODD = ["\x1b[31m", "\x00", "\x9b2J", "\r", "\ud800", "\ufeff", "\u2028", "\ue000sft0\ue001", "\ue000", "\U0010ffff"]
+SPELLED = [*CONTROL, "<|im_", "end|>", "\n#USER:", "\n#ASSISTANT:", "assistant\n", "{{ 7*7 }}", "{% raw %}", "<script>"]
+PLAIN = ["", " ", "\n", "the answer", "冬瓜", "🙂", "é", "e\u0301", "null", "1e5", "2020-13-45", "=1+1", '"', ",", "'"]
+PARTS = st.sampled_from([*ODD, *SPELLED, *PLAIN]) | st.text(max_size=4)
+TEXT = st.lists(PARTS, max_size=4).map("".join)
+GOOD_TEXT = TEXT.map(lambda text: text.encode("utf-8", "ignore").decode() + "x")
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+ANYTHING = st.recursive(
+    SCALAR, lambda one: st.lists(one, max_size=3) | st.dictionaries(TEXT, one, max_size=3), max_leaves=6
+)
+
+
+def turns(role: str, text: str) -> st.SearchStrategy[list[Any]]:
+    """Conversations in a shape's own words, good ones and all sorts of bad ones."""
+    bad = st.fixed_dictionaries({}, optional={role: st.sampled_from(SPEAKERS) | ANYTHING, text: TEXT | ANYTHING})
+    speakers = ("human", "gpt") if role == "from" else ("user", "assistant")
+    good = st.tuples(GOOD_TEXT, GOOD_TEXT).map(
+        lambda pair: [{role: speaker, text: said} for speaker, said in zip(speakers, pair)]
+    )
+    return st.lists(good, min_size=1, max_size=2).map(lambda pairs: [*itertools.chain.from_iterable(pairs)]) | st.lists(
+        bad | ANYTHING, max_size=4
+    )
+
+
+MESSAGES = turns("role", "content")
+ROW = st.one_of(
+    st.fixed_dictionaries({"messages": MESSAGES | ANYTHING}, optional={"id": ANYTHING}),
+    st.fixed_dictionaries({"conversations": turns("from", "value") | ANYTHING}, optional={"system": TEXT | ANYTHING}),
+    st.fixed_dictionaries(
+        {"instruction": TEXT | ANYTHING, "output": TEXT | ANYTHING},
+        optional={"input": TEXT | ANYTHING, "system": TEXT, "history": st.lists(st.lists(TEXT, max_size=3)) | ANYTHING},
+    ),
+    st.fixed_dictionaries({"instruction": GOOD_TEXT, "output": GOOD_TEXT}),
+    st.fixed_dictionaries({"prompt": TEXT | MESSAGES | ANYTHING, "completion": TEXT | MESSAGES | ANYTHING}),
+    st.dictionaries(st.sampled_from(NAMES) | TEXT, ANYTHING, max_size=4),
+    ANYTHING,
+)
+# Mostly of one shape, as files are.
+ROWS = st.lists(ROW, max_size=5) | st.lists(
+    st.fixed_dictionaries({"instruction": GOOD_TEXT, "output": GOOD_TEXT | TEXT}), min_size=1, max_size=6
+)
+
+
+# ---- files
+
+
+def as_json(rows: list[Any]) -> bytes:
+    return json.dumps(rows).encode()
+
+
+def as_jsonl(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def as_csv(rows: list[Any]) -> bytes:
+    file = io.StringIO(newline="")
+    columns = list(dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row)) or ["prompt"]
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    writer.writerows([str(row.get(key, "")) for key in columns] for row in rows if isinstance(row, dict))
+    return file.getvalue().encode("utf-8", "surrogatepass")
+
+
+def as_table(rows: list[Any]) -> pa.Table:
+    """What Arrow can hold of the rows: those that are alike enough, else their texts."""
+    found = [row for row in rows if isinstance(row, dict) and row]
+    try:
+        return pa.Table.from_pylist(found)
+    except (pa.ArrowException, TypeError, OverflowError, ValueError, AttributeError):
+        texts = [{"instruction": ascii(row), "output": "x"} for row in found]
+        return pa.Table.from_pylist(texts)
+
+
+def as_parquet(rows: list[Any]) -> bytes:
+    sink, table = io.BytesIO(), as_table(rows)
+    try:
+        pq.write_table(table, sink)
+    except (pa.ArrowException, TypeError):  # a struct without fields has no form in Parquet
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"prompt": ["x"]}), sink)
+    return sink.getvalue()
+
+
+def as_arrow(rows: list[Any], stream: bool = True) -> bytes:
+    sink, table = io.BytesIO(), as_table(rows)
+    make = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with make(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+WRITERS = {".json": as_json, ".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet, ".arrow": as_arrow}
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """The content, cut off, with bytes replaced, taken out, or put in."""
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(content)))
+        end = at + draw(st.integers(0, 8))
+        content = content[:at] + draw(st.binary(max_size=8) | st.just(content[at:end] * 2)) + content[end:]
+        content = content[: draw(st.just(len(content)) | st.integers(0, len(content)))]
+    return content
+
+
+@st.composite
+def files(draw: st.DrawFn) -> tuple[str, bytes, list[Any] | None]:
+    """(suffix, content, rows): the rows where the file is whole JSON or JSONL."""
+    suffix = draw(st.sampled_from(list(WRITERS)))
+    if draw(st.integers(0, 9)) == 0:
+        return suffix, draw(st.binary(max_size=80)), None
+    rows = draw(ROWS)
+    content = WRITERS[suffix](rows)
+    broken = draw(damaged(content))
+    return suffix, broken, rows if broken == content and suffix in (".json", ".jsonl") else None
+
+
+def put(name: str, content: bytes) -> Path:
+    file = WORK / name
+    file.write_bytes(content)
+    return file
+
+
+def one_line(call: Callable[[], Any]) -> Any:
+    """What the call returns, or its SFTError, whose message is one line that a terminal prints and nothing more."""
+    try:
+        return call()
+    except SFTError as error:
+        message = str(error)
+        assert (
+            message and len(message.splitlines()) == 1 and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in message)
+        )
+        message.encode()
+        return error
+
+
+# ---- targets: one property each
+
+TARGETS: dict[str, tuple[Callable[..., None], st.SearchStrategy[Any]]] = {}
+
+
+def target(*inputs: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a property of these inputs under its name."""
+
+    def register(check: Callable[..., None]) -> Callable[..., None]:
+        TARGETS[check.__name__] = check, st.tuples(*inputs)
+        return check
+
+    return register
+
+
+@target(files())
+def readers(file: tuple[str, bytes, list[Any] | None]) -> None:
+    """Every row of a file comes out, equal and in order, and each is messages or refused; a broken file is one line."""
+    suffix, content, expected = file
+    path = put(f"rows{suffix}", content)
+    placed = one_line(lambda: list(read_rows(path, path.name)))
+    if expected is not None and not isinstance(placed, SFTError):
+        assert json.dumps([row for _, row in placed]) == json.dumps(expected)
+    if isinstance(placed, SFTError):
+        assert expected is None or (suffix == ".jsonl" and not expected), placed
+        return
+    shape = one_line(lambda: detect_format(placed[0][1]) if placed and isinstance(placed[0][1], dict) else None)
+    for _, row in placed:
+        if shape and not isinstance(shape, SFTError):
+            check_messages(one_line(lambda row=row: to_messages(row, shape)))
+
+
+@target(ROW, st.sampled_from(list(FORMATS)))
+def formats(row: Any, shape: str) -> None:
+    """A row is well-formed messages whose every text stood in the row, or is refused."""
+    messages = one_line(lambda: to_messages(row, FORMATS[shape]))
+    check_messages(messages)
+    if not isinstance(messages, SFTError):
+        texts = list(leaves(row))
+        for message in messages:
+            assert message["content"] in texts or (
+                shape == "alpaca" and any(t and t in message["content"] for t in texts)
+            )
+
+
+def leaves(value: Any) -> Any:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    yield from [value] if parts is None else itertools.chain.from_iterable(map(leaves, parts)) if parts else []
+
+
+def check_messages(messages: list[dict[str, str]] | SFTError) -> None:
+    if isinstance(messages, SFTError):
+        return
+    start = messages[0]["role"] == "system"
+    assert [message["role"] for message in messages[start:]] == ["user", "assistant"] * ((len(messages) - start) // 2)
+    assert all(message.keys() == {"role", "content"} and message["content"].strip() for message in messages)
+    json.dumps(messages, ensure_ascii=False).encode()
+
+
+@target(files(), st.booleans())
+def sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None:
+    """rows kept + rows skipped = rows in the file, in order; without skipping, one bad row refuses the file."""
+    suffix, content, _ = file
+    path = put(f"source{suffix}", content)
+    loaded = one_line(lambda: load_source(str(path), skip_bad_rows=skip))
+    placed = one_line(lambda: list(raw_rows(str(path))))
+    if isinstance(placed, SFTError) or not placed or not isinstance(placed[0][1], dict):
+        assert isinstance(loaded, SFTError)
+        return
+    shape = one_line(lambda: detect_format(placed[0][1]))
+    if isinstance(shape, SFTError):
+        assert isinstance(loaded, SFTError)
+        return
+    examined = [(place, one_line(lambda row=row: to_messages(row, shape))) for place, row in placed]
+    good = [(place, messages) for place, messages in examined if not isinstance(messages, SFTError)]
+    if not good or (len(good) < len(placed) and not skip):
+        assert isinstance(loaded, SFTError) and any(place in str(loaded) for place, _ in examined)
+        return
+    assert list(zip(loaded["origin"], loaded["messages"])) == good
+
+
+@target(files(), st.booleans())
+def prompts(file: tuple[str, bytes, list[Any] | None], text: bool) -> None:
+    """A prompt a row, good or with its problem; a prompt a line that is not empty."""
+    suffix, content, _ = file
+    path = put(f"prompts{'.txt' if text else suffix}", content)
+    found = one_line(lambda: load_prompts(str(path)))
+    if isinstance(found, SFTError):
+        return
+    for one in found:
+        assert bool(one.problem) != bool(one.messages)
+        check_messages([*one.messages, {"role": "assistant", "content": "x"}] if one.messages else SFTError("bad"))
+    if text:
+        assert len(found) == sum(bool(line.strip()) for line in content.decode("utf-8-sig").split("\n"))
+    else:
+        assert [one.origin for one in found] == [place for place, _ in raw_rows(str(path))]
+
+
+ROBUST = st.lists(PARTS, min_size=1, max_size=5).map(lambda parts: "".join(parts).encode("utf-8", "ignore").decode())
+SYSTEM = st.none() | ROBUST
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
+    """As `to_messages` lets them through: every text has something that is no white space."""
+    said = ROBUST.map(lambda text: text if text.strip() else text + "x")
+    texts = draw(st.lists(said, min_size=2, max_size=6).map(lambda found: found[: len(found) // 2 * 2]))
+    system = draw(st.none() | said)
+    start = [] if system is None else [{"role": "system", "content": system}]
+    return start + [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+
+
+@target(conversations(), st.sampled_from(["role", "chat"]), SYSTEM, st.sampled_from(["all", "last"]), st.data())
+def templates(
+    messages: list[dict[str, str]], name: str, system: str | None, train_on: str, data: st.DataObject
+) -> None:
+    """The prompt is a prefix, the text comes back, the answer and its stop token are supervised and nothing else, no
+    control token comes from a text, and every row has an outcome."""
+    tokenizer, template = data.draw(st.sampled_from(tokenizers()[name]))
+    told = with_system_prompt(messages, system)
+    [runs] = template.render([told], train_on)
+    ids = [i for run in runs for i in run.ids]
+    supervised = [run.supervised for run in runs for _ in run.ids]
+    answered = [False] * len(ids)
+    for at, message in enumerate(told):
+        if message["role"] == "assistant" and (train_on == "all" or at == len(told) - 1):
+            prompt = template.prompt(told[:at])
+            assert ids[: len(prompt)] == prompt
+            answer = encode_as_text(tokenizer, [message["content"]])[0]
+            end = len(prompt) + len(answer) + 1
+            assert ids[len(prompt) : end] == [*answer, template.stop_token_id]
+            answered[len(prompt) : end] = [True] * (len(answer) + 1)
+    assert supervised == answered
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    [plain] = template.render([[{**message, "content": "x"} for message in told]], train_on)
+    assert [i for i in ids if i in control] == [i for run in plain for i in run.ids if i in control]
+    pieces = [
+        piece.text or tokenizer.convert_ids_to_tokens(piece.token_id) for piece in template.pieces(told, train_on)
+    ]
+    if can_spell(tokenizer, "".join(pieces)):
+        assert tokenizer.decode(ids) == "".join(normal(tokenizer, text) for text in pieces)
+    assert all(message["content"] in "".join(pieces) for message in told)
+    check_encoded(template, messages, system, train_on, data, ids, supervised)
+
+
+def can_spell(tokenizer: Any, text: str) -> bool:
+    """Whether the vocabulary has a token for every byte: SmolLM2's lacks some control characters and unassigned planes."""
+    return set(normal(tokenizer, text).encode()) <= spelled_bytes(tokenizer)
+
+
+@cache
+def spelled_bytes(tokenizer: Any) -> set[int]:
+    vocabulary = tokenizer.get_vocab()
+    return {byte for byte, letter in bytes_to_unicode().items() if letter in vocabulary}
+
+
+def normal(tokenizer: Any, text: str) -> str:
+    """The text as the tokenizer's normalizer leaves it."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer.normalize_str(text) if normalizer else text
+
+
+def check_encoded(
+    template: Any, messages: Any, system: Any, train_on: str, data: Any, ids: Any, supervised: Any
+) -> None:
+    """Labels are the next ids where those are supervised; a row is kept, cut or dropped, and says which."""
+    overlong = data.draw(st.sampled_from(["drop", "truncate_answer", "truncate_turns"]))
+    limit = data.draw(st.sampled_from([1, len(ids) // 2 + 1, len(ids) - 1, len(ids), 4096]))
+    encoder = Encoder(template, system, max(1, limit), overlong, train_on)
+    [row] = zip(*encoder({"messages": [messages], "origin": ["a row"]}).values())
+    found, labels, outcome = row
+    assert len(found) == len(labels) <= max(1, limit)
+    if outcome == "kept":
+        assert found == ids and labels == [i if s else IGNORED for i, s in zip(ids[1:], supervised[1:])] + [IGNORED]
+    elif outcome == "truncated":
+        assert 0 < sum(label != IGNORED for label in labels) and limit < len(ids)
+        assert overlong == "truncate_turns" or found == ids[:limit]
+    else:
+        assert not found and limit < len(ids) and outcome in ("longer than max_length", "nothing supervised")
+
+
+_TOKENIZERS: dict[str, list[tuple[Any, Any]]] = {}
+
+
+def tokenizers() -> dict[str, list[tuple[Any, Any]]]:
+    """{template: (tokenizer, template)}: the tests' own, and the real ones that are on this machine."""
+    if not _TOKENIZERS:
+        found = [build_tokenizer(CHATML), *(AutoTokenizer.from_pretrained(path) for path in real_tokenizers())]
+        for name in ("role", "chat"):
+            # Qwen's chat template takes the white space around an answer away.
+            fitting = [one for one in found if name == "role" or "strip(" not in one.chat_template]
+            _TOKENIZERS[name] = [(one, build_template(name, one)) for one in fitting]
+    return _TOKENIZERS
+
+
+def real_tokenizers() -> list[Path]:
+    folders = [QWEN3, Path("~/.cache/sft_pipeline/models/smollm2-135m").expanduser()]
+    return [folder for folder in folders if (folder / "tokenizer.json").is_file()]
+
+
+KEYS = [field for cls in (SFTArguments, TrainingArguments) for field in cls.__dataclass_fields__.values() if field.init]
+# Those that reach for a device, a file or a process group when they are looked at.
+LEFT_OUT = {
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "output_dir",
+    "local_rank",
+    "ddp_backend",
+    "torch_compile",
+    "debug",
+    "tpu_num_cores",
+}
+KEY = st.sampled_from([field.name for field in KEYS if field.name not in LEFT_OUT])
+NUMBERS = st.sampled_from([0, 1, -1, 0.5, 1e-5, 10**30, float("inf"), float("nan"), "1e-5", "auto", "no", "true"])
+VALUE = NUMBERS | ANYTHING
+CONFIG = st.dictionaries(KEY | st.sampled_from(["lr", "Train_data"]) | TEXT, VALUE, max_size=3)
+BASE = {"model_name_or_path": "m", "train_data": ["rows.json"], "use_cpu": True, "report_to": "none"}
+
+
+@st.composite
+def yaml_files(draw: st.DrawFn) -> bytes:
+    kind = draw(st.integers(0, 3))
+    if kind == 0:
+        tags = [
+            "!!int ",
+            "!!float ",
+            "!!bool ",
+            "!!timestamp ",
+            "!!binary ",
+            "!!set ",
+            "!!omap ",
+            "&a [*a]",
+            "? ",
+            "- ",
+            "{",
+            "[[",
+        ]
+        tags += [
+            "!!python/object/apply:os.system [exit]",
+            "2020-13-45",
+            "0b_",
+            "1:99:1",
+            ": ",
+            "\t",
+            "---\n",
+            "max_length: ",
+        ]
+        return "".join(draw(st.lists(st.sampled_from(tags) | TEXT, max_size=6))).encode("utf-8", "ignore")
+    text = yaml.safe_dump({**BASE, **draw(CONFIG)}, allow_unicode=True).encode("utf-8", "ignore")
+    return draw(damaged(text)) if kind == 1 else text
+
+
+@target(yaml_files(), st.lists(st.tuples(KEY, VALUE), max_size=2))
+def config(content: bytes, overrides: list[tuple[str, Any]]) -> None:
+    """A config and a command line are arguments whose checks hold, or one line."""
+    path = put("config.yaml", content)
+    words = [f"--{key}={value}" for key, value in overrides]
+    parsed = one_line(lambda: parse(str(path), words))
+    if not isinstance(parsed, SFTError):
+        sft, training = parsed
+        assert isinstance(sft.max_length, int) and sft.max_length >= 1 and sft.train_data and training.output_dir
+        assert sft.template in ("role", "chat") and isinstance(sft.trust_remote_code, bool)
+
+
+LINE = st.one_of(
+    st.tuples(
+        st.integers(0, 3), st.integers(0, 1), st.fixed_dictionaries({"origin": TEXT}, optional={"error": TEXT})
+    ).map(lambda line: json.dumps(line).encode() + b"\n"),
+    ANYTHING.map(lambda value: json.dumps(value).encode() + b"\n"),
+    st.binary(max_size=12),
+)
+
+
+@target(st.lists(LINE, max_size=4).map(b"".join).flatmap(damaged), st.booleans(), st.booleans())
+def answers(content: bytes, header: bool, overwrite: bool) -> None:
+    """A partial file of whatever content is gone on with or refused; what is finished has every answer once, in order."""
+    for file in WORK.glob("answers*"):
+        file.unlink()
+    begin = json.dumps({"generate": {"seed": 1}}).encode() + b"\n" if header else b""
+    put("answers.jsonl.partial", begin + content)
+    file = one_line(lambda: AnswerFile(WORK / "answers.jsonl", {"seed": 1}, overwrite))
+    if isinstance(file, SFTError):
+        assert not overwrite
+        return
+    kept = dict(file.done)
+    for prompt, sample in itertools.product(range(4), range(2)):
+        if (prompt, sample) not in kept:
+            file.add((prompt, sample), {"origin": f"{prompt} {sample}"})
+    file.finish()
+    file.close()
+    written = [json.loads(line) for line in (WORK / "answers.jsonl").read_bytes().splitlines()]
+    good = [row for _, row in sorted(file.done.items()) if "error" not in row]
+    assert json.dumps(written) == json.dumps(good) and {*itertools.product(range(4), range(2))} <= file.done.keys()
+
+
+# Of all inputs; `sources` goes through datasets, which takes tens of milliseconds a file.
+SHARES = {
+    "readers": 0.3,
+    "formats": 0.23,
+    "sources": 0.02,
+    "prompts": 0.1,
+    "templates": 0.2,
+    "config": 0.1,
+    "answers": 0.05,
+}
+
+
+def run(name: str, inputs: int, number: int) -> int:
+    """Run one target; returns how many inputs it was given. Raises what hypothesis found, shrunk."""
+    check, strategy = TARGETS[name]
+    given_to = 0
+
+    def counted(inputs: tuple[Any, ...]) -> None:
+        nonlocal given_to
+        given_to += 1
+        check(*inputs)
+
+    chosen = settings(
+        max_examples=inputs, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    seed(number)(chosen(given(strategy)(counted)))()
+    return given_to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=TARGETS, help="one target instead of all")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = WORK / "datasets"
+    failed = 0
+    for name in [args.only] if args.only else TARGETS:
+        wanted, started = args.inputs if args.only else round(args.inputs * SHARES[name]), time.monotonic()
+        try:
+            found = f"{run(name, wanted, args.seed):,} inputs, no finding"
+        except Exception:  # noqa: BLE001  # a finding may be of any class, and the other targets go on
+            failed += 1
+            found = "A FINDING"
+            sys.excepthook(*sys.exc_info())
+        print(f"{name}: {found}, {time.monotonic() - started:.0f} s", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
