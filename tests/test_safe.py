@@ -23,6 +23,7 @@ from test_trainer import make_trainer
 from transformers import AutoTokenizer
 
 from sft_pipeline import cli, preview
+from sft_pipeline.answer_file import AnswerFile
 from sft_pipeline.chat import Conversation, Streamer, chat
 from sft_pipeline.checkpoints import damage, seal
 from sft_pipeline.config import parse
@@ -501,3 +502,24 @@ def load_prompts_row(row):
     from sft_pipeline.data.formats import FORMATS, to_messages
 
     return to_messages(row, FORMATS["messages"])
+
+
+@pytest.mark.parametrize("line", ["[0, 0, 5]", '["0", 0, {}]', "[true, 0, {}]", "[[], 0, {}]", "[0, 0]", "[" * 9000])
+def test_a_partial_file_that_was_changed_is_gone_on_with(line, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    output.with_name("answers.jsonl.partial").write_text(json.dumps({"generate": {}}) + f"\n{line}\n")
+    file = AnswerFile(output, {})
+    file.add((1, 0), {"origin": "half a \ud800"})
+    file.finish()
+    file.close()
+    assert [json.loads(row) for row in output.read_text().splitlines()] == [{"origin": "half a \ud800"}]
+
+
+@pytest.mark.parametrize("key", ["accelerator_config", "lr_scheduler_kwargs"])
+def test_a_value_that_the_library_takes_for_a_file_is_one_line(key):
+    needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
+    refusal(lambda: parse(None, [*needed, f"--{key}=/no/such.json"]))
+
+
+def test_line_ends_of_other_kinds_make_no_second_line():
+    assert str(SFTError("a\u2028b\u2029c\x85d")) == "a\\u2028b\\u2029c\\x85d"
