@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.visible import VisibleLines
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -141,7 +142,9 @@ def _keys() -> str:
 
 def _quiet_libraries() -> None:
     """Our own lines and real warnings, nothing else."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleLines("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     main_process = os.environ.get("RANK", "0") == "0"
     logging.getLogger("sft_pipeline").setLevel(logging.INFO if main_process else logging.WARNING)
     # The Rust threads of the tokenizer would warn when worker processes are forked.

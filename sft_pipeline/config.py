@@ -145,8 +145,9 @@ def parse_keys(keys: dict[str, Any], name: str, overrides: list[str]) -> tuple[S
         sft, training, unknown = parser.parse_args_into_dataclasses(
             args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, ImportError) as error:
-        # TrainingArguments checks its own fields against each other and against this machine.
+    except Exception as error:
+        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls reads
+        # files, others compute before they check.
         raise SFTError(" ".join(str(error).split())) from error
     _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check(sft, training)
@@ -181,7 +182,7 @@ def read_keys(path: Path) -> dict[str, Any]:
         raise SFTError(f"{path}: no such config file; the project's own are in configs/")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # beside its own errors, PyYAML lets through those of whatever it builds: dates, numbers
         raise SFTError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SFTError(f"{path}: needs to be a flat list of `key: value` lines")
@@ -253,6 +254,11 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 0 or more")
     if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):
         raise SFTError(f"held_out is {sft.held_out}; give a whole number of rows, a share below 1, or 0")
+    if training.hub_token:
+        raise SFTError("hub_token: a config and a command line are kept and seen; set HF_TOKEN or call `hf auth login`")
+    if training.push_to_hub and training.hub_strategy != "end":
+        # On the way, the library would push its pickle of the arguments.
+        raise SFTError(f"push_to_hub needs hub_strategy: end, it is {training.hub_strategy.value}")
     if sft.held_out and sft.eval_data:
         raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
     if sft.lora and sft.trainable_modules:

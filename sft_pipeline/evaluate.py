@@ -35,6 +35,7 @@ from sft_pipeline.model.loading import resolve
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import RUN_FILE, write_json
 from sft_pipeline.trained import load_template, load_trained
+from sft_pipeline.visible import json_line
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def evaluate(
     if output:
         write_json(output / COMPARISON_FILE, result)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_line(result))
 
 
 def build_judge(base_url: str | None, model: str | None) -> Judge | None:

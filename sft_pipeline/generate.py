@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -101,8 +100,8 @@ def _ready(prompt: Prompt, template: Template, system_prompt: str | None) -> Rea
     messages = with_system_prompt(prompt.messages, system_prompt)
     try:
         return Ready(Prompt(prompt.origin, messages, prompt.reference), template.prompt(messages))
-    except (SFTError, TemplateError) as error:  # some chat templates refuse a system message
-        return Ready(Prompt(prompt.origin, messages, problem=f"the template refuses it: {error}"), [])
+    except SFTError as error:  # some chat templates refuse a system message
+        return Ready(Prompt(prompt.origin, messages, problem=str(error)), [])
 
 
 def _settings(request: Request, model: PreTrainedModel, prompts: list[Ready]) -> dict[str, Any]:

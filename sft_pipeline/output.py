@@ -130,7 +130,7 @@ def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, A
     # With DEFAULTS, for the library's default of such a key would be read back as ours.
     for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):
         given.setdefault(key, getattr(training, key))
-    # Secrets, and what would make a repeated run replace this one.
+    # Secrets (given by a program: a config can't hold one), and what would make a repeated run replace this one.
     left_out = {key for key in given if key.endswith("token")} | {"overwrite_output_dir"}
     # An empty list has no spelling on the command line, which every key goes through; it is the default anyway.
     return {key: value for key, value in {**asdict(sft), **given}.items() if key not in left_out and value != []}

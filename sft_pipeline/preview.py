@@ -8,8 +8,6 @@ A run keeps the same of its first row (`record`), for its page.
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from datasets import Dataset
 from rich.console import Console
@@ -19,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.labels import IGNORED
+from sft_pipeline.visible import json_line, one_line, visible
 
 TRAINED, GIVEN = "green", "dim"
 BARS = 40  # most bars of the histogram of lengths
@@ -26,7 +25,7 @@ BARS = 40  # most bars of the histogram of lengths
 
 def as_json(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> str:
     """One line: `input_ids`, `labels` (shifted, -100 where nothing is trained) and `text`."""
-    return json.dumps({**row, "text": tokenizer.decode(row["input_ids"])}, ensure_ascii=False)
+    return json_line({**row, "text": tokenizer.decode(row["input_ids"])})
 
 
 def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: str, console: Console) -> None:
@@ -36,10 +35,12 @@ def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: s
     trained = are_trained(labels)
     line = Text()
     for text, flag in zip(texts, trained):
-        line.append(text, style=TRAINED if flag else GIVEN)
+        line.append(visible(text), style=TRAINED if flag else GIVEN)
     count = sum(trained)
     # No markup: a file's name may hold brackets.
-    console.print(Text.assemble((title, "bold"), f": {len(ids)} tokens, {count} trained (", (TRAINED, TRAINED), ")"))
+    console.print(
+        Text.assemble((one_line(title), "bold"), f": {len(ids)} tokens, {count} trained (", (TRAINED, TRAINED), ")")
+    )
     console.print(line)
     if count:
         console.print(_ends([i for i, flag in enumerate(trained) if flag], ids, tokenizer), highlight=False)

@@ -203,5 +203,8 @@ def finish(
     notes = [f"{run['seconds'] / 60:.1f} min, {run['peak_memory_gib']:.1f} GiB" if run else "" for run in runs]
     report.show(report.overview(comparison, notes), console)
     console.print(
-        f"kept in {plan.folder}: study.md, study.json, study.png, answers.jsonl", highlight=False, soft_wrap=True
+        f"kept in {plan.folder}: study.md, study.json, study.png, answers.jsonl",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )

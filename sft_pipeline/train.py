@@ -111,7 +111,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         folder = output_folder(training)
         write_json(folder / RESULTS_FILE, results)
         print_results(results, str(folder), console)
-        console.print(f"all of it as a page: {write_report([folder])}", highlight=False, soft_wrap=True)
+        console.print(f"all of it as a page: {write_report([folder])}", highlight=False, markup=False, soft_wrap=True)
     return results
 
 

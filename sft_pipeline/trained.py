@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sft_pipeline.cache import cache_dir
-from sft_pipeline.data.templates import Template, build_template
+from sft_pipeline.data.templates import TEMPLATES, Template, build_template
+from sft_pipeline.errors import SFTError
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.output import TEMPLATE_FILE
 
@@ -36,5 +37,11 @@ def load_template(
     record = Path(path) / TEMPLATE_FILE
     if not record.is_file():
         return build_template(template_name, tokenizer), system_prompt
-    settings = json.loads(record.read_text(encoding="utf-8"))
-    return build_template(settings["template"], tokenizer), settings["system_prompt"]
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))
+        build, system_prompt = TEMPLATES[settings["template"]], settings["system_prompt"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise SFTError(
+            f"{record}: not as a run writes it ({error!r}); save the model again, or take the file away"
+        ) from error
+    return build_template(build.name, tokenizer), system_prompt

