@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "model": {"errors"},
     "checkpoints": {"errors"},
     "output": {"errors", "config", "checkpoints"},
+    "shards": {"errors", "config", "data", "checkpoints", "output"},
     "divergence": set(),
     "progress": set(),
     "trainer": {"errors", "data", "model", "checkpoints", "divergence", "progress"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "report": {"errors", "evaluation", "output"},
     "summary": set(),
     "trained": {"cache", "data", "model", "output"},
-    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary", "report"},
+    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "shards", "summary", "report"},
     "chat": {"errors", "data", "model", "evaluation", "trained"},
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "verify_resume": {"errors", "config", "output"},
     "cli": {
         "errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate", "evaluate",
-        "study", "report", "verify_resume",
+        "study", "report", "verify_resume", "shards",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -109,7 +110,7 @@ def test_init_files_are_empty():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
+    "verb", ["", "train", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
 )
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]
