@@ -1,4 +1,4 @@
-"""Rows a second and peak memory of `prepare`, and of reading an epoch in shuffled order from the shards it wrote.
+"""Rows a second and peak memory of `prepare`, and of reading rows in shuffled order from the shards it wrote.
 
     python benchmarks/prepare.py MODEL alpaca_en_demo.json [--rows 1000000] [--num_proc 2]
 
@@ -16,19 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import psutil
 from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader
 
 from sft_pipeline.cache import cache_dir
-from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
+from sft_pipeline.data.batches import StepBatches, row_lengths
 from sft_pipeline.data.collate import IGNORED
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.data.sources import load_source
 from sft_pipeline.model.loading import resolve
 
 HELD_OUT = 1000
+READ = 200_000  # rows at most
 STEP = 16  # rows
 
 
@@ -66,13 +70,13 @@ def watch(command: list[str], **environment: str) -> tuple[float, float, float]:
 
 
 def read(folder: Path) -> None:
-    """One epoch of packed batches, as `train` reads them."""
+    """The first packed batches of an epoch, as `train` reads them."""
     files = sorted(folder.glob("train/*.arrow"))
     rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
-    batches = StepBatches(row_lengths(rows), seed=0, rows=STEP)
-    loader = EpochLoader(rows, batch_sampler=batches, collate_fn=PackedCollator())
+    batches = list(islice(StepBatches(row_lengths(rows), seed=0, rows=STEP), READ // STEP))
+    loader = DataLoader(rows, batch_sampler=batches, collate_fn=PackedCollator())
     targets = sum(int(batch["labels"].ne(IGNORED).sum()) for batch in loader)
-    print(f"{len(rows):,} rows in {len(files)} shards, {len(batches):,} batches, {targets:,} targets")
+    print(f"{len(rows):,} rows in {len(files)} shards; read {sum(map(len, batches)):,} of them, {targets:,} targets")
 
 
 def report(name: str, rows: int, seconds: float, peak: float, anonymous: float) -> None:
@@ -89,25 +93,24 @@ def main() -> None:
     parser.add_argument("data", help="a file of rows; with --read the shards")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--num_proc", type=int, default=2)
-    parser.add_argument("--read", action="store_true", help="read an epoch from shards, nothing else")
+    parser.add_argument(
+        "--keep", help="a folder for rows, caches and shards; what an earlier call left is not done again"
+    )
+    parser.add_argument("--read", action="store_true", help="read rows from shards, nothing else")
     args = parser.parse_args()
     if args.read:
         return read(Path(args.data))
-    with tempfile.TemporaryDirectory() as work:
+    with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as work:
         file, shards = Path(work) / "rows.jsonl", Path(work) / "shards"
-        write_rows(args.data, args.rows, file)
+        if not file.exists():
+            write_rows(args.data, args.rows, file)
         print(f"{file.stat().st_size / 1e9:.2f} GB of JSONL", flush=True)
         keys = {"train_data": file, "held_out": HELD_OUT, "prepared_data": shards}
-        keys |= {
-            "model_name_or_path": resolve(args.model, cache_dir()),
-            "num_proc": args.num_proc,
-            "template": "role",
-            "use_cpu": "true",
-        }
+        keys |= {"model_name_or_path": resolve(args.model, cache_dir()), "num_proc": args.num_proc, "template": "role"}
         words = [f"--{key}={value}" for key, value in keys.items()]
         caches = {"SFT_PIPELINE_CACHE": f"{work}/cache", "HF_DATASETS_CACHE": f"{work}/datasets"}
         report("prepare", args.rows, *watch([sys.executable, "-m", "sft_pipeline", "prepare", *words], **caches))
-        report("read", args.rows, *watch([sys.executable, __file__, args.model, str(shards), "--read"]))
+        report("read", min(READ, args.rows), *watch([sys.executable, __file__, args.model, str(shards), "--read"]))
         print(f"{sum(path.stat().st_size for path in shards.rglob('*.arrow')) / 1e9:.2f} GB of shards")
 
 
