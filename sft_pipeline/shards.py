@@ -79,6 +79,8 @@ def map_shards(sft: SFTArguments, template: Template, training: TrainingArgument
     """
     folder = Path(str(sft.prepared_data)).expanduser()
     reason = looked_for_once(training, lambda: problem(sft, template, folder))
+    if reason is None and not (folder / RECORD_FILE).is_file():
+        reason = "is not on every machine; copy it to all, or to a disk that they share"
     if reason:
         raise SFTError(f"prepared_data {folder}: {reason}")
     record = _record(folder)

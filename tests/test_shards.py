@@ -296,6 +296,14 @@ def test_folders_that_are_none(written, tokenizer):
     assert problem(written[0], template, Path("shards")).startswith("damaged (SHA256SUMS is missing or empty)")
 
 
+def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
+    """The first process, on another one, has found nothing wrong."""
+    monkeypatch.setattr(shards, "looked_for_once", lambda training, look: None)
+    written[0].prepared_data = "elsewhere"
+    with pytest.raises(SFTError, match="^prepared_data elsewhere: is not on every machine; copy it to all"):
+        map_shards(written[0], build_template("role", tokenizer), written[1])
+
+
 # Written whole or not at all.
 
 
