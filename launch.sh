@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one door: ./launch.sh train | preview | study CONFIG, chat | evaluate | generate, test, lint
+# The one door: ./launch.sh train | preview | prepare | study CONFIG, chat | evaluate | generate, test, lint
 #
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
 # arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.

@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--row", type=int, default=0, help="which row of train_data, from 0")
     preview.add_argument("--json", action="store_true", help="one line of JSON: input_ids, labels, text")
 
+    prepare = "encode the rows of a config once, into shards that training maps: see prepared_data"
+    _verb(verbs, "prepare", _prepare, prepare, "[CONFIG] [--key value ...]")
     chat = _verb(verbs, "chat", _chat, "talk to a model in the terminal, or answer lines from a pipe")
     chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
@@ -186,6 +188,20 @@ def _preview(args: argparse.Namespace, rest: list[str]) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.stop_token_id)
     preview.show(row, tokenizer, origin, console)
     preview.show_positions(row, tokenizer, console)
+
+
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.cache import cache_dir
+    from sft_pipeline.config import parse
+    from sft_pipeline.data.templates import build_template
+    from sft_pipeline.model.loading import load_tokenizer, resolve
+    from sft_pipeline.shards import write_shards
+
+    sft, training = parse(*_config(rest))
+    tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
+    folder = sft.prepared_data or f"{training.output_dir}-prepared"
+    write_shards(sft, build_template(sft.template, tokenizer), Path(folder).expanduser())
+    print(f"prepared in {folder}; to train from it add --prepared_data {folder}")
 
 
 def _chat(args: argparse.Namespace, rest: list[str]) -> None:

@@ -94,6 +94,9 @@ class SFTArguments:
     max_train_rows: int = field(
         default=0, metadata={"help": "Train on so many rows at most, chosen by content hash; 0 is all."}
     )
+    prepared_data: str | None = field(
+        default=None, metadata={"help": "The folder that `prepare` writes; training maps its rows and encodes none."}
+    )
     num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
     num_answers: int = field(
         default=5, metadata={"help": "Held-out prompts answered before training, at evaluations and after it."}

@@ -85,7 +85,7 @@ def checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | Non
     asked = str(training.resume_from_checkpoint)
     if asked.lower() not in ("true", "last", "auto"):
         return _named_checkpoint(training, Path(asked))
-    found = _looked_for_once(training, lambda: newest_whole(folder))
+    found = looked_for_once(training, lambda: newest_whole(folder))
     if found is None and asked.lower() != "auto":
         raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
     return found
@@ -98,13 +98,13 @@ def _named_checkpoint(training: TrainingArguments, folder: Path) -> str:
         raise SFTError(f"resume_from_checkpoint {folder}: has no {TRAINER_STATE_NAME}; give a checkpoint-N folder")
     # One that another trainer has saved has no checksums.
     sealed = (folder / CHECKSUMS_FILE).is_file()
-    reason = _looked_for_once(training, lambda: damage(folder)) if sealed else None
+    reason = looked_for_once(training, lambda: damage(folder)) if sealed else None
     if reason:
         raise SFTError(f"resume_from_checkpoint {folder}: damaged ({reason}); give an older one, or true")
     return str(folder)
 
 
-def _looked_for_once(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
+def looked_for_once(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
     """What the first process finds, for all: it reads every byte of a checkpoint."""
     [found] = broadcast_object_list([look() if training.process_index == 0 else None])
     return found

@@ -56,8 +56,9 @@ def record(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[
     `edges[i]` up to, not including, `edges[i + 1]` tokens."""
     first, lengths = rows[0], row_lengths(rows)
     # Whole numbers as edges: between them a bar would hold more lengths than its neighbours.
-    width = max(1, -(-(max(lengths) + 1 - min(lengths)) // BARS))
-    counts, edges = np.histogram(lengths, np.arange(min(lengths), max(lengths) + width + 1, width))
+    least, most = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(most + 1 - least) // BARS))
+    counts, edges = np.histogram(lengths, np.arange(least, most + width + 1, width))
     return {
         "first_row": {"tokens": token_texts(first["input_ids"], tokenizer), "trained": are_trained(first["labels"])},
         "lengths": {"edges": edges.tolist(), "rows": counts.tolist()},

@@ -51,6 +51,7 @@ from sft_pipeline.output import (
 )
 from sft_pipeline.preview import record, show
 from sft_pipeline.report.page import write_report
+from sft_pipeline.shards import map_shards
 from sft_pipeline.summary import print_results
 from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
 
@@ -67,8 +68,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     path = resolve(sft.model_name_or_path, cache_dir())
     tokenizer = load_tokenizer(path, sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
-    with training.main_process_first(desc="encoding"):
-        data = prepare(sft, template)
+    data = rows_to_train(sft, template, training)
     set_seed(training.seed)
     model = load_model(path, sft.trust_remote_code)
     set_special_tokens(model, tokenizer, template.stop_token_id)
@@ -113,6 +113,14 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         print_results(results, str(folder), console)
         console.print(f"all of it as a page: {write_report([folder])}", highlight=False, markup=False, soft_wrap=True)
     return results
+
+
+def rows_to_train(sft: SFTArguments, template: Template, training: TrainingArguments) -> Prepared:
+    """Mapped where they were prepared; else encoded by the first process of each machine, whose cache the others read."""
+    if sft.prepared_data:
+        return map_shards(sft, template, training)
+    with training.main_process_first(desc="encoding"):
+        return prepare(sft, template)
 
 
 def lacks_evaluation(checkpoint: str, training: TrainingArguments) -> bool:

@@ -151,7 +151,7 @@ class SupervisedTrainer(Trainer):
         folder, step, rows = output_folder(self.args), self.state.global_step, []
         if self.args.train_sampling_strategy in ("random", "sequential"):
             steps = self.training_batches().steps(epoch)
-            rows = steps[(step - 1) % len(steps)]
+            rows = steps[(step - 1) % len(steps)].tolist()
         if self.args.should_save:
             write_rows(folder, rows, self.train_dataset, self.processing_class)
         return SFTError(described(folder, step, reason, rows))

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "model": {"errors", "labels"},
     "checkpoints": {"errors"},
     "output": {"errors", "config", "checkpoints"},
+    "shards": {"errors", "config", "data", "checkpoints", "output"},
     "divergence": set(),
     "progress": set(),
     "trainer": {"errors", "data", "model", "checkpoints", "divergence", "progress"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "trained": {"errors", "cache", "data", "model", "output"},
     "train": {
         *("errors", "allocator", "cache", "checkpoints", "config", "data", "model", "evaluation", "preview", "trainer"),
-        *("output", "summary", "report"),
+        *("output", "shards", "summary", "report"),
     },
     "chat": {"errors", "data", "model", "evaluation", "trained", "visible"},
     "answer_file": {"errors"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "verify_resume": {"errors", "checkpoints", "config", "output"},
     "cli": {
         *("errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
-        *("generate", "evaluate", "study", "report", "verify_resume", "visible"),
+        *("generate", "evaluate", "study", "report", "verify_resume", "visible", "shards"),
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -112,7 +113,7 @@ def test_init_files_are_empty():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
+    "verb", ["", "train", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
 )
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]

@@ -129,6 +129,14 @@ def _code() -> str:
     return hashlib.blake2b((inspect.getsource(formats) + inspect.getsource(readers)).encode()).hexdigest()
 
 
+def content_hash(name_or_path: str, split: str = "train") -> str | None:
+    """Of a file, or of a folder's files in their order; None for a name on the hub, or where there is nothing."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return hashlib.blake2b("".join(map(_digest, _files(path, split))).encode(), digest_size=16).hexdigest()
+    return _digest(path) if path.is_file() else None
+
+
 def _load_folder(folder: Path, split: str) -> tuple[Dataset, str]:
     paths = _files(folder, split)
     parts = [_load_file(path, _name(path)) for path in paths]
@@ -167,7 +175,7 @@ def _listed(folder: Path, split: str) -> list[Path]:
             raise SFTError(f"{folder}: no split {split!r} in this saved data set; it has: {found}")
         folder = folder / split
     if (folder / "state.json").is_file():
-        return _saved_files(folder)
+        return saved_files(folder)
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in READERS and (path.is_file() or path.is_symlink())
     )
@@ -177,7 +185,7 @@ def _listed(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-def _saved_files(folder: Path) -> list[Path]:
+def saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a saved data set, but not the caches that lie beside them. They are read as files, because
     `load_from_disk` follows a name out of the folder and maps would leave new caches in it."""
     try:
