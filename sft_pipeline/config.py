@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     # A resumed run has waited for a better eval_loss as long as the one before it.
     "restore_callback_states_from_checkpoint": True,
+    # What trackers call the project; the library's own is huggingface.
+    "project": "sft_pipeline",
 }
 
 

@@ -18,27 +18,32 @@ MAY_IMPORT = {
     "cache": set(),
     "config": {"errors"},
     "data": {"errors", "cache", "config"},
-    "model": {"errors"},
+    "progress": set(),
+    "model": {"errors", "progress"},
     "checkpoints": {"errors"},
     "output": {"errors", "config", "checkpoints"},
     "divergence": set(),
-    "progress": set(),
+    "trackers": {"errors"},
+    "terminal": set(),
     "trainer": {"errors", "data", "model", "checkpoints", "divergence", "progress"},
-    "evaluation": {"errors", "config", "data", "model", "output", "trainer"},
+    "evaluation": {"errors", "config", "data", "model", "output", "trackers", "trainer"},
     "preview": {"errors", "data"},
     "report": {"errors", "evaluation", "output"},
     "summary": set(),
     "trained": {"cache", "data", "model", "output"},
-    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary", "report"},
+    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "progress", "trackers", "trainer", "output",
+              "summary", "report"},
     "chat": {"errors", "data", "model", "evaluation", "trained"},
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
     "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained"},
+    "doctor": {"errors", "cache"},
+    "dashboard": {"errors"},
     "study": {"errors", "config", "data", "evaluation", "output", "evaluate"},
     "verify_resume": {"errors", "config", "output"},
     "cli": {
         "errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat", "generate", "evaluate",
-        "study", "report", "verify_resume",
+        "study", "report", "verify_resume", "terminal", "doctor", "dashboard",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -109,7 +114,8 @@ def test_init_files_are_empty():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
+    "verb",
+    ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "verify-resume", "doctor", "dashboard"],
 )
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]
