@@ -173,6 +173,8 @@ def _parser() -> HfArgumentParser:
 
     parser = Parser((SFTArguments, TrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
+    # A list of trackers, of which the library's parser takes one.
+    next(action for action in parser._actions if action.dest == "report_to").nargs = "+"
     return parser
 
 

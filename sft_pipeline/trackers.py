@@ -127,9 +127,24 @@ def _guard(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Guarded]:
     callbacks = trainer.callback_handler.callbacks
     guards = {}
     for at, one in enumerate(callbacks):
-        if type(one) in names:
-            guards[names[type(one)]] = callbacks[at] = Guarded(names[type(one)], one, facts)
+        if name := names.get(type(one)):
+            guards[name] = callbacks[at] = Guarded(name, one, facts)
+            if name == "trackio":
+                one._trackio = Stepped(one._trackio)
     return guards
+
+
+class Stepped:
+    """The trackio module, but that a row stands at its training step, where trackio would count the rows."""
+
+    def __init__(self, trackio: Any) -> None:
+        self.trackio = trackio
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trackio, name)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self.trackio.log(metrics, step=metrics["train/global_step"])
 
 
 def _run_name(args: TrainingArguments, checkpoint: str | None) -> str:
@@ -165,7 +180,7 @@ def _begin_wandb(run: str, args: TrainingArguments) -> Any:
         begun = _init_wandb(run, args, "offline")
     if begun.settings.mode in ("offline", "dryrun"):
         why = f"{reason}; " if reason else ""
-        logger.info("wandb: %skept in %s; `wandb sync` with that folder sends it", why, Path(begun.dir).parent)
+        logger.info("wandb: %soffline; wandb sync %s sends it", why, Path(begun.dir).parent)
     elif begun.url:
         logger.info("wandb: %s", begun.url)
     return begun
@@ -213,7 +228,8 @@ def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:
     tracker = importlib.import_module(name)
     # As objects, for a column of texts or truth values would turn None into NaN.
     frame = pandas.DataFrame(rows, dtype=object)
-    tracker.log({"eval/table": tracker.Table(dataframe=frame), "train/global_step": step})
+    row = {"eval/table": tracker.Table(dataframe=frame), "train/global_step": step}
+    (Stepped(tracker) if name == "trackio" else tracker).log(row)
 
 
 def _one_line(error: Exception) -> str:
