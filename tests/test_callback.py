@@ -249,7 +249,7 @@ def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tm
 
 
 def test_a_model_that_cannot_generate_is_trained_all_the_same(config, tmp_path, monkeypatch, caplog):
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise SFTError("Mamba: no")
 
     monkeypatch.setattr(callback_module, "answer", refuse)
@@ -363,7 +363,7 @@ def test_a_resumed_run_asks_nothing_twice(same_folder, run, config, tmp_path, mo
     folder = old if same_folder else tmp_path / "new"
     asked = []
     plain = callback_module.answer
-    monkeypatch.setattr(callback_module, "answer", lambda *args: asked.append(len(args[2])) or plain(*args))
+    monkeypatch.setattr(callback_module, "answer", lambda *args, **more: asked.append(len(args[2])) or plain(*args, **more))
     resumed = run_train(config, folder, "--resume_from_checkpoint", str(old / "checkpoint-2"))
     assert asked == [ASKED + INSTRUCTIONS]
     kept, whole = evaluations(folder), evaluations(run[0])
