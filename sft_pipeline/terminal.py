@@ -24,7 +24,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def prepare() -> None:
-    """Our own lines and real warnings, nothing else; bars of the main process alone. Called before the libraries load."""
+    """Our own lines and real warnings, nothing else; bars of the main process alone. Before libraries load."""
     main_process = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("TQDM_DELAY", "1")
     if not main_process:
@@ -36,7 +36,7 @@ def prepare() -> None:
 
 
 class LineHandler(logging.Handler):
-    """Messages on standard error: broken at words where a terminal ends, whole in a file; above bars, not among them."""
+    """Messages on standard error: broken at words where a terminal ends, whole in a file; never within a bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""The trackers that `report_to` names: one run that goes on after a resume, told all there is to tell, never in the way.
+"""The trackers that `report_to` names: one run over every resume, told all there is to tell, never in the way.
 
     keep_usable(training)                                   # before the trainer is made
     with tracked(trainer, checkpoint, {"data": accounts}):

@@ -215,15 +215,19 @@ def test_the_dashboard_says_where_it_is_until_interrupted(monkeypatch, capsys):
     monkeypatch.setattr(dashboard.threading.Event, "wait", interrupted)
     main(["dashboard", "--port", "8000", "--no_browser"])
     assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline (Ctrl-C ends it)\n"
-    assert stand_in.asked == {"project": "sft_pipeline", "open_browser": False, "block_thread": False, "server_port": 8000}
-    assert stand_in.closed
+    options = {"open_browser": False, "block_thread": False, "server_port": 8000}
+    assert stand_in.asked == {"project": "sft_pipeline", **options} and stand_in.closed
 
 
 @pytest.mark.parametrize(
     ("arguments", "trackio", "message"),
     [
         ([], None, 'dashboard: trackio is not installed; pip install -e ".[track]"'),
-        (["other"], Trackio(), "dashboard: no runs of project other here; train with --report_to trackio, or name another"),
+        (
+            ["other"],
+            Trackio(),
+            "dashboard: no runs of project other here; train with --report_to trackio, or name another",
+        ),
         (["--share"], Trackio(), "dashboard: unknown option --share; `dashboard --help` lists them"),
     ],
 )

@@ -76,7 +76,7 @@ def run(model_folder, folder, offline) -> SimpleNamespace:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(keys))
     out = folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sft-pipeline", "train", "tiny.yaml", "--hub_token", SECRET, f"--hub_token={SECRET}"])
+        patch.setattr(sys, "argv", ["sft-pipeline", "train", "--hub_token", SECRET, f"--hub-token={SECRET}"])
         logged = [_train(folder / "tiny.yaml", out)]
         later = _train(folder / "tiny.yaml", out, "--max_steps", "4", "--resume_from_checkpoint", "true")
     kept = next(n for n, (one, other) in enumerate(zip(logged[0], later)) if one != other)
@@ -142,7 +142,8 @@ def test_wandb_has_every_value_of_each_part(run, folder):
 
 
 def test_wandb_has_the_answers(run, folder):
-    tables = [json.loads(file.read_text()) for file in folder.glob("DIR/wandb/offline-run-*/files/media/table/eval/*.table.json")]
+    files = folder.glob("DIR/wandb/offline-run-*/files/media/table/eval/*.table.json")
+    tables = [json.loads(file.read_text()) for file in files]
     rows = [dict(zip(one["columns"], line)) for one in tables for line in one["data"]]
     kept = [row for step in range(5) for row in _table(run.out, step)]
     assert len(rows) == len(kept) == 5 * 4
