@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The one door: ./launch.sh train | preview | prepare | study CONFIG, chat | evaluate | generate, test, lint
+# The one door: ./launch.sh train | preview | prepare | study CONFIG, chat | evaluate | generate, doctor, dashboard,
+# test, lint
 #
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
 # arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
@@ -43,7 +44,9 @@ if [[ $verb == lint ]]; then
     ruff format --check
     exec mypy
 fi
-install lora,plot
+extras=lora,plot
+if [[ $verb == dashboard || " $* " == *" --report_to"* ]]; then extras+=,track; fi
+install "$extras"
 if [[ $verb == train ]]; then
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     # For one process `accelerate launch` would add nothing and turn exit status 2 into 1.

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
 from sft_pipeline.errors import SFTError
-from sft_pipeline.visible import VisibleLines
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+STATUSES = """exit status:
+  0    done
+  1    some prompts got no answer (generate), a resumed run differs (verify-resume), or an error of a library's
+  2    bad input, or a machine that cannot train (doctor): one line says what to do
+  75   told to end (SIGTERM), and saved: the same command with --resume_from_checkpoint auto goes on
+  130  interrupted
+results for scripts: preview, evaluate and doctor have --json; train and study leave results.json and study.json"""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; an error of ours is one line on standard error and its exit status (errors.py), mostly 2."""
     args, rest = _parser().parse_known_args(arguments)
+    from sft_pipeline import terminal
+
+    terminal.prepare()
     try:
-        _quiet_libraries()
-        args.run(args, rest)
+        with terminal.log_without_bars():
+            args.run(args, rest)
     except SFTError as error:
         print(f"sft-pipeline: {error}", file=sys.stderr)
         sys.exit(error.status)
@@ -34,7 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sft-pipeline", description="Fine-tune a causal language model on instruction rows.", allow_abbrev=False
+        prog="sft-pipeline",
+        description="Fine-tune a causal language model on instruction rows.",
+        epilog=STATUSES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -58,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     resumed = "prove for a config that a run killed on its way ends with the bits of one that was not"
     verify = _verb(verbs, "verify-resume", _verify_resume, resumed, "CONFIG [--steps N] [--key value ...]")
     verify.add_argument("--steps", type=int, default=4, help="steps before the kill, and after it (4)")
+    doctor = _verb(verbs, "doctor", _doctor, "tell what this machine trains with, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="one line of JSON")
+    _add_dashboard(verbs)
     return parser
 
 
@@ -111,6 +126,13 @@ def _add_report(verbs: Verbs) -> None:
     one.add_argument("--output", help="the page (OUTPUT_DIR/report.html; of several runs comparison.html in the first)")
 
 
+def _add_dashboard(verbs: Verbs) -> None:
+    one = _verb(verbs, "dashboard", _dashboard, "open trackio's page of the runs that --report_to trackio kept here")
+    one.add_argument("project", nargs="?", default=None, help="the runs' `project` (sft_pipeline)")
+    one.add_argument("--port", type=int, help="where it listens on this machine (the first free one from 7860)")
+    one.add_argument("--no_browser", action="store_true", help="print the address alone")
+
+
 def _verb(verbs: Verbs, name: str, run: Handler, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """A verb's parser; one with a `usage` of its own reads a config, see `_config`."""
     parser = verbs.add_parser(
@@ -140,22 +162,6 @@ def _keys() -> str:
 
     lines = [f"  {field.name}\n      {field.metadata['help']}" for field in dataclasses.fields(SFTArguments)]
     return "\n".join(["keys, beside all of transformers.TrainingArguments':", *lines])
-
-
-def _quiet_libraries() -> None:
-    """Our own lines and real warnings, nothing else."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(VisibleLines("%(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("sft_pipeline").setLevel(logging.INFO if main_process else logging.WARNING)
-    # The Rust threads of the tokenizer would warn when worker processes are forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -268,3 +274,22 @@ def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
         raise SFTError(f"steps is {args.steps}; it has to be 1 or more")
     if verify_resume(config, args.steps, overrides):
         sys.exit(1)
+
+
+def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.doctor import doctor
+
+    if rest:
+        raise SFTError(f"doctor: unknown option {rest[0]}; it takes --json alone")
+    doctor(args.json, Console())
+
+
+def _dashboard(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.config import DEFAULTS
+    from sft_pipeline.dashboard import dashboard
+
+    if rest:
+        raise SFTError(f"dashboard: unknown option {rest[0]}; `dashboard --help` lists them")
+    dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)

@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     # A resumed run has waited for a better eval_loss as long as the one before it.
     "restore_callback_states_from_checkpoint": True,
+    # What trackers call the project; the library's own is huggingface.
+    "project": "sft_pipeline",
 }
 
 
@@ -176,6 +178,8 @@ def _parser() -> HfArgumentParser:
     classes: Any = (SFTArguments, TrainingArguments)
     parser = Parser(classes, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
+    # A list of trackers, of which the library's parser takes one.
+    next(action for action in parser._actions if action.dest == "report_to").nargs = "+"
     return parser
 
 

@@ -5,6 +5,7 @@
     results.json        figures, answers before and after, loss curve, versions
     preview.json        the first training row in tokens, and how long the rows are (preview.py)
     report.html         all this as one page (report/)
+    trackers.json       what trackers call the run (trackers.py)
     sft_template.json   template and system prompt, which `chat` needs
 
 Beside these stand the model as transformers saves it, and the checkpoints.

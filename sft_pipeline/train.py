@@ -50,9 +50,11 @@ from sft_pipeline.output import (
     write_json,
 )
 from sft_pipeline.preview import record, show
+from sft_pipeline.progress import waiting
 from sft_pipeline.report.page import write_report
 from sft_pipeline.shards import map_shards
 from sft_pipeline.summary import print_results
+from sft_pipeline.trackers import keep_usable, tracked
 from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     """Fine-tune as told; leaves model, tokenizer, `run.yaml`, `results.json` and its page in the output folder."""
     checkpoint = check_output_dir(sft, training)
     config = config_record(sft, training)
+    keep_usable(training)
     path = resolve(sft.model_name_or_path, cache_dir())
     tokenizer = load_tokenizer(path, sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
@@ -84,11 +87,17 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     trainer.add_callback(evaluation)
     trainable = trainable_parameters(trainer.model)  # before adapters may be merged
 
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    speed = trainer.tokens_per_second()
-    last_eval = final_evaluation(trainer, evaluation) if data.held_out else {}
+    rows = {
+        "train": asdict(data.train_account),
+        "held_out": asdict(data.held_out_account) if data.held_out_account else None,
+    }
+    with tracked(trainer, checkpoint, {"sft": asdict(sft), "data": rows, "supervised_share": shares(data)}):
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        speed = trainer.tokens_per_second()
+        last_eval = final_evaluation(trainer, evaluation) if data.held_out else {}
 
-    save(trainer, template, sft)
+    with waiting(f"saving {training.output_dir}", training.disable_tqdm):
+        save(trainer, template, sft)
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
         "train_loss": outcome.training_loss,
@@ -98,10 +107,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         "peak_memory_gib": peak_memory_gib(),
         "seconds": round(outcome.metrics["train_runtime"], 1),
         **before_and_after(evaluation),
-        "rows": {
-            "train": asdict(data.train_account),
-            "held_out": asdict(data.held_out_account) if data.held_out_account else None,
-        },
+        "rows": rows,
         "loss_curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
         "versions": {name: version(name) for name in PACKAGES},
         "seed": training.seed,
@@ -198,6 +204,12 @@ def build_collator(
         return PaddingCollator(template.tokenizer.pad_token_id, sft.pad_to_multiple_of)
     use_packed_attention(model)
     return PackedCollator()
+
+
+def shares(data: Prepared) -> dict[str, float]:
+    """What part of the tokens is supervised."""
+    accounts = {"train": data.train_account, "held_out": data.held_out_account}
+    return {name: one.supervised_tokens / one.tokens for name, one in accounts.items() if one}
 
 
 def first_eval_loss(trainer: SupervisedTrainer) -> float | None:

@@ -31,7 +31,7 @@ from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
 from sft_pipeline.errors import Requeue, SFTError
-from sft_pipeline.progress import TrainingProgress
+from sft_pipeline.progress import TrainingProgress, waiting
 
 
 class SupervisedTrainer(Trainer):
@@ -165,11 +165,13 @@ class SupervisedTrainer(Trainer):
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         try:
             self._aside = True
-            super()._save_checkpoint(model, trial)
+            with waiting(f"saving {name}", self.args.disable_tqdm):
+                super()._save_checkpoint(model, trial)
             self._name_best(run, run / SAVING_DIR / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(run / SAVING_DIR / name, run / name)
+                with waiting(f"checking {name}", self.args.disable_tqdm):
+                    publish(run / SAVING_DIR / name, run / name)
                 rotate(run / name, self.args.save_total_limit, self.state.best_model_checkpoint)
                 clear(run)
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -402,17 +402,8 @@ def test_a_full_disk_is_said(request_, monkeypatch):
     file.close()
 
 
-def test_progress_is_a_bar_in_a_terminal_and_lines_in_a_log(monkeypatch, caplog, capsys):
-    caplog.set_level("INFO", "sft_pipeline")
-    monkeypatch.setattr(verb, "LOG_SECONDS", 0.0)
-    progress = verb.Progress(1, 3)
-    progress.advance(5)
-    progress.close()
-    assert capsys.readouterr().err == ""
-    assert caplog.messages[0].startswith("2 of 3 answers, ") and caplog.messages[0].endswith(" tokens/s")
-    caplog.clear()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = verb.Progress(1, 3)
-    progress.advance(5)
-    progress.close()
-    assert "answers:" in (shown := capsys.readouterr().err) and "2/3" in shown and not caplog.messages
+def test_a_bar_counts_the_answers_and_their_tokens(request_, whole, capsys):
+    request_.output.unlink(missing_ok=True)
+    generate_file(request_)
+    shown = capsys.readouterr().err
+    assert "answers: 100%" in shown and "18/18" in shown and " tokens/s" in shown

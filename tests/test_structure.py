@@ -20,31 +20,36 @@ MAY_IMPORT = {
     "labels": set(),
     "config": {"errors"},
     "data": {"errors", "cache", "config", "labels", "visible"},
-    "model": {"errors", "labels"},
+    "progress": set(),
+    "model": {"errors", "labels", "progress"},
     "checkpoints": {"errors"},
     "output": {"errors", "config", "checkpoints"},
     "shards": {"errors", "config", "data", "checkpoints", "output"},
     "divergence": set(),
-    "progress": set(),
+    "trackers": {"errors"},
+    "terminal": {"visible"},
     "trainer": {"errors", "data", "model", "checkpoints", "divergence", "progress"},
-    "evaluation": {"errors", "labels", "checkpoints", "config", "data", "model", "output", "trainer"},
+    "evaluation": {"errors", "labels", "checkpoints", "config", "data", "model", "output", "trackers", "trainer"},
     "preview": {"errors", "data", "labels", "visible"},
     "report": {"errors", "evaluation", "output", "visible"},
     "summary": {"visible"},
     "trained": {"errors", "cache", "data", "model", "output"},
     "train": {
         *("errors", "allocator", "cache", "checkpoints", "config", "data", "model", "evaluation", "preview", "trainer"),
-        *("output", "shards", "summary", "report"),
+        *("output", "shards", "summary", "report", "progress", "trackers"),
     },
     "chat": {"errors", "data", "model", "evaluation", "trained", "visible"},
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
     "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained", "visible"},
+    "doctor": {"errors", "cache"},
+    "dashboard": {"errors"},
     "study": {"errors", "checkpoints", "config", "data", "evaluation", "output", "evaluate"},
     "verify_resume": {"errors", "checkpoints", "config", "output"},
     "cli": {
         *("errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
-        *("generate", "evaluate", "study", "report", "verify_resume", "visible", "shards"),
+        *("generate", "evaluate", "study", "report", "verify_resume", "visible", "shards", "terminal", "doctor"),
+        "dashboard",
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -113,7 +118,11 @@ def test_init_files_are_empty():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "train", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
+    "verb",
+    [
+        *("", "train", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"),
+        *("doctor", "dashboard"),
+    ],
 )
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]

