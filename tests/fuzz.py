@@ -4,7 +4,7 @@
     python tests/fuzz.py --only templates --seed 1 --at 1234 # one input again, as a finding names it
 
 Each target is a property of one random input, which seed, target and number decide. tests/test_fuzz.py runs some with
-every run of the suite. Inputs are drawn by Python's generator: hypothesis would spend ten times what the checks take.
+every run of the suite. Inputs are drawn by Python's generator: hypothesis spends several times what the checks take.
 """
 
 from __future__ import annotations
