@@ -151,8 +151,8 @@ def parse_keys(keys: dict[str, Any], name: str, overrides: list[str]) -> tuple[S
             args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
         )
     except Exception as error:
-        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls reads
-        # files, others compute before they check.
+        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls
+        # reads files or computes before it checks.
         raise SFTError(" ".join(str(error).split())) from error
     _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check(sft, training)
