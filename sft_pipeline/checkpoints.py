@@ -35,8 +35,8 @@ SAVING_DIR = ".saving"
 CHUNK = 2**22  # bytes
 # What the metadata of a sharded checkpoint is made of.
 METADATA_NAMES = {
-    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata "
-    "BytesStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties _MEM_FORMAT_ENCODING "
+    "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.serialization": "_get_layout",
     "torch": " ".join(["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))]),
@@ -150,8 +150,8 @@ def rotate(saved: Path, limit: int | None, best: str | None) -> None:
 
 @contextmanager
 def pickles_refused(checkpoint: str | bool | None) -> Iterator[None]:
-    """What is read of the checkpoint meanwhile is read by torch's `weights_only` and transformers' list of NumPy's types:
-    tensors, numbers, texts. Raises SFTError for a pickle that names anything else, of which nothing was run.
+    """What is read of the checkpoint meanwhile is read by torch's `weights_only` with transformers' list of NumPy's
+    types: tensors, numbers, texts. Raises SFTError for a pickle that names anything else, of which nothing was run.
     """
     for file in Path(checkpoint).rglob(".metadata") if isinstance(checkpoint, str) else ():
         _check_metadata(file)

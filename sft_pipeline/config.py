@@ -151,8 +151,8 @@ def parse_keys(keys: dict[str, Any], name: str, overrides: list[str]) -> tuple[S
             args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
         )
     except Exception as error:
-        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls reads
-        # files, others compute before they check.
+        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls
+        # reads files or computes before it checks.
         raise SFTError(" ".join(str(error).split())) from error
     _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check(sft, training)
@@ -264,8 +264,10 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
     if training.hub_token:
         raise SFTError("hub_token: a config and a command line are kept and seen; set HF_TOKEN or call `hf auth login`")
     if training.push_to_hub and training.hub_strategy != "end":
+        from transformers.trainer_utils import HubStrategy
+
         # On the way, the library would push its pickle of the arguments.
-        raise SFTError(f"push_to_hub needs hub_strategy: end, it is {training.hub_strategy.value}")
+        raise SFTError(f"push_to_hub needs hub_strategy: end, it is {HubStrategy(training.hub_strategy).value}")
     if sft.held_out and sft.eval_data:
         raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
     if sft.lora and sft.trainable_modules:

@@ -61,13 +61,13 @@ class SupervisedTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
         self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
             clear(output_folder(self.args))
         with self._termination, pickles_refused(resume_from_checkpoint):
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_batches(self) -> StepBatches:
         """The row numbers of this process' micro-batches."""
@@ -189,7 +189,8 @@ class SupervisedTrainer(Trainer):
         """Without the library's pickle of the arguments, which no one needs and which holds the hub's token."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            folder = Path(output_dir) if output_dir else output_folder(self.args)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _name_best(self, run: Path, aside: Path) -> None:
         """The best checkpoint by the name that it will have."""

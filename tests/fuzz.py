@@ -4,7 +4,7 @@
     python tests/fuzz.py --only templates --seed 1 --at 1234 # one input again, as a finding names it
 
 Each target is a property of one random input, which seed, target and number decide. tests/test_fuzz.py runs some with
-every run of the suite. Inputs are drawn by Python's generator: hypothesis would spend ten times what the checks take.
+every run of the suite. Inputs are drawn by Python's generator: hypothesis spends several times what the checks take.
 """
 
 from __future__ import annotations
@@ -390,7 +390,7 @@ def templates(
 
 
 def can_spell(tokenizer: Any, text: str) -> bool:
-    """Whether the vocabulary has a token for every byte: SmolLM2's lacks some control characters and unassigned planes."""
+    """Whether the vocabulary has a token for every byte; SmolLM2's lacks some for control characters."""
     return set(normal(tokenizer, text).encode()) <= spelled_bytes(tokenizer)
 
 
@@ -533,7 +533,7 @@ def partial_lines(random: Random) -> bytes:
 
 @target(partial_lines, boolean, boolean)
 def answers(content: bytes, header: bool, overwrite: bool) -> None:
-    """A partial file of whatever content is gone on with or refused; what is finished has every answer once, in order."""
+    """A partial file of any content is gone on with or refused; what is finished has every answer once, in order."""
     for file in WORK.glob("answers*"):
         file.unlink()
     begin = json.dumps({"generate": {"seed": 1}}).encode() + b"\n" if header else b""

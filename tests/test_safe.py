@@ -1,4 +1,4 @@
-"""What docs/security.md promises. Each promise is named there with its test, here or in the file of what it is about."""
+"""What docs/security.md promises. Each promise names its test there, here or in the file of what it is about."""
 
 import ast
 import io
@@ -209,7 +209,7 @@ def test_a_sharded_checkpoints_metadata_is_data_or_refused(checkpoint, tmp_path,
 
 
 def test_nothing_that_a_run_leaves_is_a_pickle_of_its_arguments_or_holds_a_secret(tmp_path, monkeypatch, caplog, capfd):
-    """Not in a checkpoint, not in the saved model, not in what is logged or told to trackers; nor any other variable."""
+    """Not in a checkpoint, the saved model, what is logged or told to trackers; nor any variable of the environment."""
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "ANYTHING_ELSE"):
         monkeypatch.setenv(name, SECRET)
     told = []
@@ -366,7 +366,7 @@ def ways(template, text: str) -> dict[str, list[int]]:
     [trained] = template.render([row], "last")
     said = Conversation(SimpleNamespace(config=NoLimit), template, None, 4)
     said.take(f"/system {text}")
-    said.messages = row[1:] + [{"role": "user", "content": text}]
+    said.messages = [*row[1:], {"role": "user", "content": text}]
     return {
         "train": [i for run in trained for i in run.ids],
         "held out": template.prompt(row[:-1]),

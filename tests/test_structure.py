@@ -109,7 +109,7 @@ def test_templates_and_collate_stand_below_the_rest_of_data():
 def test_the_command_line_imports_inside_its_functions():
     tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
     outside = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
-    assert parts_imported(outside) == {"errors", "visible"}
+    assert parts_imported(outside) == {"errors"}
     assert not {name.split(".")[0] for name in imports(outside)} & {"torch", "transformers", "datasets", "rich"}
 
 

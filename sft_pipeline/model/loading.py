@@ -112,7 +112,8 @@ def _without_weights(folder: Path) -> SFTError:
     library = "transformers" if name == "AutoModelForCausalLM" else "peft"
     convert = f"from {library} import {name} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
     return SFTError(
-        f'{folder}: its weights are pickles (*.bin), which can run code; if you trust them, convert them: python -c "{convert}"'
+        f"{folder}: its weights are pickles (*.bin), which can run code; if you trust them, convert them: "
+        f'python -c "{convert}"'
     )
 
 
