@@ -171,6 +171,8 @@ def _parser() -> HfArgumentParser:
 
     parser = Parser((SFTArguments, TrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
+    # The library reads it as the text of an older release, unless it stands without a value.
+    parser._option_string_actions["--fsdp"].type = lambda text: {"true": True, "false": None}.get(text.lower(), text)
     return parser
 
 

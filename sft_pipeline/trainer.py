@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
@@ -31,9 +31,10 @@ from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
 from sft_pipeline.errors import Requeue, SFTError
 from sft_pipeline.progress import TrainingProgress
+from sft_pipeline.sharded import ShardedTrainer
 
 
-class SupervisedTrainer(Trainer):
+class SupervisedTrainer(ShardedTrainer):
     """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`.
 
     tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
