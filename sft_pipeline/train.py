@@ -60,6 +60,8 @@ SAMPLE = 1000  # rows on which the savings are counted
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
     """Fine-tune as told; leaves model, tokenizer, `run.yaml`, `results.json` and its page in the output folder."""
     checkpoint = check_output_dir(sft, training)
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
     config = config_record(sft, training)
     path = resolve(sft.model_name_or_path, cache_dir())
     tokenizer = load_tokenizer(path, sft.trust_remote_code)
@@ -156,11 +158,22 @@ def build_trainer(
         callbacks=callbacks,
         tokens_per_batch=sft.tokens_per_batch,
     )
+    say_processes(trainer)
+    if sft.lora_merge and trainer.is_fsdp_enabled:
+        raise SFTError("lora_merge: true merges whole weights, and fsdp divides them; leave one out")
     if isinstance(collator, PackedCollator):
         batches = trainer.training_batches()
         sample = islice(batches, -(-len(batches) * SAMPLE // len(data.train)))
         logger.info("%s; forward and backward are fused in %s layers", savings(data.train, sample), fused)
     return trainer
+
+
+def say_processes(trainer: SupervisedTrainer) -> None:
+    """How many there are, which a launcher may have taken otherwise, and what each holds."""
+    args = trainer.args
+    if args.world_size > 1:
+        holds = "the model divided among them (FSDP2)" if trainer.is_fsdp_enabled else "the whole model on each"
+        logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, holds)
 
 
 def trainable_parameters(model: PreTrainedModel) -> int:

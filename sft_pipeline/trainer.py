@@ -199,13 +199,21 @@ class SupervisedTrainer(ShardedTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once, before the first step of a run that goes on."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._running_loss_file(checkpoint).is_file():
+        running = self._running_loss(checkpoint) if checkpoint else None
+        if running is None:
             return
-        running = json.loads(self._running_loss_file(checkpoint).read_text(encoding="utf-8"))
         self._tr_loss.fill_(running["loss"])
         self._globalstep_last_logged = running["last_logged_step"]
         # The library's train_loss is of the steps from here on alone.
         self._total_loss_scalar = -running["loss"]
+
+    def _running_loss(self, checkpoint: str) -> dict[str, float] | None:
+        """What this process had saved; where others or fewer had saved, each takes the mean, which is what is logged."""
+        files = list(Path(checkpoint).glob("running_loss_*.json"))
+        if len(files) == self.args.world_size:
+            files = [self._running_loss_file(checkpoint)]
+        parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return parts[0] | {"loss": sum(part["loss"] for part in parts) / len(parts)} if parts else None
 
     def _running_loss_file(self, folder: str) -> Path:
         return Path(folder) / f"running_loss_{self.args.process_index}.json"

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from test_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 from test_trainer import make_model, make_trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
+from sft_pipeline.errors import SFTError
 from sft_pipeline.model.fused_training import use_fused_layers
-from sft_pipeline.sharded import FULL, SHARDED, saved_as
+from sft_pipeline.sharded import FULL, SHARDED, _check, saved_as
 
 AT = 5  # the step of the checkpoint that is gone on from, within the second epoch
 ONE, TWO = (8, 1), (1, 4)  # rows a micro-batch, accumulation
@@ -28,6 +31,7 @@ def build(folder: Path, kind: str | None, tied: bool = True, **arguments):
     if kind:
         arguments |= {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"state_dict_type": kind}}
     plan = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": AT, "max_grad_norm": 1.0}
+    plan["logging_steps"] = 2  # a mean over the step before and the one after the checkpoint
     adam = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-4}
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     more = {"per_device_eval_batch_size": 2, "held_out": HELD_OUT, **plan, **adam, **sizes, **arguments}
@@ -61,7 +65,10 @@ def work(process: int, port: int, folder: str) -> None:
         assert saved_as(out / kind / f"checkpoint-{AT}") == kind
         trainer.save_model()
         found[f"{kind} resumed"] = report(build(out / "resumed", kind), str(out / kind / f"checkpoint-{AT}"))
-    found["untied"] = report(build(out / "untied", FULL, tied=False, save_strategy="no"))
+    found["untied"] = report(build(out / "untied", SHARDED, tied=False, save_strategy="no"))
+    with pytest.raises(SFTError) as refused:
+        report(build(out / "other", FULL), str(out / SHARDED / f"checkpoint-{AT}"))
+    found["other"] = str(refused.value)
     if process == 0:
         (out / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -92,6 +99,62 @@ def assert_same(found: dict, expected: dict) -> None:
         torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def found(folder) -> dict:
+    return json.loads((folder / "found.json").read_text())
+
+
 @pytest.mark.parametrize("name", [FULL, SHARDED, f"{FULL} resumed", f"{SHARDED} resumed"])
-def test_two_processes_that_divide_the_model_are_one(name, folder, one):
-    assert_same(json.loads((folder / "found.json").read_text())[name], one)
+def test_two_processes_that_divide_the_model_are_one(name, found, one):
+    assert_same(found[name], one)
+
+
+def test_so_are_they_without_tied_embeddings(found, tmp_path):
+    assert_same(found["untied"], report(build(tmp_path, None, tied=False, save_strategy="no")))
+
+
+@pytest.mark.parametrize("kind", [FULL, SHARDED])
+def test_one_process_goes_on_from_a_checkpoint_of_two(kind, folder, one, tmp_path):
+    assert_same(report(build(tmp_path, None), str(folder / kind / f"checkpoint-{AT}")), one)
+
+
+@pytest.mark.parametrize("kind", [FULL, SHARDED])
+def test_the_finished_model_is_saved_whole(kind, folder, found):
+    model = AutoModelForCausalLM.from_pretrained(folder / kind)
+    assert (
+        model.config.architectures == ["LlamaForCausalLM"] and model.lm_head.weight is model.model.embed_tokens.weight
+    )
+    for name, weight in model.named_parameters():
+        assert weight.flatten().tolist() == found[kind]["weights"][name]
+
+
+def test_a_checkpoint_of_another_kind_is_refused(folder, found):
+    place = folder / SHARDED / f"checkpoint-{AT}"
+    said = f"{place}: has state_dict_type {SHARDED} and this run has {FULL}; use the one it was saved with"
+    assert found["other"] == said
+
+
+@pytest.fixture
+def one_process(monkeypatch) -> None:
+    """accelerate leaves a mark in the environment."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+
+
+def test_one_process_has_nobody_to_divide_with(one_process, tmp_path):
+    with pytest.raises(
+        SFTError, match="^fsdp divides a model among processes and this is one: start more, or leave fsdp out$"
+    ):
+        make_trainer(tmp_path, fsdp=True)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        ({"fsdp_version": 1}, "fsdp_config: version 1 is not served; set version to 2"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_config: cpu_ram_efficient_loading leaves all processes but one .*"),
+    ],
+)
+def test_what_is_not_served_is_refused(plugin, said):
+    plugin = {"fsdp_version": 2, "cpu_ram_efficient_loading": False} | plugin
+    with pytest.raises(SFTError, match=f"^{said}$"):
+        _check(SimpleNamespace(**plugin))
