@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
@@ -55,6 +56,10 @@ class ShardedTrainer(Trainer):
     def _divide_on_cpus(self) -> None:
         """What accelerate does for several GPUs (accelerate/state.py, AcceleratorState.__init__)."""
         plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args or {})
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise SFTError(
+                "fsdp_config: cpu_offload moves weights from an accelerator to the CPU, and this run is on CPUs"
+            )
         if self.accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(self.accelerator.mixed_precision)
         state = self.accelerator.state

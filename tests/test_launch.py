@@ -154,6 +154,21 @@ def test_two_processes_train_one_model(name, config, one, tmp_path):
 
 
 @pytest.mark.real
+def test_two_processes_divide_one_model(config, one, tmp_path):
+    """With the keys and the file that docs/devices.md names; then one process goes on."""
+    out, keys = tmp_path / "out", ["--fsdp", "--fsdp_config", "configs/fsdp2.json"]
+    _, errors = ends(start(launched(), config, out, *keys), 0)
+    assert "2 processes (gloo), the model divided among them (FSDP2)" in errors
+    assert "forward and backward are fused in 2 layers" in " ".join(errors)
+    for key, weight in weights(out).items():
+        torch.testing.assert_close(weight, one[key], rtol=0, atol=1e-5)
+    more = [f"--resume_from_checkpoint={out / 'checkpoint-2'}", "--gradient_accumulation_steps=2"]
+    ends(start([sys.executable, "-m", "sft_pipeline"], config, tmp_path / "alone", *more), 0)
+    for key, weight in weights(tmp_path / "alone").items():
+        torch.testing.assert_close(weight, one[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.real
 def test_an_error_is_said_in_one_line(config, tmp_path):
     _, errors = ends(start(launched(), config, tmp_path / "out", "--train_data=nowhere.json"), 2)
     assert len(errors) == 1 and errors[0].startswith("sft-pipeline: nowhere.json: "), errors

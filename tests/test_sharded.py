@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 from test_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 from test_trainer import make_model, make_trainer
 from torch.distributed.fsdp import FSDPModule
@@ -16,20 +17,25 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.fused_training import use_fused_layers
 from sft_pipeline.sharded import FULL, SHARDED, _check, saved_as
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 AT = 5  # the step of the checkpoint that is gone on from, within the second epoch
 ONE, TWO = (8, 1), (1, 4)  # rows a micro-batch, accumulation
 
 
-def build(folder: Path, kind: str | None, tied: bool = True, **arguments):
+def build(folder: Path, kind: str | None, tied: bool = True, adapters: bool = False, **arguments):
     """A trainer of eight rows a step, packed, the layers fused; `kind` is the state_dict_type of FSDP."""
     size, accumulation = ONE if kind is None else TWO
     model = make_model(tie_word_embeddings=tied)
-    assert use_fused_layers(model) == 2
+    if adapters:
+        torch.manual_seed(1)
+        model = add_lora(model, 4, 8, ["all-linear"])
+    assert use_fused_layers(model) == (0 if adapters else 2)
     if kind:
-        arguments |= {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"state_dict_type": kind}}
+        arguments = {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"state_dict_type": kind}} | arguments
     plan = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": AT, "max_grad_norm": 1.0}
     plan["logging_steps"] = 2  # a mean over the step before and the one after the checkpoint
     adam = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-4}
@@ -66,9 +72,15 @@ def work(process: int, port: int, folder: str) -> None:
         trainer.save_model()
         found[f"{kind} resumed"] = report(build(out / "resumed", kind), str(out / kind / f"checkpoint-{AT}"))
     found["untied"] = report(build(out / "untied", SHARDED, tied=False, save_strategy="no"))
+    trainer = build(out / "adapters", SHARDED, adapters=True, max_steps=AT)
+    found["adapters"] = report(trainer)
+    trainer.save_model()
     with pytest.raises(SFTError) as refused:
         report(build(out / "other", FULL), str(out / SHARDED / f"checkpoint-{AT}"))
     found["other"] = str(refused.value)
+    with pytest.raises(SFTError) as refused:
+        build(out / "other", FULL, fsdp_config={"cpu_offload": True})
+    found["offload"] = str(refused.value)
     if process == 0:
         (out / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -128,10 +140,30 @@ def test_the_finished_model_is_saved_whole(kind, folder, found):
         assert weight.flatten().tolist() == found[kind]["weights"][name]
 
 
-def test_a_checkpoint_of_another_kind_is_refused(folder, found):
+def test_so_are_they_with_adapters_which_are_saved_whole(folder, found, tmp_path):
+    trainer = build(tmp_path, None, adapters=True, max_steps=AT)
+    assert_same(found["adapters"], report(trainer))
+    trainer.save_model()
+    saved, expected = (load_file(place / "adapter_model.safetensors") for place in (folder / "adapters", tmp_path))
+    assert saved.keys() == expected.keys() and saved
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_that_this_run_cannot_read_is_refused(folder, found, tmp_path):
     place = folder / SHARDED / f"checkpoint-{AT}"
     said = f"{place}: has state_dict_type {SHARDED} and this run has {FULL}; use the one it was saved with"
     assert found["other"] == said
+    place = folder / "adapters" / f"checkpoint-{AT}"
+    with pytest.raises(
+        SFTError, match=f"^{place}: adapters saved with fsdp go on with it alone; start more processes$"
+    ):
+        build(tmp_path, None, adapters=True).train(resume_from_checkpoint=str(place))
+
+
+def test_cpus_have_nowhere_to_offload_to(found):
+    said = "fsdp_config: cpu_offload moves weights from an accelerator to the CPU, and this run is on CPUs"
+    assert found["offload"] == said
 
 
 @pytest.fixture
