@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 
 from sft_pipeline.errors import SFTError
@@ -108,6 +110,15 @@ def _check(plugin: FullyShardedDataParallelPlugin) -> None:
             "fsdp_config: cpu_ram_efficient_loading leaves all processes but one without weights, "
             "and each tests the head and packed rows with its own; set it to false"
         )
+
+
+def whole_weights(model: nn.Module) -> AbstractContextManager:
+    """Inside, the weights are whole that DeepSpeed's ZeRO-3 has divided while they were loaded."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(list(model.parameters()))
 
 
 def saved_as(checkpoint: Path) -> str | None:

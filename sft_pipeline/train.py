@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -48,6 +49,7 @@ from sft_pipeline.output import (
 )
 from sft_pipeline.preview import record, show
 from sft_pipeline.report.page import write_report
+from sft_pipeline.sharded import whole_weights
 from sft_pipeline.summary import print_results
 from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
 
@@ -125,15 +127,18 @@ def build_trainer(
     sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: Prepared
 ) -> SupervisedTrainer:
     """The trainer over the prepared rows; says what it trains and how."""
-    reason = supervise(model)
+    with whole_weights(model):
+        reason = supervise(model)
+        collator = build_collator(sft, model, template, data)
     if reason:
         logger.info("the head is computed at every position: %s", reason)
-    collator = build_collator(sft, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     if sft.trainable_modules:
         train_only(model, sft.trainable_modules)
-    fused = use_fused_layers(model) if isinstance(collator, PackedCollator) else 0
+    # ZeRO-3 gathers the weights of a module when it is called; a fused layer calls none of its own.
+    fusible = isinstance(collator, PackedCollator) and not is_deepspeed_zero3_enabled()
+    fused = use_fused_layers(model) if fusible else 0
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
     held_out = data.held_out and data.held_out.select(np.argsort(row_lengths(data.held_out), kind="stable"))
@@ -177,7 +182,7 @@ def say_processes(trainer: SupervisedTrainer) -> None:
 
 
 def trainable_parameters(model: PreTrainedModel) -> int:
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return sum(getattr(w, "ds_numel", w.numel()) for w in model.parameters() if w.requires_grad)
 
 
 def build_collator(

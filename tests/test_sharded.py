@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.fused_training import use_fused_layers
-from sft_pipeline.sharded import FULL, SHARDED, _check, saved_as
+from sft_pipeline.sharded import FULL, SHARDED, _check, saved_as, whole_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 AT = 5  # the step of the checkpoint that is gone on from, within the second epoch
@@ -164,6 +166,18 @@ def test_a_checkpoint_that_this_run_cannot_read_is_refused(folder, found, tmp_pa
 def test_cpus_have_nowhere_to_offload_to(found):
     said = "fsdp_config: cpu_offload moves weights from an accelerator to the CPU, and this run is on CPUs"
     assert found["offload"] == said
+
+
+def test_weights_that_zero3_divided_are_gathered_for_a_moment(monkeypatch):
+    """The package is not there; what is asked of it is."""
+    gathered, model = [], torch.nn.Linear(2, 2)
+    with whole_weights(model):
+        assert not gathered
+    zero = SimpleNamespace(GatheredParameters=lambda weights: gathered.append(weights) or nullcontext())
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    monkeypatch.setattr("sft_pipeline.sharded.is_deepspeed_zero3_enabled", lambda: True)
+    with whole_weights(model):
+        assert [id(weight) for weight in gathered[0]] == [id(weight) for weight in model.parameters()]
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": {"errors", "evaluation", "output"},
     "summary": set(),
     "trained": {"cache", "data", "model", "output"},
-    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "summary", "report"},
+    "train": {"errors", "allocator", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "output", "sharded", "summary", "report"},
     "chat": {"errors", "data", "model", "evaluation", "trained"},
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
