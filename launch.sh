@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The one door: ./launch.sh train | preview | study CONFIG, chat | evaluate | generate, test
+# The one door: ./launch.sh train | preview | prepare | study CONFIG, chat | evaluate | generate, doctor, dashboard,
+# test, lint
 #
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
 # arguments on untouched. Training starts one process a GPU, or as many as NUM_PROCESSES says.
@@ -36,7 +37,16 @@ if [[ $verb == test ]]; then
     cd "$root"
     exec python -m pytest "${@:2}"
 fi
-install lora,plot
+if [[ $verb == lint ]]; then
+    install test,dev
+    cd "$root"
+    ruff check
+    ruff format --check
+    exec mypy
+fi
+extras=lora,plot
+if [[ $verb == dashboard || " $* " == *" --report_to"* ]]; then extras+=,track; fi
+install "$extras"
 if [[ $verb == train ]]; then
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     if [[ $processes -gt 1 ]]; then

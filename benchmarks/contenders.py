@@ -23,9 +23,10 @@ from task import MAX_LENGTH, Clock, Task, our_trainer, peak_gib, prepare, random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from sft_pipeline.labels import IGNORED
+
 BATCH = 8
-IGNORED = -100
-TRL = {
+TRL: dict[str, dict[str, Any]] = {
     "trl-plain": {"per_device_train_batch_size": BATCH},
     "trl-group": {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "group_by_length"},
     "trl-pack": {"per_device_train_batch_size": 2, "packing": True, "packing_strategy": "bfd"},

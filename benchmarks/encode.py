@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from typing import Any
 
 import datasets
 from datasets import Dataset
@@ -45,7 +46,7 @@ def trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> flo
     with tempfile.TemporaryDirectory() as folder:
         rows.save_to_disk(f"{folder}/rows")
         on_disk = datasets.load_from_disk(f"{folder}/rows")
-        off = {"use_cpu": True, "bf16": False, "report_to": "none"}
+        off: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
         config = SFTConfig(output_dir=folder, max_length=1024, dataset_num_proc=num_proc, **off)
         started = time.perf_counter()
         SFTTrainer(model=model, args=config, train_dataset=on_disk, processing_class=tokenizer)
@@ -84,8 +85,8 @@ def main() -> None:
     speeds: dict[tuple[str, str], list[float]] = {(who, name): [] for name in TEMPLATES for who in ("ours", "TRL")}
     for _ in range(args.repeat):
         for (who, name), found in speeds.items():
-            given = (rows, name) if who == "ours" else (for_trl[name],)
-            found.append((ours if who == "ours" else trl)(*given, tokenizer, args.num_proc))
+            others = (tokenizer, args.num_proc)
+            found.append(ours(rows, name, *others) if who == "ours" else trl(for_trl[name], *others))
     for (who, name), found in speeds.items():
         print(f"{name}, {who}: median {statistics.median(found):,.0f} rows/s of {[round(speed) for speed in found]}")
     for name in TEMPLATES:

@@ -14,9 +14,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -34,6 +35,8 @@ BATCH, PROMPTS, TIE = 16, 64, 1e-5
 
 class Contest:
     """Both ways to answer prompts' ids greedily with one model; answers come without the stop token."""
+
+    model: Any  # with the methods of transformers' GenerationMixin
 
     def __init__(self, model: PreTrainedModel, template: Template) -> None:
         self.model, self.stop = model, template.stop_token_id
@@ -73,7 +76,7 @@ class Contest:
         return float((chosen[0] - chosen[1]).abs())
 
 
-def rounds(repeat: int, prompts: Ids, ways: dict[str, Callable[[Ids], Ids]]) -> dict:
+def rounds(repeat: int, prompts: Ids, ways: Mapping[str, Callable[[Ids], Ids]]) -> dict:
     """Seconds and tokens of each way, taken in turn, and the ratio of their median tokens a second."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, int] = {}

@@ -52,7 +52,7 @@ class Plan:
 
     def _keys(self, folder: Path) -> list[str]:
         keys = {"model_name_or_path": self.model, "train_data": self.data, "template": "role", "system_prompt": SYSTEM}
-        keys |= {"output_dir": folder, "resume_from_checkpoint": "auto", **self.settings()}
+        keys |= {"output_dir": str(folder), "resume_from_checkpoint": "auto", **self.settings()}
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def settings(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def plain(keys: dict[str, Any], folder: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from sft_pipeline.data.collate import IGNORED
+    from sft_pipeline.labels import IGNORED
 
     plan = Plan(**keys)
     task = prepare(plan.model, plan.data, plan.steps * BATCH)

@@ -67,7 +67,7 @@ def child(keys: dict[str, Any]) -> Run:
         class Unshared(train.PackedCollator):
             share_prefix: bool = False
 
-        train.PackedCollator = Unshared
+        train.PackedCollator = Unshared  # type: ignore[misc]  # for this process, which is a benchmark's
     found = train.train(*parse(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
     tokens = found["rows"]["train"]["tokens"]
     return {

@@ -76,9 +76,9 @@ def speed_table(found: dict[str, list[Run]]) -> Table:
     for name, runs in found.items():
         speeds = [run["tokens_per_second"] for run in runs]
         speed, peak = median(runs, "tokens_per_second"), median(runs, "peak_gib")
-        times = own and [median(own, "tokens_per_second") / speed, median(own, "peak_gib") / peak]
+        times = [median(own, "tokens_per_second") / speed, median(own, "peak_gib") / peak] if own else []
         figures = [f"{speed:.0f}", f"{min(speeds):.0f}-{max(speeds):.0f}", f"{median(runs, 'seconds'):.1f}"]
-        rows.append([NAMES[name], *figures, f"{peak:.2f}", *(f"{value:.2f}x" for value in times or ())])
+        rows.append([NAMES[name], *figures, f"{peak:.2f}", *(f"{value:.2f}x" for value in times)])
     return Table(header if own else header[:-2], rows, OURS)
 
 
@@ -89,7 +89,7 @@ def ratios(found: dict[str, list[Run]]) -> str:
     speed = {name: median(runs, "tokens_per_second") for name, runs in found.items()}
     said = []
     if peers := [name for name in found if name.startswith("trl")]:
-        best = max(peers, key=speed.get)
+        best = max(peers, key=speed.__getitem__)
         said.append(f"{speed['ours'] / speed[best]:.2f} times the speed of TRL's best ({NAMES[best]})")
     if "reference" in found:
         said.append(f"{speed['ours'] / speed['reference']:.2f} times that of the plain loop")

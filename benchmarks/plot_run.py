@@ -1,6 +1,8 @@
-"""Loss over training from a run's results.json, as a picture.
+"""A run over its steps, from results.json and evaluation/ of its output folder, as a picture: losses, and its answers.
 
-    python benchmarks/plot_run.py outputs/alpaca_smollm2 docs/loss.png        # needs the extra `bench`
+    python benchmarks/plot_run.py outputs/alpaca_smollm2 docs/run.png
+
+Needs the extra `bench`.
 """
 
 import json
@@ -8,19 +10,42 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+ANSWERS = {
+    "stop_rate": "answers that end by themselves",
+    "loop_rate": "answers caught in a loop",
+    "instructions_followed_rate": "instructions followed",
+}
 
 
-def main(folder: str, picture: str) -> None:
-    curve = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))["loss_curve"]
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+def losses(axes: Axes, curve: list[dict[str, float]]) -> None:
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         points = [(entry["step"], entry[key]) for entry in curve if key in entry]
-        axes.plot(*zip(*points), style, label=label)
+        axes.plot(*zip(*points), style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="loss, nats a token", ylim=(0, None))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+
+
+def answers(axes: Axes, evaluations: list[dict]) -> None:
+    for key, label in ANSWERS.items():
+        points = [(one["step"], 100 * one["figures"][key]) for one in evaluations if key in one["figures"]]
+        axes.plot(*zip(*points), "o-", label=label, markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="%", ylim=(-3, 103))
+
+
+def main(folder: Path, picture: str) -> None:
+    curve = json.loads((folder / "results.json").read_text(encoding="utf-8"))["loss_curve"]
+    evaluations = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("evaluation/step_*.json"))
+    ]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    losses(left, curve)
+    answers(right, evaluations)
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=150)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -23,6 +23,7 @@ from sft_pipeline.data.sources import load_source
 from sft_pipeline.data.templates import build_template
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.train import build_trainer
+from sft_pipeline.trainer import SupervisedTrainer
 
 MAX_LENGTH = 1024
 
@@ -76,7 +77,7 @@ def random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def our_trainer(task: Task, folder: str, batch: int, **options: Any) -> Trainer:
+def our_trainer(task: Task, folder: str, batch: int, **options: Any) -> SupervisedTrainer:
     """The trainer as `train` builds it, with the settings that all contenders share; rows in file order."""
     keys = {
         "model_name_or_path": task.model,
@@ -142,7 +143,7 @@ def record_losses(trainer: Trainer) -> list[float]:
         losses.append(loss.item())
         return loss
 
-    trainer.training_step = recorded
+    trainer.training_step = recorded  # type: ignore[method-assign]  # of this one trainer
     return losses
 
 

@@ -121,10 +121,10 @@ class AnswerFile:
         size = content.find(b"\n") + 1
         while end := content.find(b"\n", size) + 1:
             try:
-                prompt, sample, row = json.loads(content[size:end])
-                self.done[prompt, sample] = row
-            except (ValueError, TypeError):
+                (prompt, sample), row = _kept(*json.loads(content[size:end]))
+            except (ValueError, TypeError, RecursionError):
                 break
+            self.done[prompt, sample] = row
             size = end
         return size
 
@@ -135,6 +135,13 @@ class AnswerFile:
 
     def _not_written(self, error: OSError) -> SFTError:
         return SFTError(f"output {self.output}: cannot be written ({error.strerror}); mend that and run again to go on")
+
+
+def _kept(prompt: Any, sample: Any, row: Any) -> tuple[Key, Row]:
+    """An answer as `add` writes it; else raises TypeError."""
+    if type(prompt) is not int or type(sample) is not int or not isinstance(row, dict):
+        raise TypeError("not an answer")
+    return (prompt, sample), row
 
 
 def _write_whole(file: Path, rows: Iterable[Row]) -> None:
@@ -148,4 +155,5 @@ def _write_whole(file: Path, rows: Iterable[Row]) -> None:
 
 
 def _line(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+    # Half a character, which UTF-8 does not hold, becomes JSON's own escape.
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

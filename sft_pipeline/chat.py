@@ -2,6 +2,8 @@
 
     sft-pipeline chat outputs/quickstart
     echo "Who are you?" | sft-pipeline chat outputs/quickstart
+
+Answers are streamed to a terminal; with a pipe on standard input each line is answered by itself.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from sft_pipeline.data.templates import Message, Template, with_system_prompt
+from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.answers import complete
 from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.trained import load_trained
+from sft_pipeline.visible import visible
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
@@ -39,8 +43,17 @@ def _lines(interactive: bool) -> Iterator[str]:
             line = input("> " if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise SFTError("standard input is not UTF-8; convert it, as with `iconv -t UTF-8`") from error
         if line:
             yield line
+
+
+class Streamer(TextStreamer):
+    """Writes an answer as it comes; a model that has learned control characters does not steer the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible(text), stream_end)
 
 
 class Conversation:
@@ -68,7 +81,7 @@ class Conversation:
     def _answer(self, line: str) -> None:
         """Stream the answer; a message that gets none is taken back."""
         self.messages.append({"role": "user", "content": line})
-        streamer = TextStreamer(self.template.tokenizer, skip_special_tokens=True)
+        streamer = Streamer(self.template.tokenizer, skip_special_tokens=True)
         [done] = complete(
             self.model,
             self.template,
@@ -80,6 +93,7 @@ class Conversation:
         if done.error:
             self.messages.pop()
             print(f"no answer: {done.error}", file=sys.stderr)
+
             return
         self.messages.append({"role": "assistant", "content": done.text})
 
@@ -91,4 +105,3 @@ class Conversation:
             if limit is None or len(ids) + self.max_new_tokens <= limit or len(self.messages) == 1:
                 return ids
             del self.messages[:2]
-

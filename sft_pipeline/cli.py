@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from sft_pipeline.errors import SFTError
+
+Handler = Callable[[argparse.Namespace, list[str]], None]
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+STATUSES = """exit status:
+  0    done
+  1    some prompts got no answer (generate), a resumed run differs (verify-resume), or an error of a library's
+  2    bad input, or a machine that cannot train (doctor): one line says what to do
+  75   told to end (SIGTERM), and saved: the same command with --resume_from_checkpoint auto goes on
+  130  interrupted
+results for scripts: preview, evaluate and doctor have --json; train and study leave results.json and study.json"""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; an error of ours is one line on standard error and its exit status (errors.py), mostly 2."""
     args, rest = _parser().parse_known_args(arguments)
+    from sft_pipeline import terminal
+
+    terminal.prepare()
     try:
-        _quiet_libraries()
-        args.run(args, rest)
+        with terminal.log_without_bars():
+            args.run(args, rest)
     except SFTError as error:
         _say_once(f"sft-pipeline: {error}")
         sys.exit(error.status)
@@ -31,7 +46,7 @@ def _say_once(line: str) -> None:
 
     All of them mostly meet the same error, and torchrun ends the others when the first one does.
     """
-    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # torchrun's own: attempt_N/<local rank>/error.json
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # torchrun's: attempt_N/<local rank>/error.json
     if error_file.name == "error.json":
         try:
             (error_file.parents[1] / "said").touch(exist_ok=False)
@@ -44,7 +59,11 @@ def _say_once(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sft-pipeline", description="Fine-tune a causal language model on instruction rows.", allow_abbrev=False
+        prog="sft-pipeline",
+        description="Fine-tune a causal language model on instruction rows.",
+        epilog=STATUSES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -54,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--row", type=int, default=0, help="which row of train_data, from 0")
     preview.add_argument("--json", action="store_true", help="one line of JSON: input_ids, labels, text")
 
+    prepare = "encode the rows of a config once, into shards that training maps: see prepared_data"
+    _verb(verbs, "prepare", _prepare, prepare, "[CONFIG] [--key value ...]")
     chat = _verb(verbs, "chat", _chat, "talk to a model in the terminal, or answer lines from a pipe")
     chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
@@ -66,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     resumed = "prove for a config that a run killed on its way ends with the bits of one that was not"
     verify = _verb(verbs, "verify-resume", _verify_resume, resumed, "CONFIG [--steps N] [--key value ...]")
     verify.add_argument("--steps", type=int, default=4, help="steps before the kill, and after it (4)")
+    doctor = _verb(verbs, "doctor", _doctor, "tell what this machine trains with, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="one line of JSON")
+    _add_dashboard(verbs)
     return parser
 
 
@@ -91,7 +115,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     drawn.add_argument("--min_p", type=float, default=options, help="only from those with this share of the best's")
 
 
-def _add_evaluate(verbs) -> None:
+def _add_evaluate(verbs: Verbs) -> None:
     one = _verb(verbs, "evaluate", _evaluate, "compare models on held-out rows and checkable instructions")
     one.add_argument(
         "models",
@@ -113,13 +137,20 @@ def _add_evaluate(verbs) -> None:
     one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
 
 
-def _add_report(verbs) -> None:
+def _add_report(verbs: Verbs) -> None:
     one = _verb(verbs, "report", _report, "write the page of a run, or one that compares runs")
     one.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="runs' output folders; the first is the baseline")
     one.add_argument("--output", help="the page (OUTPUT_DIR/report.html; of several runs comparison.html in the first)")
 
 
-def _verb(verbs, name: str, run, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+def _add_dashboard(verbs: Verbs) -> None:
+    one = _verb(verbs, "dashboard", _dashboard, "open trackio's page of the runs that --report_to trackio kept here")
+    one.add_argument("project", nargs="?", default=None, help="the runs' `project` (sft_pipeline)")
+    one.add_argument("--port", type=int, help="where it listens on this machine (the first free one from 7860)")
+    one.add_argument("--no_browser", action="store_true", help="print the address alone")
+
+
+def _verb(verbs: Verbs, name: str, run: Handler, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """A verb's parser; one with a `usage` of its own reads a config, see `_config`."""
     parser = verbs.add_parser(
         name,
@@ -148,20 +179,6 @@ def _keys() -> str:
 
     lines = [f"  {field.name}\n      {field.metadata['help']}" for field in dataclasses.fields(SFTArguments)]
     return "\n".join(["keys, beside all of transformers.TrainingArguments':", *lines])
-
-
-def _quiet_libraries() -> None:
-    """Our own lines and real warnings, nothing else."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("sft_pipeline").setLevel(logging.INFO if main_process else logging.WARNING)
-    # The Rust threads of the tokenizer would warn when worker processes are forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -194,6 +211,20 @@ def _preview(args: argparse.Namespace, rest: list[str]) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.stop_token_id)
     preview.show(row, tokenizer, origin, console)
     preview.show_positions(row, tokenizer, console)
+
+
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.cache import cache_dir
+    from sft_pipeline.config import parse
+    from sft_pipeline.data.templates import build_template
+    from sft_pipeline.model.loading import load_tokenizer, resolve
+    from sft_pipeline.shards import write_shards
+
+    sft, training = parse(*_config(rest))
+    tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
+    folder = sft.prepared_data or f"{training.output_dir}-prepared"
+    write_shards(sft, build_template(sft.template, tokenizer), Path(folder).expanduser())
+    print(f"prepared in {folder}; to train from it add --prepared_data {folder}")
 
 
 def _chat(args: argparse.Namespace, rest: list[str]) -> None:
@@ -260,3 +291,22 @@ def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
         raise SFTError(f"steps is {args.steps}; it has to be 1 or more")
     if verify_resume(config, args.steps, overrides):
         sys.exit(1)
+
+
+def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from sft_pipeline.doctor import doctor
+
+    if rest:
+        raise SFTError(f"doctor: unknown option {rest[0]}; it takes --json alone")
+    doctor(args.json, Console())
+
+
+def _dashboard(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.config import DEFAULTS
+    from sft_pipeline.dashboard import dashboard
+
+    if rest:
+        raise SFTError(f"dashboard: unknown option {rest[0]}; `dashboard --help` lists them")
+    dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)

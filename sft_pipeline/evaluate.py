@@ -35,6 +35,7 @@ from sft_pipeline.model.loading import resolve
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.output import RUN_FILE, write_json
 from sft_pipeline.trained import load_template, load_trained
+from sft_pipeline.visible import json_line
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +86,11 @@ def evaluate(
     if not as_json:
         report.show(report.details(comparison), console)
     judged = [judge_against(judge, records[0], other, questions) for other in records[1:]] if judge else []
-    for one in judged:
-        logger.info("judged by %s: %s", judge.model, one)
     result = comparison.as_json() | {"judged": [asdict(one) for one in judged]}
     if output:
         write_json(output / COMPARISON_FILE, result)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_line(result))
 
 
 def build_judge(base_url: str | None, model: str | None) -> Judge | None:
@@ -106,8 +105,10 @@ def judge_against(judge: Judge, first: Record, other: Record, questions: Questio
     """The held-out prompts' answers in pairs; the instructions' where there is no data."""
     prompts = questions.texts or [instruction.prompt for instruction in load_instructions()]
     pairs = (one.answers if questions.rows else one.instruction_answers for one in (first, other))
-    answers = ([answer.text for answer in column] for column in pairs)
-    return judge_pairs(judge, prompts, *answers, names=(first.name, other.name))
+    own, others = ([answer.text for answer in column] for column in pairs)
+    judged = judge_pairs(judge, prompts, own, others, names=(first.name, other.name))
+    logger.info("judged by %s: %s", judge.model, judged)
+    return judged
 
 
 def load_questions(request: Request) -> Questions:

@@ -15,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -37,7 +35,6 @@ from sft_pipeline.trained import load_trained
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_VALUES = 1024  # of each parameter: training moves them all
-LOG_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,8 @@ def _ready(prompt: Prompt, template: Template, system_prompt: str | None) -> Rea
     messages = with_system_prompt(prompt.messages, system_prompt)
     try:
         return Ready(Prompt(prompt.origin, messages, prompt.reference), template.prompt(messages))
-    except (SFTError, TemplateError) as error:  # some chat templates refuse a system message
-        return Ready(Prompt(prompt.origin, messages, problem=f"the template refuses it: {error}"), [])
+    except SFTError as error:  # some chat templates refuse a system message
+        return Ready(Prompt(prompt.origin, messages, problem=str(error)), [])
 
 
 def _settings(request: Request, model: PreTrainedModel, prompts: list[Ready]) -> dict[str, Any]:
@@ -136,11 +133,15 @@ def _answer(
     file: AnswerFile,
 ) -> None:
     """Answer the prompts of `keys` into the file."""
-    progress = Progress(len(file.done), len(file.done) + len(keys))
+    done, tokens, started = len(file.done), 0, time.monotonic()
+    bar = tqdm(initial=done, total=done + len(keys), desc="answers", delay=0, dynamic_ncols=True)
 
     def keep(key: Key, answer: Answer) -> None:
+        nonlocal tokens
         file.add(key, _row(prompts[key[0]].prompt, key[1], answer))
-        progress.advance(answer.tokens)
+        tokens += answer.tokens
+        bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
+        bar.update()
 
     good = [key for key in keys if not prompts[key[0]].prompt.problem]
     for key in sorted(set(keys) - set(good)):
@@ -156,7 +157,7 @@ def _answer(
         seeds=[row_seed(request.sampling.seed, key) for key in good],
         on_done=lambda at, answer: keep(good[at], answer),
     )
-    progress.close()
+    bar.close()
 
 
 def row_seed(seed: int, key: Key) -> int:
@@ -179,28 +180,6 @@ def _row(prompt: Prompt, sample: int, answer: Answer) -> Row:
         "tokens": answer.tokens,
         "logprob": round(answer.logprob, 4),
     }
-
-
-class Progress:
-    """Answers done and tokens a second: a bar in a terminal, a line now and then in a log."""
-
-    def __init__(self, done: int, total: int) -> None:
-        self.bar = tqdm(initial=done, total=total, desc="answers", disable=not sys.stderr.isatty())
-        self.done, self.total, self.tokens = done, total, 0
-        self.started = self.said = time.monotonic()
-
-    def advance(self, tokens: int) -> None:
-        """One more answer, of so many tokens."""
-        self.done, self.tokens, now = self.done + 1, self.tokens + tokens, time.monotonic()
-        speed = f"{self.tokens / max(now - self.started, 1e-9):.0f} tokens/s"
-        self.bar.set_postfix_str(speed, refresh=False)
-        self.bar.update()
-        if self.bar.disable and now - self.said > LOG_SECONDS:
-            logger.info("%s of %s answers, %s", f"{self.done:,}", f"{self.total:,}", speed)
-            self.said = now
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def _report(output: Path, rows: list[Row]) -> int:

@@ -10,6 +10,7 @@ and after SIGTERM the workers have the time they need to end their step and save
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -25,6 +26,8 @@ def main() -> None:
     args = run.parse_args(None)
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # what torchrun ends its workers for; SIGTERM is ours
     signal.signal(signal.SIGTERM, _pass_on)
+    # Else (torch 2.13) workers that are started again find the addresses of those before them in the store.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The workers have said why they end; torchrun would say it again, without the reason.
     logging.disable(logging.ERROR)
     try:

@@ -5,7 +5,10 @@
     results.json        figures, answers before and after, loss curve, versions
     preview.json        the first training row in tokens, and how long the rows are (preview.py)
     report.html         all this as one page (report/)
+    trackers.json       what trackers call the run (trackers.py)
     sft_template.json   template and system prompt, which `chat` needs
+
+Beside these stand the model as transformers saves it, and the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sft_pipeline.checkpoints import CHECKSUMS_FILE, damage, newest_whole
+from sft_pipeline.checkpoints import CHECKSUMS_FILE, damage, newest_whole, output_folder
 from sft_pipeline.config import DEFAULTS, SFTArguments
 from sft_pipeline.errors import SFTError
 
@@ -36,7 +39,7 @@ TEMPLATE_FILE = "sft_template.json"
 
 def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
     """Refuse an output folder that is taken; returns the checkpoint to resume from, if that was asked for."""
-    folder = Path(training.output_dir)
+    folder = output_folder(training)
     if folder.exists() and not folder.is_dir():
         raise SFTError(f"output_dir {folder}: is a file; choose another folder")
     begins_again = False
@@ -60,7 +63,7 @@ def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | No
 
 def claim_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
     """Make the checked folder ours. Called when data and model are loaded: what is wrong with them costs no old run."""
-    folder = Path(training.output_dir)
+    folder = output_folder(training)
     with training.main_process_first(desc="output folder"):
         if training.process_index == 0:
             if (folder / RUN_FILE).is_file() and not _resumes(training):
@@ -80,10 +83,10 @@ def checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | Non
 
     None where `auto` finds no checkpoint, which is an error where `true` was given.
     """
-    asked = training.resume_from_checkpoint
+    asked = str(training.resume_from_checkpoint)
     if asked.lower() not in ("true", "last", "auto"):
         return _named_checkpoint(training, Path(asked))
-    found = _looked_for_once(training, lambda: newest_whole(folder))
+    found = looked_for_once(training, lambda: newest_whole(folder))
     if found is None and asked.lower() != "auto":
         raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
     return found
@@ -96,13 +99,13 @@ def _named_checkpoint(training: TrainingArguments, folder: Path) -> str:
         raise SFTError(f"resume_from_checkpoint {folder}: has no {TRAINER_STATE_NAME}; give a checkpoint-N folder")
     # One that another trainer has saved has no checksums.
     sealed = (folder / CHECKSUMS_FILE).is_file()
-    reason = _looked_for_once(training, lambda: damage(folder)) if sealed else None
+    reason = looked_for_once(training, lambda: damage(folder)) if sealed else None
     if reason:
         raise SFTError(f"resume_from_checkpoint {folder}: damaged ({reason}); give an older one, or true")
     return str(folder)
 
 
-def _looked_for_once(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
+def looked_for_once(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
     """What the first process finds, for all: it reads every byte of a checkpoint."""
     [found] = broadcast_object_list([look() if training.process_index == 0 else None])
     return found
@@ -112,7 +115,7 @@ def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> No
     """A run that goes on in another folder takes along what was found before, the base model's answers among it."""
     if checkpoint is None or training.process_index:
         return
-    earlier, ours = Path(checkpoint).parent / EVALUATION_DIR, Path(training.output_dir) / EVALUATION_DIR
+    earlier, ours = Path(checkpoint).parent / EVALUATION_DIR, output_folder(training) / EVALUATION_DIR
     if earlier.is_dir() and not ours.exists():
         shutil.copytree(earlier, ours)
 
@@ -120,14 +123,15 @@ def bring_evaluations(checkpoint: str | None, training: TrainingArguments) -> No
 def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
     # Making TrainingArguments sets up the process' device and group; told otherwise, they would end a distributed run.
-    same_place = {"use_cpu": training.use_cpu, "ddp_backend": training.ddp_backend}
-    default = TrainingArguments(output_dir=training.output_dir, **same_place).to_dict()
+    default = TrainingArguments(
+        output_dir=training.output_dir, use_cpu=training.use_cpu, ddp_backend=training.ddp_backend
+    ).to_dict()
     default |= {"use_cpu": False, "ddp_backend": None}
     given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
     # With DEFAULTS, for the library's default of such a key would be read back as ours.
     for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):
         given.setdefault(key, getattr(training, key))
-    # Secrets, and what would make a repeated run replace this one.
+    # Secrets (given by a program: a config can't hold one), and what would make a repeated run replace this one.
     left_out = {key for key in given if key.endswith("token")} | {"overwrite_output_dir"}
     # An empty list has no spelling on the command line, which every key goes through; it is the default anyway.
     return {key: value for key, value in {**asdict(sft), **given}.items() if key not in left_out and value != []}

@@ -2,11 +2,11 @@
 
     sft-pipeline preview configs/quickstart.yaml --row 3
     sft-pipeline preview configs/quickstart.yaml --row 3 --json
+
+A run keeps the same of its first row (`record`), for its page.
 """
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 from datasets import Dataset
@@ -16,7 +16,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.data.batches import row_lengths
-from sft_pipeline.data.collate import IGNORED
+from sft_pipeline.labels import IGNORED
+from sft_pipeline.visible import json_line, one_line, visible
 
 TRAINED, GIVEN = "green", "dim"
 BARS = 40  # most bars of the histogram of lengths
@@ -24,7 +25,7 @@ BARS = 40  # most bars of the histogram of lengths
 
 def as_json(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> str:
     """One line: `input_ids`, `labels` (shifted, -100 where nothing is trained) and `text`."""
-    return json.dumps({**row, "text": tokenizer.decode(row["input_ids"])}, ensure_ascii=False)
+    return json_line({**row, "text": tokenizer.decode(row["input_ids"])})
 
 
 def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: str, console: Console) -> None:
@@ -34,10 +35,12 @@ def show(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: s
     trained = are_trained(labels)
     line = Text()
     for text, flag in zip(texts, trained):
-        line.append(text, style=TRAINED if flag else GIVEN)
+        line.append(visible(text), style=TRAINED if flag else GIVEN)
     count = sum(trained)
     # No markup: a file's name may hold brackets.
-    console.print(Text.assemble((title, "bold"), f": {len(ids)} tokens, {count} trained (", (TRAINED, TRAINED), ")"))
+    console.print(
+        Text.assemble((one_line(title), "bold"), f": {len(ids)} tokens, {count} trained (", (TRAINED, TRAINED), ")")
+    )
     console.print(line)
     if count:
         console.print(_ends([i for i, flag in enumerate(trained) if flag], ids, tokenizer), highlight=False)
@@ -53,8 +56,9 @@ def record(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[
     `edges[i]` up to, not including, `edges[i + 1]` tokens."""
     first, lengths = rows[0], row_lengths(rows)
     # Whole numbers as edges: between them a bar would hold more lengths than its neighbours.
-    width = max(1, -(-(max(lengths) + 1 - min(lengths)) // BARS))
-    counts, edges = np.histogram(lengths, np.arange(min(lengths), max(lengths) + width + 1, width))
+    least, most = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(most + 1 - least) // BARS))
+    counts, edges = np.histogram(lengths, np.arange(least, most + width + 1, width))
     return {
         "first_row": {"tokens": token_texts(first["input_ids"], tokenizer), "trained": are_trained(first["labels"])},
         "lengths": {"edges": edges.tolist(), "rows": counts.tolist()},
@@ -89,7 +93,7 @@ def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase, parts: bool 
     texts: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
+        text = str(tokenizer.decode(ids[start:end]))
         # An unfinished character decodes to U+FFFD; four bytes are the longest, so more tokens are no character.
         if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
             continue

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -74,27 +75,31 @@ class ShardedTrainer(Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = saved_as(Path(checkpoint))
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        saved = saved_as(checkpoint)
         if self.is_fsdp_enabled and saved != self._state_dict_type:
             has = f"has state_dict_type {saved}" if saved else "was saved without fsdp"
-            raise SFTError(
-                f"{checkpoint}: {has} and this run has {self._state_dict_type}; use the one it was saved with"
-            )
+            remedy = "use the one it was saved with"
+            raise SFTError(f"{checkpoint}: {has} and this run has {self._state_dict_type}; {remedy}")
         if self.is_fsdp_enabled or saved is None:
-            super()._load_from_checkpoint(checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif hasattr(self.model, "peft_config"):
             raise SFTError(f"{checkpoint}: adapters saved with fsdp go on with it alone; start more processes")
         else:
-            load_whole_model(self.model, Path(checkpoint), saved)
+            own: Any = self.model
+            load_whole_model(own, checkpoint, saved)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         saved = None if self.is_fsdp_enabled or checkpoint is None else saved_as(Path(checkpoint))
-        if saved is None:
+        if checkpoint is None or saved is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_whole_optimizer(self.model, self.optimizer, Path(checkpoint), saved)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        model: Any = self.model
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        load_whole_optimizer(model, optimizer, Path(checkpoint), saved)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     @property
     def _state_dict_type(self) -> str:
@@ -116,8 +121,7 @@ def whole_weights(model: nn.Module) -> AbstractContextManager:
     """Inside, the weights are whole that DeepSpeed's ZeRO-3 has divided while they were loaded."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from deepspeed import zero
-
+    zero: Any = importlib.import_module("deepspeed.zero")
     return zero.GatheredParameters(list(model.parameters()))
 
 

@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 from transformers import TrainingArguments
 
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import SFTArguments, parse_keys, read_keys
 from sft_pipeline.data.prepare import load_messages
 from sft_pipeline.errors import SFTError
@@ -97,7 +98,7 @@ def read_plan(config: str, overrides: list[str]) -> Plan:
     if type(few_shot) is not int or few_shot < 0:
         raise SFTError(f"{config}: few_shot is {few_shot}; it has to be a whole number from 0 on")
     base, training = parse_keys(keys, config, overrides)
-    folder = Path(training.output_dir)
+    folder = output_folder(training)
     variants = [_variant(one, keys, config, folder, overrides) for one in listed]
     for at, one in enumerate(variants):
         if one.folder in [other.folder for other in variants[:at]]:
@@ -202,5 +203,8 @@ def finish(
     notes = [f"{run['seconds'] / 60:.1f} min, {run['peak_memory_gib']:.1f} GiB" if run else "" for run in runs]
     report.show(report.overview(comparison, notes), console)
     console.print(
-        f"kept in {plan.folder}: study.md, study.json, study.png, answers.jsonl", highlight=False, soft_wrap=True
+        f"kept in {plan.folder}: study.md, study.json, study.png, answers.jsonl",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sft_pipeline.visible import visible
+
 SHOWN = 5  # answers printed; results.json has them all
 # Figures of the table, as they are called there, and how a value and a difference are written.
 FIGURES = {
@@ -24,7 +26,7 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         table = Table(show_header=False, box=None, padding=(0, 1), expand=True)
         table.add_column(style="bold", width=9, no_wrap=True)
         table.add_column()
-        table.add_row("prompt", Text(one["prompt"]))
+        table.add_row("prompt", Text(visible(one["prompt"])))
         if one["before"] is not None:
             table.add_row("before", Text(_shown(one["before"], one["stopped_before"], one["error"])), style="dim")
         table.add_row("after", Text(_shown(one["after"], one["stopped"], one["error"])), style="green")
@@ -36,6 +38,7 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         f"{results['steps']} steps in {results['seconds']:.0f} s, {results['tokens_per_second']:.0f} tokens/s, "
         f"{results['peak_memory_gib']} GiB at most\nsaved in {folder}; talk to it: ./launch.sh chat {folder}",
         highlight=False,
+        markup=False,  # a folder's name may hold brackets
     )
 
 
@@ -56,6 +59,5 @@ def figures_table(changes: dict[str, dict[str, float | None]]) -> Table:
 
 
 def _shown(answer: str, stopped: bool, error: str | None) -> str:
-    if error:
-        return f"no answer: {error}"
-    return answer if stopped else f"{answer} … (cut off)"
+    answer = visible(f"no answer: {error}" if error else answer)
+    return answer if error or stopped else f"{answer} … (cut off)"

@@ -1,6 +1,8 @@
 """A run from its config to its results, read top to bottom.
 
     sft-pipeline train configs/quickstart.yaml
+
+The loss is three hops away: trainer.py, model/supervised.py, model/loss.py.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.allocator import keep_freed_memory
 from sft_pipeline.cache import cache_dir
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.data.collate import PaddingCollator
@@ -48,9 +51,12 @@ from sft_pipeline.output import (
     write_json,
 )
 from sft_pipeline.preview import record, show
+from sft_pipeline.progress import waiting
 from sft_pipeline.report.page import write_report
 from sft_pipeline.sharded import whole_weights
+from sft_pipeline.shards import map_shards
 from sft_pipeline.summary import print_results
+from sft_pipeline.trackers import keep_usable, tracked
 from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
 
 logger = logging.getLogger(__name__)
@@ -65,11 +71,11 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     if checkpoint:
         logger.info("going on from %s", checkpoint)
     config = config_record(sft, training)
+    keep_usable(training)
     path = resolve(sft.model_name_or_path, cache_dir())
     tokenizer = load_tokenizer(path, sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
-    with training.main_process_first(desc="encoding"):
-        data = prepare(sft, template)
+    data = rows_to_train(sft, template, training)
     set_seed(training.seed)
     model = load_model(path, sft.trust_remote_code)
     set_special_tokens(model, tokenizer, template.stop_token_id)
@@ -78,18 +84,24 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     training.eval_on_start = training.eval_on_start if checkpoint is None else lacks_evaluation(checkpoint, training)
     if training.process_index == 0:
         show(data.train[0], tokenizer, "first training row", console)
-        write_json(Path(training.output_dir) / PREVIEW_FILE, record(data.train, tokenizer))
+        write_json(output_folder(training) / PREVIEW_FILE, record(data.train, tokenizer))
     trainer = build_trainer(sft, training, model, template, data)
 
     evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
     trainer.add_callback(evaluation)
     trainable = trainable_parameters(trainer.model)  # before adapters may be merged
 
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    speed = trainer.tokens_per_second()
-    last_eval = final_evaluation(trainer, evaluation) if data.held_out else {}
+    rows = {
+        "train": asdict(data.train_account),
+        "held_out": asdict(data.held_out_account) if data.held_out_account else None,
+    }
+    with tracked(trainer, checkpoint, {"sft": asdict(sft), "data": rows, "supervised_share": shares(data)}):
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        speed = trainer.tokens_per_second()
+        last_eval = final_evaluation(trainer, evaluation) if data.held_out else {}
 
-    save(trainer, template, sft)
+    with waiting(f"saving {training.output_dir}", training.disable_tqdm):
+        save(trainer, template, sft)
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
         "train_loss": outcome.training_loss,
@@ -99,17 +111,26 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         "peak_memory_gib": peak_memory_gib(),
         "seconds": round(outcome.metrics["train_runtime"], 1),
         **before_and_after(evaluation),
-        "rows": {"train": asdict(data.train_account), "held_out": data.held_out and asdict(data.held_out_account)},
+        "rows": rows,
         "loss_curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
         "versions": {name: version(name) for name in PACKAGES},
         "seed": training.seed,
         "config": config,
     }
     if trainer.is_world_process_zero():
-        write_json(Path(training.output_dir) / RESULTS_FILE, results)
-        print_results(results, training.output_dir, console)
-        console.print(f"all of it as a page: {write_report([training.output_dir])}", highlight=False, soft_wrap=True)
+        folder = output_folder(training)
+        write_json(folder / RESULTS_FILE, results)
+        print_results(results, str(folder), console)
+        console.print(f"all of it as a page: {write_report([folder])}", highlight=False, markup=False, soft_wrap=True)
     return results
+
+
+def rows_to_train(sft: SFTArguments, template: Template, training: TrainingArguments) -> Prepared:
+    """Mapped where they were prepared; else encoded by the first process of each machine, whose cache the others read."""
+    if sft.prepared_data:
+        return map_shards(sft, template, training)
+    with training.main_process_first(desc="encoding"):
+        return prepare(sft, template)
 
 
 def lacks_evaluation(checkpoint: str, training: TrainingArguments) -> bool:
@@ -203,6 +224,12 @@ def build_collator(
     return PackedCollator()
 
 
+def shares(data: Prepared) -> dict[str, float]:
+    """What part of the tokens is supervised."""
+    accounts = {"train": data.train_account, "held_out": data.held_out_account}
+    return {name: one.supervised_tokens / one.tokens for name, one in accounts.items() if one}
+
+
 def first_eval_loss(trainer: SupervisedTrainer) -> float | None:
     """The held-out loss at step 0."""
     return next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), None)
@@ -219,7 +246,7 @@ def final_evaluation(trainer: SupervisedTrainer, evaluation: EvaluationCallback)
 
 def before_and_after(evaluation: EvaluationCallback) -> dict[str, Any]:
     """The figures of the last evaluation, their changes since step 0, and the answers of both."""
-    before, after = evaluation.before, (evaluation.evaluations or [None])[-1]
+    before, after = evaluation.before, evaluation.evaluations[-1] if evaluation.evaluations else None
     return {
         "figures": after and after.figures,
         "before_and_after": changes(before, after) if before and after else {},
@@ -236,4 +263,4 @@ def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> N
     trainer.save_state()
     if trainer.is_world_process_zero():
         record = {"template": sft.template, "system_prompt": sft.system_prompt}
-        write_json(Path(trainer.args.output_dir) / TEMPLATE_FILE, record)
+        write_json(output_folder(trainer.args) / TEMPLATE_FILE, record)

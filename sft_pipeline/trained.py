@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from sft_pipeline.cache import cache_dir
-from sft_pipeline.data.templates import Template, build_template
+from sft_pipeline.data.templates import TEMPLATES, Template, build_template
+from sft_pipeline.errors import SFTError
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
 from sft_pipeline.output import TEMPLATE_FILE
 
@@ -21,7 +23,9 @@ def load_trained(
     hub name; the model on the accelerator, if there is one. For template and system prompt see `load_template`."""
     path = resolve(name_or_path, cache_dir())
     template, system_prompt = load_template(path, template_name, system_prompt)
-    model = load_model(path).to(torch.accelerator.current_accelerator() or "cpu")
+    model = load_model(path)
+    device: Any = torch.accelerator.current_accelerator() or "cpu"
+    model.to(device)
     return model, template, system_prompt
 
 
@@ -33,5 +37,11 @@ def load_template(
     record = Path(path) / TEMPLATE_FILE
     if not record.is_file():
         return build_template(template_name, tokenizer), system_prompt
-    settings = json.loads(record.read_text(encoding="utf-8"))
-    return build_template(settings["template"], tokenizer), settings["system_prompt"]
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))
+        build, system_prompt = TEMPLATES[settings["template"]], settings["system_prompt"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise SFTError(
+            f"{record}: not as a run writes it ({error!r}); save the model again, or take the file away"
+        ) from error
+    return build_template(build.name, tokenizer), system_prompt

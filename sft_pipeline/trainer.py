@@ -2,8 +2,8 @@
 
 Loss, accumulation and many devices are the library's own: the model's forward pass returns the loss (see
 model/supervised.py) over the number of targets that `Trainer` counts for the whole optimizer step. Ours are the
-order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole or
-absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
+order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole
+or absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, publish, rotate
+from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, output_folder, pickles_refused, publish, rotate
 from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
 from sft_pipeline.errors import Requeue, SFTError
-from sft_pipeline.progress import TrainingProgress
+from sft_pipeline.progress import TrainingProgress, waiting
 from sft_pipeline.sharded import ShardedTrainer
 
 
@@ -40,8 +41,14 @@ class SupervisedTrainer(ShardedTrainer):
     tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
     """
 
-    def __init__(self, *args: Any, tokens_per_batch: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, compute_metrics=self._held_out_figures, **kwargs)
+    # What the library allows for beside these is not used here.
+    model: PreTrainedModel
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase | None
+
+    def __init__(self, *, tokens_per_batch: int = 0, **kwargs: Any) -> None:
+        super().__init__(compute_metrics=self._held_out_figures, **kwargs)
         self.row_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
         self._tokens_per_batch = tokens_per_batch
         self._tokens = 0
@@ -55,13 +62,13 @@ class SupervisedTrainer(ShardedTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
         self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
-            clear(Path(self.args.output_dir))
-        with self._termination:
-            return super().train(*args, **kwargs)
+            clear(output_folder(self.args))
+        with self._termination, pickles_refused(resume_from_checkpoint):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def training_batches(self) -> StepBatches:
         """The row numbers of this process' micro-batches."""
@@ -110,10 +117,10 @@ class SupervisedTrainer(ShardedTrainer):
         return loss
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: int, *args: Any, **kwargs: Any
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: float, *args: Any, **kwargs: Any
     ) -> None:
         """At the end of each step, and once more at that of an epoch. Raises Requeue when SIGTERM has come."""
-        told = self._check_step(grad_norm, epoch)
+        told = self._check_step(grad_norm, int(epoch))
         if told and self.args.metric_for_best_model is None:
             # There may be seconds left; the run that goes on begins with this evaluation (train.py). One that tells
             # the best model has to be made in its turn.
@@ -122,7 +129,7 @@ class SupervisedTrainer(ShardedTrainer):
         if told:
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
-            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            place = output_folder(self.args) / f"checkpoint-{self.state.global_step}"
             raise Requeue(f"SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it")
 
     def _check_step(self, grad_norm: Any, epoch: int) -> bool:
@@ -142,10 +149,10 @@ class SupervisedTrainer(ShardedTrainer):
 
     def _diverged(self, reason: str, epoch: int) -> SFTError:
         """The error that names the step's rows, whose text is left in the output folder."""
-        folder, step, rows = Path(self.args.output_dir), self.state.global_step, []
+        folder, step, rows = output_folder(self.args), self.state.global_step, []
         if self.args.train_sampling_strategy in ("random", "sequential"):
             steps = self.training_batches().steps(epoch)
-            rows = steps[(step - 1) % len(steps)]
+            rows = steps[(step - 1) % len(steps)].tolist()
         if self.args.should_save:
             write_rows(folder, rows, self.train_dataset, self.processing_class)
         return SFTError(described(folder, step, reason, rows))
@@ -159,11 +166,13 @@ class SupervisedTrainer(ShardedTrainer):
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         try:
             self._aside = True
-            super()._save_checkpoint(model, trial)
+            with waiting(f"saving {name}", self.args.disable_tqdm):
+                super()._save_checkpoint(model, trial)
             self._name_best(run, run / SAVING_DIR / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(run / SAVING_DIR / name, run / name)
+                with waiting(f"checking {name}", self.args.disable_tqdm):
+                    publish(run / SAVING_DIR / name, run / name)
                 rotate(run / name, self.args.save_total_limit, self.state.best_model_checkpoint)
                 clear(run)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -176,6 +185,12 @@ class SupervisedTrainer(ShardedTrainer):
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Without the library's pickle of the arguments, which no one needs and which holds the hub's token."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _name_best(self, run: Path, aside: Path) -> None:
         """The best checkpoint by the name that it will have."""
@@ -207,8 +222,8 @@ class SupervisedTrainer(ShardedTrainer):
         # The library's train_loss is of the steps from here on alone.
         self._total_loss_scalar = -running["loss"]
 
-    def _running_loss(self, checkpoint: str) -> dict[str, float] | None:
-        """What this process had saved; where others or fewer had saved, each takes the mean, which is what is logged."""
+    def _running_loss(self, checkpoint: str) -> dict[str, Any] | None:
+        """What this process had saved; where others or fewer had, each takes the mean, which is what is logged."""
         files = list(Path(checkpoint).glob("running_loss_*.json"))
         if len(files) == self.args.world_size:
             files = [self._running_loss_file(checkpoint)]
@@ -234,7 +249,7 @@ class SupervisedTrainer(ShardedTrainer):
         return None, sums, sums[:, 1]
 
     def _held_out_figures(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.row_sums = prediction.predictions
+        self.row_sums = np.asarray(prediction.predictions)
         return token_weighted(prediction)
 
     def tokens_per_second(self) -> float:
@@ -259,7 +274,7 @@ def real_tokens(inputs: dict[str, Tensor]) -> int:
 
 def token_weighted(prediction: EvalPrediction) -> dict[str, float]:
     """Held-out loss in nats a target, its exponential, and the share of targets that were the likeliest id."""
-    nll, targets, correct = prediction.predictions.sum(axis=0)
+    nll, targets, correct = np.asarray(prediction.predictions).sum(axis=0)
     loss = nll / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": float(loss), "perplexity": perplexity, "token_accuracy": float(correct / targets)}

@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import parse
 from sft_pipeline.errors import SFTError
 from sft_pipeline.output import config_record
@@ -32,8 +33,7 @@ from sft_pipeline.output import config_record
 logger = logging.getLogger(__name__)
 
 LISTED = 10  # differences that are named
-# Settings as a pickle (with the paths of the run), and sums of the other files.
-NOT_COMPARED = ("training_args.bin", "SHA256SUMS")
+NOT_COMPARED = ("SHA256SUMS",)  # of the other files
 # What the clock and the machine decide.
 MEASURED = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second", "model_checkpoint")
 
@@ -41,7 +41,7 @@ MEASURED = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second", "mo
 def verify_resume(config: str, steps: int, overrides: list[str]) -> list[str]:
     """What differs between the runs, which is said too; empty if nothing does."""
     sft, training = parse(config, overrides)
-    folder = Path(training.output_dir + "-verify-resume")
+    folder = Path(f"{output_folder(training)}-verify-resume")
     whole, stopped = folder / "whole", folder / "stopped"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

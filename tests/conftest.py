@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before anything imports datasets or transformers: both read these once.
+# Before anything imports datasets, transformers or trackio: all of them read these once.
 CACHE = tempfile.mkdtemp(prefix="sft_pipeline_tests_")
 os.environ["SFT_PIPELINE_CACHE"] = str(Path(CACHE) / "sft_pipeline")
 os.environ["HF_DATASETS_CACHE"] = str(Path(CACHE) / "datasets")
+os.environ["TRACKIO_DIR"] = str(Path(CACHE) / "trackio")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The tokenizer's threads would warn where datasets forks.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

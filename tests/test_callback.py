@@ -1,7 +1,6 @@
 """Answers while training: what is asked, logged and kept, at what cost, and that training does not notice."""
 
 import json
-import logging
 import math
 import os
 import random
@@ -9,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +37,6 @@ from sft_pipeline.evaluation.callback import (
     build_questions,
     described,
     first,
-    send_table,
     supervised_bytes,
 )
 from sft_pipeline.evaluation.compare import paired_difference
@@ -252,7 +249,7 @@ def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tm
 
 
 def test_a_model_that_cannot_generate_is_trained_all_the_same(config, tmp_path, monkeypatch, caplog):
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise SFTError("Mamba: no")
 
     monkeypatch.setattr(callback_module, "answer", refuse)
@@ -366,7 +363,7 @@ def test_a_resumed_run_asks_nothing_twice(same_folder, run, config, tmp_path, mo
     folder = old if same_folder else tmp_path / "new"
     asked = []
     plain = callback_module.answer
-    monkeypatch.setattr(callback_module, "answer", lambda *args: asked.append(len(args[2])) or plain(*args))
+    monkeypatch.setattr(callback_module, "answer", lambda *args, **key: asked.append(len(args[2])) or plain(*args, **key))
     resumed = run_train(config, folder, "--resume_from_checkpoint", str(old / "checkpoint-2"))
     assert asked == [ASKED + INSTRUCTIONS]
     kept, whole = evaluations(folder), evaluations(run[0])
@@ -602,46 +599,3 @@ def test_two_processes_make_the_table_of_one(run, config, tmp_path):
         row["prompt"] for row in one["step_000004"]["table"]
     ]
     assert "held-out loss" in said[0] and "held-out loss" not in said[1]
-
-
-# Trackers.
-
-
-def test_wandb_gets_figures_and_table(config, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="the extra `track` is not installed")
-    for key, value in {
-        "MODE": "offline",
-        "DIR": tmp_path,
-        "SILENT": "true",
-        "CACHE_DIR": tmp_path / "cache",
-        "DATA_DIR": tmp_path / "data",
-    }.items():
-        monkeypatch.setenv(f"WANDB_{key}", str(value))
-    keys = ["--report_to", "wandb", "--max_steps", "2", "--save_strategy", "no"]
-    try:
-        run_train(config, tmp_path / "out", *keys)
-        summary = dict(wandb.run.summary)
-    finally:
-        wandb.finish()
-        logging.getLogger("wandb").handlers.clear()
-    last = evaluations(tmp_path / "out")["step_000002"]
-    for name in ("stop_rate", "loop_rate", "bits_per_byte", "instructions_followed_rate", "answers"):
-        assert summary[f"eval/{name}"] == last["figures"][name]
-    assert summary["train/global_step"] == 2
-    tables = [json.loads(file.read_text()) for file in tmp_path.rglob("media/table/eval/*.table.json")]
-    assert len(tables) == 2
-    found = [dict(zip(one["columns"], line)) for one in tables for line in one["data"]]
-    for one in evaluations(tmp_path / "out").values():
-        assert all(line in found for line in one["table"])
-
-
-def test_trackio_gets_the_table_its_way(monkeypatch):
-    """A stand-in: the installed trackio may be older than the tables that transformers' callback comes with."""
-    logged = []
-    stand_in = types.SimpleNamespace(Table=lambda dataframe: dataframe.to_dict("records"), log=logged.append)
-    monkeypatch.setitem(sys.modules, "trackio", stand_in)
-    rows = [row("a"), row("b")]
-    send_table(rows, ["trackio"], 7)
-    send_table(rows, ["none"], 8)
-    send_table([], ["trackio"], 9)
-    assert logged == [{"eval/table": rows, "train/global_step": 7}]

@@ -16,6 +16,7 @@ from sft_pipeline.model.generation import generate
 from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.output import TEMPLATE_FILE
 from sft_pipeline.trained import load_template
+from sft_pipeline.visible import visible
 
 LIMIT = 5
 
@@ -57,12 +58,12 @@ def user(text: str) -> dict[str, str]:
 def test_answers_are_printed_and_the_conversation_is_kept(conversation, asked, capsys):
     conversation.take("Hi")
     first = greedy(conversation, [user("Hi")])
-    assert capsys.readouterr().out.strip() == first and first
+    assert capsys.readouterr().out.strip() == visible(first).strip() and first
     conversation.take("And then?")
     history = [user("Hi"), {"role": "assistant", "content": first}, user("And then?")]
     assert conversation.messages[:3] == history
     assert asked[1] == conversation.template.prompt([{"role": "system", "content": "You are 冬瓜."}, *history])
-    assert conversation.messages[3]["content"] == capsys.readouterr().out.strip()
+    assert visible(conversation.messages[3]["content"]) == capsys.readouterr().out.strip()
 
 
 def test_commands(conversation, asked, capsys):

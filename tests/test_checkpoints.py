@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent wherever a save is cut off, found by themselves, and the run that goes on is the same."""
+"""Checkpoints: whole or absent wherever a save is cut off, found by themselves, and a run that goes on is the same."""
 
 import errno
 import json

@@ -39,7 +39,10 @@ def refusal(config: str | None, *overrides: str) -> str:
 
 
 # A study's own keys are read by study.py: tests/test_study.py.
-@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.stem.startswith("study_")], ids=lambda path: path.stem)
+RUNS = [path for path in CONFIGS if not path.stem.startswith("study_")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_parses(path):
     sft, training = parse(str(path), [])
     assert sft.train_data and sft.held_out > 0
@@ -123,8 +126,8 @@ def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
 
 
 def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
-    keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\nbf16: true\nuse_cpu: true\n"
-    _, training = parse(write(keys), [])
+    keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\n"
+    _, training = parse(write(keys + "bf16: true\nuse_cpu: true\n"), [])
     config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
     config.trainer_config_process(training)
     config.trainer_config_finalize(training, tiny_model, 10)
@@ -163,7 +166,8 @@ def test_evaluation_is_on_where_there_are_rows(write):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "nearest"), [("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")]
+    ("wrong", "nearest"),
+    [("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")],
 )
 def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
     config = write(f"{wrong}: 1\n")

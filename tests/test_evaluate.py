@@ -87,7 +87,8 @@ def row(text: str, reply: str, *before: dict) -> list[dict]:
 
 
 def test_rows_are_asked_in_order_and_once_and_examples_are_others():
-    rows = [row("a", "1"), row("b", "2"), row("a", "3"), row("c", "4"), row("b", "5", {"role": "system", "content": "s"})]
+    system = {"role": "system", "content": "s"}
+    rows = [row("a", "1"), row("b", "2"), row("a", "3"), row("c", "4"), row("b", "5", system)]
     found = choose(rows, 2, 1)
     assert found.rows == rows[:2] and found.references == ["1", "2"] and found.texts == ["a", "b"]
     assert found.examples == [row("c", "4")]
@@ -175,8 +176,9 @@ def test_names_say_the_examples(comparison):
 def test_differences_are_those_of_the_figures(comparison):
     first, *others = comparison.entries
     assert first.differences == {}
+    known = {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS}
     for other in others:
-        assert {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS} <= set(other.differences)
+        assert known <= set(other.differences)
         for name, one in other.differences.items():
             assert one.low <= one.difference <= one.high
             assert one.difference == pytest.approx(other.figures[name] - first.figures[name], abs=1e-9), name
@@ -265,12 +267,14 @@ def test_every_figure_has_a_line(comparison):
     assert shown == set(report.FIGURES)
     markdown = report.markdown(comparison)
     for name, one in report.FIGURES.items():
-        assert text.count(one.title) == 3 and f"| {one.title} | {one.value(comparison.entries[0].figures[name])} |" in markdown
+        assert text.count(one.title) == 3
+        assert f"| {one.title} | {one.value(comparison.entries[0].figures[name])} |" in markdown
 
 
 def test_percent_and_intervals_are_spelled():
     shown = report.Shown("x", percent=True, decimals=1)
-    assert (shown.value(0.256), shown.value(0.5, "+"), shown.value(None), shown.interval(None)) == ("25.6", "+50.0", "", "")
+    assert (shown.value(0.256), shown.value(0.5, "+")) == ("25.6", "+50.0")
+    assert shown.value(None) == shown.interval(None) == ""
     one = paired_difference([0, 0], [1, 1])
     assert shown.interval(one) == "[+100.0, +100.0]"
 
@@ -307,7 +311,8 @@ def test_without_matplotlib_the_rest_is_kept(data, model_folder, tmp_path, monke
     request = Request(data, num_prompts=2, max_new_tokens=2)
     evaluate([str(model_folder)], request, tmp_path / "out", False, Console(quiet=True))
     assert "no picture: it needs matplotlib; install it with `pip install 'sft_pipeline[plot]'`" in caplog.text
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["answers.jsonl", "evaluation.json", "evaluation.md"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"answers.jsonl", "evaluation.json", "evaluation.md"}
 
 
 # The verb.
@@ -352,7 +357,8 @@ def test_a_runs_folder_stands_for_its_held_out_rows(data, model_folder, tmp_path
     held = held_out_conversations(str(tmp_path))
     assert len(held) == 3 and {one[0]["content"] for one in held} < {one["instruction"] for one in ROWS}
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
-    with pytest.raises(SFTError, match=f"^{tmp_path}: this run held no rows out; give a file, folder or hub name of rows$"):
+    message = f"^{tmp_path}: this run held no rows out; give a file, folder or hub name of rows$"
+    with pytest.raises(SFTError, match=message):
         held_out_conversations(str(tmp_path))
 
 

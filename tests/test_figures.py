@@ -189,7 +189,7 @@ def test_answer_figures_are_the_means_of_row_figures():
     generator = random.Random(0)
     vocabulary = ["a", "b", "你好", "stop.", "喂"]
     texts = [" ".join(generator.choices(vocabulary, k=generator.randint(0, 30))) for _ in range(60)]
-    answers, prompts, references = texts[:20] + ["好" * 90], texts[20:41], [t + " end" for t in texts[39:]]
+    answers, prompts, references = [*texts[:20], "好" * 90], texts[20:41], [t + " end" for t in texts[39:]]
     reasons = generator.choices(["stop", "length"], k=21)
     together = figures.answer_figures(answers, prompts=prompts, references=references, finish_reasons=reasons)
     rows = [

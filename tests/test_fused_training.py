@@ -91,7 +91,10 @@ def was_fused(model) -> list[bool]:
     return ["_MLP" in str(out.grad_fn.next_functions) for out in seen]
 
 
-@pytest.mark.parametrize("frozen", ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "layernorm", "k_norm", "embed"])
+FROZEN = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "layernorm", "k_norm", "embed"]
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen):
     plain, fused = (copy.deepcopy(model) for model in PAIRS["qwen3"])
     for model in (plain, fused):
@@ -133,7 +136,8 @@ def test_adapters_put_in_later_are_not_passed_over():
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 def test_other_families_and_adapted_layers_are_not_taken():
-    assert use_fused_layers(AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64))) == 0
+    other = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
+    assert use_fused_layers(AutoModelForCausalLM.from_config(other)) == 0
     adapted = get_peft_model(copy.deepcopy(PAIRS["llama"][0]), LoraConfig(r=2, target_modules="all-linear"))
     assert use_fused_layers(adapted) == 0
 

@@ -183,11 +183,10 @@ def test_an_empty_answer_and_a_refusing_template_are_errors(request_, monkeypatc
     empty = verb._row(verb.Prompt("a line 1", []), 0, verb.Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
-    monkeypatch.setattr(
-        template, "prompt", lambda messages: (_ for _ in ()).throw(verb.TemplateError("no system role"))
-    )
+    refused = SFTError("the chat template refuses it: no system role")
+    monkeypatch.setattr(template, "prompt", lambda messages: (_ for _ in ()).throw(refused))
     ready = verb._ready(verb.Prompt("a line 1", [{"role": "user", "content": "Hi"}]), template, "Sing.")
-    assert ready.prompt.problem == "the template refuses it: no system role" and ready.ids == []
+    assert ready.prompt.problem == "the chat template refuses it: no system role" and ready.ids == []
 
 
 # Cut off and begun again.
@@ -262,8 +261,9 @@ def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(LINES * 30))
     arguments = ["generate", str(tmp_path / "many.txt"), "--model", str(model_folder), "--output", "many.jsonl"]
     arguments += ["--max_new_tokens", "24", "--temperature", "1.5", "--seed", "3", "--batch_size", "4"]
-    process = subprocess.Popen([sys.executable, "-m", "sft_pipeline", *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(Path(verb.__file__).parents[1])})  # fmt: skip
+    command = [sys.executable, "-m", "sft_pipeline", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(verb.__file__).parents[1])}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment)
     partial, deadline = tmp_path / "many.jsonl.partial", time.monotonic() + 120
     while (not partial.exists() or partial.read_bytes().count(b"\n") < 20) and time.monotonic() < deadline:
         assert process.poll() is None
@@ -402,17 +402,8 @@ def test_a_full_disk_is_said(request_, monkeypatch):
     file.close()
 
 
-def test_progress_is_a_bar_in_a_terminal_and_lines_in_a_log(monkeypatch, caplog, capsys):
-    caplog.set_level("INFO", "sft_pipeline")
-    monkeypatch.setattr(verb, "LOG_SECONDS", 0.0)
-    progress = verb.Progress(1, 3)
-    progress.advance(5)
-    progress.close()
-    assert capsys.readouterr().err == ""
-    assert caplog.messages[0].startswith("2 of 3 answers, ") and caplog.messages[0].endswith(" tokens/s")
-    caplog.clear()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = verb.Progress(1, 3)
-    progress.advance(5)
-    progress.close()
-    assert "answers:" in (shown := capsys.readouterr().err) and "2/3" in shown and not caplog.messages
+def test_a_bar_counts_the_answers_and_their_tokens(request_, whole, capsys):
+    request_.output.unlink(missing_ok=True)
+    generate_file(request_)
+    shown = capsys.readouterr().err
+    assert "answers: 100%" in shown and "18/18" in shown and " tokens/s" in shown

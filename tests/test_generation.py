@@ -1,5 +1,7 @@
 """Generation against transformers.generate one prompt at a time, and what a caller is promised."""
 
+from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model import generation
 from sft_pipeline.model.generation import Completion, generate
+from sft_pipeline.model.guesses import Guesses
 from sft_pipeline.model.kv_cache import KVCache, bytes_per_token
 from sft_pipeline.model.sampling import Sampling
 
@@ -235,8 +238,10 @@ def count_forwards(model: nn.Module, **kwargs: object) -> list[torch.Size]:
     return shapes
 
 
-def test_the_batch_stays_full_and_holds_no_padding():
-    """Six prompts in three slots: while prompts wait, every forward has three rows, and a token is computed once."""
+def test_the_batch_stays_full_and_holds_no_padding(monkeypatch):
+    """Six prompts in three slots: while prompts wait, every forward has three rows, and a token is computed once (with
+    guesses, those that were wrong are computed in vain)."""
+    monkeypatch.setattr(generation, "GUESSES_A_STEP", 0)
     lengths = [5, 30, 5, 5, 5, 5]
     shapes = count_forwards(
         LLAMA, prompts=prompts_of(*lengths), stop_ids=[], settings=Sampling(max_new_tokens=10), batch_size=3
@@ -250,6 +255,88 @@ def test_the_common_prefix_is_read_once():
     prompts = [[*prefix, i, i + 1] for i in range(6)]
     shapes = count_forwards(LLAMA, prompts=prompts, stop_ids=[], settings=Sampling(max_new_tokens=1), batch_size=2)
     assert sum(tokens for _, tokens in shapes) == len(prefix) + 6 * 2
+
+
+def parrot(name: str) -> nn.Module:
+    """A model whose next token depends on the last one above all, so that its answers run into loops."""
+    model = deepcopy(MODELS[name])
+    for parameter_name, parameter in model.named_parameters():
+        if "o_proj.weight" in parameter_name or "attn.c_proj.weight" in parameter_name:
+            parameter.data *= 0.01
+    return model
+
+
+PARROTS = {name: parrot(name) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 3}, {"repetition_penalty": 1.2}])
+def test_reading_ahead_changes_the_number_of_forwards_alone(name, sampling, monkeypatch):
+    model, prompts = PARROTS[name], [PROMPTS[1], PROMPTS[4], PROMPTS[3] * 3, PROMPTS[5]]
+    settings = Sampling(max_new_tokens=60, **sampling)
+    run = partial(generate, model, prompts, [7], settings, batch_size=3)
+    count = partial(count_forwards, model, prompts=prompts, stop_ids=[], settings=settings, batch_size=1)
+    ahead, forwards = run(), len(count())
+    monkeypatch.setattr(generation, "GUESSES_A_STEP", 0)
+    alone = run()
+    assert [(c.ids, c.finish_reason) for c in ahead] == [(c.ids, c.finish_reason) for c in alone]
+    for one, other in zip(ahead, alone):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    if not sampling:
+        assert forwards < len(count())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_nothing_is_read_past_the_models_last_position(name):
+    prompt = (PROMPTS[3] * POSITIONS)[: POSITIONS - 20]
+    [completion] = generate(MODELS[name], [prompt], stop_ids=[], settings=Sampling(max_new_tokens=20))
+    assert completion.ids == reference(MODELS[name], prompt, [], 20)
+
+
+def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
+    """At a stop id and at the limit: what was guessed beyond is not part of the answer."""
+    prompt, model = PROMPTS[1], PARROTS["llama"]
+    [whole] = generate(model, [prompt], [], Sampling(max_new_tokens=40))
+    for end in range(1, 40):
+        [cut] = generate(model, [prompt], [], Sampling(max_new_tokens=end))
+        assert (cut.ids, cut.finish_reason) == (whole.ids[:end], "length")
+    late = [token for token in set(whole.ids) if whole.ids.index(token) > 8]
+    for token in late:
+        [stopped] = generate(model, [prompt], [token], Sampling(max_new_tokens=40))
+        assert (stopped.ids, stopped.finish_reason) == (whole.ids[: whole.ids.index(token)], "stop")
+    shown: list[int] = []
+    text = decode(whole.ids[30:33])
+    [stopped] = generate(
+        model, [prompt], [], Sampling(max_new_tokens=40), stop_strings=[text], decode=decode,
+        on_token=lambda _, token: shown.append(token),
+    )  # fmt: skip
+    assert stopped.ids == shown == whole.ids[: len(shown)] and stopped.text == decode(whole.ids).split(text)[0]
+
+
+@given(
+    ids=st.lists(st.integers(0, 2), max_size=30),
+    most=st.integers(-1, 20),
+    tokens=st.integers(1, 20),
+    trust=st.integers(1, 16),
+)
+def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, tokens, trust):
+    guesses = Guesses(ids)
+    guesses.trust = trust
+    expected: list[int] = []
+    for length in range(4, (1 if tokens < 8 else 2 if tokens < 16 else 4) - 1, -1):
+        places = [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
+        if places:
+            expected = (ids[places[-1] :] * 20)[: max(min(most, trust), 0)]
+            break
+    assert guesses.next(most, tokens) == expected
+
+
+def test_right_guesses_are_trusted_more_and_wrong_ones_less():
+    guesses, trust = Guesses([1]), []
+    for guessed, right in [(2, 2), (4, 4), (8, 8), (16, 16), (16, 5), (0, 0), (5, 0)]:
+        guesses.learn(guessed, right)
+        trust.append(guesses.trust)
+    assert trust == [4, 8, 16, 16, 5, 5, 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -366,7 +453,7 @@ def test_a_layer_that_does_not_attend_is_refused():
 
 def _used(model: nn.Module) -> KVCache:
     cache = KVCache(1)
-    with generation.lent(model, cache.attend, 1):
+    with generation.lent(model, cache.attend):
         plan = cache.prepare([0], [2], torch.device("cpu"))
         model(input_ids=torch.tensor([[1, 2]]), position_ids=plan.positions[None], use_cache=False)
     return cache

@@ -131,7 +131,8 @@ def test_equal_answers_tie_unasked(serve):
 
 
 def test_malformed_verdicts_are_counted_and_left_out(serve):
-    found, _ = judged(serve(lambda a, b: "I like both" if "x" in a else better(a, b)), ["x", "a", "a"], ["bb", "bb", "bb"])
+    server = serve(lambda a, b: "I like both" if "x" in a else better(a, b))
+    found, _ = judged(server, ["x", "a", "a"], ["bb", "bb", "bb"])
     assert found.outcomes == ["malformed", "win", "win"] and found.malformed == 1 and found.balance.items == 2
     assert str(found).endswith("; 1 pairs without a readable verdict are left out")
     assert summarize(["malformed", "win"], NAMES).balance is None
@@ -192,7 +193,10 @@ def test_a_refused_key_is_not_tried_again_and_not_shown(serve):
     assert KEY not in repr(Judge(server.url, "m", KEY))
 
 
-@pytest.mark.parametrize("content", ['{"choices": []}', "no json", '{"choices": [{"message": {"content": null}}]}', "[]"])
+NO_COMPLETIONS = ['{"choices": []}', "no json", '{"choices": [{"message": {"content": null}}]}', "[]"]
+
+
+@pytest.mark.parametrize("content", NO_COMPLETIONS)
 def test_what_is_no_chat_completion_is_malformed(content):
     assert module._reply(httpx.Response(200, text=content)) == ""
 
@@ -226,7 +230,7 @@ def test_the_verb_judges(serve, model_folder, tmp_path, capsys, monkeypatch, as_
         (["--judge_model", "m"], "judge_base_url and judge_model go together; give both or neither"),
         (["--judge_base_url", "http://x/v1"], "judge_base_url and judge_model go together; give both or neither"),
         (["--judge_base_url", "x", "--judge_model", "m"], "judge_base_url x: needs a URL such as https://api.openai"),
-        (["--judge_base_url", "http://x/v1", "--judge_model", "m"], "a judge compares answers of two models; name another"),
+        (["--judge_base_url", "http://x/v1", "--judge_model", "m"], "a judge compares answers of two models; name "),
     ],
 )
 def test_refusals(words, message, model_folder, capsys, as_it_was):

@@ -133,8 +133,10 @@ def installed(folder: Path) -> dict[str, str]:
 
 STARTERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "sft_pipeline"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    + ["--mixed_precision=no", "--dynamo_backend=no", "-m", "sft_pipeline"],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "-m", "sft_pipeline"),
+    ],
     "launch.sh": [],
 }
 

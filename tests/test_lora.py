@@ -104,7 +104,8 @@ def test_adapters_are_merged_into_their_base(config, tmp_path):
     run(config)
     folder = tmp_path / "out"
     model, template, _ = load_trained(str(folder))
-    assert type(model).__name__ == "LlamaForCausalLM" and not any("lora" in name for name, _ in model.named_parameters())
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name, _ in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     by_hand = PeftModel.from_pretrained(load_model(json.loads((folder / ADAPTERS).read_text())[BASE]), str(folder))
     torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)
@@ -147,6 +148,9 @@ def test_adapters_without_their_base(record, message, tmp_path):
 
 def test_adapters_that_do_not_fit_or_cannot_be_read(model_folder, tmp_path, monkeypatch):
     (tmp_path / ADAPTERS).write_text(json.dumps({BASE: str(model_folder), "peft_type": "LORA", "r": 4}))
+    with pytest.raises(SFTError, match=f"{tmp_path}: a model folder without weights"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(SFTError, match=f"{tmp_path}: its adapters do not fit {model_folder}"):
         load_model(str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from sft_pipeline.errors import SFTError
-from sft_pipeline.model.loss import IGNORED, evaluating, split_head, supervised_loss
+from sft_pipeline.labels import IGNORED
+from sft_pipeline.model.loss import evaluating, split_head, supervised_loss
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

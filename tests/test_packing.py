@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.data.packing import IGNORED, PackedCollator, best_fit, common_prefix, savings
+from sft_pipeline.data.packing import PackedCollator, best_fit, common_prefix, savings
+from sft_pipeline.labels import IGNORED
 
 
 def row(ids, first_target):

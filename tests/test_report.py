@@ -1,4 +1,4 @@
-"""The page of a run: every number is that of results.json, text stays text, nothing is fetched, and a browser shows it."""
+"""The page of a run: every number is that of results.json, text stays text, nothing is fetched, a browser shows it."""
 
 import functools
 import json
@@ -31,8 +31,9 @@ from sft_pipeline.output import config_record
 from sft_pipeline.preview import BARS, record
 from sft_pipeline.report import charts, drawing
 from sft_pipeline.report.folder import Run, read_run
-from sft_pipeline.report.page import _visible, write_report
+from sft_pipeline.report.page import write_report
 from sft_pipeline.train import train
+from sft_pipeline.visible import visible
 
 HOSTILE = '</pre></title></style><script>alert(1)</script><img src="http://x.test/" onerror=alert(1)>&amp;{{ 7*7 }}'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -211,14 +212,14 @@ def test_answers_stand_before_and_after_in_their_order(trained):
     folder, _ = trained
     results = json.loads((folder / "results.json").read_text())
     names = ("prompt", "before", "after", "reference")
-    expected = [_visible(one[name]) for one in results["answers"] for name in names]
+    expected = [visible(one[name]) for one in results["answers"] for name in names]
     page = Page(folder / "report.html")
     assert page.texts["pre"][: len(expected)] == expected and len(results["answers"]) == 3
     ended = sum(one["stopped"] + one["stopped_before"] for one in results["answers"])
     both = [json.loads((folder / "evaluation" / f"step_00000{step}.json").read_text()) for step in (0, 4)]
     told = [row for one in both for row in one["table"] if row["instruction"]]
     tags = [attrs["class"] for tag, attrs in page.elements if attrs.get("class") in ("tag good", "tag bad")]
-    assert len(told) == 4 and all(_visible(row["answer"]) in page.texts["pre"] for row in told)
+    assert len(told) == 4 and all(visible(row["answer"]) in page.texts["pre"] for row in told)
     good = ended + sum(row["stopped"] + row["followed"] for row in told) + 1  # the heading of the first row
     assert tags.count("tag good") == good and len(tags) == 6 + 2 * 4 + 1
 
@@ -432,7 +433,7 @@ def test_runs_are_compared(folder, other, capsys):
     assert f"{found['difference']:+.3f}" in page.text and f"{found['low']:+.3f} to {found['high']:+.3f}" in page.text
     assert "learning_rate" in page.text and "max_length" not in page.text and "held out different rows" not in page.text
     answers = [row["answer"] for row in runs[0].after.table if row["instruction"] is None]
-    expected = [text for one in answers for text in (_visible(one), "other")]
+    expected = [text for one in answers for text in (visible(one), "other")]
     assert [text for text in page.texts["pre"] if text in expected] == expected
     assert all(run.command in page.texts["pre"][-1].splitlines() for run in runs)
 
@@ -461,16 +462,19 @@ def test_runs_of_one_name_are_told_apart(folder, tmp_path):
 
 REFUSALS = {
     "nowhere": (lambda folder: shutil.rmtree(folder), "{0}: no such folder; give the output folder of a run"),
-    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run leaves at its end"),
+    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run leaves at"),
     "cut off": (lambda folder: (folder / "results.json").write_text('{"a'), "{0}/results.json: not readable as JSON ("),
     "a list": (lambda folder: (folder / "results.json").write_text("[]"), "{0}/results.json: holds no JSON object"),
-    "older": (lambda folder: edit(folder / "results.json", lambda r: r.pop("figures")), "{0}/results.json: no figures; it is of"),
+    "older": (
+        lambda folder: edit(folder / "results.json", lambda results: results.pop("figures")),
+        "{0}/results.json: no figures; it is of another release",
+    ),
     "no evaluation": (
         lambda folder: (folder / "evaluation" / "step_000002.json").write_text('{"a": 1}'),
         "{0}/evaluation: holds a file that is no evaluation (",
     ),
-    "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a file in it"),
-}  # fmt: skip
+    "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a "),
+}
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) that divide a model by FSDP2, against one: losses, weights, checkpoints and what one makes of them."""
+"""Two real processes (gloo) that divide a model by FSDP2, against one: losses, weights, checkpoints."""
 
 import json
 import os
@@ -174,6 +174,7 @@ def test_weights_that_zero3_divided_are_gathered_for_a_moment(monkeypatch):
     with whole_weights(model):
         assert not gathered
     zero = SimpleNamespace(GatheredParameters=lambda weights: gathered.append(weights) or nullcontext())
+    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
     monkeypatch.setattr("sft_pipeline.sharded.is_deepspeed_zero3_enabled", lambda: True)
     with whole_weights(model):

@@ -48,7 +48,7 @@ def offline(monkeypatch, tmp_path_factory):
 
 def talk(user="Hi", answer="Hello", system=None):
     start = [{"role": "system", "content": system}] if system else []
-    return start + [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return [*start, {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
 
 def table(conversations):
@@ -117,12 +117,12 @@ def test_shapes_agree(pairs, system):
     start = [messages[0]] if system else []
     speakers = {"user": "human", "assistant": "gpt", "system": "system"}
     spoken = [{"from": speakers[message["role"]], "value": message["content"]} for message in messages]
+    *earlier, (question, reply) = [list(pair) for pair in pairs]
     rows = [
-        ("alpaca", {"instruction": pairs[-1][0], "output": pairs[-1][1], "system": system,
-                    "history": [list(pair) for pair in pairs[:-1]]}),
+        ("alpaca", {"instruction": question, "output": reply, "system": system, "history": earlier}),
         ("messages", {"messages": [{**message, "name": "x", "weight": 1} for message in messages]}),
         ("sharegpt", {"conversations": spoken}),
-        ("sharegpt", {"conversations": spoken[len(start):], "system": system}),
+        ("sharegpt", {"conversations": spoken[len(start) :], "system": system}),
         ("prompt-completion", {"prompt": messages[:-1], "completion": messages[-1:]}),
     ]
     for name, row in rows:
@@ -266,12 +266,12 @@ GOOD = '{"instruction": "Hi", "output": "Hello"}\n'
         ("a.json", f"[{GOOD}{GOOD}]", ["a.json: not JSON: Expecting ',' or ']' at line 2 column 1"]),
         ("a.json", f"[{GOOD}", ["a.json: not JSON: Expecting ',' or ']' at line 2 column 1"]),
         ("a.json", f"[{GOOD},]", ["a.json: not JSON: Expecting value at line 2 column 2"]),
-        ("a.json", f"[{GOOD}] x", ["a.json: not JSON: Extra data after the list at line 2 column 2"]),
+        ("a.json", f"[{GOOD}] x", ["a.json: not JSON: Extra data after the list at line 2 column 3"]),
         ("a.json", '"Hi"', ["a.json: not JSON: Expecting a list of objects at line 1 column 1"]),
         ("a.json", "", ["a.json: not JSON: Expecting a list of objects"]),
         ("a.json", "[" * 200_000, ["a.json: not JSON that can be read"]),
         ("a.json", b"[\xff]", ["a.json: not UTF-8 at byte 1"]),
-        ("a.csv", b"instruction,output\n\xff,x\n", ["a.csv: not UTF-8 at byte"]),
+        ("a.csv", b"instruction,output\n\xff,x\n", ["a.csv: not UTF-8 at byte 19"]),
         ("a.csv", "instruction,output\nHi,Hello\nHi,a,b\n", ["a.csv row 1: more cells than the header"]),
         ("a.csv", "instruction,output\nHi,Hello\nHi\n", ["a.csv row 1: no 'output'"]),
         ("a.csv", 'instruction,output\nHi,"Hello', ["a.csv: not CSV: unexpected end of data at line"]),
@@ -389,7 +389,7 @@ def test_a_hub_name_with_a_hub(monkeypatch):
 
     def answer(name, split):
         asked.append((name, split))
-        return Dataset.from_list([{**row, "text": "x"} for row in ROWS + [{"instruction": "Hi", "output": ""}]])
+        return Dataset.from_list([{**row, "text": "x"} for row in [*ROWS, {"instruction": "Hi", "output": ""}]])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     dataset = load_source("someone/rows", split="train[:4]", skip_bad_rows=True)

@@ -108,7 +108,8 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     assert json.loads(json.dumps(compare(records, questions).as_json()))["entries"] == found["entries"]
 
     runs = [one for one in found["runs"] if one]
-    assert [one["training_rows"] for one in runs] == [4, 10] and [one != {} for one in found["runs"]] == [0, 0, 1, 0, 1, 0]
+    assert [one["training_rows"] for one in runs] == [4, 10]
+    assert [bool(one) for one in found["runs"]] == [False, False, True, False, True, False]
     before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, out / "attention"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "self_attn" in name}
@@ -123,7 +124,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     assert run_study(config)["entries"] == found["entries"]
     assert trained == ["4_rows", "attention", "4_rows"] and asked == [str(out / "4_rows")]
 
-    with pytest.raises(SFTError, match=r"out/4_rows: holds a run of other settings; delete it or choose another output"):
+    with pytest.raises(SFTError, match="out/4_rows: holds a run of other settings; delete it or choose another"):
         run_study(config, "--learning_rate", "0.02")
 
 
@@ -138,12 +139,12 @@ REFUSED = {
     "empty": ([], {}, "study.yaml: a study needs `variants`"),
     "no name": ([{"max_train_rows": 3}], {}, "study.yaml: a study needs `variants`"),
     "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number from 0 on"),
-    "held_out": ([{"name": "a", "held_out": 3}], {}, "variant a: held_out must be the same for all variants; set it above"),
+    "held_out": ([{"name": "a", "held_out": 3}], {}, "variant a: held_out must be the same for all variants; set it"),
     "unknown": ([{"name": "a", "lorra": 1}], {}, "variant a: unknown key lorra; the nearest known one is lora"),
-    "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a number"),
+    "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a"),
     "one folder": ([{"name": "a b"}, {"name": "a/b"}], {}, "study.yaml: two variants would share the folder"),
     "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out rows to ask: set held_out (or eval_data)"),
-    "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both say what is"),
+    "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both say what"),
     "negative": ([{"name": "a", "max_train_rows": -1}], {}, "max_train_rows is -1; it has to be 0 or more"),
 }
 
@@ -190,14 +191,17 @@ def test_only_what_matches_is_trained(tiny_model):
 
 
 def test_names_that_no_parameter_has(tiny_model):
-    with pytest.raises(SFTError, match="^trainable_modules attn2: no parameter has such a name; there are model.embed_to"):
+    with pytest.raises(SFTError, match="^trainable_modules attn2: no parameter has such a name; there are model.em"):
         train_only(tiny_model, ["self_attn", "attn2"])
     with pytest.raises(SFTError, match=r"^trainable_modules \(: not a regular expression"):
         train_only(tiny_model, ["("])
     assert all(weight.requires_grad for weight in tiny_model.parameters())
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("study_*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("study_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_projects_own_studies_are_readable(path):
     plan = read_plan(str(path), ["--train_data", "rows.jsonl"])
     assert len({variant.name for variant in plan.variants}) == len(plan.variants) >= 2

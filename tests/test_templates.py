@@ -32,16 +32,17 @@ ANSWER = (
 )
 # The reference's training ids of the first Alpaca row; the first 37 are not supervised.
 REFERENCE = [
-    *(151644, 198, 2, 46487, 25, 105043, 30709, 99949, 100857, 100168, 31914, 11, 14880, 99464, 100700, 102104, 20002),
-    *(13872, 43589, 86119, 198, 2, 6448, 25, 35127, 2326, 10414, 369, 19429, 9314, 13, 198, 2, 4939, 3846, 2821, 25, 16),
-    *(5142, 266, 264, 23831, 9968, 323, 1281, 2704, 311, 2924, 11260, 315, 25322, 323, 23880, 13, 715, 17, 13, 32818),
-    *(15502, 311, 2506, 697, 2487, 4541, 323, 3746, 13, 715, 18, 13, 2126, 3322, 6084, 323, 10306, 264, 12966, 6084),
-    *(9700, 13, 151645),
+    *(151644, 198, 2, 46487, 25, 105043, 30709, 99949, 100857, 100168, 31914, 11, 14880, 99464, 100700, 102104),
+    *(20002, 13872, 43589, 86119, 198, 2, 6448, 25, 35127, 2326, 10414, 369, 19429, 9314, 13, 198, 2, 4939, 3846),
+    *(2821, 25, 16, 5142, 266, 264, 23831, 9968, 323, 1281, 2704, 311, 2924, 11260, 315, 25322, 323, 23880, 13),
+    *(715, 17, 13, 32818, 15502, 311, 2506, 697, 2487, 4541, 323, 3746, 13, 715, 18, 13, 2126, 3322, 6084, 323),
+    *(10306, 264, 12966, 6084, 9700, 13, 151645),
 ]
 # Rewrites history: every answer but the last is left out.
 FORGETFUL = CHATML.replace("message['content']", "(message['content'] if message.role == 'user' or loop.last else '')")
 # Spellings of control tokens, whole and in halves, line ends, spaces, Chinese, emoji, and the marks of both templates.
-PARTS = [*CONTROL, "<|im_", "end|>", "\n", " ", "\n\n ", "冬瓜", "你好", "🙂", "é", "the answer", "\n#USER:", "assistant\n"]
+PARTS = [*CONTROL, "<|im_", "end|>", "\n", " ", "\n\n ", "冬瓜", "你好", "🙂", "é"]
+PARTS += ["the answer", "\n#USER:", "assistant\n"]
 CONTENT = st.lists(st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=5)
 TEXT = CONTENT.map("".join)
 WORDS = st.lists(st.sampled_from(["the", "answer", "冬瓜", "is", "question?", "🙂", "42"]), min_size=1, max_size=5)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from sft_pipeline.labels import IGNORED
+
 # What an empty micro-batch is made of (see batches.py): one token, without a target, counts nothing.
 NO_ROW: dict[str, Any] = {"input_ids": [0], "labels": [IGNORED]}
 

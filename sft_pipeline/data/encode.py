@@ -19,16 +19,19 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
+from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.cache import cache_dir
 from sft_pipeline.data import templates, tokens
+from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.data.templates import Message, Run, Template, with_system_prompt
 from sft_pipeline.errors import SFTError
+from sft_pipeline.labels import IGNORED
 
-IGNORED = -100
 KEPT, CUT, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
     # 32 bits hold every vocabulary and halve the files.
@@ -104,10 +107,18 @@ class Encoder:
     def key(self) -> str:
         """A hash of what decides the result besides the rows: settings, template, tokenizer and this code."""
         settings = (self.system_prompt, self.max_length, self.overlong, self.train_on, self.template.name)
-        tokenizer = self.template.tokenizer
-        parts = [repr(settings), self.template.chat_template, repr(sorted(tokenizer.added_tokens_decoder.items()))]
-        parts += [tokenizer.backend_tokenizer.to_str(), _code()]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return text_hash(repr(settings), self.template.chat_template, tokenizer_hash(self.template.tokenizer), _code())
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that decides a text's ids."""
+    # In front of the added tokens stand truncation and padding alone, which encoding turns off.
+    rules = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2]
+    return text_hash(rules, repr(sorted(tokenizer.added_tokens_decoder.items())))
+
+
+def text_hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _length(runs: list[Run]) -> int:
@@ -138,7 +149,7 @@ class Account:
         share = self.supervised_tokens / max(1, self.tokens)
         return (
             f"{self.rows:,} rows, {self.kept:,} kept ({self.truncated:,} of them truncated), dropped: {dropped}"
-            f"{' (encoded before, read from the cache)' if self.cached else ''}\n"
+            f"{' (encoded before)' if self.cached else ''}\n"
             f"{self.tokens:,} tokens, {share:.0%} supervised; tokens a row: {lengths}"
         )
 
@@ -161,7 +172,7 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
     if not account.kept:
         counts = str(account).splitlines()[0]
         raise SFTError(f"no row is left to train on: {counts}; raise max_length or mend the rows")
-    kept = np.flatnonzero(np.isin(_outcomes(encoded), [KEPT, CUT]))
+    kept = np.flatnonzero(_are_kept(encoded))
     return (encoded if len(kept) == len(encoded) else encoded.select(kept)).remove_columns("outcome"), account
 
 
@@ -206,29 +217,28 @@ def _content_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _outcomes(encoded: Dataset) -> np.ndarray:
-    return np.array(encoded.data.column("outcome").to_pylist())
+def _are_kept(encoded: Dataset) -> np.ndarray:
+    """Of each row."""
+    return pc.is_in(encoded.data.column("outcome"), pa.array([KEPT, CUT])).to_numpy()
 
 
 def _account(encoded: Dataset, cached: bool) -> Account:
-    outcomes = _outcomes(encoded)
-    lengths = _lengths(encoded)
-    kept = lengths[np.isin(outcomes, [KEPT, CUT])]
+    counts = {one["values"]: one["counts"] for one in pc.value_counts(encoded.data.column("outcome")).to_pylist()}
+    kept = row_lengths(encoded)[_are_kept(encoded)]
     quantiles = np.quantile(kept, [0, 0.25, 0.5, 0.75, 0.95, 1]) if len(kept) else [0] * 6
-    counts = {reason: int((outcomes == reason).sum()) for reason in (TOO_LONG, UNSUPERVISED)}
-    labels = encoded.data.column("labels").combine_chunks().flatten().to_numpy() if len(encoded) else np.array([])
     return Account(
         rows=len(encoded),
         kept=len(kept),
-        truncated=int((outcomes == CUT).sum()),
-        dropped={reason: count for reason, count in counts.items() if count},
+        truncated=counts.get(CUT, 0),
+        dropped={reason: counts[reason] for reason in (TOO_LONG, UNSUPERVISED) if reason in counts},
         tokens=int(kept.sum()),
-        supervised_tokens=int((labels != IGNORED).sum()),
+        supervised_tokens=_supervised(encoded),
         length_quantiles=dict(zip(["least", "25%", "median", "75%", "95%", "most"], map(int, quantiles))),
         cached=cached,
     )
 
 
-def _lengths(encoded: Dataset) -> np.ndarray:
-    """Tokens of each row."""
-    return pc.list_value_length(encoded.data.column("input_ids")).to_numpy()
+def _supervised(encoded: Dataset) -> int:
+    """Supervised tokens, counted a chunk (of some thousand rows) at a time: all together may not fit into memory."""
+    chunks = encoded.data.column("labels").chunks
+    return sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in chunks)

@@ -12,6 +12,7 @@ the assistant last. Whatever does not is refused, with the reason. Alpaca's inpu
 instruction, as in LLaMA-Factory (Zheng et al. 2024); with an empty input the instruction stands alone.
 """
 
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,7 @@ def _turn(turn: Any, place: str, keys: tuple[str, str], roles: Mapping[str, str]
         raise SFTError(f"{place} must have {role_key!r} and {text_key!r}")
     role = turn[role_key]
     if not isinstance(role, str) or role not in roles:
-        raise SFTError(f"{place} has the unknown role {role!r}; known are {', '.join(roles)}")
+        raise SFTError(f"{place} has the unknown role {reprlib.repr(role)}; known are {', '.join(roles)}")
     return {"role": roles[role], "content": turn[text_key]}
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_pipeline.data.collate import IGNORED, NO_ROW
+from sft_pipeline.data.collate import NO_ROW
+from sft_pipeline.labels import IGNORED
 
 LEAST_SAVED = 0.05  # share of the tokens a common prefix must save to be worth its bookkeeping
 
@@ -101,6 +102,6 @@ def savings(rows: Sequence[dict[str, Any]], batches: Iterable[list[int]]) -> str
         computed += packed["input_ids"].numel()
         targets += int(packed["labels"].ne(IGNORED).sum())
     return (
-        f"packed rows: no padding (saves {1 - real / padded:.0%} of the tokens of padded batches), the common prefix once "
-        f"(saves {1 - computed / real:.0%} of the rest), the head at {targets / computed:.0%} of the positions"
+        f"packed rows: no padding (saves {1 - real / padded:.0%} of the tokens of padded batches), the common prefix "
+        f"once (saves {1 - computed / real:.0%} of the rest), the head at {targets / computed:.0%} of the positions"
     )

@@ -1,7 +1,9 @@
 """Prompts to be answered: a text file with one a line, or any source of rows. What is wrong with a row stays with it.
 
     load_prompts("questions.txt")
-    load_prompts("alpaca.json")  # the last answer of a row is its reference and is not shown to the model
+    load_prompts("alpaca.json")
+
+The last answer of a row is its reference and is not shown to the model.
 """
 
 import logging
@@ -41,7 +43,7 @@ def load_prompts(name_or_path: str) -> list[Prompt]:
         columns = next((list(row) for _, row in rows if isinstance(row, Mapping)), None)
         shape = detect_format(columns, name_or_path, answered=False) if columns is not None else None
         prompts = [_examined(row, shape) for row in rows] if shape else []
-        said = shape and f"read as {shape.name}"
+        said = f"read as {shape.name}" if shape else ""
     if not prompts:
         raise SFTError(f"{name_or_path}: no prompts")
     logger.info("%s: %s prompts, %s", name_or_path, f"{len(prompts):,}", said)

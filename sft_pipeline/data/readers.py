@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,10 @@ import pyarrow.parquet as pq
 from sft_pipeline.errors import SFTError
 
 PlacedRow = tuple[str, Any]  # where it stands, the row
+# What pyarrow raises for a broken file, and Python for a value that it cannot hold, such as a date in the year 10000.
+UNREADABLE = (pa.ArrowException, ArithmeticError, LookupError, TypeError)
 SPACE = re.compile(r"[ \t\r\n]*")
+CHUNK = 1 << 20  # characters of JSON read at a time: more than a word, a number's end or an escape has
 
 
 def read_rows(path: Path, name: str) -> Iterator[PlacedRow]:
@@ -31,7 +34,7 @@ def read_rows(path: Path, name: str) -> Iterator[PlacedRow]:
     try:
         yield from reader(path, name)
     except UnicodeDecodeError as error:
-        raise SFTError(f"{name}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise SFTError(f"{name}: not UTF-8 at byte {_not_utf8(path)}; save the file as UTF-8") from error
     except OSError as error:
         raise SFTError(f"{name}: cannot be read ({error.strerror or error})") from error
 
@@ -55,40 +58,113 @@ def _line(line: bytes, place: str) -> Any:
 
 
 def _json(path: Path, name: str) -> Iterator[PlacedRow]:
-    """A list of objects, decoded one by one: a large file costs its text, not all its objects at once."""
-    text = path.read_text(encoding="utf-8-sig")
-    start = _skip_space(text, 0)
-    if text.startswith("{", start):  # many a JSONL file is called .json
-        yield from _jsonl(path, name)
-        return
-    try:
-        for index, row in enumerate(_elements(text, start)):
-            yield f"{name} row {index}", row
-    except json.JSONDecodeError as error:
-        raise SFTError(f"{name}: not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise SFTError(f"{name}: not JSON that can be read: {error}") from error
+    """A list of objects, decoded one by one: a large file costs its longest row, not its text."""
+    with path.open(encoding="utf-8-sig") as file:
+        window = _Window(file)
+        try:
+            if window.next() == "{":  # many a JSONL file is called .json
+                yield from _jsonl(path, name)
+                return
+            for index, row in enumerate(_elements(window)):
+                yield f"{name} row {index}", row
+        except json.JSONDecodeError as error:
+            raise SFTError(f"{name}: not JSON: {error.msg} at {window.place(error.pos)}") from error
+        except UnicodeDecodeError:  # read_rows says where
+            raise
+        except (ValueError, RecursionError) as error:
+            raise SFTError(f"{name}: not JSON that can be read: {error}") from error
 
 
-def _elements(text: str, start: int) -> Iterator[Any]:
-    decoder, position = json.JSONDecoder(), _skip_space(text, start + 1)
-    if not text.startswith("[", start):
-        raise json.JSONDecodeError("Expecting a list of objects", text, start)
-    more = not text.startswith("]", position)
-    while more:
-        row, position = decoder.raw_decode(text, position)
-        yield row
-        position = _skip_space(text, position)
-        if text[position : position + 1] not in (",", "]"):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        more = text[position] == ","
-        position = _skip_space(text, position + 1) if more else position
-    if _skip_space(text, position + 1) < len(text):
-        raise json.JSONDecodeError("Extra data after the list", text, position + 1)
+def _elements(window: "_Window") -> Iterator[Any]:
+    window.take("[", "Expecting a list of objects")
+    if window.next() == "]":
+        window.at += 1
+    else:
+        yield window.decode()
+        while window.take(",]", "Expecting ',' or ']'") == ",":
+            window.next()
+            yield window.decode()
+    if window.next():
+        raise json.JSONDecodeError("Extra data after the list", window.text, window.at)
+
+
+class _Window:
+    """The part of a text that is being decoded: what stands before it is forgotten, what follows is not yet read."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.text, self.at = "", 0  # what stands before `at` is decoded
+        self._file, self._decoder = file, json.JSONDecoder()
+        self._lines = self._column = 0  # forgotten: line ends, and characters since the last one
+
+    def next(self) -> str:
+        """The next character that is no space, to which `at` goes; empty at the end of the file."""
+        self.at = _skip_space(self.text, self.at)
+        while self.at == len(self.text) and self._read_on():
+            self.at = _skip_space(self.text, self.at)
+        return self.text[self.at : self.at + 1]
+
+    def take(self, expected: str, error: str) -> str:
+        """The next character, which has to be one of `expected`."""
+        found = self.next()
+        if not found or found not in expected:
+            raise json.JSONDecodeError(error, self.text, self.at)
+        self.at += 1
+        return found
+
+    def decode(self) -> Any:
+        """The value at `at`, after reading on as long as it may be cut off.
+
+        An error is one if it stays where and what it was with more text, which that of a cut text does not; a value is
+        whole if three characters stand behind it, for a number may go on with them: e-9.
+        """
+        before = None
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                found = error.msg, error.pos - self.at
+                is_one = found == before and not error.msg.startswith("Unterminated")
+                if is_one or not self._read_on():
+                    raise
+                before = found
+                continue
+            if end + 3 <= len(self.text) or not self._read_on():
+                self.at = end
+                return value
+
+    def place(self, position: int) -> str:
+        """Where a position of the text stands in the file."""
+        before = self.text[:position]
+        line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
+        return f"line {self._lines + line + 1} column {column + 1 + (0 if line else self._column)}"
+
+    def _read_on(self) -> bool:
+        """Read CHUNK or as much as is there already, and forget what is decoded; False at the end of the file."""
+        piece = self._file.read(max(CHUNK, len(self.text) - self.at))
+        if not piece:
+            return False
+        gone, self.text, self.at = self.text[: self.at], self.text[self.at :] + piece, 0
+        lines = gone.count("\n")
+        self._column = len(gone) - gone.rfind("\n") - 1 + (0 if lines else self._column)
+        self._lines += lines
+        return True
 
 
 def _skip_space(text: str, position: int) -> int:
     return SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty string too
+
+
+def _not_utf8(path: Path) -> int:
+    """Where the first byte stands that is not UTF-8, of which a line's end is never in the middle of a character."""
+    start = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return start + error.start
+            start += len(line)
+    return start
 
 
 def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
@@ -96,6 +172,7 @@ def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _refuse_twins(list(reader.fieldnames or []), name)
             for index, row in enumerate(reader):
                 if None in row:
                     raise SFTError(f"{name} row {index}: more cells than the header; quote cells that hold commas")
@@ -107,8 +184,9 @@ def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
 def _parquet(path: Path, name: str) -> Iterator[PlacedRow]:
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_twins(file.schema_arrow.names, name)
             yield from _placed(file.iter_batches(batch_size=1000), name)
-    except pa.ArrowException as error:
+    except UNREADABLE as error:
         raise SFTError(f"{name}: not a readable Parquet file ({_first_line(error)})") from error
 
 
@@ -121,14 +199,24 @@ def _arrow(path: Path, name: str) -> Iterator[PlacedRow]:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_stream(source).read_all()
+            _refuse_twins(table.column_names, name)
+            # The file is used as it lies in memory: an offset that leads out of it would be followed.
+            table.validate(full=True)
             yield from _placed(table.to_batches(max_chunksize=1000), name)
-    except pa.ArrowException as error:
+    except UNREADABLE as error:
         raise SFTError(f"{name}: not a readable Arrow file ({_first_line(error)})") from error
 
 
 def _placed(batches: Any, name: str) -> Iterator[PlacedRow]:
     rows = (row for batch in batches for row in batch.to_pylist())
     return ((f"{name} row {index}", row) for index, row in enumerate(rows))
+
+
+def _refuse_twins(columns: list[str], name: str) -> None:
+    """Of columns that are called alike, a row could keep one alone."""
+    for at, column in enumerate(columns):
+        if column in columns[:at]:
+            raise SFTError(f"{name}: has more than one column {column!r}; rename or remove all but one")
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@
 
 The shape of the rows is found from the columns (see formats.py) and said in the log. Rows are converted once and kept
 in `datasets`' cache, under a key of the content, the shape and the code that converts. Nothing is executed: no loading
-scripts, no pickles, and no path that stands in the data is opened.
+scripts, no pickles, no path that stands in the data is opened, and no link is followed out of a folder.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from sft_pipeline.data import formats, readers
 from sft_pipeline.data.formats import FORMATS, Format, detect_format, to_messages
 from sft_pipeline.data.readers import READERS, PlacedRow, read_rows
 from sft_pipeline.errors import SFTError
+from sft_pipeline.visible import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def load_source(name_or_path: str, split: str = "train", skip_bad_rows: bool = F
     if path.is_dir():
         dataset, said = _load_folder(path, split)
     elif path.is_file():
-        dataset, shape, columns = _load_file(path, path.name)
+        dataset, shape, columns = _load_file(path, one_line(path.name))
         said = _reading(shape, columns)
     else:
         dataset, said = _convert(_from_hub(name, split), name)
@@ -67,9 +68,9 @@ def raw_rows(name_or_path: str, split: str = "train") -> Iterator[PlacedRow]:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         for file in _files(path, split):
-            yield from read_rows(file, f"{file.parent.name}/{file.name}")
+            yield from read_rows(file, _name(file))
     elif path.is_file():
-        yield from read_rows(path, path.name)
+        yield from read_rows(path, one_line(path.name))
     else:
         dataset = _from_hub(str(name_or_path), split)
         shape = detect_format(dataset.column_names, str(name_or_path), answered=False)
@@ -82,7 +83,7 @@ def _reading(shape: Format, columns: list[str]) -> str:
     """The choice said aloud: "read as alpaca (instruction, input, output)"."""
     used = shape.used(columns)
     unused = [column for column in columns if column not in used]
-    return f"read as {shape.name} ({', '.join(used)})" + (f", without {', '.join(unused)}" if unused else "")
+    return one_line(f"read as {shape.name} ({', '.join(used)})" + (f", without {', '.join(unused)}" if unused else ""))
 
 
 def _load_file(path: Path, name: str) -> tuple[Dataset, Format, list[str]]:
@@ -128,9 +129,17 @@ def _code() -> str:
     return hashlib.blake2b((inspect.getsource(formats) + inspect.getsource(readers)).encode()).hexdigest()
 
 
+def content_hash(name_or_path: str, split: str = "train") -> str | None:
+    """Of a file, or of a folder's files in their order; None for a name on the hub, or where there is nothing."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return hashlib.blake2b("".join(map(_digest, _files(path, split))).encode(), digest_size=16).hexdigest()
+    return _digest(path) if path.is_file() else None
+
+
 def _load_folder(folder: Path, split: str) -> tuple[Dataset, str]:
     paths = _files(folder, split)
-    parts = [_load_file(path, f"{path.parent.name}/{path.name}") for path in paths]
+    parts = [_load_file(path, _name(path)) for path in paths]
     _, shape, columns = parts[0]
     for path, (_, other, _) in zip(paths, parts):
         if other != shape:
@@ -140,23 +149,43 @@ def _load_folder(folder: Path, split: str) -> tuple[Dataset, str]:
     return datasets.concatenate_datasets([part[0] for part in parts]), f"{files}, {_reading(shape, columns)}"
 
 
+def _name(file: Path) -> str:
+    """A folder's file as messages and the rows' `origin` call it."""
+    return one_line(f"{file.parent.name}/{file.name}")
+
+
 def _files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder, sorted by name; of what `save_to_disk` wrote, those that its state.json lists."""
+    """The data files of a folder, sorted by name; of what `save_to_disk` wrote, those that its state.json lists.
+
+    A folder may be somebody else's: a link in it that leads out of it is refused, not followed and not left out.
+    """
+    paths = _listed(folder, split)
+    for path in paths:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise SFTError(
+                f"{folder}: {path.name} is a link out of the folder; copy the file here, or name it in train_data"
+            )
+    return paths
+
+
+def _listed(folder: Path, split: str) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split / "state.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
             raise SFTError(f"{folder}: no split {split!r} in this saved data set; it has: {found}")
         folder = folder / split
     if (folder / "state.json").is_file():
-        return _saved_files(folder)
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS and path.is_file())
+        return saved_files(folder)
+    paths = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in READERS and (path.is_file() or path.is_symlink())
+    )
     paths = [path for path in paths if not path.name.startswith(".")]
     if not paths:
         raise SFTError(f"{folder}: no data file in this folder; known are {', '.join(READERS)}")
     return paths
 
 
-def _saved_files(folder: Path) -> list[Path]:
+def saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a saved data set, but not the caches that lie beside them. They are read as files, because
     `load_from_disk` follows a name out of the folder and maps would leave new caches in it."""
     try:

@@ -27,6 +27,7 @@ Message = dict[str, str]
 # What stands for a control token's spelling in a row while jinja puts the row into the template: private-use
 # characters, which no tokenizer has as a special token.
 SENTINEL = "\ue000sft{}\ue001"
+STAND_IN = re.compile(SENTINEL.format("([0-9]+)"))
 MARKS = {"system": "\n#SYSTEM:", "user": "\n#USER:", "assistant": "\n#ASSISTANT:"}
 
 
@@ -79,11 +80,14 @@ class Template:
     def parse(self, ids: list[int]) -> str:
         """The answer's text: what stands before the stop token."""
         end = ids.index(self.stop_token_id) if self.stop_token_id in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
     def _to_runs(self, rows: list[list[Piece]]) -> list[list[Run]]:
         """Tokenize all rows' texts in one call."""
-        known = self._encode(piece.text for pieces in rows for piece in pieces if piece.token_id is None)
+        try:
+            known = self._encode(piece.text for pieces in rows for piece in pieces if piece.token_id is None)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise SFTError("a text holds half a character (a lone surrogate), which no tokenizer takes") from error
         return [
             [Run(known[p.text] if p.token_id is None else [p.token_id], p.supervised) for p in pieces]
             for pieces in rows
@@ -156,7 +160,10 @@ class ChatTemplate(Template):
         self._control = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         longest_first = sorted(self._control, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        self._hidden = {token: SENTINEL.format(at) for at, token in enumerate(self._control)}
+        # The stand-ins' own first character has a stand-in too: a row may spell one.
+        self._shown = [*longest_first, SENTINEL[0]]
+        self._hidden = {text: SENTINEL.format(at) for at, text in enumerate(self._shown)}
+        self._to_hide = re.compile("|".join(map(re.escape, self._shown)))
         self.stop_token_id = self._find_stop()
 
     def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
@@ -216,21 +223,24 @@ class ChatTemplate(Template):
         ]
 
     def _jinja(self, messages: list[Message], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        """Sandboxed by transformers: a template reaches neither files nor code."""
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        except Exception as error:  # a template is a program: what it raises may be anything
+            reason = " ".join(str(error).split())[:200]
+            raise SFTError(f"the chat template refuses the conversation ({type(error).__name__}: {reason})") from error
 
     def _hide(self, content: str) -> str:
         """The content with every control token's spelling replaced, so that rendering cannot tell it from text."""
-        return self._split.sub(lambda match: self._hidden[match[0]], content) if self._split else content
+        return self._to_hide.sub(lambda match: self._hidden[match[0]], content)
 
     def _show(self, text: str) -> str:
-        if "\ue000" in text:
-            for token, sentinel in self._hidden.items():
-                text = text.replace(sentinel, token)
-        return text
+        return STAND_IN.sub(lambda match: self._shown[int(match[1])], text)
 
     def _find_stop(self) -> int:
         """The first control token after an answer."""
-        text = self._jinja([{"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}], False)
+        asked, answered = {"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}
+        text = self._jinja([asked, answered], False)
         after = self._tokens_apart(text.split("sft-answer", 1)[-1])
         stop = next((piece.token_id for piece in after if piece.token_id is not None), None)
         if stop is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.templates import Message, Template
@@ -31,11 +31,19 @@ class Answer:
 
 
 def answer(
-    model: PreTrainedModel, template: Template, prompts: list[list[Message]], max_new_tokens: int, batch_size: int = 8
+    model: PreTrainedModel,
+    template: Template,
+    prompts: list[list[Message]],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    disable_tqdm: bool = False,
 ) -> list[Answer]:
-    """Greedy answers to conversations that end with a user message, in their order."""
+    """Greedy answers to conversations that end with a user message, in their order, with a bar."""
     ids = [template.prompt(messages) for messages in prompts]
-    return complete(model, template, ids, Sampling(max_new_tokens=max_new_tokens), batch_size=batch_size)
+    settings = Sampling(max_new_tokens=max_new_tokens)
+    # The first answer may take long, so the bar does not wait for it to appear.
+    with tqdm(total=len(ids), desc="answers", leave=False, delay=0, dynamic_ncols=True, disable=disable_tqdm) as bar:
+        return complete(model, template, ids, settings, batch_size=batch_size, on_done=lambda row, answer: bar.update())
 
 
 def complete(
@@ -61,7 +69,7 @@ def complete(
         batch_size=batch_size,
         max_length=max_length,
         stop_strings=stop_strings,
-        decode=partial(template.tokenizer.decode, skip_special_tokens=True),
+        decode=lambda ids: str(template.tokenizer.decode(ids, skip_special_tokens=True)),
         seeds=seeds,
         on_token=on_token,
         on_done=on_done and (lambda row, done: on_done(row, _read(done))),

@@ -10,24 +10,21 @@ model is only lent (model/inference.py) and no random number is drawn, so traini
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import time
 from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
-import pandas
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.config import SFTArguments
-from sft_pipeline.data.collate import IGNORED
 from sft_pipeline.data.templates import Template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.answers import Answer, answer
@@ -44,7 +41,9 @@ from sft_pipeline.evaluation.history import (
 )
 from sft_pipeline.evaluation.instructions import sample_instructions
 from sft_pipeline.evaluation.likelihood import utf8_bytes
+from sft_pipeline.labels import IGNORED
 from sft_pipeline.output import EVALUATION_DIR
+from sft_pipeline.trackers import send_table
 from sft_pipeline.trainer import SupervisedTrainer
 
 UNMEASURED = 8  # questions asked on the way while it is not known what one costs
@@ -59,7 +58,7 @@ class EvaluationCallback(TrainerCallback):
         """held_out: conversations (`messages`), each ending with the reference answer."""
         self.trainer, self.template, self.max_new_tokens = trainer, template, sft.max_new_tokens
         self.questions = build_questions(held_out, sft)
-        self.folder = Path(trainer.args.output_dir) / EVALUATION_DIR
+        self.folder = output_folder(trainer.args) / EVALUATION_DIR
         self.evaluations: list[Evaluation] = []
         self._budget = Budget(sft.eval_answer_share)
         self._ended = False
@@ -98,7 +97,7 @@ class EvaluationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Called inside `trainer.evaluate`, so that the seconds count as evaluation, not as training."""
@@ -108,14 +107,14 @@ class EvaluationCallback(TrainerCallback):
         answers = self._answers(model, asked)
         seconds = time.perf_counter() - started
         self._budget.pay(len(asked), seconds, on_the_way=not whole)
-        best = self._ended and args.load_best_model_at_end and state.best_global_step is not None
-        step = state.best_global_step if best else state.global_step
+        best = state.best_global_step if self._ended and args.load_best_model_at_end else None
+        step = state.global_step if best is None else best
         found = self._evaluation(step, seconds, [table_row(*pair) for pair in zip(asked, answers)])
         self.evaluations.append(found)
         self._log(found)
         if state.is_world_process_zero:
-            found.write(self.folder / (BEST_FILE if best else step_file(step)))
-            send_table(found.table, args.report_to, state.global_step)
+            found.write(self.folder / (step_file(step) if best is None else BEST_FILE))
+            send_table(found.table, args, state.global_step)
             if not args.disable_tqdm:
                 tqdm.write(f"step {step}: {described(found, len(self.questions))}")
 
@@ -141,7 +140,9 @@ class EvaluationCallback(TrainerCallback):
         try:
             if self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 raise SFTError("parameters that are divided among processes (FSDP, ZeRO-3) are not generated with")
-            return answer(model, self.template, [one.messages for one in asked], self.max_new_tokens)
+            prompts = [one.messages for one in asked]
+            quiet = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
+            return answer(model, self.template, prompts, self.max_new_tokens, disable_tqdm=quiet)
         except SFTError as refused:
             return [Answer("", False, 0, str(refused))] * len(asked)
 
@@ -220,18 +221,7 @@ def supervised_bytes(labels: Sequence[int], template: Template) -> int:
     """UTF-8 bytes of the text that a row's labels spell: its supervised answers, without their stop tokens."""
     outside = (IGNORED, template.stop_token_id)
     runs = [list(run) for is_text, run in itertools.groupby(labels, key=lambda label: label not in outside) if is_text]
-    return sum(utf8_bytes(template.tokenizer.decode(run, skip_special_tokens=True)) for run in runs)
-
-
-def send_table(table: list[Row], report_to: list[str], step: int) -> None:
-    """To the trackers that take tables and are in use, under the step that transformers' own callbacks give figures."""
-    for name in ("wandb", "trackio"):
-        if not table or name not in report_to:
-            continue
-        tracker = importlib.import_module(name)
-        # As objects, for a column of texts or truth values would turn None into NaN.
-        frame = pandas.DataFrame(table, dtype=object)
-        tracker.log({"eval/table": tracker.Table(dataframe=frame), "train/global_step": step})
+    return sum(utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
 
 
 def described(found: Evaluation, questions: int) -> str:

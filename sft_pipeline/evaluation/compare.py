@@ -62,6 +62,15 @@ def paired_difference(
     )
 
 
+def interval_of(
+    a: Sequence[float], b: Sequence[float], a_weights: Sequence[float], b_weights: Sequence[float]
+) -> Difference | None:
+    """As `paired_difference`; None for fewer than two items, or where one is no number (a model that diverged)."""
+    if len(a) < 2 or not np.isfinite([*a, *b]).all():
+        return None
+    return paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
+
+
 def _resampled_differences(table: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
     """(resamples,) differences, a block of resamples at a time to bound the memory."""
     items = table.shape[1]

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sft_pipeline.evaluation.compare import Difference, paired_difference
+from sft_pipeline.evaluation.compare import Difference, interval_of
 from sft_pipeline.evaluation.figures import answer_figures, loss_figures, row_figures
 from sft_pipeline.evaluation.instructions import followed, instruction_figures, load_instructions
 from sft_pipeline.evaluation.questions import Questions
@@ -94,15 +94,13 @@ def difference(first: Items, other: Items) -> Difference | None:
     """Other - first with its interval; None for fewer than two items or where one is no number (a model that diverged).
     A ratio leaves out items without a denominator: a reference of no words."""
     kept = [at for at, pair in enumerate(zip(first.weights, other.weights)) if min(pair) > 0]
-    if len(kept) < 2 or not all(math.isfinite(value) for value in first.values + other.values):
-        return None
     a, b = ([items.values[at] for at in kept] for items in (first, other))
     a_weights, b_weights = ([items.weights[at] for at in kept] for items in (first, other))
-    return paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
+    return interval_of(a, b, a_weights, b_weights)
 
 
 def _row_values(record: Record, questions: Questions, rows: list[int]) -> dict[str, Items]:
-    losses = [record.losses[at] for at in rows]
+    losses = [loss for loss in (record.losses[at] for at in rows) if loss]
     nll, tokens = [loss.nll_nats for loss in losses], [float(loss.tokens) for loss in losses]
     found = {
         "nll_nats_per_token": Items(nll, tokens),

@@ -1,13 +1,14 @@
 """What the evaluations of a run found, and how they are kept in its output folder.
 
-    evaluation/step_000090.json     one an evaluation, whole or absent; its fields are those of `Evaluation`
+    evaluation/step_000090.json     one an evaluation
     evaluation/best.json            of the best model, where load_best_model_at_end brings one back after training
+
+A file is whole or absent; its fields are those of `Evaluation`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from sft_pipeline.data.templates import Message
 from sft_pipeline.evaluation.answers import Answer
 from sft_pipeline.evaluation.behaviour import is_loop
-from sft_pipeline.evaluation.compare import paired_difference
+from sft_pipeline.evaluation.compare import interval_of
 from sft_pipeline.evaluation.figures import answer_figures, loss_figures
 from sft_pipeline.evaluation.instructions import followed, instruction_figures
 from sft_pipeline.evaluation.segmentation import words
@@ -173,8 +174,6 @@ def _pairs(before: Evaluation, after: Evaluation, instructions: bool) -> list[tu
 def _change(before: list[float], after: list[float], weights: list[float]) -> dict[str, float | None]:
     """Of one item, or of a loss that is no number, there is no interval."""
     a, b = (float(np.sum(values) / np.sum(weights)) for values in (before, after))
-    low = high = None
-    if len(before) > 1 and all(map(math.isfinite, before + after)):
-        found = paired_difference(before, after, a_weights=weights, b_weights=weights)
-        low, high = found.low, found.high
+    found = interval_of(before, after, weights, weights)
+    low, high = (found.low, found.high) if found else (None, None)
     return {"before": a, "after": b, "difference": b - a, "low": low, "high": high, "items": len(before)}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import cast
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
@@ -22,7 +24,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, target_modules: list
     targets = target_modules[0] if target_modules == ["all-linear"] else target_modules
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, config)
+        # Not one itself, but it hands on whatever it is asked for.
+        return cast(PreTrainedModel, get_peft_model(model, config))
     except ValueError as error:
         raise SFTError(f"lora_target_modules {target_modules}: {str(error).splitlines()[0]}") from error
 
@@ -55,7 +58,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     try:
         model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({reason})") from error
     model.name_or_path = str(folder)

@@ -10,13 +10,13 @@ generation) it is plain `sdpa`.
     model(input_ids=..., position_ids=..., **packed_arguments(row_lengths), use_cache=False)
 """
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -64,14 +64,14 @@ def packed_attention(
     return _sdpa_rows(query, key, value, packed_rows, scaling, dropout), None
 
 
-def use_packed_attention(model: nn.Module) -> None:
+def use_packed_attention(model: PreTrainedModel) -> None:
     """Let `model`, a transformers model, attend over packed rows; it keeps serving every other batch as `sdpa` does."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
 
 
-def why_not_packable(model: nn.Module, longest: int | None = None) -> str | None:
+def why_not_packable(model: PreTrainedModel, longest: int | None = None) -> str | None:
     """Why packed rows would not be exact for `model`, in one clause, or None. Asked before training.
 
     longest: tokens of the longest row; a sliding window at least as long hides nothing. The config rules out what
@@ -94,7 +94,7 @@ def why_not_packable(model: nn.Module, longest: int | None = None) -> str | None
     return None if difference < close else f"packing changes what {type(model).__name__} computes ({difference:.1g})"
 
 
-def _unservable(model: nn.Module, longest: int | None) -> str | None:
+def _unservable(model: PreTrainedModel, longest: int | None) -> str | None:
     """The reason that can be read from the model's class and config."""
     config, name = model.config.get_text_config(), type(model).__name__
     if model.config.is_encoder_decoder:
@@ -112,7 +112,7 @@ def _unservable(model: nn.Module, longest: int | None) -> str | None:
     return None
 
 
-def _packing_difference(backbone: nn.Module) -> float:
+def _packing_difference(backbone: Any) -> float:
     """The largest difference of hidden states between three rows run alone and packed, over the largest state."""
     device = next(backbone.parameters()).device
     prefix, lengths = 3, (4, 2, 5)
@@ -138,17 +138,17 @@ def _sdpa_rows(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scal
     """torch's attention row by row: any device, any type, dropout."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    options = {"scale": scaling, "dropout_p": dropout}
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
     outputs = []
     if prefix := rows.prefix:
         first = (t[:, :, :prefix] for t in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(*first, is_causal=True, **options))
+        outputs.append(attend(*first, is_causal=True))
     for start, end in rows.spans():
         own = query[:, :, start:end]
-        seen = [torch.cat((t[:, :, :prefix], t[:, :, start:end]), 2) for t in (key, value)]
+        keys, values = (torch.cat((t[:, :, :prefix], t[:, :, start:end]), 2) for t in (key, value))
         # A tensor, not torch's CausalBias, which refuses the mixed types that autocast brings here.
         mask = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=query.device).tril(prefix)
-        outputs.append(F.scaled_dot_product_attention(own, *seen, attn_mask=mask, **options))
+        outputs.append(attend(own, keys, values, attn_mask=mask))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
@@ -192,8 +192,8 @@ class _BlockAttention(torch.autograd.Function):
         return attend(query, key, value, rows, scaling)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
-        inputs = ctx.saved_tensors  # once: a checkpointed layer computes them at the first access
-        slopes = tuple(torch.empty_like(t) for t in inputs)
-        attend_backward(*inputs, grad, ctx.rows, ctx.scaling, slopes)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors  # once: a checkpointed layer computes them at the first access
+        slopes = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        attend_backward(query, key, value, grad, ctx.rows, ctx.scaling, slopes)
         return *slopes, None, None

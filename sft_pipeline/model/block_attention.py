@@ -52,7 +52,7 @@ def attend_backward(
     scaling: float,
     slopes: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of query, key and value by `grad` (1, tokens, heads, size), written into `slopes`, shaped as they are."""
+    """Gradients of query, key and value by `grad` (1, tokens, heads, size), written into `slopes` of their shapes."""
     grads = grad[0].transpose(0, 1)
     query_slope, key_slope, value_slope = (slope[0] for slope in slopes)
     key_slope.zero_()
@@ -101,10 +101,12 @@ def _segments(
     group = heads // key.shape[0]
     prefix = rows.prefix
     if prefix:
-        yield (0, prefix), *(t[:, :prefix].repeat_interleave(group, 0) for t in (key, value))
+        keys, values = (t[:, :prefix].repeat_interleave(group, 0) for t in (key, value))
+        yield (0, prefix), keys, values
     for start, end in rows.spans():
         seen = (torch.cat((t[:, :prefix], t[:, start:end]), 1) for t in (key, value))
-        yield (start, end), *(t.repeat_interleave(group, 0) for t in seen)
+        keys, values = (t.repeat_interleave(group, 0) for t in seen)
+        yield (start, end), keys, values
 
 
 def _blocks(span: tuple[int, int], keys: int) -> Iterator[tuple[slice, int]]:

@@ -10,6 +10,7 @@ arithmetic is fp32 either way; only the order of the sums differs.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,18 @@ from torch.nn.functional import linear
 # Layers that compute norm, attention with rotary positions, sum, norm, silu-gated MLP, sum (and Qwen3's norms of
 # heads).
 FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+Part = Any  # a module of such a layer: torch types what it is made of as tensors or modules, whichever it is
+
+# What oneDNN is told of the number of tokens. Its layout for 16 is as fast on 1 as that for 1, and faster on more.
+LAYOUT_TOKENS = 16
 
 
 class Product:
-    """x W^T + b of linear layers that share their input x, with W in oneDNN's layout for inputs of about `rows`
-    rows."""
+    """x W^T + b of linear layers that share their input x, with W in a layout of oneDNN's."""
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_TOKENS)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
         self.multiply_with = torch.ops.mkldnn._linear_pointwise.binary
@@ -40,7 +44,7 @@ class Product:
         return self.multiply_with(x, other, self.weight, self.bias, operation)
 
 
-def serves_linear(layer: nn.Module) -> bool:
+def serves_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a plain fp32 linear layer on the CPU. One of another class, or whose forward is already
     replaced, is someone else's; a build of torch without the operators of its inductor for oneDNN keeps its own
     product."""
@@ -50,7 +54,7 @@ def serves_linear(layer: nn.Module) -> bool:
     return ours and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def serves_layer(layer: nn.Module) -> bool:
+def serves_layer(layer: Part) -> bool:
     """Whether `layer` is of the family, untouched: no adapter in it, no hook on it, nothing that a fused layer would
     skip."""
     if type(layer).__name__ not in FAMILY or not type(layer).__module__.startswith("transformers."):
@@ -64,9 +68,9 @@ def serves_layer(layer: nn.Module) -> bool:
     return len({projection.bias is None for projection in qkv}) == 1 and attention.config.hidden_act == "silu"
 
 
-def linear_forward(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
+def linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """A forward for a linear layer: oneDNN's product, and torch's own under autocast."""
-    product = Product([layer], rows)
+    product = Product([layer])
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -76,10 +80,10 @@ def linear_forward(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def layer_forward(layer: nn.Module, rows: int, attend: Callable) -> Callable[..., Tensor]:
+def layer_forward(layer: Part, attend: Callable) -> Callable[..., Tensor]:
     """A forward for a decoder layer that `serves_layer`; `attend` is an attention function of transformers'
     interface."""
-    self_attention, mlp = _attention(layer.self_attn, rows, attend), _mlp(layer.mlp, rows)
+    self_attention, mlp = _attention(layer.self_attn, attend), _mlp(layer.mlp)
     before, after = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
 
     def forward(hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
@@ -91,13 +95,13 @@ def layer_forward(layer: nn.Module, rows: int, attend: Callable) -> Callable[...
     return forward
 
 
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(norm: Part) -> Callable[[Tensor], Tensor]:
     shape, weight, epsilon = tuple(norm.weight.shape), norm.weight, norm.variance_epsilon
     return lambda x: torch.rms_norm(x, shape, weight, epsilon)
 
 
-def _attention(module: nn.Module, rows: int, attend: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    project, output = Product([module.q_proj, module.k_proj, module.v_proj], rows), Product([module.o_proj], rows)
+def _attention(module: Part, attend: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    project, output = Product([module.q_proj, module.k_proj, module.v_proj]), Product([module.o_proj])
     size = module.head_dim
     heads, shared = module.q_proj.out_features // size, module.k_proj.out_features // size
     norms = [_norm(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
@@ -119,6 +123,6 @@ def _attention(module: nn.Module, rows: int, attend: Callable) -> Callable[[Tens
     return forward
 
 
-def _mlp(module: nn.Module, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    gate, up, down = (Product([layer], rows) for layer in (module.gate_proj, module.up_proj, module.down_proj))
+def _mlp(module: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    gate, up, down = (Product([layer]) for layer in (module.gate_proj, module.up_proj, module.down_proj))
     return lambda x, residual: down.with_(up.with_(x, gate(x, "swish"), "mul"), residual, "add")

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from sft_pipeline.model.block_attention import PackedRows, attend, attend_backward
-from sft_pipeline.model.fused_layer import serves_layer
+from sft_pipeline.model.fused_layer import Part, serves_layer
 
 TOKENS = 128  # at a time in the activations of the MLP
+Pairs = list[Any]  # weight, bias, weight, bias, ...: tensors, a bias may be None
 
 
 def use_fused_layers(model: nn.Module) -> int:
@@ -49,7 +50,7 @@ def fused_layers_set_aside(model: nn.Module) -> Iterator[None]:
 class FusedTraining:
     """The forward of one decoder layer."""
 
-    layer: nn.Module
+    layer: Part
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         rows = kwargs.get("packed_rows")
@@ -75,7 +76,7 @@ class FusedTraining:
         return untouched and plain and not dropout
 
 
-def _weights(*layers: nn.Linear) -> list[Tensor | None]:
+def _weights(*layers: nn.Linear) -> Pairs:
     return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
 
 
@@ -95,7 +96,15 @@ class _Attention(torch.autograd.Function):
     """x + o(attention(q, k, v of norm(x))): x (tokens, hidden size) -> (tokens, hidden size)."""
 
     @staticmethod
-    def forward(ctx, shape, x, norm, q_norm, k_norm, *projections):
+    def forward(
+        ctx: Any,
+        shape: _Shape,
+        x: Tensor,
+        norm: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        *projections: Any,
+    ) -> Tensor:
         *qkv, output, output_bias = projections
         weight, bias = _joined(qkv)
         scale = _inverse_rms(x, shape.epsilon)
@@ -109,7 +118,7 @@ class _Attention(torch.autograd.Function):
         return result if output_bias is None else result.add_(output_bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, raw, mixed, norm, q_norm, k_norm, *projections = ctx.saved_tensors
         shape, needs = ctx.shape, ctx.needs_input_grad
         *qkv, output, output_bias = projections
@@ -119,7 +128,8 @@ class _Attention(torch.autograd.Function):
         slope = torch.empty_like(raw)
         slopes = _heads(slope, qkv, shape)
         mixed_slope = (grad @ output).view(1, len(x), -1, shape.head_size)
-        attend_backward(*parts, mixed_slope, shape.rows, shape.scaling, tuple(t.transpose(0, 1)[None] for t in slopes))
+        by_head = [t.transpose(0, 1)[None] for t in slopes]
+        attend_backward(*parts, mixed_slope, shape.rows, shape.scaling, (by_head[0], by_head[1], by_head[2]))
         head_norms = _turned_back(slopes, _heads(raw, qkv, shape), shape, (q_norm, k_norm))
         unit = x * scale
         projection_slope = _weight_slope(slope, unit * norm, any(needs[5:11:2]))
@@ -135,7 +145,18 @@ class _MLP(torch.autograd.Function):
     """x + down(silu(gate(n)) * up(n)) with n = norm(x): x (tokens, hidden size) -> (tokens, hidden size)."""
 
     @staticmethod
-    def forward(ctx, epsilon, x, norm, gate, gate_bias, up, up_bias, down, down_bias):
+    def forward(
+        ctx: Any,
+        epsilon: float,
+        x: Tensor,
+        norm: Tensor,
+        gate: Tensor,
+        gate_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+    ) -> Tensor:
         scale = _inverse_rms(x, epsilon)
         normed = _normed(x, scale, norm)
         gated, raised = linear(normed, gate, gate_bias), linear(normed, up, up_bias)
@@ -148,7 +169,7 @@ class _MLP(torch.autograd.Function):
         return result if down_bias is None else result.add_(down_bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, gated, raised, norm, gate, up, down = ctx.saved_tensors
         needs, (gate_bias, up_bias, down_bias) = ctx.needs_input_grad, ctx.biases
         inner, gated_slope, raised_slope = _silu_slopes(gated, raised, grad @ down)
@@ -180,20 +201,20 @@ def _token_blocks(tokens: int) -> list[slice]:
     return [slice(at, at + TOKENS) for at in range(0, tokens, TOKENS)]
 
 
-def _joined(qkv: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def _joined(qkv: Pairs) -> tuple[Tensor, Tensor | None]:
     """The three projections as one: a product with few outputs runs at half the rate."""
     weights, biases = qkv[::2], qkv[1::2]
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
-def _heads(joined: Tensor, qkv: list[Tensor | None], shape: _Shape) -> list[Tensor]:
+def _heads(joined: Tensor, qkv: Pairs, shape: _Shape) -> list[Tensor]:
     """Views of (tokens, outputs) as queries, keys and values, each (tokens, heads, head size)."""
     counts = [weight.shape[0] // shape.head_size for weight in qkv[::2]]
     return list(joined.unflatten(1, (-1, shape.head_size)).split(counts, 1))
 
 
 def _turned(
-    raw: Tensor, qkv: list[Tensor | None], shape: _Shape, norms: tuple[Tensor | None, ...], again: bool = False
+    raw: Tensor, qkv: Pairs, shape: _Shape, norms: tuple[Tensor | None, ...], again: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys normed where they have norms, and turned by their positions; values. (1, heads, tokens, size).
 

@@ -4,26 +4,30 @@
 
 Rows are decoded side by side; a row that is done leaves its slot to the next prompt at once, whose reading shares a
 forward with the other rows' decoding, so the batch runs at full width until the prompts run out. The common prefix of
-all prompts is read once. The result is that of decoding each prompt alone, up to the rounding of fp32.
+all prompts is read once. What a row's own text lets guess is read ahead (`guesses.py`), and kept where the guess was
+right. The result is that of decoding each prompt alone, token by token, up to the rounding of fp32.
 """
 
-import os
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import accumulate
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.model.guesses import Guesses
 from sft_pipeline.model.inference import lent
 from sft_pipeline.model.kv_cache import KVCache
 from sft_pipeline.model.sampling import Sampling, choose
 from sft_pipeline.model.stops import Stops
 
 PROMPT_TOKENS_A_STEP = 512  # bounds a forward's memory, and how long a long prompt can hold up the other rows
+GUESSES_A_STEP = 16  # more would take more time than they save
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,24 @@ class Row:
     """A prompt on its way: `past` tokens are in the cache, `pending` ones are not yet."""
 
     index: int
-    prompt: list[int]
     generator: torch.Generator
     past: int
     pending: list[int]
     seen: Tensor | None
+    guesses: Guesses
+    guess: list[int] = field(default_factory=list)  # the tokens read ahead in this step
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+
+    def foresaw(self, depth: int) -> bool:
+        """Whether the token just chosen is the one read ahead at `depth`; then it is in the cache already."""
+        right = bool(self.pending) and self.pending == self.guess[depth : depth + 1]
+        if right:
+            self.past += 1
+            self.pending = []
+        else:
+            self.guesses.learn(len(self.guess), depth)
+        return right
 
 
 def generate(
@@ -112,7 +127,7 @@ class _Batch:
         """`waiting` holds the prompts with their row's number before and its seed after."""
         self.model, self.stops, self.settings = model, stops, settings
         self.on_token, self.on_done = on_token, on_done
-        self.device = model.get_input_embeddings().weight.device
+        self.device = _embedding(model).weight.device
         self.prefix = _common_prefix([prompt for _, prompt, _ in waiting])
         self.waiting = deque(waiting)
         self.cache = KVCache(min(batch_size, len(waiting)))
@@ -120,7 +135,7 @@ class _Batch:
 
     def run(self, completions: dict[int, Completion]) -> None:
         """Decode until no row waits; puts each row's completion under its index."""
-        with lent(self.model, self.cache.attend, self.cache.slots):
+        with lent(self.model, self.cache.attend):
             self._read_prefix()
             self.rows = [self._next_row() for _ in range(self.cache.slots)]
             while self.rows:
@@ -131,7 +146,7 @@ class _Batch:
 
     def _read_prefix(self) -> None:
         for start in range(0, len(self.prefix), PROMPT_TOKENS_A_STEP):
-            self._forward([self.prefix[start : start + PROMPT_TOKENS_A_STEP]], [start])
+            self._forward([self.prefix[start : start + PROMPT_TOKENS_A_STEP]], [start], [1])
         if self.prefix:
             self.cache.share(len(self.prefix))
 
@@ -142,7 +157,7 @@ class _Batch:
         if self.settings.repetition_penalty != 1:
             seen = torch.zeros(self.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=self.device)
             seen[prompt] = True
-        return Row(index, prompt, torch.Generator().manual_seed(seed), past, prompt[past:], seen)
+        return Row(index, torch.Generator().manual_seed(seed), past, prompt[past:], seen, Guesses(prompt))
 
     def _replace(self, row: Row) -> None:
         """Give a finished row's slot to the next prompt, or to the last row when none waits, so that no slot is
@@ -162,25 +177,52 @@ class _Batch:
         for row in self.rows:
             new.append(row.pending[: max(budget, 1)])
             budget -= len(new[-1])
-        logits = self._forward(new, [row.past for row in self.rows])
+        past = [row.past for row in self.rows]
         for row, tokens in zip(self.rows, new):
             row.past += len(tokens)
             del row.pending[: len(tokens)]
-        ready = [slot for slot, row in enumerate(self.rows) if not row.pending]
-        return self._choose([self.rows[slot] for slot in ready], logits[ready]) if ready else []
+        self._guess(sum(map(len, new)))
+        logits = self._forward(
+            [tokens + row.guess for tokens, row in zip(new, self.rows)], past, [1 + len(row.guess) for row in self.rows]
+        )
+        starts = accumulate((1 + len(row.guess) for row in self.rows), initial=0)
+        return self._follow([(row, start) for row, start in zip(self.rows, starts) if not row.pending], logits)
 
-    def _forward(self, new: list[list[int]], past: list[int]) -> Tensor:
-        """Logits after the last new token of each slot, (slots, vocabulary). `new` and `past` are by slot."""
+    def _guess(self, tokens: int) -> None:
+        """Decide what is read ahead for each row, beside the `tokens` that must be read: nothing for a row whose prompt
+        is not read yet."""
+        budget = GUESSES_A_STEP
+        for row in self.rows:
+            most = min(budget, self.settings.max_new_tokens - len(row.ids) - 1)
+            row.guess = [] if row.pending else row.guesses.next(most, tokens)
+            budget -= len(row.guess)
+            tokens += len(row.guess)
+
+    def _follow(self, ready: list[tuple[Row, int]], logits: Tensor) -> list[tuple[Row, Completion]]:
+        """Give each row its next token, and one more for each token that was rightly guessed; returns the rows that
+        ended. With a row comes the place of its first logits; those after the tokens read ahead lie behind it."""
+        ended, depth = [], 0
+        while ready:
+            ended += self._choose([row for row, _ in ready], logits[[start + depth for _, start in ready]])
+            ready = [(row, start) for row, start in ready if row.foresaw(depth)]
+            depth += 1
+        return ended
+
+    def _forward(self, new: list[list[int]], past: list[int], kept: list[int]) -> Tensor:
+        """Logits after the last `kept[s]` new tokens of each slot s, (sum of kept, vocabulary)."""
         plan = self.cache.prepare(past, [len(tokens) for tokens in new], self.device)
         ids = torch.tensor([[token for tokens in new for token in tokens]], device=self.device)
-        output = self.model(input_ids=ids, position_ids=plan.positions[None], use_cache=False, logits_to_keep=plan.last)
+        ends = accumulate(map(len, new))
+        at = torch.tensor([place for end, n in zip(ends, kept) for place in range(end - n, end)], device=self.device)
+        output = self.model(input_ids=ids, position_ids=plan.positions[None], use_cache=False, logits_to_keep=at)
         _check_layers(self.model, self.cache)
         return output.logits[0]
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[tuple[Row, Completion]]:
         """Give each row its next token, from logits (rows, vocabulary); returns the rows that ended."""
-        seen = torch.stack([row.seen for row in rows]) if self.settings.repetition_penalty != 1 else None
-        ids, logprobs = choose(logits, self.settings, [row.generator for row in rows], seen)
+        seen = [row.seen for row in rows if row.seen is not None]
+        generators = [row.generator for row in rows]
+        ids, logprobs = choose(logits, self.settings, generators, torch.stack(seen) if seen else None)
         ended = []
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
             reason = self._accept(row, token, logprob)
@@ -194,13 +236,16 @@ class _Batch:
             return "stop"
         row.ids.append(token)
         row.logprobs.append(logprob)
-        row.pending = [token]
+        row.guesses.append(token)
         if row.seen is not None:
             row.seen[token] = True
         _call(self.on_token, row.index, token)
         if self.stops.found(row.ids):
             return "stop"
-        return "length" if len(row.ids) == self.settings.max_new_tokens else None
+        if len(row.ids) == self.settings.max_new_tokens:
+            return "length"
+        row.pending = [token]
+        return None
 
 
 def _check(
@@ -241,7 +286,7 @@ def _row_limit(model: PreTrainedModel, max_length: int | None) -> int | None:
 
 def _refusal(prompt: list[int], max_new_tokens: int, limit: int | None, model: PreTrainedModel) -> str | None:
     """Why the prompt can't be answered, or None."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _embedding(model).num_embeddings
     if not prompt:
         return "the prompt is empty: give at least one token"
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
@@ -251,11 +296,17 @@ def _refusal(prompt: list[int], max_new_tokens: int, limit: int | None, model: P
     return None
 
 
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def _common_prefix(prompts: list[list[int]]) -> list[int]:
     """What all prompts begin with, less than the shortest of them, so that each has a token to predict from."""
     if len(prompts) == 1:
         return []
-    return os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    # What the least and the greatest share, all between them share too.
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
+    return [token for token, _ in shared][: min(map(len, prompts)) - 1]
 
 
 def _call(callback: Callable[..., None] | None, *arguments: object) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ ATTENTION = "sft_generation"
 
 
 @contextmanager
-def lent(model: PreTrainedModel, attention: Callable, rows: int) -> Iterator[None]:
-    """Within this block, `model` runs without gradients or dropout and attends with `attention`, on about `rows` rows.
+def lent(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
+    """Within this block, `model` runs without gradients or dropout and attends with `attention`.
 
-    In fp32 on the CPU the linear layers' weights are also kept in the layout that is fastest for so many rows: another
+    In fp32 on the CPU the linear layers' weights are also kept in the layout that is fastest for few tokens: another
     copy of them until the block ends. Afterwards mode, configuration and layers are as they were, also if the block
     raises.
     """
@@ -28,7 +29,7 @@ def lent(model: PreTrainedModel, attention: Callable, rows: int) -> Iterator[Non
         stack.enter_context(evaluating(model))
         stack.enter_context(_attention(model, attention))
         stack.enter_context(fused_layers_set_aside(model))
-        stack.enter_context(_fast_forwards(model, attention, rows))
+        stack.enter_context(_fast_forwards(model, attention))
         yield
 
 
@@ -38,7 +39,7 @@ def _attention(model: nn.Module, attention: Callable) -> Iterator[None]:
 
     No mask function is registered with it, so that transformers builds no mask.
     """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
     names = [(config, config._attn_implementation) for config in configs]
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attention
     try:
@@ -52,7 +53,7 @@ def _attention(model: nn.Module, attention: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _fast_forwards(model: nn.Module, attention: Callable, rows: int) -> Iterator[None]:
+def _fast_forwards(model: nn.Module, attention: Callable) -> Iterator[None]:
     """Give the layers that `fused_layer` serves its forwards, and the other linear layers its product."""
     replaced: list[nn.Module] = []
 
@@ -64,10 +65,10 @@ def _fast_forwards(model: nn.Module, attention: Callable, rows: int) -> Iterator
     inside = {part for layer in fused for part in layer.modules()}
     try:
         for layer in fused:
-            replace(layer, layer_forward(layer, rows, attention))
+            replace(layer, layer_forward(layer, attention))
         for module in model.modules():
             if module not in inside and serves_linear(module):
-                replace(module, linear_forward(module, rows))
+                replace(module, linear_forward(module))
         yield
     finally:
         for module in replaced:

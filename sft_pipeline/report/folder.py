@@ -59,7 +59,7 @@ class Run:
         """The number of results.json under these keys, one inside the other; one that is not there is ABSENT."""
         found: Any = self.results
         for key in keys:
-            found = found[key] if isinstance(found, list) else (found or {}).get(key)
+            found = found[key] if isinstance(key, int) else (found or {}).get(key)
         pointer = "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in keys)
         written = form.format if isinstance(form, str) else form
         return Number(f"{self.folder / RESULTS_FILE}#{pointer}", found, ABSENT if found is None else written(found))

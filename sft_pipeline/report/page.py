@@ -23,6 +23,7 @@ from sft_pipeline.evaluation.report import FIGURES
 from sft_pipeline.output import REPORT_FILE
 from sft_pipeline.report import charts, drawing
 from sft_pipeline.report.folder import ABSENT, Run, read_run, side_by_side
+from sft_pipeline.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ COMPARISON_FILE = "comparison.html"
 # What happened to the rows, as `data.encode.Account` calls it.
 COUNTS = {"rows": "rows", "kept": "kept", "truncated": "truncated, and kept", "tokens": "tokens",
           "supervised_tokens": "trained tokens"}  # fmt: skip
-# Control characters as their pictures: a browser shows nothing for them.
-PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {127: "\u2421"}
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -123,7 +122,7 @@ def _render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": _visible, "written": _written, "titled": _titled}
+    environment.filters |= {"visible": visible, "written": _written, "titled": _titled}
     environment.globals |= {
         "form": _form,
         "row_counts": COUNTS,
@@ -156,7 +155,3 @@ def _shown_as(name: str, value: float | None, sign: str = "") -> str:
 def _written(value: Any) -> str:
     """A value of the config."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _visible(text: str) -> str:
-    return text.translate(PICTURES)
