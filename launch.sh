@@ -3,7 +3,7 @@
 # test, lint
 #
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
-# arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
+# arguments on untouched. Training starts one process a GPU, or as many as NUM_PROCESSES says.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -49,10 +49,10 @@ if [[ $verb == dashboard || " $* " == *" --report_to"* ]]; then extras+=,track; 
 install "$extras"
 if [[ $verb == train ]]; then
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    # For one process `accelerate launch` would add nothing and turn exit status 2 into 1.
     if [[ $processes -gt 1 ]]; then
-        exec accelerate launch --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no \
-            -m sft_pipeline "$@"
+        threads=$(python -c "import os; print(max(1, (os.cpu_count() or 1) // $processes))")
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} # torchrun would take one
+        exec python -m sft_pipeline.launch --nproc_per_node "$processes" -m sft_pipeline "$@"
     fi
 fi
 exec python -m sft_pipeline "$@"

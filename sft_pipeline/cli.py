@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,27 @@ def main(arguments: list[str] | None = None) -> None:
         with terminal.log_without_bars():
             args.run(args, rest)
     except SFTError as error:
-        print(f"sft-pipeline: {error}", file=sys.stderr)
+        _say_once(f"sft-pipeline: {error}")
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("sft-pipeline: interrupted; what was saved is whole", file=sys.stderr)
+        _say_once("sft-pipeline: interrupted; what was saved is whole")
         sys.exit(130)
+
+
+def _say_once(line: str) -> None:
+    """On standard error, unless another of the processes that torchrun has started on this machine did so already.
+
+    All of them mostly meet the same error, and torchrun ends the others when the first one does.
+    """
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # torchrun's: attempt_N/<local rank>/error.json
+    if error_file.name == "error.json":
+        try:
+            (error_file.parents[1] / "said").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # torchrun is gone, and its folder with it
+    print(line, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -178,6 +178,8 @@ def _parser() -> HfArgumentParser:
     classes: Any = (SFTArguments, TrainingArguments)
     parser = Parser(classes, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
+    # The library reads it as the text of an older release, unless it stands without a value.
+    parser._option_string_actions["--fsdp"].type = lambda text: {"true": True, "false": None}.get(text.lower(), text)
     # A list of trackers, of which the library's parser takes one.
     next(action for action in parser._actions if action.dest == "report_to").nargs = "+"
     return parser

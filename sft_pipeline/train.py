@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -52,6 +53,7 @@ from sft_pipeline.output import (
 from sft_pipeline.preview import record, show
 from sft_pipeline.progress import waiting
 from sft_pipeline.report.page import write_report
+from sft_pipeline.sharded import whole_weights
 from sft_pipeline.shards import map_shards
 from sft_pipeline.summary import print_results
 from sft_pipeline.trackers import keep_usable, tracked
@@ -66,6 +68,8 @@ SAMPLE = 1000  # rows on which the savings are counted
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
     """Fine-tune as told; leaves model, tokenizer, `run.yaml`, `results.json` and its page in the output folder."""
     checkpoint = check_output_dir(sft, training)
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
     config = config_record(sft, training)
     keep_usable(training)
     path = resolve(sft.model_name_or_path, cache_dir())
@@ -144,15 +148,18 @@ def build_trainer(
     sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: Prepared
 ) -> SupervisedTrainer:
     """The trainer over the prepared rows; says what it trains and how."""
-    reason = supervise(model)
+    with whole_weights(model):
+        reason = supervise(model)
+        collator = build_collator(sft, model, template, data)
     if reason:
         logger.info("the head is computed at every position: %s", reason)
-    collator = build_collator(sft, model, template, data)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     if sft.trainable_modules:
         train_only(model, sft.trainable_modules)
-    fused = use_fused_layers(model) if isinstance(collator, PackedCollator) else 0
+    # ZeRO-3 gathers the weights of a module when it is called; a fused layer calls none of its own.
+    fusible = isinstance(collator, PackedCollator) and not is_deepspeed_zero3_enabled()
+    fused = use_fused_layers(model) if fusible else 0
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
     held_out = data.held_out and data.held_out.select(np.argsort(row_lengths(data.held_out), kind="stable"))
@@ -177,6 +184,9 @@ def build_trainer(
         callbacks=callbacks,
         tokens_per_batch=sft.tokens_per_batch,
     )
+    say_processes(trainer)
+    if sft.lora_merge and trainer.is_fsdp_enabled:
+        raise SFTError("lora_merge: true merges whole weights, and fsdp divides them; leave one out")
     if isinstance(collator, PackedCollator):
         batches = trainer.training_batches()
         sample = islice(batches, -(-len(batches) * SAMPLE // len(data.train)))
@@ -184,8 +194,16 @@ def build_trainer(
     return trainer
 
 
+def say_processes(trainer: SupervisedTrainer) -> None:
+    """How many there are, which a launcher may have taken otherwise, and what each holds."""
+    args = trainer.args
+    if args.world_size > 1:
+        holds = "the model divided among them (FSDP2)" if trainer.is_fsdp_enabled else "the whole model on each"
+        logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, holds)
+
+
 def trainable_parameters(model: PreTrainedModel) -> int:
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return sum(getattr(w, "ds_numel", w.numel()) for w in model.parameters() if w.requires_grad)
 
 
 def build_collator(

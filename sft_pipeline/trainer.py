@@ -22,7 +22,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalPrediction
 
@@ -32,9 +32,10 @@ from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
 from sft_pipeline.errors import Requeue, SFTError
 from sft_pipeline.progress import TrainingProgress, waiting
+from sft_pipeline.sharded import ShardedTrainer
 
 
-class SupervisedTrainer(Trainer):
+class SupervisedTrainer(ShardedTrainer):
     """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`.
 
     tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
@@ -214,13 +215,21 @@ class SupervisedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once, before the first step of a run that goes on."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._running_loss_file(checkpoint).is_file():
+        running = self._running_loss(checkpoint) if checkpoint else None
+        if running is None:
             return
-        running = json.loads(self._running_loss_file(checkpoint).read_text(encoding="utf-8"))
         self._tr_loss.fill_(running["loss"])
         self._globalstep_last_logged = running["last_logged_step"]
         # The library's train_loss is of the steps from here on alone.
         self._total_loss_scalar = -running["loss"]
+
+    def _running_loss(self, checkpoint: str) -> dict[str, Any] | None:
+        """What this process had saved; where others or fewer had, each takes the mean, which is what is logged."""
+        files = list(Path(checkpoint).glob("running_loss_*.json"))
+        if len(files) == self.args.world_size:
+            files = [self._running_loss_file(checkpoint)]
+        parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return parts[0] | {"loss": sum(part["loss"] for part in parts) / len(parts)} if parts else None
 
     def _running_loss_file(self, folder: str) -> Path:
         return Path(folder) / f"running_loss_{self.args.process_index}.json"

@@ -1,15 +1,20 @@
 """The config: files and command line, and a clear line for whatever is wrong in them."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.config import DEFAULTS, parse
 from sft_pipeline.errors import SFTError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
 NEEDED = "model_name_or_path: m\ntrain_data: rows.json\n"
 
 
@@ -95,6 +100,47 @@ def test_lists_dictionaries_nothing_and_flags(write):
     assert (sft.train_data, sft.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
     assert sft.system_prompt is None and sft.skip_bad_rows is True
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize("words", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"]])
+def test_fsdp_is_a_truth_value(write, words):
+    """The library's parser takes a text for it."""
+    for _, training in (parse(write("fsdp: true"), []), parse(write(""), [*words])):
+        assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
+    assert not parse(write("fsdp: true"), ["--fsdp", "false"])[1].fsdp
+    assert "Unknown `fsdp` option: sideways" in refusal(write("fsdp: sideways"))
+
+
+def test_a_dictionary_may_stand_in_a_file_of_its_own(write):
+    _, training = parse(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
+    assert training.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
+    assert training.fsdp_plugin_args["reshard_after_forward"] is True
+
+
+def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
+    """transformers' own, which is made with the package `deepspeed` alone, though its methods do without."""
+    kept = {name: value for name, value in vars(HfTrainerDeepSpeedConfig).items() if not name.startswith("__")}
+    config = type("Config", (HfDeepSpeedConfig,), kept)(str(path))
+    config.mismatches, config._dtype = [], None
+    return config
+
+
+def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
+    keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\n"
+    _, training = parse(write(keys + "bf16: true\nuse_cpu: true\n"), [])
+    config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
+    config.trainer_config_process(training)
+    config.trainer_config_finalize(training, tiny_model, 10)
+    found = config.config
+    assert config.is_zero3() and config.dtype() == torch.bfloat16 and "auto" not in json.dumps(found)
+    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (2, 3)
+    assert (found["train_batch_size"], found["gradient_clipping"]) == (6, 0.5)
+    assert found["zero_optimization"]["reduce_bucket_size"] == tiny_model.config.hidden_size**2
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_without_deepspeed_its_key_says_what_is_missing(write):
+    assert "deepspeed" in refusal(write(""), "--deepspeed", str(CONFIG_FOLDER / "deepspeed_zero3.json"))
 
 
 @pytest.mark.parametrize("text", ["", "-", "--not an option", "a: b # c", "100", "行\n行 ", " spaces "])

@@ -27,11 +27,11 @@ IGNORED, VOCABULARY = -100, 97
 COLLATORS = {"padded": PaddingCollator(0), "packed": PackedCollator()}
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(**more) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **sizes, **ends))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **sizes, **ends, **more))
     supervise(model)
     use_packed_attention(model)
     return model
@@ -49,7 +49,7 @@ UNEVEN = make_rows([(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6
 
 
 def make_trainer(
-    folder, collator="padded", rows=UNEVEN, held_out=None, callbacks=(), tokens_per_batch=0, **arguments
+    folder, collator="padded", rows=UNEVEN, held_out=None, callbacks=(), tokens_per_batch=0, model=None, **arguments
 ) -> SupervisedTrainer:
     training = TrainingArguments(
         **{
@@ -70,7 +70,7 @@ def make_trainer(
         }
     )
     return SupervisedTrainer(
-        model=make_model(),
+        model=model or make_model(),
         args=training,
         data_collator=COLLATORS[collator],
         train_dataset=rows,

@@ -9,7 +9,7 @@ chunk's probabilities are at hand, in the forward pass, so that the backward pas
     loss = head.loss(hidden, labels, num_items=num_items_in_batch)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -176,20 +176,27 @@ class Head:
         """
         embedding: Any = self.backbone.get_input_embeddings()
         tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
-        with _sparse_gradient(embedding) if tied else nullcontext():
+        with _replaced(embedding, "sparse", True) if tied else nullcontext():
             return self.backbone(use_cache=False, **inputs).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits (..., vocabulary) of few positions, as the model itself gives them."""
-        logits = self.linear(hidden) * self.scale
+        logits = torch.nn.functional.linear(hidden, self.linear.weight, self.linear.bias) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def loss(self, hidden: Tensor, labels: Tensor, num_items: float | Tensor) -> Tensor:
         """See `supervised_loss`."""
-        weight, bias = self.linear.weight, self.linear.bias
-        return supervised_loss(
-            hidden, labels, weight, bias, num_items=num_items, scale=self.scale, softcap=self.softcap
-        )
+        linear = self.linear
+        options: dict[str, Any] = {"num_items": num_items, "scale": self.scale, "softcap": self.softcap}
+        return self.call(lambda states: supervised_loss(states, labels, linear.weight, linear.bias, **options), hidden)
+
+    def call(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """`function(hidden)` in the place of the head's own forward pass.
+
+        Where weights are divided among processes (FSDP, ZeRO-3), they are whole within their module's call alone.
+        """
+        with _replaced(self.linear, "forward", function):
+            return self.linear(hidden)
 
 
 def split_head(model: nn.Module) -> Head:
@@ -250,13 +257,16 @@ def _difference(model: nn.Module, head: Head) -> float:
 
 
 @contextmanager
-def _sparse_gradient(embedding: nn.Embedding) -> Iterator[None]:
-    """Forward passes inside give the embedding a sparse gradient."""
-    before, embedding.sparse = embedding.sparse, True
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside, the module's own attribute `name` is `value`."""
+    before = vars(module).get(name)
+    vars(module)[name] = value
     try:
         yield
     finally:
-        embedding.sparse = before
+        del vars(module)[name]
+        if before is not None:
+            vars(module)[name] = before
 
 
 @contextmanager

@@ -56,7 +56,8 @@ def supervise(model: PreTrainedModel) -> str | None:
             return _with_full_logits(plain, shift_labels, num_items_in_batch, row_lengths, row_figures, kwargs)
         hidden = head.hidden(**kwargs)
         if row_figures:
-            return CausalLMOutput(logits=row_sums(hidden, shift_labels, row_lengths, head))
+            sums = head.call(lambda states: row_sums(states, shift_labels, row_lengths, head), hidden)
+            return CausalLMOutput(logits=sums)
         count = num_items_in_batch
         if count is None:
             count = shift_labels.ne(IGNORED).sum().clamp(min=1)
