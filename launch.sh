@@ -54,7 +54,7 @@ slurm() { # training, one process a task of the job; told to end, it saves, and 
     # 75 is the status of a process that was told to end and has saved: no reason to kill those that are still at it.
     srun --kill-on-bad-exit=0 bash -c "$task" bash "$@" &
     step=$!
-    trap 'told=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM # srun, told itself, would kill the processes
+    trap 'told=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID" || true' TERM # srun itself would kill them
     while [[ $told ]]; do # the signal ends `wait` early
         told="" status=0
         wait "$step" || status=$?

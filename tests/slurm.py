@@ -41,7 +41,10 @@ JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=20
-PartitionName=all Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP GraceTime=20
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 """
 
 
@@ -54,7 +57,7 @@ def why_no_slurm() -> str | None:
 
 
 class Slurm:
-    """A running cluster of one partition."""
+    """A running cluster, whose partition `urgent` preempts the jobs of the default one."""
 
     def __init__(self, folder: Path) -> None:
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
@@ -110,7 +113,8 @@ def cluster(folder: Path) -> Iterator[Slurm]:
             daemons.enter_context(_daemon(slurm, "slurmd", "-D", "-N", node))
         wait_for(lambda: slurm.run("sinfo", "--noheader", "--format=%T %D") == f"idle {len(NODES)}")
         yield slurm
-        slurm.run("scancel", "--partition=all")
+        slurm.run("scancel", "--state=PENDING")
+        slurm.run("scancel", "--state=RUNNING")
         wait_for(lambda: not slurm.run("squeue", "--noheader"))
 
 

@@ -84,23 +84,27 @@ def test_two_nodes_are_one_process(undisturbed):
     assert losses[-1] < losses[0] - 1, "else equal weights would say little"
 
 
-PREEMPTED = {
-    # What Slurm sends two minutes before the time limit, as launch.sh asks: SIGTERM to the script alone.
-    "SIGTERM": lambda slurm, job: slurm.run("scancel", "--signal=TERM", "--batch", job),
-    # What preemption does: SIGTERM to every process, and SIGKILL where KillWait is over.
-    "requeued": lambda slurm, job: slurm.run("scontrol", "requeue", job),
+TOLD = {
+    # What Slurm does two minutes before the time limit, as launch.sh asks: SIGTERM to the script alone.
+    "by the time limit": lambda slurm, job: slurm.run("scancel", "--signal=TERM", "--batch", job),
+    # SIGTERM to every process; SIGKILL and requeued after GraceTime, which is not waited for if the job ends before.
+    "by a job that preempts it": lambda slurm, job: slurm.run(
+        "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    ),
+    # SIGTERM to every process and to the script, and requeued; SIGKILL after KillWait.
+    "by its operator": lambda slurm, job: slurm.run("scontrol", "requeue", job),
 }
 
 
-@pytest.mark.parametrize("how", PREEMPTED)
+@pytest.mark.parametrize("how", TOLD)
 def test_a_job_that_is_told_to_end_comes_back_and_is_the_one_that_was_not(how, slurm, submit, undisturbed):
     job, folder = submit(how, 2)
     wait_for_checkpoint(folder)
-    PREEMPTED[how](slurm, job)
+    TOLD[how](slurm, job)
     wait_for_end(slurm, job, folder)
     assert slurm.field(job, "Restarts") == "1"
     log = (folder / "log").read_text()
-    [(place, step)] = set(re.findall(r"SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes", log))
+    [(place, step)] = set(re.findall(r"SIGTERM: saved (.+-(\d+)); --resume_from_checkpoint auto goes", log))
     assert place == str(folder / "out" / f"checkpoint-{step}") and SAVED <= int(step) < STEPS
     compared, differ = compare(*(one / "out" / f"checkpoint-{STEPS}" for one in (undisturbed[2], folder)))
     assert differ == [] and compared > 100
