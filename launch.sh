@@ -61,7 +61,7 @@ slurm() { # training, one process a task of the job; told to end, it saves, and 
     done
     # A job that was cancelled, or is requeued already, is not running any more.
     if [[ $status == 75 && $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || true # not a batch job
     fi
     exit "$status"
 }

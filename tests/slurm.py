@@ -81,7 +81,7 @@ class Slurm:
         return next(field.removeprefix(f"{name}=") for field in fields if field.startswith(f"{name}="))
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
     """Until `what()` is true."""
     end = time.monotonic() + seconds
     while not what():
