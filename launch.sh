@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The one door: ./launch.sh train | preview | study CONFIG, chat | evaluate | generate, test
 #
-# Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
-# arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
-#
-# On a cluster, from this folder: sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 launch.sh train CONFIG
-# (docs/slurm.md). The #SBATCH lines are defaults; sbatch's own options win.
+# On a cluster, from this folder (docs/slurm.md); sbatch's own options win over those below:
+#     sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 launch.sh train CONFIG
 #SBATCH --job-name=sft_pipeline
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
+#
+# Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
+# arguments on untouched. Training starts one process a GPU through `accelerate launch`, or as many as NUM_PROCESSES says.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -f $root/setup.cfg ]]; then root=${SLURM_SUBMIT_DIR:-$root}; fi # sbatch runs a copy of this file
