@@ -74,9 +74,9 @@ if [[ $verb == test ]]; then
     exec python -m pytest "${@:2}"
 fi
 install lora,plot
-# In the job's script; not in a step of it, which srun has started already.
-if [[ $verb == train && -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; fi
 if [[ $verb == train ]]; then
+    # In a job's script; not in a step of it, which srun has started already.
+    if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; fi
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     # For one process `accelerate launch` would add nothing and turn exit status 2 into 1.
     if [[ $processes -gt 1 ]]; then
