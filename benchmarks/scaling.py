@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py
 
-Nothing is run. Arithmetic and bytes are counted from the models' shapes, for full fine-tuning in bf16 autocast over float32
-weights with AdamW (`bf16: true`); docs/scaling.md has the formulas, the sources of the constants, and what follows.
+Nothing is run. Arithmetic and bytes are counted from the models' shapes, for full fine-tuning in bf16 autocast over
+float32 weights with AdamW (`bf16: true`); docs/scaling.md has the formulas, the constants' sources, and what follows.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def again(shape: Shape, row: int = ROW) -> float:
 
 
 def layer_activations(shape: Shape) -> int:
-    """What a layer of the library keeps of a token for the backward pass: docs/scaling.md counts it tensor by tensor."""
+    """What a layer of the library keeps of a token for the backward pass; docs/scaling.md lists the tensors."""
     norms, casts = 2 * ((4 + 4) * shape.hidden + 4), (3 + 2) * 2 * shape.hidden
     scores = 2 * (shape.query + 2 * shape.key) + 2 * shape.query + 4 * shape.heads
     qk_norms = shape.qk_norm * ((4 + 2) * (shape.query + shape.key) + 4 * (shape.heads + shape.kv_heads))
@@ -131,14 +131,14 @@ def states(shape: Shape, devices: int) -> float:
 
 
 def sharded_states(shape: Shape, devices: int) -> float:
-    """Those of FSDP2: float32 in parts; whole are two layers in bf16 (one in use, one on its way), one layer's gradients
-    (bf16, and float32 on their way), and for the whole pass embeddings and head (weights in bf16, gradients likewise)."""
+    """Those of FSDP2: float32 in parts. Whole are two layers in bf16 (one in use, one on its way), one layer's gradients
+    (bf16, and float32 on their way), and for the whole pass embeddings and head (weights and both gradients)."""
     layer = shape.linear / shape.layers
     return 16 * shape.parameters / devices + (2 * 2 + 2 + 4) * layer + (2 + 2 + 4) * shape.outside
 
 
 def lora_states(shape: Shape, devices: int) -> float:
-    """Frozen weights in float32, their bf16 casts, which the backward pass needs, and adapters with all that is theirs."""
+    """Frozen weights in float32, their bf16 casts, which the backward pass needs, adapters with all that is theirs."""
     buckets = 4 if devices > 1 else 0
     return 4 * shape.parameters + 2 * (shape.linear + shape.head) + (16 + buckets) * shape.adapters
 

@@ -1,6 +1,6 @@
 """A Slurm of the tests' own: munged, slurmctld and one slurmd a node, all on this machine and in one temporary folder.
 
-The nodes are called by addresses of the loopback network, so that their names can be resolved as those of a cluster can.
+The nodes are called by addresses of the loopback network: names that can be resolved, as those of a cluster can.
 """
 
 import os
