@@ -131,7 +131,7 @@ def states(shape: Shape, devices: int) -> float:
 
 
 def sharded_states(shape: Shape, devices: int) -> float:
-    """Those of FSDP2: float32 in parts. Whole are two layers in bf16 (one in use, one on its way), one layer's gradients
+    """Those of FSDP2: float32 in parts. Whole are two layers in bf16 (one used, one on its way), one layer's gradients
     (bf16, and float32 on their way), and for the whole pass embeddings and head (weights and both gradients)."""
     layer = shape.linear / shape.layers
     return 16 * shape.parameters / devices + (2 * 2 + 2 + 4) * layer + (2 + 2 + 4) * shape.outside
