@@ -2,10 +2,23 @@
 # The one door: ./launch.sh train | preview | prepare | study CONFIG, chat | evaluate | generate, doctor, dashboard,
 # test, lint
 #
+# On a cluster, from this folder (docs/slurm.md); sbatch's own options win over those below:
+#     sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 launch.sh train CONFIG
+#SBATCH --job-name=sft_pipeline
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+#
 # Makes .venv beside this file where no virtual environment is active, installs the pinned releases once, and passes all
 # arguments on untouched. Training starts one process a GPU, or as many as NUM_PROCESSES says.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ ! -f $root/setup.cfg ]]; then root=${SLURM_SUBMIT_DIR:-$root}; fi # sbatch runs a copy of this file
+if [[ ! -f $root/setup.cfg ]]; then
+    echo "launch.sh: $root does not hold the project; cd to the folder of launch.sh, then sbatch launch.sh" >&2
+    exit 2
+fi
 
 environment() { # the active virtual environment, or .venv
     if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
@@ -30,6 +43,30 @@ install() { # the package with the extras $1, unless that was done since setup.c
     echo "$root" >"$mark"
 }
 
+slurm() { # training, one process a task of the job; told to end, it saves, and the job is requeued and goes on
+    local step told=yes status
+    local task='if [[ $SLURM_NTASKS -gt 1 ]]; then
+            export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        fi
+        exec python -m sft_pipeline "$@"'
+    read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then set -- "$@" --resume_from_checkpoint auto; fi
+    # 75 is the status of a process that was told to end and has saved: no reason to kill those that are still at it.
+    srun --kill-on-bad-exit=0 bash -c "$task" bash "$@" &
+    step=$!
+    trap 'told=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID" || true' TERM # srun itself would kill them
+    while [[ $told ]]; do # the signal ends `wait` early
+        told="" status=0
+        wait "$step" || status=$?
+    done
+    # A job that was cancelled, or is requeued already, is not running any more.
+    if [[ $status == 75 && $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
+        scontrol requeue "$SLURM_JOB_ID" || true # not a batch job
+    fi
+    exit "$status"
+}
+
 environment
 verb=${1:---help}
 if [[ $verb == test ]]; then
@@ -48,6 +85,8 @@ extras=lora,plot
 if [[ $verb == dashboard || " $* " == *" --report_to"* ]]; then extras+=,track; fi
 install "$extras"
 if [[ $verb == train ]]; then
+    # In a job's script; not in a step of it, which srun has started already.
+    if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; fi
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     if [[ $processes -gt 1 ]]; then
         threads=$(python -c "import os; print(max(1, (os.cpu_count() or 1) // $processes))")

@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "eval_on_start": True,
     # accelerate's tqdm bar is replaced by ours; "passive" would hide it under accelerate launch.
     "disable_tqdm": False,
+    # One line a run, also where it has several nodes.
+    "log_on_each_node": False,
     # A NaN must be seen, not averaged away.
     "logging_nan_inf_filter": False,
     # A resumed run has waited for a better eval_loss as long as the one before it.
