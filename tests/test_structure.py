@@ -37,11 +37,13 @@ MAY_IMPORT = {
     "answer_file": {"errors"},
     "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
     "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained"},
+    "model_card": {"data", "model", "report", "summary"},
+    "export": {"errors", "data", "model", "output", "report", "trained", "model_card"},
     "study": {"errors", "checkpoints", "config", "data", "evaluation", "output", "evaluate"},
     "verify_resume": {"errors", "checkpoints", "config", "output"},
     "cli": {
         *("errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
-        *("generate", "evaluate", "study", "report", "verify_resume"),
+        *("generate", "evaluate", "study", "report", "verify_resume", "export"),
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -110,7 +112,7 @@ def test_init_files_are_empty():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "verify-resume"]
+    "verb", ["", "train", "preview", "chat", "generate", "evaluate", "study", "report", "export", "verify-resume"]
 )
 def test_help_loads_nothing_heavy(verb):
     arguments = [*verb.split(), "--help"]
