@@ -51,12 +51,12 @@ def model_card(run: Run, name: str, dtype: str, licence: str | None) -> ModelCar
         template_path=str(TEMPLATE),
         name=name,
         dtype=dtype,
-        base=_shown(base),
+        base=_hub_model(base) or _shown(base),
         base_licence=known_licence(base, "model"),
         data=[(_shown(one), known_licence(one, "dataset")) for one in data],
         results=run.results,
         titles=FIGURES,
-        settings={key: config[key] for key in SETTINGS if config.get(key) not in (None, [])},
+        settings={key: config[key] for key in SETTINGS if config.get(key) and (config["lora"] or "lora" not in key)},
     )
 
 

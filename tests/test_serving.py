@@ -136,6 +136,7 @@ def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
         "sft_template.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert json.loads((exported / "config.json").read_text())["use_cache"] is True
+    assert ("as low-rank adapters, which are merged here" in (exported / "README.md").read_text()) == bool(keys)
 
 
 def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
@@ -201,6 +202,7 @@ def test_the_card_has_what_the_run_found(trained, tmp_path):
     )
     assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
     assert f"torch {torch.__version__}" in text and "What holds for this model was not said." in text
+    assert "lora" not in text
 
 
 def test_the_card_of_a_run_without_held_out_rows(trained, tmp_path):
