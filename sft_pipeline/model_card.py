@@ -33,7 +33,7 @@ SETTINGS = (
 
 
 def model_card(run: Run, name: str, dtype: str, licence: str | None) -> ModelCard:
-    """The card of the model called `name`. licence: an identifier of the hub's, as apache-2.0; None takes the base's."""
+    """The card of the model called `name`. licence: as the hub names it; None takes the base's."""
     config = run.results["config"]
     base, data = config["model_name_or_path"], [*config["train_data"], *config.get("eval_data", [])]
     metadata = ModelCardData(
@@ -61,7 +61,7 @@ def model_card(run: Run, name: str, dtype: str, licence: str | None) -> ModelCar
 
 
 def known_licence(name: str, kind: str) -> str | None:
-    """What the card beside a model or data set says (a README.md with front matter), on this disk or in the hub's cache.
+    """What the card beside a model or data set says (README.md with front matter), on disk or in the hub's cache.
 
     kind: "model" or "dataset". Nothing is fetched.
     """

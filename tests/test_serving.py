@@ -1,4 +1,4 @@
-"""A trained folder, and what `export` makes of it, answer alike everywhere: greedy, the same ids, stopping by themselves."""
+"""A trained folder, and what `export` makes of it, answer alike everywhere: greedy, the same ids, and they stop."""
 
 import json
 import socket

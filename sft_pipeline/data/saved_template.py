@@ -35,7 +35,8 @@ def saved_chat_template(template: Template, system_prompt: str | None) -> str:
     if not system_prompt:
         return template.chat_template
     system = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
-    lead = f"{{%- if not messages or messages[0]['role'] != 'system' %}}{{%- set messages = [{system}] + messages %}}{{%- endif %}}"
+    unless = "{%- if not messages or messages[0]['role'] != 'system' %}"
+    lead = unless + "{%- set messages = [" + system + "] + messages %}{%- endif %}"
     # A model that is trained on, or exported, has it already.
     return template.chat_template if template.chat_template.startswith(lead) else lead + template.chat_template
 
