@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_options(_verb(verbs, "generate", _generate, "answer a file of prompts; the answers are rows to train on"))
     _add_evaluate(verbs)
     _add_report(verbs)
+    _add_export(verbs)
     study = "train the variants of a config and compare them; what is done is not done again"
     _verb(verbs, "study", _study, study, "CONFIG [--key value ...]")
     resumed = "prove for a config that a run killed on its way ends with the bits of one that was not"
@@ -148,6 +149,15 @@ def _add_dashboard(verbs: Verbs) -> None:
     one.add_argument("project", nargs="?", default=None, help="the runs' `project` (sft_pipeline)")
     one.add_argument("--port", type=int, help="where it listens on this machine (the first free one from 7860)")
     one.add_argument("--no_browser", action="store_true", help="print the address alone")
+
+
+def _add_export(verbs: Verbs) -> None:
+    one = _verb(verbs, "export", _export, "write a run's model as one folder for other tools, with a model card")
+    one.add_argument("folder", metavar="OUTPUT_DIR", help="a finished run's output folder; adapters are merged")
+    one.add_argument("destination", metavar="DEST", help="the folder to write, which must not be there")
+    dtypes = ("float32", "bfloat16", "float16")
+    one.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (float32, as trained)")
+    one.add_argument("--license", help="the model's, as the hub names it: apache-2.0 (the base model's, if known)")
 
 
 def _verb(verbs: Verbs, name: str, run: Handler, description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -268,6 +278,15 @@ def _report(args: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise SFTError(f"report: unknown option {rest[0]}; it takes --output alone")
     print(write_report(args.folders, args.output))
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.export import export
+
+    if rest:
+        raise SFTError(f"export: unknown option {rest[0]}; it takes --dtype and --license alone")
+    export(args.folder, Path(args.destination), args.dtype, args.license)
+    print(f"exported to {args.destination}; serve it: transformers serve {args.destination}")
 
 
 def _study(args: argparse.Namespace, rest: list[str]) -> None:

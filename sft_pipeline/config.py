@@ -14,6 +14,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -136,7 +137,7 @@ _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|F
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
-def parse(config: str | None, overrides: list[str]) -> tuple[SFTArguments, TrainingArguments]:
+def parse(config: str | None, overrides: Sequence[str] = ()) -> tuple[SFTArguments, TrainingArguments]:
     """Read `config` (a YAML file, or None) and `overrides` (["--key", "value", ...]), the latter winning.
 
     Raises SFTError for a file that is missing or no flat YAML, an unknown key, or a value of the wrong type.
@@ -144,13 +145,15 @@ def parse(config: str | None, overrides: list[str]) -> tuple[SFTArguments, Train
     return parse_keys(read_keys(Path(config)) if config else {}, config or "run", overrides)
 
 
-def parse_keys(keys: dict[str, Any], name: str, overrides: list[str]) -> tuple[SFTArguments, TrainingArguments]:
-    """As `parse`, for keys that were read already; `name` stands in the errors and in the default `output_dir`."""
+def parse_keys(
+    keys: dict[str, Any], name: str = "run", overrides: Sequence[str] = ()
+) -> tuple[SFTArguments, TrainingArguments]:
+    """As `parse`, for the keys of a dictionary; `name` stands in the errors and in the default `output_dir`."""
     parser = _parser()
     from_file = _checked(keys, name, parser)
     try:
         sft, training, unknown = parser.parse_args_into_dataclasses(
-            args=from_file + overrides, return_remaining_strings=True, look_for_args_file=False
+            args=[*from_file, *overrides], return_remaining_strings=True, look_for_args_file=False
         )
     except Exception as error:
         # TrainingArguments checks its own fields against each other and against this machine; some of what it calls

@@ -30,7 +30,8 @@ from sft_pipeline.data.batches import row_lengths
 from sft_pipeline.data.collate import PaddingCollator
 from sft_pipeline.data.packing import PackedCollator, savings
 from sft_pipeline.data.prepare import Prepared, prepare
-from sft_pipeline.data.templates import Template, build_template, saved_chat_template
+from sft_pipeline.data.saved_template import saved_tokenizer
+from sft_pipeline.data.templates import Template, build_template
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.callback import EvaluationCallback
 from sft_pipeline.evaluation.history import answers_before_and_after, changes
@@ -256,7 +257,7 @@ def before_and_after(evaluation: EvaluationCallback) -> dict[str, Any]:
 
 def save(trainer: SupervisedTrainer, template: Template, sft: SFTArguments) -> None:
     """Model (or adapters), tokenizer with the trained chat template, and what `chat` needs to know."""
-    template.tokenizer.chat_template = saved_chat_template(template, sft.system_prompt)
+    trainer.processing_class = saved_tokenizer(template, sft.system_prompt)
     if sft.lora and sft.lora_merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     trainer.save_model()

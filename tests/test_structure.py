@@ -46,12 +46,14 @@ MAY_IMPORT = {
     "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained", "visible"},
     "doctor": {"errors", "cache"},
     "dashboard": {"errors"},
+    "model_card": {"data", "model", "report", "summary"},
+    "export": {"errors", "data", "model", "output", "report", "trained", "model_card"},
     "study": {"errors", "checkpoints", "config", "data", "evaluation", "output", "evaluate"},
     "verify_resume": {"errors", "checkpoints", "config", "output"},
     "cli": {
         *("errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
-        *("generate", "evaluate", "study", "report", "verify_resume", "visible", "shards", "terminal", "doctor"),
-        "dashboard",
+        *("generate", "evaluate", "study", "report", "verify_resume", "shards", "terminal", "doctor"),
+        *("dashboard", "export"),
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -123,7 +125,7 @@ def test_init_files_are_empty():
     "verb",
     [
         *("", "train", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"),
-        *("doctor", "dashboard"),
+        *("doctor", "dashboard", "export"),
     ],
 )
 def test_help_loads_nothing_heavy(verb):

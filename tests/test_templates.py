@@ -8,17 +8,10 @@ import pytest
 from conftest import CHATML, CONTROL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sft_pipeline.data.templates import (
-    SENTINEL,
-    build_template,
-    count_other_ids,
-    saved_chat_template,
-    with_system_prompt,
-)
+from sft_pipeline.data.templates import SENTINEL, build_template, with_system_prompt
 from sft_pipeline.data.tokens import encode_as_text
 from sft_pipeline.errors import SFTError
 
@@ -299,43 +292,3 @@ def test_with_system_prompt():
     own = conversation(["q", "a"], "own")
     assert with_system_prompt(own, "s") is own
     assert with_system_prompt([], "s") == [{"role": "system", "content": "s"}]
-
-
-@BOTH
-@pytest.mark.parametrize("system", [None, SYSTEM, "a \"quoted\" 'one'\n\\n {{ x }} {% y %} %} 🙂 <b>&amp;"])
-def test_the_saved_chat_template_renders_what_was_trained(make_tokenizer, name, system):
-    own = make_tokenizer()
-    template = build_template(name, own)
-    messages = conversation(["What is the answer?", "The answer is 42.", "Why?", "冬瓜 🙂"])
-    trained = template.tokenizer.decode(train(template, with_system_prompt(messages, system))[0])
-    prompt = own.decode(template.prompt(with_system_prompt(messages[:-1], system)))
-    own.chat_template = saved_chat_template(template, system)
-    rendered = own.apply_chat_template(messages, tokenize=False)
-    assert rendered == trained + ("\n" if name == "chat" else "")
-    assert own.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) == prompt
-
-
-@BOTH
-def test_the_saved_chat_template_keeps_a_system_message(make_tokenizer, name):
-    own = make_tokenizer()
-    template = build_template(name, own)
-    messages = conversation(["q", "a"], "its own")
-    before = own.decode(train(template, messages)[0])
-    own.chat_template = saved_chat_template(template, "the default")
-    assert own.apply_chat_template(messages, tokenize=False).removesuffix("\n") == before
-
-
-def test_the_saved_chat_template_is_plain_jinja(tokenizer):
-    """Other tools render it without transformers."""
-    saved = saved_chat_template(build_template("role", tokenizer), SYSTEM)
-    text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(saved)
-    rendered = text.render(messages=conversation(["q"]), add_generation_prompt=True)
-    assert rendered == f"<|im_start|>\n#SYSTEM:{SYSTEM}\n#USER:q\n#ASSISTANT:"
-
-
-def test_the_saved_chat_templates_difference_is_counted(tokenizer):
-    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    # A control token that a row spells is text in training, and the token itself to whoever tokenizes the whole.
-    spelled = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]
-    template = build_template("chat", tokenizer)
-    assert count_other_ids(template, [plain, spelled, plain], "Be brief.") == 1

