@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.errors import SFTError, failures_of_files
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -21,8 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one verb; an error of ours is one line on standard error and its exit status (errors.py), mostly 2."""
     args, rest = _parser().parse_known_args(arguments)
     try:
-        _quiet_libraries()
-        args.run(args, rest)
+        with failures_of_files():
+            _quiet_libraries()
+            args.run(args, rest)
     except SFTError as error:
         print(f"sft-pipeline: {error}", file=sys.stderr)
         sys.exit(error.status)

@@ -33,6 +33,7 @@ from sft_pipeline.data.templates import Template, build_template, saved_chat_tem
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.callback import EvaluationCallback
 from sft_pipeline.evaluation.history import answers_before_and_after, changes
+from sft_pipeline.memory import peak_memory_gib
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
 from sft_pipeline.model.freezing import train_only
@@ -50,9 +51,10 @@ from sft_pipeline.output import (
     write_json,
 )
 from sft_pipeline.preview import record, show
+from sft_pipeline.processes import naming_lost_processes
 from sft_pipeline.report.page import write_report
 from sft_pipeline.summary import print_results
-from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
+from sft_pipeline.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ PACKAGES = ("sft_pipeline", "torch", "transformers", "datasets", "accelerate", "
 SAMPLE = 1000  # rows on which the savings are counted
 
 
+@naming_lost_processes()
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
     """Fine-tune as told; leaves model, tokenizer, `run.yaml`, `results.json` and its page in the output folder."""
     checkpoint = check_output_dir(sft, training)
