@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,19 @@ from report import ROOT, Table, write
 
 sys.path.insert(0, str(ROOT))
 
-from victims import ENDED, ENDING, SAVED, SAVING, STARTS, Plan, make_task, plan_record, start
+from victims import (
+    ENDED,
+    ENDING,
+    SAVED,
+    SAVING,
+    STARTS,
+    Plan,
+    import_all,
+    make_task,
+    modules_of_a_run,
+    plan_record,
+    start,
+)
 
 from sft_pipeline.checkpoints import digest
 from sft_pipeline.verify_resume import compare
@@ -127,7 +139,9 @@ class Harness:
     lasts: dict[str, float] = field(default_factory=dict)  # seconds, by aim
 
     def whole(self) -> None:
-        """The run that is never killed, and how long it and its saves take."""
+        """The run that is never killed, and how long it and its saves take, once all is imported."""
+        first = (self.name, replace(self.plan, steps=self.plan.save_steps), self.folder.parent, self.folder / "first")
+        import_all(in_a_fork(lambda: modules_of_a_run(*first)))
         began, run = time.monotonic(), self.start(self.folder / "whole")
         if run.ended():
             sys.exit((self.folder / "whole.log").read_text(encoding="utf-8")[-3000:])

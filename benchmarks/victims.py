@@ -6,9 +6,13 @@ costs a tenth of a second instead of six. SIGKILL ends a forked process as it en
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +31,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from sft_pipeline.cache import cache_dir
 from sft_pipeline.cli import main as sft_pipeline
 from sft_pipeline.data.collate import IGNORED
-from sft_pipeline.model.loading import load_tokenizer
+from sft_pipeline.model.loading import load_tokenizer, resolve
 from sft_pipeline.trainer import SupervisedTrainer
 
 BATCH, EPOCH = 4, 16  # rows a step, steps an epoch
@@ -42,8 +47,9 @@ class Plan:
 
     steps: int
     save_steps: int
-    layers: int = 2
-    width: int = 64
+    layers: int = 4
+    width: int = 128
+    vocabulary: int = 1000
 
     def settings(self) -> dict[str, Any]:
         """TrainingArguments of both trainers."""
@@ -62,18 +68,19 @@ class Plan:
 
 
 def make_task(plan: Plan, model: str, data: str, folder: Path) -> None:
-    """The files that every run starts from: a random model of the given one's family, a few rows, and their ids."""
-    task = prepare(model, data, EPOCH * BATCH)
-    config = AutoConfig.from_pretrained(task.model)
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = plan.layers, plan.width, 2 * plan.width
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, plan.width // 4
-    config.layer_types = None
+    """The files that every run starts from: the shortest rows, a small random model of the given one's family with a
+    tokenizer of few words, and the rows' ids."""
+    rows = sorted(json.loads(Path(data).read_text(encoding="utf-8")), key=lambda row: len(str(row)))[: EPOCH * BATCH]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    path = resolve(model, cache_dir())
+    tokenizer = load_tokenizer(path).train_new_from_iterator([str(rows)], plan.vocabulary, show_progress=False)
+    config = AutoConfig.from_pretrained(path, vocab_size=len(tokenizer), num_hidden_layers=plan.layers)
+    config.hidden_size, config.intermediate_size, config.head_dim = plan.width, 2 * plan.width, plan.width // 4
+    config.num_attention_heads, config.num_key_value_heads, config.layer_types = 4, 2, None
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    load_tokenizer(task.model).save_pretrained(folder / "model")
-    rows = json.loads(Path(data).read_text(encoding="utf-8"))[: EPOCH * BATCH]
-    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    Task(str(folder / "model"), task.rows, task.account).write(folder / "task.json")
+    tokenizer.save_pretrained(folder / "model")
+    prepare(str(folder / "model"), str(folder / "rows.json"), len(rows)).write(folder / "task.json")
 
 
 def ours(plan: Plan, task: Path, output: Path) -> None:
@@ -117,6 +124,25 @@ def start(name: str, plan: Plan, task: Path, output: Path, marks: int) -> None:
     trainer, run = STARTS[name]
     watch(trainer, output.with_suffix(".rows"), marks)
     run(plan, task, output)
+
+
+def modules_of_a_run(name: str, plan: Plan, task: Path, output: Path) -> list[str]:
+    """What a run imports on its way, so that later ones find it imported."""
+    pipe, marks = os.pipe()
+    start(name, plan, task, output, marks)
+    os.close(pipe)
+    return sorted(sys.modules)
+
+
+def import_all(names: list[str]) -> None:
+    """As far as they can be imported by name. Raises SystemExit where that leaves more than one thread to fork."""
+    for name in names:
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            importlib.import_module(name)
+    tasks = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    if tasks.count("jemalloc_bg_thd") + 1 < len(tasks):  # Arrow's allocator has one, and knows of forks
+        sys.exit(f"{tasks} are the threads after the imports: a fork of them would not be a start like another")
 
 
 def watch(trainer: type[Trainer], rows: Path, marks: int) -> None:
