@@ -1,7 +1,6 @@
 """Runs that are killed (SIGKILL) over and over and started again by nobody's hand: do they end, and as they should?
 
-    python benchmarks/kills.py smollm2-135m alpaca_en_demo.json --kills 30 --output docs/kills
-    python benchmarks/kills.py smollm2-135m alpaca_en_demo.json --kills 30 --output docs/kills     # adds to it
+    python benchmarks/kills.py smollm2-135m alpaca_en_demo.json --kills 60 --output docs/kills    # again: adds to it
 
 Half of the kills come at a moment drawn from the length of a whole run, a quarter while a checkpoint is being written, a
 quarter while the model is being saved at the end. The same command is then started again (victims.py): ours is `train`
@@ -252,9 +251,10 @@ def main() -> None:
     parser.add_argument("model", help="a model folder or smollm2-135m: the family and the tokenizer of the small model")
     parser.add_argument("data", help="a JSON file of instruction rows, such as alpaca_en_demo.json")
     parser.add_argument("--trainers", nargs="+", choices=list(STARTS), default=list(STARTS))
-    parser.add_argument("--kills", type=int, default=30, help="of each trainer (30)")
+    parser.add_argument("--kills", type=int, default=60, help="of each trainer (60)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="for all trainers: no run begins after that")
     parser.add_argument("--kills_a_run", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=24, help="of a run")
+    parser.add_argument("--steps", type=int, default=16, help="of a run")
     parser.add_argument("--save_steps", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md, or add to them")
@@ -269,15 +269,15 @@ def main() -> None:
             harness.whole()
             print(name, {aim: round(seconds, 3) for aim, seconds in harness.lasts.items()}, flush=True)
             most = harness.account.kills + args.kills
-            while harness.account.kills < most:
+            end = time.monotonic() + 60 * args.minutes / len(args.trainers)
+            while harness.account.kills < most and time.monotonic() < end:
                 left = min(args.kills_a_run, most - harness.account.kills)
                 harness.one_run(left, f"{args.seed} {name} {harness.account.runs}")
                 print(name, json.dumps(asdict(harness.account)), flush=True)
-    made = table(accounts)
-    made.show()
-    if args.output:
-        found = {name: asdict(account) for name, account in accounts.items()}
-        write(args.output, {"plan": plan_record(plan), "trainers": found}, made.markdown())
+                if args.output:
+                    found = {name: asdict(account) for name, account in accounts.items()}
+                    write(args.output, {"plan": plan_record(plan), "trainers": found}, table(accounts).markdown())
+    table(accounts).show()
 
 
 if __name__ == "__main__":

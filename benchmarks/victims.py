@@ -37,7 +37,7 @@ from sft_pipeline.data.collate import IGNORED
 from sft_pipeline.model.loading import load_tokenizer, resolve
 from sft_pipeline.trainer import SupervisedTrainer
 
-BATCH, EPOCH = 4, 16  # rows a step, steps an epoch
+BATCH, EPOCH = 4, 10  # rows a step, steps an epoch
 SAVING, SAVED, ENDING, ENDED = b"S", b"s", b"E", b"e"
 
 

@@ -405,7 +405,7 @@ def work(process: int, port: int, folder: str) -> None:
     os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
     processes.GRACE = timedelta(seconds=1)
     group = torch.distributed.distributed_c10d
-    callbacks = [At(1, lambda: group._set_pg_timeout(timedelta(seconds=2)))]
+    callbacks = [At(1, lambda: group._set_pg_timeout(timedelta(seconds=5)))]
     if process == 1:
         callbacks.append(At(2, lambda: time.sleep(30)))
     try:
@@ -416,6 +416,7 @@ def work(process: int, port: int, folder: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.real
 def test_the_rank_that_hangs_is_named(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
