@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -47,15 +47,13 @@ def _who() -> str:
 
 
 def missing(grace: timedelta) -> list[int]:
-    """The ranks that do not say within `grace` that they gave up too. Rank 0 where the store, which it holds, is gone."""
+    """The ranks that do not say within `grace` that they gave up too; rank 0 if the store, which it holds, is gone."""
     own, names = dist.get_rank(), [f"sft_pipeline/gave_up/{rank}" for rank in range(dist.get_world_size())]
     try:
         store = distributed_c10d._get_default_store()
         store.set(names[own], "1")
-        try:
+        with suppress(RuntimeError):  # not all of them came
             store.wait(names, grace)
-        except RuntimeError:
-            pass  # not all of them
         return [rank for rank, name in enumerate(names) if not store.check([name])]
     except RuntimeError:
         return [0]

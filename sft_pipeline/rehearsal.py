@@ -1,8 +1,8 @@
 """One forward and backward pass of the heaviest micro-batch before the first step: what does not fit fails at once.
 
-Nothing is different afterwards: no weight, gradient, random state or state of the optimizer. What the optimizer will keep
-from its first step on is set aside meanwhile. On a CPU a process that takes too much is killed by the kernel without a
-word, so the line that is logged says what the rehearsal took and what is left.
+Nothing is different afterwards: no weight, gradient, random state or state of the optimizer. What the optimizer will
+keep from its first step on is set aside meanwhile. On a CPU a process that takes too much is killed by the kernel
+without a word, so the line that is logged says what the rehearsal took and what is left.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _same_randomness(device: torch.device) -> Iterator[None]:
 
 
 def _say(what: str, kept: float, device: torch.device) -> None:
-    """kept: GiB of the optimizer to come; a GPU's peak holds them already, memory that is not written to is not taken."""
+    """kept: GiB of the optimizer to come. A GPU's peak holds them already; memory not yet written to is not taken."""
     peak = peak_memory_gib() + (0 if device.type == "cuda" else kept)
     taken, free = taken_and_free_gib(device)
     left = taken + free - peak

@@ -51,7 +51,7 @@ class SavingTrainer(Trainer):
             self._push_from_checkpoint(str(run / name))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Aside first, where it is the run's and not a checkpoint's: a kill or a full disk costs no file that was there."""
+        """Aside first, where it is the run's and no checkpoint's: a kill or a full disk costs no older file."""
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return

@@ -1,4 +1,4 @@
-"""Full disks, folders of others, memory that runs out, workers that hang, an end cut off: one line, and nothing is lost."""
+"""Full disks, folders of others, too little memory, workers that hang, an end cut off: one line, nothing is lost."""
 
 import errno
 import json
@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_and_then_is_not(small_disk, whole):
     folder = small_disk(int(3.6 * checkpoint))
     with pytest.raises(SFTError, match=r"checkpoint-\d: could not be saved \(.+\); older checkpoints are kept") as told:
         build(folder).train()
-    kept = [place for place in folder.glob("checkpoint-*")]
+    kept = list(folder.glob("checkpoint-*"))
     assert kept and [damage(place) for place in kept] == [None] * len(kept)
     assert newest_whole(folder) not in str(told.value)
     small_disk(int(30 * checkpoint))
