@@ -64,6 +64,18 @@ def publish(aside: Path, place: Path) -> None:
     sync(place.parent)
 
 
+def publish_files(aside: Path, folder: Path) -> None:
+    """Move all files of `aside` into `folder`, where each is the one before or the whole new one."""
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    for file in files:
+        sync(file)
+    for file in files:
+        place = folder / file.relative_to(aside)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    sync(folder)
+
+
 def seal(folder: Path) -> None:
     """Write the checksums of all files in `folder`, and see that everything is on the disk."""
     paths = sorted(folder.rglob("*"))

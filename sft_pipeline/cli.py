@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.errors import SFTError, failures_of_files
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     terminal.prepare()
     try:
-        with terminal.log_without_bars():
+        with terminal.log_without_bars(), failures_of_files():
             args.run(args, rest)
     except SFTError as error:
         _say_once(f"sft-pipeline: {error}")

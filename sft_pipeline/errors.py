@@ -4,7 +4,24 @@ Raise SFTError for whatever a user can mend: its message is one line that names 
 The command line prints that line without a traceback and exits with the error's status.
 """
 
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from sft_pipeline.visible import one_line
+
+FREE, ALLOWED = "free some space", "name one that may be written to: output_dir, SFT_PIPELINE_CACHE or HF_HOME"
+REMEDIES = {
+    errno.ENOSPC: FREE,
+    errno.EDQUOT: FREE,
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EACCES: ALLOWED,
+    errno.EPERM: ALLOWED,
+    errno.EROFS: ALLOWED,
+}
 
 
 class SFTError(ValueError):
@@ -20,3 +37,20 @@ class Requeue(SFTError):
     """The run was told to end and has saved what it had: the same command, started again, goes on with it."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
+
+
+@contextmanager
+def failures_of_files() -> Iterator[None]:
+    """Raises SFTError for a disk that is full and a folder that is not ours, whatever library met it."""
+    try:
+        yield
+    except SFTError:
+        raise
+    except Exception as error:
+        failure: BaseException | None = error
+        while failure and not (isinstance(failure, OSError) and failure.errno in REMEDIES):
+            failure = failure.__cause__
+        if failure is None:
+            raise
+        where, why = failure.filename or "the disk of output_dir or of a cache", os.strerror(failure.errno)
+        raise SFTError(f"{where}: {why}; {REMEDIES[failure.errno]}; what was saved is kept") from error

@@ -14,6 +14,7 @@ Beside these stand the model as transformers saves it, and the checkpoints.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -42,6 +43,9 @@ def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | No
     folder = output_folder(training)
     if folder.exists() and not folder.is_dir():
         raise SFTError(f"output_dir {folder}: is a file; choose another folder")
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SFTError(f"output_dir {folder}: {existing} may not be written to; choose another folder")
     begins_again = False
     if _resumes(training):
         checkpoint = checkpoint_to_resume(training, folder)

@@ -35,6 +35,7 @@ from sft_pipeline.data.templates import Template, build_template
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.callback import EvaluationCallback
 from sft_pipeline.evaluation.history import answers_before_and_after, changes
+from sft_pipeline.memory import peak_memory_gib
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.attention import use_packed_attention, why_not_packable
 from sft_pipeline.model.freezing import train_only
@@ -52,13 +53,14 @@ from sft_pipeline.output import (
     write_json,
 )
 from sft_pipeline.preview import record, show
+from sft_pipeline.processes import naming_lost_processes
 from sft_pipeline.progress import waiting
 from sft_pipeline.report.page import write_report
 from sft_pipeline.sharded import whole_weights
 from sft_pipeline.shards import map_shards
 from sft_pipeline.summary import print_results
 from sft_pipeline.trackers import keep_usable, tracked
-from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib
+from sft_pipeline.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ PACKAGES = ("sft_pipeline", "torch", "transformers", "datasets", "accelerate", "
 SAMPLE = 1000  # rows on which the savings are counted
 
 
+@naming_lost_processes()
 def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> dict[str, Any]:
     """Fine-tune as told; leaves model, tokenizer, `run.yaml`, `results.json` and its page in the output folder."""
     checkpoint = check_output_dir(sft, training)

@@ -2,40 +2,36 @@
 
 Loss, accumulation and many devices are the library's own: the model's forward pass returns the loss (see
 model/supervised.py) over the number of targets that `Trainer` counts for the whole optimizer step. Ours are the
-order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, checkpoints that are whole
-or absent (checkpoints.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
+order of the rows (data/batches.py), the evaluation weighted by tokens, the true throughput, saving (saving.py), a
+rehearsal (rehearsal.py), an end in good order after SIGTERM or a lost loss, and a progress bar (progress.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.checkpoints import SAVING_DIR, Termination, clear, output_folder, pickles_refused, publish, rotate
+from sft_pipeline.checkpoints import Termination, clear, output_folder, pickles_refused
 from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
 from sft_pipeline.errors import Requeue, SFTError
-from sft_pipeline.progress import TrainingProgress, waiting
-from sft_pipeline.sharded import ShardedTrainer
+from sft_pipeline.memory import enough_memory, less_a_batch, peak_memory_gib
+from sft_pipeline.progress import TrainingProgress
+from sft_pipeline.rehearsal import rehearse
+from sft_pipeline.saving import SavingTrainer
 
 
-class SupervisedTrainer(ShardedTrainer):
+class SupervisedTrainer(SavingTrainer):
     """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`.
 
     tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
@@ -51,12 +47,13 @@ class SupervisedTrainer(ShardedTrainer):
         super().__init__(compute_metrics=self._held_out_figures, **kwargs)
         self.row_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
         self._tokens_per_batch = tokens_per_batch
+        size = "tokens_per_batch" if tokens_per_batch else "per_device_train_batch_size"
+        self._memory_remedy = less_a_batch(size, self.args)
         self._tokens = 0
         self._paused_seconds = 0.0
         self._started = time.perf_counter()
         self._termination = Termination()
-        self._aside = False  # while a checkpoint is being written
-        self._saved_step = self._checked_step = -1
+        self._checked_step = -1
         self._step_loss: Tensor | float = 0.0  # this process' part of the step's loss
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -69,6 +66,13 @@ class SupervisedTrainer(ShardedTrainer):
             clear(output_folder(self.args))
         with self._termination, pickles_refused(resume_from_checkpoint):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """And a rehearsal, in which the heaviest batch has to fit."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        rehearse(self, model, self.training_batches(), super().training_step, self._memory_remedy)
+        self._started = time.perf_counter()
+        return model, loader
 
     def training_batches(self) -> StepBatches:
         """The row numbers of this process' micro-batches."""
@@ -112,7 +116,8 @@ class SupervisedTrainer(ShardedTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._tokens += real_tokens(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with enough_memory(f"step {self.state.global_step + 1}", self._memory_remedy, self.args):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss += loss
         return loss
 
@@ -157,86 +162,10 @@ class SupervisedTrainer(ShardedTrainer):
             write_rows(folder, rows, self.train_dataset, self.processing_class)
         return SFTError(described(folder, step, reason, rows))
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / SAVING_DIR) if self._aside else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Whole or absent; older ones go after that."""
-        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        try:
-            self._aside = True
-            with waiting(f"saving {name}", self.args.disable_tqdm):
-                super()._save_checkpoint(model, trial)
-            self._name_best(run, run / SAVING_DIR / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                with waiting(f"checking {name}", self.args.disable_tqdm):
-                    publish(run / SAVING_DIR / name, run / name)
-                rotate(run / name, self.args.save_total_limit, self.state.best_model_checkpoint)
-                clear(run)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # torch and safetensors have errors of their own for a disk that is full.
-            why = " ".join(str(error).split())
-            raise SFTError(f"{run / name}: could not be saved ({why}); older checkpoints are kept") from error
-        finally:
-            self._aside = False
-        self.accelerator.wait_for_everyone()
-        self._saved_step = self.state.global_step
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run / name))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Without the library's pickle of the arguments, which no one needs and which holds the hub's token."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir) if output_dir else output_folder(self.args)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _name_best(self, run: Path, aside: Path) -> None:
-        """The best checkpoint by the name that it will have."""
-        best = run / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best.is_dir() or best.name == aside.name):
-            self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushed when it is whole: the hub's thread would read a folder that is renamed meanwhile."""
-        if not self._aside:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """And the loss since the last log, which else would begin anew in a run that goes on."""
-        super()._save_rng_state(output_dir)
-        running = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-        self._running_loss_file(output_dir).write_text(json.dumps(running), encoding="utf-8")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once, before the first step of a run that goes on."""
-        super()._load_rng_state(checkpoint)
-        running = self._running_loss(checkpoint) if checkpoint else None
-        if running is None:
-            return
-        self._tr_loss.fill_(running["loss"])
-        self._globalstep_last_logged = running["last_logged_step"]
-        # The library's train_loss is of the steps from here on alone.
-        self._total_loss_scalar = -running["loss"]
-
-    def _running_loss(self, checkpoint: str) -> dict[str, Any] | None:
-        """What this process had saved; where others or fewer had, each takes the mean, which is what is logged."""
-        files = list(Path(checkpoint).glob("running_loss_*.json"))
-        if len(files) == self.args.world_size:
-            files = [self._running_loss_file(checkpoint)]
-        parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        return parts[0] | {"loss": sum(part["loss"] for part in parts) / len(parts)} if parts else None
-
-    def _running_loss_file(self, folder: str) -> Path:
-        return Path(folder) / f"running_loss_{self.args.process_index}.json"
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        with enough_memory("an evaluation", "lower per_device_eval_batch_size", self.args):
+            metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - started
         return metrics
 
@@ -279,11 +208,3 @@ def token_weighted(prediction: EvalPrediction) -> dict[str, float]:
     loss = nll / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": float(loss), "perplexity": perplexity, "token_accuracy": float(correct / targets)}
-
-
-def peak_memory_gib() -> float:
-    """The most memory that was in use: of the device where it keeps count, else of the process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)

@@ -66,7 +66,7 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-def cut_off(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
+def cut_off(monkeypatch: pytest.MonkeyPatch, at: int, *more: tuple[type, str]) -> list[str]:
     """Of the calls that change the disk, the one of number `at` is not made, nor any after it."""
     calls: list[str] = []
 
@@ -79,7 +79,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
 
         return call
 
-    for place, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "write_text")):
+    for place, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "write_text"), *more):
         monkeypatch.setattr(place, name, counted(name, getattr(place, name)))
     return calls
 
@@ -282,7 +282,7 @@ def test_a_save_that_fails_is_one_line_and_costs_no_older_checkpoint(failure, wh
     target, function, why = FAILURES[failure]
     place = tmp_path / "checkpoint-3"
     with pytest.MonkeyPatch.context() as patch:
-        said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept$"
+        said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept, --resume_from_checkpoint auto goes"
         with pytest.raises(SFTError, match=said):
             build(tmp_path, [FailAt(patch, target, function)], save_total_limit=1).train()
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and not place.exists()

@@ -18,10 +18,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from sft_pipeline.data.collate import PaddingCollator
 from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.memory import peak_memory_gib
 from sft_pipeline.model.attention import use_packed_attention
 from sft_pipeline.model.supervised import supervise
 from sft_pipeline.progress import TrainingProgress
-from sft_pipeline.trainer import SupervisedTrainer, peak_memory_gib, real_tokens, token_weighted
+from sft_pipeline.trainer import SupervisedTrainer, real_tokens, token_weighted
 
 IGNORED, VOCABULARY = -100, 97
 COLLATORS = {"padded": PaddingCollator(0), "packed": PackedCollator()}
