@@ -3,8 +3,9 @@
     python benchmarks/kills.py smollm2-135m alpaca_en_demo.json --kills 60 --output docs/kills    # again: adds to it
 
 Half of the kills come at a moment drawn from the length of a whole run, a quarter while a checkpoint is being written,
-a quarter while the model is being saved at the end. The same command is then started again (victims.py): ours is `train`
-with --resume_from_checkpoint auto, plain is transformers.Trainer with the checkpoint that `get_last_checkpoint` finds.
+a quarter while the model is being saved at the end. The same command is then started again (victims.py): ours is
+`train` with --resume_from_checkpoint auto, plain is transformers.Trainer with the checkpoint that
+`get_last_checkpoint` finds.
 A start that fails needs a hand: the newest checkpoint is deleted. What a run leaves is compared bit by bit with what a
 run left that was never killed: the last checkpoint (weights, optimizer, all else), the tokens of every step that was
 trained by any start, and the model that was saved at the end.

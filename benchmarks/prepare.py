@@ -3,10 +3,10 @@
     python benchmarks/prepare.py MODEL alpaca_en_demo.json [--rows 1000000] [--num_proc 2]
 
 The rows of a file of Alpaca's shape are written again and again as JSONL, each with a number of its own, so that no two
-are alike. `prepare` runs as a user runs it, in a process of its own with empty caches, a thousand rows held out. Memory
-is that of the whole tree of processes, read twice a second from /proc/PID/smaps_rollup (Linux): PSS, which counts a page
-shared by n processes as 1/n in each, and of it the anonymous part. The rest are pages of mapped files, which the kernel
-takes back when memory runs short.
+are alike. `prepare` runs as a user runs it, in a process of its own with empty caches, a thousand rows held out.
+Memory is that of the whole tree of processes, read twice a second from /proc/PID/smaps_rollup (Linux): PSS, which
+counts a page shared by n processes as 1/n in each, and of it the anonymous part. The rest are pages of mapped files,
+which the kernel takes back when memory runs short.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--read", action="store_true", help="read rows from shards, nothing else")
     args = parser.parse_args()
     if args.read:
-        return read(Path(args.data))
+        read(Path(args.data))
+        return
     with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as work:
         file, shards = Path(work) / "rows.jsonl", Path(work) / "shards"
         if not file.exists():

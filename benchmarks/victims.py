@@ -168,7 +168,8 @@ def watch(trainer: type[Trainer], rows: Path, marks: int) -> None:
             file.write(f"{self.state.global_step} {found}\n")
         return training_step(self, model, inputs, *args, **kwargs)
 
-    trainer._save_checkpoint, trainer.save_model, trainer.training_step = saving, ending, step
+    hooked: Any = trainer
+    hooked._save_checkpoint, hooked.save_model, hooked.training_step = saving, ending, step
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:

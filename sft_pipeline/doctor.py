@@ -1,7 +1,7 @@
 """What this machine trains with, and what is missing with the command that installs it. Loads no model.
 
-    sft-pipeline doctor
-    sft-pipeline doctor --json | jq .findings.device.value
+sft-pipeline doctor
+sft-pipeline doctor --json | jq .findings.device.value
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _hardware() -> Iterator[Finding]:
     import psutil
     import torch
 
-    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator.type if accelerator else "cpu"
     yield Finding("device", device, _device_note(torch, device))
     supported, note = bf16(torch, device)
     yield Finding("bf16", supported, note)
@@ -144,7 +145,7 @@ def bf16(torch: Any, device: str) -> tuple[bool, str]:
         return native, "" if native else "this GPU has none: fp16: true instead"
     if device == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0), "from macOS 14 on"
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # releases before 2.10 do not tell
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # releases before 2.10 do not tell
     native = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
     return native, "" if native else "a CPU without AMX or AVX512-BF16 is slower in bf16 than in float32"
 

@@ -48,9 +48,9 @@ def failures_of_files() -> Iterator[None]:
         raise
     except Exception as error:
         failure: BaseException | None = error
-        while failure and not (isinstance(failure, OSError) and failure.errno in REMEDIES):
+        while failure and not isinstance(failure, OSError):
             failure = failure.__cause__
-        if failure is None:
+        if not isinstance(failure, OSError) or failure.errno not in REMEDIES:
             raise
         where, why = failure.filename or "the disk of output_dir or of a cache", os.strerror(failure.errno)
         raise SFTError(f"{where}: {why}; {REMEDIES[failure.errno]}; what was saved is kept") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ def export(folder: str, destination: Path, dtype: str = "float32", licence: str 
     if destination.exists():
         raise SFTError(f"{destination}: is there already; choose another folder, or take it away")
     template, system_prompt = load_template(folder)
-    model = load_model(folder).to(DTYPES[dtype])
+    model: Any = load_model(folder)
+    model.to(DTYPES[dtype])
     set_special_tokens(model, template.tokenizer, template.stop_token_id)
     model.config.use_cache = True  # training turns it off
     destination.parent.mkdir(parents=True, exist_ok=True)

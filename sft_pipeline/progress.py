@@ -41,6 +41,7 @@ class TrainingProgress(ProgressCallback):
     """One bar with loss, tokens a second and time left; a line for each evaluation."""
 
     training_bar: Any  # the library says None, until there is one
+    prediction_bar: Any
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,10 +50,8 @@ class TrainingProgress(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description("training")
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_prediction_step(args, state, control, **kwargs)
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        super().on_prediction_step(*args, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("held-out loss", refresh=False)
 

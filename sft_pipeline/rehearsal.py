@@ -36,7 +36,8 @@ def rehearse(
     if _steps_while_going_back(trainer):
         return
     rows = heaviest(batches, longest_together=trainer.args.train_sampling_strategy == "group_by_length")
-    inputs = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    dataset: Any = trainer.train_dataset
+    inputs = trainer.data_collator([dataset[row] for row in rows])
     what, device = f"{len(rows)} rows, {inputs['input_ids'].numel()} tokens", trainer.args.device
     targets, was_training = trainer._get_num_items_in_batch([inputs], device), model.training
     with enough_memory(f"the heaviest batch ({what})", remedy, trainer.args), _same_randomness(device):
@@ -71,7 +72,7 @@ def _steps_while_going_back(trainer: Trainer) -> bool:
 
 def _optimizer_state(trainer: Trainer) -> list[Tensor]:
     """As much as Adam will keep, two numbers a weight, if it has not yet; of other optimizers it is not known."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if optimizer.state or not isinstance(optimizer, torch.optim.Adam):
         return []
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -84,9 +84,9 @@ def map_shards(sft: SFTArguments, template: Template, training: TrainingArgument
     if reason:
         raise SFTError(f"prepared_data {folder}: {reason}")
     record = _record(folder)
-    parts = {name: _map(folder / name) if (folder / name).is_dir() else None for name in PARTS}
+    parts: dict[str, Any] = {name: _map(folder / name) if (folder / name).is_dir() else None for name in PARTS}
     accounts = {f"{name}_account": record[f"{name}_account"] for name in ("train", "held_out")}
-    data = Prepared(**parts, **{name: one and Account(**one) for name, one in accounts.items()})
+    data = Prepared(**parts | {name: one and Account(**one) for name, one in accounts.items()})
     logger.info("training rows of %s: %s", folder, data.train_account)
     if data.held_out_account:
         logger.info("held-out rows of %s: %s", folder, data.held_out_account)

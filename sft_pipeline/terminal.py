@@ -94,7 +94,7 @@ class LogStream(io.TextIOBase):
         return self._stream.fileno()
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute there, which changes with the stream here
         return self._stream.encoding
 
     def __getattr__(self, name: str) -> Any:

@@ -31,6 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,15 @@ SECRET = re.compile(r"(--[\w-]*token)(=.*)?")
 
 def keep_usable(training: TrainingArguments) -> None:
     """Take what is not installed out of `report_to`, in one line each; raises SFTError for what is no tracker."""
-    for name in list(training.report_to):
+    used = trackers_of(training)
+    for name in list(used):
         if name not in INTEGRATION_TO_CALLBACK:
             raise SFTError(f"report_to: {name} is no tracker; known are {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
         if name not in get_available_reporting_integrations():
             remedy = INSTALL if name in ("wandb", "trackio") else f"pip install {name}"
             logger.warning("%s is not installed (%s); the run goes on without it", name, remedy)
-            training.report_to.remove(name)
-    if "wandb" in training.report_to:
+            used.remove(name)
+    if "wandb" in used:
         # Its lines go; ours say where the run is. wandb reads this when it is first used.
         os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -78,9 +80,15 @@ def tracked(trainer: Trainer, checkpoint: str | None, facts: dict[str, Any]) -> 
             attempt("wandb", args, partial(begun.finish, exit_code=status))
 
 
+def trackers_of(args: TrainingArguments) -> list[str]:
+    """`report_to` as TrainingArguments leaves it: the list itself, which a tracker that fails is taken out of."""
+    assert isinstance(args.report_to, list)
+    return args.report_to
+
+
 def attempt(name: str, args: TrainingArguments, call: Callable[[], Any]) -> Any:
     """What the tracker's call returns; None if it fails, which takes the tracker out of use in one line."""
-    if name not in args.report_to:
+    if name not in trackers_of(args):
         return None
     try:
         # trackio prints in colour, to whatever it is; what it says is said here.
@@ -88,7 +96,7 @@ def attempt(name: str, args: TrainingArguments, call: Callable[[], Any]) -> Any:
             return call()
     except Exception as error:
         logger.warning("%s failed (%s); the run goes on without it", name, _one_line(error))
-        args.report_to.remove(name)
+        trackers_of(args).remove(name)
         return None
 
 
@@ -123,7 +131,7 @@ class Guarded:
 
 def _guard(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Guarded]:
     """Put a guard in the place of each tracker's callback."""
-    names = {INTEGRATION_TO_CALLBACK[name]: name for name in trainer.args.report_to}
+    names = {INTEGRATION_TO_CALLBACK[name]: name for name in trackers_of(trainer.args)}
     callbacks = trainer.callback_handler.callbacks
     guards = {}
     for at, one in enumerate(callbacks):
@@ -149,13 +157,14 @@ class Stepped:
 
 def _run_name(args: TrainingArguments, checkpoint: str | None) -> str:
     """The name of the run that the checkpoint is of, or a new one; kept in the output folder."""
-    ours = Path(args.output_dir) / TRACKERS_FILE
+    folder = output_folder(args)
+    ours = folder / TRACKERS_FILE
     kept = Path(checkpoint).parent / TRACKERS_FILE if checkpoint else ours
     if checkpoint and kept.is_file():
         name = json.loads(kept.read_text(encoding="utf-8"))["run"]
     else:
         # Not drawn from a generator that training draws from.
-        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(args.output_dir).name)[:60]}-{secrets.token_hex(3)}"
+        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.name)[:60]}-{secrets.token_hex(3)}"
     if args.report_to and args.process_index == 0:
         ours.write_text(json.dumps({"run": name}) + "\n", encoding="utf-8")
     return name
@@ -186,7 +195,7 @@ def _begin_wandb(run: str, args: TrainingArguments) -> Any:
     return begun
 
 
-def _init_wandb(run: str, args: TrainingArguments, mode: str) -> Any:
+def _init_wandb(run: str, args: TrainingArguments, mode: Any) -> Any:
     import wandb
 
     return wandb.init(

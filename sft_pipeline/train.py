@@ -104,7 +104,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
         speed = trainer.tokens_per_second()
         last_eval = final_evaluation(trainer, evaluation) if data.held_out else {}
 
-    with waiting(f"saving {training.output_dir}", training.disable_tqdm):
+    with waiting(f"saving {training.output_dir}", bool(training.disable_tqdm)):
         save(trainer, template, sft)
     results = {
         "eval_loss": {"before": first_eval_loss(trainer), "after": last_eval.get("eval_loss")},
@@ -130,7 +130,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
 
 
 def rows_to_train(sft: SFTArguments, template: Template, training: TrainingArguments) -> Prepared:
-    """Mapped where they were prepared; else encoded by the first process of each machine, whose cache the others read."""
+    """Mapped where they were prepared; else encoded by the first process of each machine, whose cache others read."""
     if sft.prepared_data:
         return map_shards(sft, template, training)
     with training.main_process_first(desc="encoding"):

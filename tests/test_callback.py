@@ -363,7 +363,8 @@ def test_a_resumed_run_asks_nothing_twice(same_folder, run, config, tmp_path, mo
     folder = old if same_folder else tmp_path / "new"
     asked = []
     plain = callback_module.answer
-    monkeypatch.setattr(callback_module, "answer", lambda *args, **key: asked.append(len(args[2])) or plain(*args, **key))
+    counted = lambda *args, **key: asked.append(len(args[2])) or plain(*args, **key)  # noqa: E731
+    monkeypatch.setattr(callback_module, "answer", counted)
     resumed = run_train(config, folder, "--resume_from_checkpoint", str(old / "checkpoint-2"))
     assert asked == [ASKED + INSTRUCTIONS]
     kept, whole = evaluations(folder), evaluations(run[0])

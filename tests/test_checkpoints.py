@@ -282,7 +282,7 @@ def test_a_save_that_fails_is_one_line_and_costs_no_older_checkpoint(failure, wh
     target, function, why = FAILURES[failure]
     place = tmp_path / "checkpoint-3"
     with pytest.MonkeyPatch.context() as patch:
-        said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept, --resume_from_checkpoint auto goes"
+        said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept, --resume_from_checkpoint auto"
         with pytest.raises(SFTError, match=said):
             build(tmp_path, [FailAt(patch, target, function)], save_total_limit=1).train()
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and not place.exists()

@@ -28,8 +28,9 @@ from sft_pipeline.chat import Conversation, Streamer, chat
 from sft_pipeline.checkpoints import damage, seal
 from sft_pipeline.config import parse
 from sft_pipeline.data.prompts import Prompt, load_prompts
+from sft_pipeline.data.saved_template import saved_chat_template
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.templates import build_template, saved_chat_template, with_system_prompt
+from sft_pipeline.data.templates import build_template, with_system_prompt
 from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.judge import Judge
 from sft_pipeline.evaluation.questions import with_examples

@@ -1,4 +1,4 @@
-"""Prepared shards: the same rows and the same run, refused by name where anything differs, whole or absent, mapped alone."""
+"""Prepared shards: the same rows and run, refused by name where anything differs, whole or absent, mapped alone."""
 
 import json
 import os

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "output": {"errors", "config", "checkpoints"},
     "shards": {"errors", "config", "data", "checkpoints", "output"},
     "divergence": set(),
-    "trackers": {"errors"},
+    "trackers": {"errors", "checkpoints"},
     "terminal": {"visible"},
     "sharded": {"errors"},
     "launch": set(),

@@ -1,4 +1,4 @@
-"""What a log and a terminal get: lines now and then and nothing that moves a cursor; nothing wider than the terminal."""
+"""What a log and a terminal get: lines now and then, nothing that moves a cursor, nothing wider than the terminal."""
 
 import contextlib
 import io
