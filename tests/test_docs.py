@@ -15,7 +15,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), 
 # Verbs of launch.sh itself: ruff, pytest and the like read what follows them.
 LAUNCHERS = set(re.findall(r"\$verb == ([\w-]+)", (ROOT / "launch.sh").read_text(encoding="utf-8")))
 VERBS = set(cli._parser()._subparsers._group_actions[0].choices)
-CONFIG_VERBS = {"train", "preview", "study", "verify-resume"}
+CONFIG_VERBS = {"train", "preview", "prepare", "study", "verify-resume"}
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # CONFIG, OUTPUT_DIR
 MADE_BY_RUNS = "outputs/"
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
