@@ -56,7 +56,7 @@ def less_a_batch(size: str, args: TrainingArguments) -> str:
 def enough_memory(where: str, remedy: str, args: TrainingArguments) -> Iterator[None]:
     """Raises SFTError where memory runs out.
 
-    With auto_find_batch_size the error passes: the library begins again with half of the rows.
+    With auto_find_batch_size the error passes: the library begins again with fewer rows.
     """
     try:
         yield

@@ -401,7 +401,7 @@ class Poison(TrainerCallback):
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_checkpoint(saved, tmp_path):
     trainer = build(tmp_path, [Poison()], save_strategy="steps" if saved else "no", save_total_limit=1)
-    rows = trainer.training_batches().steps(1)[1]
+    rows = trainer.training_batches().steps(1)[1].tolist()
     numbers = ", ".join(map(str, rows))
     kept = f"{tmp_path / 'checkpoint-4'} is from before" if saved else "no checkpoint was saved before"
     with pytest.raises(SFTError) as told:

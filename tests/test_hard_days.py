@@ -342,7 +342,7 @@ def test_memory_that_runs_out_later_names_the_step_and_keeps_the_checkpoints(tmp
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-def test_auto_find_batch_size_halves_what_the_rehearsal_could_not_hold(tmp_path):
+def test_auto_find_batch_size_lowers_what_the_rehearsal_could_not_hold(tmp_path):
     keys = {"rows": ROWS, "auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 2}
     trainer = drawing(make_trainer(tmp_path, "padded", **keys))
     embedding, tried = trainer.model.model.embed_tokens, []
@@ -353,7 +353,7 @@ def test_auto_find_batch_size_halves_what_the_rehearsal_could_not_hold(tmp_path)
 
     embedding.register_forward_pre_hook(takes)
     trainer.train()
-    assert tried[:2] == [4, 2] and trainer.state.global_step == 2
+    assert tried[:3] == [4, 3, 2] and trainer.state.global_step == 2
 
 
 def test_memory_that_runs_out_in_an_evaluation_names_its_own_key(tmp_path, monkeypatch):

@@ -71,11 +71,11 @@ def run(model_folder, folder, offline) -> SimpleNamespace:
         "use_cpu": True,
         "disable_tqdm": True,
         "report_to": ["wandb", "trackio"],
-        "hub_token": SECRET,
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(keys))
     out = folder / "out"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
         patch.setattr(sys, "argv", ["sft-pipeline", "train", "--hub_token", SECRET, f"--hub-token={SECRET}"])
         logged = [_train(folder / "tiny.yaml", out)]
         later = _train(folder / "tiny.yaml", out, "--max_steps", "4", "--resume_from_checkpoint", "true")
