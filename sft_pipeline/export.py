@@ -32,7 +32,7 @@ def export(folder: str, destination: Path, dtype: str = "float32", licence: str 
         raise SFTError(f"{destination}: is there already; choose another folder, or take it away")
     template, system_prompt = load_template(folder)
     model: Any = load_model(folder)
-    model.to(DTYPES[dtype])
+    model.to(dtype=DTYPES[dtype])
     set_special_tokens(model, template.tokenizer, template.stop_token_id)
     model.config.use_cache = True  # training turns it off
     destination.parent.mkdir(parents=True, exist_ok=True)

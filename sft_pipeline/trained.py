@@ -24,7 +24,7 @@ def load_trained(
     path = resolve(name_or_path, cache_dir())
     template, system_prompt = load_template(path, template_name, system_prompt)
     model = load_model(path)
-    device: Any = torch.accelerator.current_accelerator() or "cpu"
+    device: Any = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model.to(device)
     return model, template, system_prompt
 
