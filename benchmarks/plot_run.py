@@ -12,11 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-ANSWERS = {
-    "stop_rate": "answers that end by themselves",
-    "loop_rate": "answers caught in a loop",
-    "instructions_followed_rate": "instructions followed",
-}
+from sft_pipeline.report.charts import ANSWERS
 
 
 def losses(axes: Axes, curve: list[dict[str, float]]) -> None:

@@ -93,7 +93,6 @@ class Conversation:
         if done.error:
             self.messages.pop()
             print(f"no answer: {done.error}", file=sys.stderr)
-
             return
         self.messages.append({"role": "assistant", "content": done.text})
 

@@ -33,6 +33,11 @@ class SFTError(ValueError):
         super().__init__(one_line(str(message)))
 
 
+def said(error: Exception) -> str:
+    """What an error of a library says, in one line of at most 200 characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class Requeue(SFTError):
     """The run was told to end and has saved what it had: the same command, started again, goes on with it."""
 

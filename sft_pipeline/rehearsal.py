@@ -53,7 +53,7 @@ def heaviest(batches: StepBatches, longest_together: bool = False) -> list[int]:
 
     Of packed rows, one of the step that has the most tokens a micro-batch, or the longest row.
     """
-    lengths = np.asarray(batches.lengths)
+    lengths = batches.lengths
     if longest_together:
         return np.argsort(lengths, kind="stable")[-batches.rows :].tolist()
     found = [step for epoch in range(min(batches.epochs, EPOCHS)) for step in batches.steps(epoch)]

@@ -32,7 +32,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sft_pipeline.checkpoints import output_folder
-from sft_pipeline.errors import SFTError
+from sft_pipeline.errors import SFTError, said
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def attempt(name: str, args: TrainingArguments, call: Callable[[], Any]) -> Any:
         with redirect_stdout(io.StringIO()) if name == "trackio" else nullcontext():
             return call()
     except Exception as error:
-        logger.warning("%s failed (%s); the run goes on without it", name, _one_line(error))
+        logger.warning("%s failed (%s); the run goes on without it", name, said(error))
         trackers_of(args).remove(name)
         return None
 
@@ -185,7 +185,7 @@ def _begin_wandb(run: str, args: TrainingArguments) -> Any:
     try:
         begun = _init_wandb(run, args, "offline" if reason else chosen)
     except (wandb.Error, OSError) as error:
-        reason = _one_line(error)
+        reason = said(error)
         begun = _init_wandb(run, args, "offline")
     if begun.settings.mode in ("offline", "dryrun"):
         why = f"{reason}; " if reason else ""
@@ -213,7 +213,7 @@ def _why_not_online(wandb: Any) -> str | None:
     try:
         return None if wandb.login(prompt=False) else "no account here: set WANDB_API_KEY or run `wandb login`"
     except wandb.Error as error:
-        return _one_line(error)
+        return said(error)
 
 
 def _hide_secrets(words: list[str]) -> None:
@@ -239,7 +239,3 @@ def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:
     frame = pandas.DataFrame(rows, dtype=object)
     row = {"eval/table": tracker.Table(dataframe=frame), "train/global_step": step}
     (Stepped(tracker) if name == "trackio" else tracker).log(row)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

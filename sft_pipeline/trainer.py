@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class SupervisedTrainer(SavingTrainer):
             self.add_callback(TrainingProgress)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._tokens, self._paused_seconds, self._started = 0, 0.0, time.perf_counter()
+        self._tokens, self._paused_seconds = 0, 0.0  # the clock starts after the rehearsal
         self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
             clear(output_folder(self.args))
@@ -74,11 +75,16 @@ class SupervisedTrainer(SavingTrainer):
         self._started = time.perf_counter()
         return model, loader
 
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Tokens of each training row: start lines, rehearsal, loader and a lost loss all ask for them."""
+        return row_lengths(self.train_dataset)
+
     def training_batches(self) -> StepBatches:
         """The row numbers of this process' micro-batches."""
         args = self.args
         return StepBatches(
-            row_lengths(self.train_dataset),
+            self._lengths,
             seed=args.seed if args.data_seed is None else args.data_seed,
             rows=self._train_batch_size,
             accumulation=args.gradient_accumulation_steps,

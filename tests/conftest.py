@@ -1,5 +1,6 @@
 """What the tests share: caches in a folder of the session's own, no hub, a tiny tokenizer and a tiny model."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -98,6 +100,23 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
     build_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_config(model_folder) -> Callable[..., Path]:
+    """write_config(folder, rows=8, key=value, ...) writes so many rows of growing length and a config that trains the
+    tiny model on them on the CPU, without bars and trackers; returns the config's path."""
+
+    def write(folder: Path, rows: int, **keys: object) -> Path:
+        texts = [{"instruction": f"Say {n}.", "output": "text " * n} for n in range(1, rows + 1)]
+        (folder / "rows.json").write_text(json.dumps(texts))
+        own: dict[str, object] = {"model_name_or_path": str(model_folder), "train_data": str(folder / "rows.json")}
+        own |= {"template": "role", "per_device_train_batch_size": 2, "num_proc": 1}
+        own |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(own | keys))
+        return folder / "tiny.yaml"
+
+    return write
 
 
 @pytest.fixture

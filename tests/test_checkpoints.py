@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-import yaml
 from test_trainer import make_rows, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
@@ -499,15 +498,9 @@ def test_a_named_one_is_checked(check, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def config(model_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    rows = [{"instruction": f"Say {n}.", "output": "text " * n} for n in range(1, 9)]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    keys = {"model_name_or_path": str(model_folder), "train_data": str(folder / "rows.json"), "template": "role"}
-    keys |= {"held_out": 2, "num_answers": 1, "num_instructions": 0, "max_new_tokens": 2, "num_proc": 1}
-    keys |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(keys))
-    return folder / "tiny.yaml"
+def config(write_config, tmp_path_factory) -> Path:
+    keys = {"held_out": 2, "num_answers": 1, "num_instructions": 0, "max_new_tokens": 2}
+    return write_config(tmp_path_factory.mktemp("config"), rows=8, **keys)
 
 
 def command(*words) -> list[str]:

@@ -1,7 +1,6 @@
 """Full disks, folders of others, too little memory, workers that hang, an end cut off: one line, nothing is lost."""
 
 import errno
-import json
 import logging
 import os
 import random
@@ -486,15 +485,9 @@ def test_an_error_that_is_no_process_s_is_left_as_it_is():
 
 
 @pytest.fixture(scope="module")
-def config(model_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    rows = [{"instruction": f"Say {n}.", "output": "text " * n} for n in range(1, 9)]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    keys = {"model_name_or_path": str(model_folder), "train_data": str(folder / "rows.json"), "template": "role"}
-    keys |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
-    keys |= {"num_proc": 1, "save_steps": 2, "max_steps": 4, "resume_from_checkpoint": "auto"}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(keys))
-    return folder / "tiny.yaml"
+def config(write_config, tmp_path_factory) -> Path:
+    keys = {"save_steps": 2, "max_steps": 4, "resume_from_checkpoint": "auto"}
+    return write_config(tmp_path_factory.mktemp("config"), rows=8, **keys)
 
 
 def run_train(config: Path, output: Path) -> dict:

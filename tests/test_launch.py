@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -82,16 +81,11 @@ def test_one_process_of_a_machine_and_attempt_says_why_all_end(tmp_path, monkeyp
 
 
 @pytest.fixture(scope="module")
-def config(model_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    rows = [{"instruction": f"Say {n}.", "output": "text " * n} for n in range(1, 18)]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    keys = {"model_name_or_path": str(model_folder), "train_data": str(folder / "rows.json"), "template": "role"}
-    keys |= {"held_out": 3, "num_answers": 2, "num_instructions": 0, "max_new_tokens": 2, "num_proc": 1, "seed": 3}
-    keys |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "learning_rate": 0.01, "logging_steps": 1}
-    keys |= {"max_steps": STEPS, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(keys))
-    return folder / "tiny.yaml"
+def config(write_config, tmp_path_factory) -> Path:
+    keys = {"held_out": 3, "num_answers": 2, "num_instructions": 0, "max_new_tokens": 2, "seed": 3}
+    keys |= {"learning_rate": 0.01, "logging_steps": 1}
+    keys |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2}
+    return write_config(tmp_path_factory.mktemp("config"), rows=17, **keys)
 
 
 def start(words: list[str], config: Path, out: Path, *keys: str, **environment: str) -> subprocess.Popen:

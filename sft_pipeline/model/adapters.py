@@ -10,7 +10,7 @@ from typing import cast
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.errors import SFTError, said
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, target_modules: list[str]) -> PreTrainedModel:
@@ -59,8 +59,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({reason})") from error
+        raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({said(error)})") from error
     model.name_or_path = str(folder)
     return model.requires_grad_(True)
 

@@ -8,11 +8,10 @@ all prompts is read once. What a row's own text lets guess is read ahead (`guess
 right. The result is that of decoding each prompt alone, token by token, up to the rounding of fp32.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Literal, cast
 
 import torch
@@ -182,10 +181,9 @@ class _Batch:
             row.past += len(tokens)
             del row.pending[: len(tokens)]
         self._guess(sum(map(len, new)))
-        logits = self._forward(
-            [tokens + row.guess for tokens, row in zip(new, self.rows)], past, [1 + len(row.guess) for row in self.rows]
-        )
-        starts = accumulate((1 + len(row.guess) for row in self.rows), initial=0)
+        kept = [1 + len(row.guess) for row in self.rows]
+        logits = self._forward([tokens + row.guess for tokens, row in zip(new, self.rows)], past, kept)
+        starts = accumulate(kept, initial=0)
         return self._follow([(row, start) for row, start in zip(self.rows, starts) if not row.pending], logits)
 
     def _guess(self, tokens: int) -> None:
@@ -305,7 +303,7 @@ def _common_prefix(prompts: list[list[int]]) -> list[int]:
     if len(prompts) == 1:
         return []
     # What the least and the greatest share, all between them share too.
-    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
     return [token for token, _ in shared][: min(map(len, prompts)) - 1]
 
 

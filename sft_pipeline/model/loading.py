@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.errors import SFTError, said
 from sft_pipeline.model.adapters import base_of, merge
 from sft_pipeline.progress import waiting
 
@@ -189,4 +189,4 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own; if you trust that, train with trust_remote_code: true"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return said(error)
