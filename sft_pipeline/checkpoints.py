@@ -12,17 +12,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
-import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
@@ -33,17 +28,6 @@ logger = logging.getLogger(__name__)
 CHECKSUMS_FILE = "SHA256SUMS"
 SAVING_DIR = ".saving"
 CHUNK = 2**22  # bytes
-# What the metadata of a sharded checkpoint is made of.
-METADATA_NAMES = {
-    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties _MEM_FORMAT_ENCODING "
-    "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-    "torch.serialization": "_get_layout",
-    "torch": " ".join(["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))]),
-    "pathlib": "PosixPath WindowsPath",
-    "pathlib._local": "PosixPath WindowsPath",
-    "collections": "OrderedDict",
-}
 
 
 def output_folder(training: TrainingArguments) -> Path:
@@ -158,44 +142,6 @@ def rotate(saved: Path, limit: int | None, best: str | None) -> None:
     surplus = max(0, len(checkpoints) - limit) if limit and limit > 0 else 0
     for path in spare[:surplus]:
         set_aside(path)
-
-
-@contextmanager
-def pickles_refused(checkpoint: str | bool | None) -> Iterator[None]:
-    """What is read of the checkpoint meanwhile is read by torch's `weights_only` with transformers' list of NumPy's
-    types: tensors, numbers, texts. Raises SFTError for a pickle that names anything else, of which nothing was run.
-    """
-    for file in Path(checkpoint).rglob(".metadata") if isinstance(checkpoint, str) else ():
-        _check_metadata(file)
-    try:
-        yield
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise _refused(checkpoint, str(error)) from error
-
-
-class _Metadata(pickle.Unpickler):
-    """Of what `torch.distributed.checkpoint` says of sharded tensors, which torch itself reads as any pickle."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in METADATA_NAMES.get(module, "").split():
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-
-
-def _check_metadata(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            _Metadata(stream).load()
-    except Exception as error:  # a damaged pickle raises whatever its instructions come to
-        raise _refused(file, str(error)) from error
-
-
-def _refused(place: object, said: str) -> SFTError:
-    named = re.search(r"GLOBAL (\S+)", said)
-    reason = f"it names {named[1]}" if named else " ".join(said.split())[:100] or "it is cut off"
-    return SFTError(
-        f"{place}: holds a pickle that is more than data ({reason}); it was not run; go on with a checkpoint of yours"
-    )
 
 
 class Termination:

@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.checkpoints import Termination, clear, output_folder, pickles_refused
+from sft_pipeline.checkpoints import Termination, clear, output_folder
 from sft_pipeline.data.batches import EpochLoader, StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.divergence import described, divergence, write_rows
 from sft_pipeline.errors import Requeue, SFTError
 from sft_pipeline.memory import enough_memory, less_a_batch, peak_memory_gib
+from sft_pipeline.pickles import pickles_refused
 from sft_pipeline.progress import TrainingProgress
 from sft_pipeline.rehearsal import rehearse
 from sft_pipeline.saving import SavingTrainer

@@ -195,15 +195,18 @@ def test_a_pickle_that_is_cut_off_is_one_line(checkpoint, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_sharded_checkpoints_metadata_is_data_or_refused(checkpoint, tmp_path, trap):
-    """torch.distributed.checkpoint reads this file as any pickle."""
+def test_a_sharded_checkpoints_pickles_are_data_or_refused(checkpoint, tmp_path, trap):
+    """torch.distributed.checkpoint reads the metadata, and entries that are no tensors, as any pickle."""
     from torch.distributed import checkpoint as sharded
 
     copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
     sharded.save({"a": torch.zeros(3), "b": {"c": 1}}, checkpoint_id=copied / "optimizer_0", no_dist=True)
     assert resume(copied, tmp_path / "out").global_step == 2  # its own is data
+    sharded.save({"a": torch.zeros(3), "b": {"c": trap}}, checkpoint_id=copied / "pytorch_model_fsdp_0", no_dist=True)
+    refusal(lambda: resume(copied, tmp_path / "out"), "pytorch_model_fsdp_0/.metadata", "it names posix.mkdir")
     (copied / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(trap))
-    refusal(lambda: resume(copied, tmp_path / "out"), ".metadata", "it names posix.mkdir")
+    shutil.rmtree(copied / "pytorch_model_fsdp_0")
+    refusal(lambda: resume(copied, tmp_path / "out"), "optimizer_0/.metadata", "it names posix.mkdir")
 
 
 # ---- secrets

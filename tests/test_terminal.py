@@ -98,8 +98,8 @@ def test_waiting_says_how_long_already(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("wide", "lines"), [(False, 1), (True, 3)])
 def test_messages_are_broken_in_a_terminal_alone(wide, lines, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setenv("TERM", "xterm")  # a dumb one has 80 columns for rich
+    # Not through os.environ: rich keeps the first one, and datasets' map with processes puts a copy in its place.
+    monkeypatch.setattr("rich.console.Console._environ", {"COLUMNS": "40", "TERM": "xterm"})
     monkeypatch.setattr(sys.stderr, "isatty", lambda: wide)
     message = "[bold] words of a message " * 4 + "/a/path"
     terminal.LineHandler().emit(logging.LogRecord("sft_pipeline", 20, "", 1, message, None, None))
