@@ -70,9 +70,10 @@ slurm() { # training, one process a task of the job; told to end, it saves, and 
 environment
 verb=${1:---help}
 if [[ $verb == test ]]; then
-    install test
+    install test,dev
     cd "$root"
-    exec python -m pytest "${@:2}"
+    # A file's tests stay in one process, which makes what they share once; `-n 0` runs them in this one.
+    exec python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile "${@:2}"
 fi
 if [[ $verb == lint ]]; then
     install test,dev

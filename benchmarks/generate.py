@@ -3,9 +3,9 @@
     python benchmarks/generate.py outputs/quickstart alpaca_en_demo.json --output docs/generation
     python benchmarks/generate.py outputs/quickstart alpaca_en_demo.json --check 200
 
-The model is a run's output folder, so that answers stop by themselves; the data has the prompts. Two comparisons: one
-prompt at a time, a fixed number of tokens; and 64 prompts of mixed lengths in batches of 16, which theirs pads on the
-left and holds until the longest answer ends. --check compares the tokens of as many answers, theirs one prompt at a
+The model is a run's output folder, so that answers stop by themselves; the data has the prompts. One prompt at a time,
+a fixed number of tokens; and 64 prompts of mixed lengths, 16 and 64 of them side by side, which theirs pads on the left
+and holds until the longest answer ends. --check compares the tokens of as many answers, theirs one prompt at a
 time, and counts where they part: at a tie (two logits within 1e-5, so that rounding chooses) or not. --output writes
 OUTPUT.json and OUTPUT.md.
 """
@@ -30,7 +30,7 @@ from sft_pipeline.model.sampling import Sampling
 from sft_pipeline.trained import load_trained
 
 Ids = list[list[int]]
-BATCH, PROMPTS, TIE = 16, 64, 1e-5
+WIDTHS, PROMPTS, TIE = (16, 64), 64, 1e-5
 
 
 class Contest:
@@ -93,7 +93,7 @@ def rounds(repeat: int, prompts: Ids, ways: Mapping[str, Callable[[Ids], Ids]]) 
 
 def check(contest: Contest, prompts: Ids, new: int) -> dict[str, int]:
     """Our answers in refilled batches against theirs one prompt at a time."""
-    pairs = zip(prompts, contest.ours(prompts, new, BATCH), contest.theirs(prompts, new, 1))
+    pairs = zip(prompts, contest.ours(prompts, new, WIDTHS[0]), contest.theirs(prompts, new, 1))
     margins = [contest.margin(*pair) for pair in pairs]
     return {
         "prompts": len(prompts),
@@ -140,10 +140,11 @@ def main() -> None:
     else:
         ways = {"ours": contest.ours, "theirs": contest.theirs}
         alone = {name: partial(way, new=64, batch_size=1, stops=False) for name, way in ways.items()}
-        many = {name: partial(way, new=new, batch_size=BATCH) for name, way in ways.items()}
         results["one prompt at a time, 64 tokens each"] = rounds(args.repeat, prompts[:3], alone)
-        title = f"{PROMPTS} prompts in batches of {BATCH}, natural stops"
-        results[title] = rounds(args.repeat, prompts[:PROMPTS], many)
+        for width in WIDTHS:
+            many = {name: partial(way, new=new, batch_size=width) for name, way in ways.items()}
+            title = f"{PROMPTS} prompts, {width} side by side, natural stops"
+            results[title] = rounds(args.repeat, prompts[:PROMPTS], many)
     print(markdown(results))
     if args.output:
         args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
