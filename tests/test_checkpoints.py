@@ -417,6 +417,18 @@ def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_c
     assert newest_whole(tmp_path) == (str(tmp_path / "checkpoint-4") if saved else None)
 
 
+def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
+    class Explode(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.lm_head.weight.data *= 1e3
+
+    said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows [\d, ]+ \(see"
+    with pytest.raises(SFTError, match=said):
+        build(tmp_path, [Explode()]).train()
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and (tmp_path / "diverged.jsonl").is_file()
+
+
 def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
     class Hook(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from sft_pipeline import launch
 from sft_pipeline.cli import _say_once
 from sft_pipeline.output import RESULTS_FILE
+from sft_pipeline.verify_resume import compare
 
 ROOT = Path(__file__).parent.parent
 OURS = ["sft_pipeline.launch", "--nproc_per_node", "2"]
@@ -197,5 +198,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(config, tmp_path):
     psutil.Process(run.pid).children()[1].kill()
     _, errors = ends(run, 0)
     assert [line for line in errors if line.startswith("going on from")], errors
+    compared, differ = compare(*(tmp_path / name / "checkpoint-40" for name in ("out", "whole")))
+    assert differ == [] and compared > 100, "weights, optimizer, random states, what was logged"
     found, expected = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
