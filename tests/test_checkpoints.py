@@ -423,7 +423,7 @@ def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
             if state.global_step == 2:
                 model.lm_head.weight.data *= 1e3
 
-    said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows [\d, ]+ \(see"
+    said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows \d+, "
     with pytest.raises(SFTError, match=said):
         build(tmp_path, [Explode()]).train()
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and (tmp_path / "diverged.jsonl").is_file()
