@@ -43,6 +43,19 @@ install() { # the package with the extras $1, unless that was done since setup.c
     echo "$root" >"$mark"
 }
 
+once() { # a line of error that every process says; all other lines as they come
+    local line
+    local -A said
+    trap '' TERM
+    while IFS= read -r line || [[ $line ]]; do
+        if [[ $line == "sft-pipeline: "* ]]; then
+            if [[ ${said[$line]:-} ]]; then continue; fi
+            said[$line]=yes
+        fi
+        printf '%s\n' "$line"
+    done
+}
+
 slurm() { # training, one process a task of the job; told to end, it saves, and the job is requeued and goes on
     local step told=yes status
     local task='if [[ $SLURM_NTASKS -gt 1 ]]; then
@@ -53,7 +66,7 @@ slurm() { # training, one process a task of the job; told to end, it saves, and 
     export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
     if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then set -- "$@" --resume_from_checkpoint auto; fi
     # 75 is the status of a process that was told to end and has saved: no reason to kill those that are still at it.
-    srun --kill-on-bad-exit=0 bash -c "$task" bash "$@" &
+    { srun --kill-on-bad-exit=0 bash -c "$task" bash "$@" 2>&1 >&3 | once >&2; } 3>&1 &
     step=$!
     trap 'told=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID" || true' TERM # srun itself would kill them
     while [[ $told ]]; do # the signal ends `wait` early

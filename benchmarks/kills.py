@@ -57,8 +57,23 @@ from sft_pipeline.verify_resume import compare
 
 FORK = multiprocessing.get_context("fork")
 AIMS = {"anywhere": 2, "checkpoint": 1, "end": 1}  # by weight
-KINDS = ("weights", "optimizer", "rows", "other state", "saved model")  # of differences
+# Of differences; the first ones begin with "other" in the table.
+OTHER = ("weights", "optimizer", "rows", "other state", "saved model")
+KINDS = (*OTHER, "a step too many", "last checkpoint gone")
 FILES = {"model.safetensors": "weights", "optimizer.pt": "optimizer"}
+NOTE = """
+Hands: the newest checkpoint was cut off within its save, and the run does not start until somebody deletes it.
+
+A step too many: a plain Trainer that goes on from the checkpoint of its last step, because it was killed between that
+and the end, trains one more step and saves a checkpoint of it (`Trainer._run_epoch` of transformers 5.23 asks after a
+step whether `max_steps` is reached, not before). Under the linear schedule of these runs the learning rate is 0 by
+then: the weights are the same, the optimizer's averages are not. Under a constant schedule the weights are others too
+(tried with four starts: four different models). Each further kill at the end adds a step, and the second one's
+checkpoint displaces that of the last step (`save_total_limit` is 2): last checkpoint gone.
+
+Weights, optimizer and other state are compared in the checkpoint of the last step, where it is there; the saved model
+is compared in every run.
+"""
 
 
 @dataclass
@@ -208,14 +223,18 @@ def in_a_fork(work: Callable[[], Any]) -> Any:
 def differences(whole: Path, other: Path, steps: int) -> list[str]:
     """What differs, as `kind: name`."""
     last, model = f"checkpoint-{steps}", "model.safetensors"
+    expected, rows = (set(folder.with_suffix(".rows").read_text().split("\n")) for folder in (whole, other))
+    found = ["saved model: bytes"] if digest(whole / model) != digest(other / model) else []
+    for line in sorted(rows ^ expected):
+        step = int(line.split()[0])
+        found.append(f"{'a step too many' if step >= steps else 'rows'}: step {step}")
+    if not (other / last).is_dir():
+        left = sorted(place.name for place in other.glob("checkpoint-*"))
+        return [*found, f"last checkpoint gone: {', '.join(left)} are there"]
     for folder in (whole / last, other / last):  # the library's pickle of its arguments, which is not read here
         (folder / "training_args.bin").unlink(missing_ok=True)
     names = compare(whole / last, other / last)[1]
-    found = [f"{FILES.get(name.split(': ')[0], 'other state')}: {name}" for name in names]
-    expected, rows = (set(folder.with_suffix(".rows").read_text().split("\n")) for folder in (whole, other))
-    found += [f"rows: step {line.split()[0]}" for line in sorted(rows ^ expected)]
-    found += ["saved model: bytes"] if digest(whole / model) != digest(other / model) else []
-    return found
+    return found + [f"{FILES.get(name.split(': ')[0], 'other state')}: {name}" for name in names]
 
 
 def lend_a_hand(output: Path) -> None:
@@ -228,7 +247,7 @@ def lend_a_hand(output: Path) -> None:
 
 def table(accounts: dict[str, Account]) -> Table:
     header = ["", "runs", "kills", "within a checkpoint", "within the last save", "ended without a hand", "hands"]
-    header += [f"other {kind.removeprefix('other ')}" for kind in KINDS]
+    header += [f"other {kind.removeprefix('other ')}" if kind in OTHER else kind for kind in KINDS]
     rows = []
     for name, one in accounts.items():
         figures = [one.runs, one.kills, one.kills_within_a_checkpoint, one.kills_within_the_last_save]
@@ -279,7 +298,8 @@ def main() -> None:
                 print(name, json.dumps(asdict(harness.account)), flush=True)
                 if args.output:
                     found = {name: asdict(account) for name, account in accounts.items()}
-                    write(args.output, {"plan": plan_record(plan), "trainers": found}, table(accounts).markdown())
+                    markdown = table(accounts).markdown() + NOTE
+                    write(args.output, {"plan": plan_record(plan), "trainers": found}, markdown)
     table(accounts).show()
 
 

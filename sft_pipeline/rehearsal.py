@@ -40,7 +40,7 @@ def rehearse(
     inputs = trainer.data_collator([dataset[row] for row in rows])
     what, device = f"{len(rows)} rows, {inputs['input_ids'].numel()} tokens", trainer.args.device
     targets, was_training = trainer._get_num_items_in_batch([inputs], device), model.training
-    with enough_memory(f"the heaviest batch ({what})", remedy, trainer.args), _same_randomness(device):
+    with enough_memory(f"the heaviest batch ({what})", remedy, trainer.args), same_randomness(device):
         kept = _optimizer_state(trainer)
         step(model, inputs, targets)
     model.zero_grad()
@@ -85,7 +85,7 @@ def _local_bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
+def same_randomness(device: torch.device) -> Iterator[None]:
     """All random states are afterwards what they were."""
     generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     before, of_numpy, states = random.getstate(), np.random.get_state(), [one.get_rng_state() for one in generators]

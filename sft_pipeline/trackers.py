@@ -7,7 +7,11 @@
 transformers' own callbacks log the figures. Here they are kept from ending the run when they fail, get the run's
 name, which is kept in the output folder, and wandb is begun without ever asking for an account:
 
-    trackers.json       the run's name: its id at wandb, and without a `run_name` its name at trackio
+    trackers.json       the run's name (its id at wandb, and without a `run_name` its name at trackio), and the step
+                        up to which they were told all in good order
+
+Trackers keep what they are told in memory for a while. Of a run that was killed they lack what is not on the disk, so
+the run that goes on tells again what was logged between that step and its checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +38,12 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sft_pipeline.checkpoints import output_folder
 from sft_pipeline.errors import SFTError, said
+from sft_pipeline.output import write_json
 
 logger = logging.getLogger(__name__)
 
 TRACKERS_FILE = "trackers.json"
+NOTHING = -1  # is before step 0, at which a model is evaluated
 INSTALL = 'pip install -e ".[track]"'  # wandb and trackio
 BEGIN_SECONDS = 30.0  # to reach wandb's server
 END_SECONDS = 120.0  # for what is not sent yet when the run ends; `wandb sync` sends the rest
@@ -77,7 +84,13 @@ def tracked(trainer: Trainer, checkpoint: str | None, facts: dict[str, Any]) -> 
         for one in guards.values():
             one.close()
         if begun is not None:
-            attempt("wandb", args, partial(begun.finish, exit_code=status))
+            attempt("wandb", args, partial(_end_wandb, begun, status))
+        _keep(args, run, trainer.state.global_step)
+
+
+def told_until(args: TrainingArguments) -> int:
+    """The step up to which the trackers have been told all, whatever was killed since."""
+    return _kept(output_folder(args))["told"]
 
 
 def trackers_of(args: TrainingArguments) -> list[str]:
@@ -118,9 +131,17 @@ class Guarded:
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         attempt(self.name, args, partial(self.callback.on_train_begin, args, state, control, **kwargs))
-        if self.name in ("wandb", "trackio") and state.is_world_process_zero:
-            config = importlib.import_module(self.name).config
-            attempt(self.name, args, partial(config.update, self.facts, allow_val_change=True))
+        if not state.is_world_process_zero:
+            return
+        if self.name in ("wandb", "trackio"):
+            attempt(self.name, args, self._tell_facts)
+        for entry in state.log_history:
+            if entry["step"] > told_until(args):
+                logs = {name: value for name, value in entry.items() if name != "step"}
+                self.on_log(args, replace(state, global_step=int(entry["step"])), control, logs=logs, **kwargs)
+
+    def _tell_facts(self) -> None:
+        importlib.import_module(self.name).config.update(self.facts, allow_val_change=True)
 
     def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         self._end = partial(attempt, self.name, args, partial(self.callback.on_train_end, args, *rest, **kwargs))
@@ -158,16 +179,22 @@ class Stepped:
 def _run_name(args: TrainingArguments, checkpoint: str | None) -> str:
     """The name of the run that the checkpoint is of, or a new one; kept in the output folder."""
     folder = output_folder(args)
-    ours = folder / TRACKERS_FILE
-    kept = Path(checkpoint).parent / TRACKERS_FILE if checkpoint else ours
-    if checkpoint and kept.is_file():
-        name = json.loads(kept.read_text(encoding="utf-8"))["run"]
-    else:
-        # Not drawn from a generator that training draws from.
-        name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.name)[:60]}-{secrets.token_hex(3)}"
+    # Not drawn from a generator that training draws from.
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.name)[:60]}-{secrets.token_hex(3)}"
+    kept = {"run": name} | _kept(Path(checkpoint).parent if checkpoint else None)
+    _keep(args, kept["run"], kept["told"])
+    return kept["run"]
+
+
+def _kept(folder: Path | None) -> dict[str, Any]:
+    """What a run's folder keeps of its trackers: `run`, where it has one, and `told`."""
+    file = folder / TRACKERS_FILE if folder else None
+    return {"told": NOTHING} | (json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {})
+
+
+def _keep(args: TrainingArguments, run: str, told: int) -> None:
     if args.report_to and args.process_index == 0:
-        ours.write_text(json.dumps({"run": name}) + "\n", encoding="utf-8")
-    return name
+        write_json(output_folder(args) / TRACKERS_FILE, {"run": run, "told": told})
 
 
 def _begin_wandb(run: str, args: TrainingArguments) -> Any:
@@ -204,8 +231,16 @@ def _init_wandb(run: str, args: TrainingArguments, mode: Any) -> Any:
         name=args.run_name,
         resume="allow",
         mode=mode,
-        settings=wandb.Settings(init_timeout=BEGIN_SECONDS, finish_timeout=END_SECONDS),
+        settings=wandb.Settings(init_timeout=BEGIN_SECONDS, finish_timeout=END_SECONDS, finish_timeout_raises=True),
     )
+
+
+def _end_wandb(begun: Any, status: int) -> None:
+    try:
+        begun.finish(exit_code=status)
+    except TimeoutError:
+        folder = Path(begun.dir).parent
+        logger.warning("wandb: not all was sent within %.0f s; wandb sync %s sends the rest", END_SECONDS, folder)
 
 
 def _why_not_online(wandb: Any) -> str | None:

@@ -29,7 +29,7 @@ from sft_pipeline.errors import Requeue, SFTError
 from sft_pipeline.memory import enough_memory, less_a_batch, peak_memory_gib
 from sft_pipeline.pickles import pickles_refused
 from sft_pipeline.progress import TrainingProgress
-from sft_pipeline.rehearsal import rehearse
+from sft_pipeline.rehearsal import rehearse, same_randomness
 from sft_pipeline.saving import SavingTrainer
 
 
@@ -170,8 +170,9 @@ class SupervisedTrainer(SavingTrainer):
         return SFTError(described(folder, step, reason, rows))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        started = time.perf_counter()
-        with enough_memory("an evaluation", "lower per_device_eval_batch_size", self.args):
+        """Nothing is drawn (a data loader draws where it begins), so that it does not matter when it comes."""
+        started, remedy = time.perf_counter(), "lower per_device_eval_batch_size"
+        with enough_memory("an evaluation", remedy, self.args), same_randomness(self.args.device):
             metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - started
         return metrics

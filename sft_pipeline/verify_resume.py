@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LISTED = 10  # differences that are named
 NOT_COMPARED = ("SHA256SUMS",)  # of the other files
 # What the clock and the machine decide.
-MEASURED = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second", "model_checkpoint")
+MEASURED = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second", "answer_seconds", "model_checkpoint")
 
 
 def verify_resume(config: str, steps: int, overrides: list[str]) -> list[str]:

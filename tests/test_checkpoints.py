@@ -25,6 +25,7 @@ from sft_pipeline.config import parse
 from sft_pipeline.divergence import described, divergence
 from sft_pipeline.errors import Requeue, SFTError
 from sft_pipeline.output import RESULTS_FILE, RUN_FILE, check_output_dir
+from sft_pipeline.trackers import TRACKERS_FILE
 from sft_pipeline.train import lacks_evaluation
 from sft_pipeline.verify_resume import _kill_after, compare, verify_resume
 
@@ -416,6 +417,18 @@ def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_c
     assert newest_whole(tmp_path) == (str(tmp_path / "checkpoint-4") if saved else None)
 
 
+def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
+    class Explode(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.lm_head.weight.data *= 1e3
+
+    said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows \d+, "
+    with pytest.raises(SFTError, match=said):
+        build(tmp_path, [Explode()]).train()
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and (tmp_path / "diverged.jsonl").is_file()
+
+
 def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
     class Hook(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -535,12 +548,18 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
 
 @pytest.mark.real
 def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplog):
+    """Of a config that names trackers, which are told nothing."""
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
-        assert verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}"]) == []
+        assert (
+            verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}", "--report_to", "wandb", "trackio"]) == []
+        )
     said = r"8 steps, and 4, killed, and 4: \d+ values compared, 0 differ"
     assert re.fullmatch(said, caplog.messages[-1])
     assert names(tmp_path) == ["out-verify-resume"]
-    assert names(tmp_path / "out-verify-resume") == ["config.yaml", "stopped", "whole"]
+    folder = tmp_path / "out-verify-resume"
+    assert names(folder) == ["config.yaml", "stopped", "whole"]
+    assert "report_to:\n- wandb\n- trackio\n" in (folder / "config.yaml").read_text()
+    assert not (folder / "stopped" / TRACKERS_FILE).exists()
 
 
 def test_what_differs_is_named(whole, tmp_path):

@@ -35,7 +35,7 @@ from sft_pipeline.errors import ALLOWED, SFTError, failures_of_files
 from sft_pipeline.output import RESULTS_FILE, check_output_dir
 from sft_pipeline.processes import missing, naming_lost_processes
 from sft_pipeline.rehearsal import heaviest
-from sft_pipeline.train import train
+from sft_pipeline.train import lacks_evaluation, train
 from sft_pipeline.verify_resume import compare
 
 NOBODY = 65534
@@ -265,6 +265,18 @@ def test_a_rehearsed_run_is_the_run_without_bit_by_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("sft_pipeline.trainer.rehearse", lambda *args: None)
     drawing(build(tmp_path / "without", save_steps=STEPS, logging_steps=1)).train()
     compared, found = compare(*(tmp_path / name / f"checkpoint-{STEPS}" for name in ("with", "without")))
+    assert found == [] and compared > 100
+
+
+def test_an_evaluation_draws_nothing_that_training_draws(tmp_path):
+    """At an epoch's end the checkpoint comes before the evaluation, and a run that goes on makes that one first."""
+    keys = {"held_out": HELD_OUT, "eval_strategy": "epoch", "save_steps": 3, "max_steps": 6, "logging_steps": 1}
+    drawing(build(tmp_path / "whole", **keys)).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = drawing(build(tmp_path / "resumed", **keys, eval_on_start=True))
+    assert lacks_evaluation(str(checkpoint), resumed.args)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    compared, found = compare(*(tmp_path / name / "checkpoint-6" for name in ("whole", "resumed")))
     assert found == [] and compared > 100
 
 

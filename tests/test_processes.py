@@ -30,9 +30,9 @@ ONE_PROCESS = {
 TWO_PROCESSES = {
     "padded 2 x 2": ("padded", 2, 2, 0),
     "packed 4 x 1": ("packed", 4, 1, 0),
-    "packed 1 x 4": ("packed", 1, 4, 0),
+    "packed 2 x 2": ("packed", 2, 2, 0),
 }
-RESUMED, RESUMED_AT = "packed 1 x 4", 5  # within the second epoch
+RESUMED, RESUMED_AT = "packed 2 x 2", 5  # within the second epoch
 SAVING = {"save_strategy": "steps", "save_steps": RESUMED_AT}
 
 

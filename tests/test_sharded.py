@@ -1,4 +1,7 @@
-"""Two real processes (gloo) that divide a model by FSDP2, against one: losses, weights, checkpoints."""
+"""Two real processes (gloo) that divide a model by FSDP2, against one: losses, weights, checkpoints.
+
+With what makes a step cheap: rows packed, their common start once, the head in chunks, layers fused.
+"""
 
 import json
 import os
@@ -13,19 +16,21 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 from test_processes import HELD_OUT, PROCESSES, ROWS, STEPS
-from test_trainer import make_model, make_trainer
+from test_trainer import VOCABULARY, make_model, make_trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from sft_pipeline.errors import SFTError
+from sft_pipeline.model import loss
 from sft_pipeline.model.adapters import add_lora
 from sft_pipeline.model.fused_training import use_fused_layers
 from sft_pipeline.sharded import FULL, SHARDED, _check, saved_as, whole_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 AT = 5  # the step of the checkpoint that is gone on from, within the second epoch
-ONE, TWO = (8, 1), (1, 4)  # rows a micro-batch, accumulation
+ONE, TWO = (8, 1), (2, 2)  # rows a micro-batch, accumulation
+CHUNK_BYTES = 4 * 3 * VOCABULARY  # the head at three positions at a time
 
 
 def build(folder: Path, kind: str | None, tied: bool = True, adapters: bool = False, **arguments):
@@ -64,10 +69,13 @@ def work(process: int, port: int, folder: str) -> None:
     place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
     place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     os.environ.update({key: str(value) for key, value in place.items()})
+    loss.CHUNK_BYTES = CHUNK_BYTES
     out, found = Path(folder), {}
     for kind in (FULL, SHARDED):
         trainer = build(out / kind, kind)
         found[kind] = report(trainer)
+        prefixes = [int(batch["row_lengths"][0]) for batch in trainer.get_train_dataloader()]
+        assert prefixes.count(2) >= len(prefixes) / 2, "what rows share is computed once"
         assert isinstance(trainer.model, FSDPModule)
         assert isinstance(trainer.model.model.layers[0].self_attn.q_proj.weight, DTensor)
         assert saved_as(out / kind / f"checkpoint-{AT}") == kind
@@ -128,7 +136,8 @@ def test_so_are_they_without_tied_embeddings(found, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [FULL, SHARDED])
-def test_one_process_goes_on_from_a_checkpoint_of_two(kind, folder, one, tmp_path):
+def test_one_process_goes_on_from_a_checkpoint_of_two(kind, folder, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", CHUNK_BYTES)
     assert_same(report(build(tmp_path, None), str(folder / kind / f"checkpoint-{AT}")), one)
 
 

@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow
 import pytest
 import torch
 import torch.multiprocessing
@@ -20,12 +25,13 @@ from transformers import TrainingArguments
 from sft_pipeline import shards
 from sft_pipeline.cli import main
 from sft_pipeline.config import SFTArguments, parse
+from sft_pipeline.data.batches import StepBatches, row_lengths
 from sft_pipeline.data.encode import Encoder, text_hash
 from sft_pipeline.data.prepare import Prepared, prepare
 from sft_pipeline.data.templates import build_template
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.loading import load_tokenizer
-from sft_pipeline.shards import PARTS, RECORD_FILE, ingredients, map_shards, problem, write_shards
+from sft_pipeline.shards import PARTS, RECORD_FILE, _map, ingredients, map_shards, problem, write_shards
 from sft_pipeline.train import train
 
 PROCESSES = 2
@@ -92,6 +98,48 @@ def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, 
     assert found.train_account.dropped == {"longer than max_length": 1} and found.train_account.cached
     # As files, of which nothing is in memory before it is read.
     assert [Path(one["filename"]).name for one in found.train.cache_files] == files
+
+
+def in_a_fork(work: Callable[[], object]) -> str:
+    """What `work` returns in a fork of this process, whose memory it leaves as it was, or the error it ends with."""
+    ours, theirs = os.pipe()
+    if os.fork() == 0:
+        try:
+            found = str(work())
+        except BaseException as error:
+            found = type(error).__name__
+        finally:
+            os.write(theirs, found.encode())
+            os._exit(0)
+    os.close(theirs)
+    os.wait()
+    with open(ours, "rb") as pipe:
+        return pipe.read().decode()
+
+
+def tokens_read(read: Callable[[], datasets.Dataset], limit: int) -> int:
+    """How many there are, read in the order of training by a process that may take `limit` bytes more."""
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # Arrow's own has set some aside before it is limited
+    taken = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + limit, taken + limit))
+    rows = read().with_format("numpy")
+    batches = StepBatches(row_lengths(rows), seed=1, rows=10, packed=True)
+    return sum(len(rows[row]["input_ids"]) for batch in batches for row in batch)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts there what a process has taken")
+def test_shards_that_memory_could_not_hold_are_read(tmp_path):
+    def write():
+        row = np.arange(10_000, dtype=np.int32)
+        made = datasets.Dataset.from_dict({name: [row] * 20 for name in ("input_ids", "labels")})
+        datasets.concatenate_datasets([made] * 40).save_to_disk(tmp_path)
+
+    assert in_a_fork(write) == "None"
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
+    assert size > 2**26 - 2**22
+    mapped = in_a_fork(lambda: tokens_read(lambda: _map(tmp_path), size // 3))
+    loaded = in_a_fork(lambda: tokens_read(lambda: datasets.load_from_disk(tmp_path, keep_in_memory=True), size // 3))
+    assert (mapped, loaded) == ("8000000", "ArrowMemoryError")
 
 
 def test_without_held_out_rows(config, tokenizer):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "output": {"errors", "config", "checkpoints"},
     "shards": {"errors", "config", "data", "checkpoints", "output"},
     "divergence": set(),
-    "trackers": {"errors", "checkpoints"},
+    "trackers": {"errors", "checkpoints", "output"},
     "terminal": {"visible"},
     "sharded": {"errors"},
     "launch": set(),

@@ -2,10 +2,15 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import re
+import signal
+import socket
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from rich.console import Console
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sft_pipeline import trackers
@@ -22,7 +27,8 @@ from sft_pipeline.errors import SFTError
 from sft_pipeline.evaluation.history import step_file
 from sft_pipeline.output import EVALUATION_DIR, REPORT_FILE, RESULTS_FILE, RUN_FILE
 from sft_pipeline.trackers import INSTALL, TRACKERS_FILE, Guarded, attempt, keep_usable, send_table
-from sft_pipeline.train import train
+from sft_pipeline.train import build_trainer, train
+from sft_pipeline.verify_resume import MEASURED, compare
 
 SECRET = "hf_SeCrEtOfTheHub"
 # transformers' callbacks put these into the summary, not into the history; trackio has no summary.
@@ -221,7 +227,107 @@ def test_another_folder_goes_on_with_the_run_of_its_checkpoint(tmp_path):
     (tmp_path / "old" / TRACKERS_FILE).write_text('{"run": "old-123456"}')
     args = TrainingArguments(str(tmp_path / "new"), report_to=["wandb"], use_cpu=True)
     assert trackers._run_name(args, str(tmp_path / "old" / "checkpoint-2")) == "old-123456"
-    assert json.loads((tmp_path / "new" / TRACKERS_FILE).read_text()) == {"run": "old-123456"}
+    assert json.loads((tmp_path / "new" / TRACKERS_FILE).read_text()) == {"run": "old-123456", "told": -1}
+    (tmp_path / "old" / TRACKERS_FILE).write_text('{"run": "old-123456", "told": 7}')
+    trackers._run_name(args, str(tmp_path / "old" / "checkpoint-2"))
+    assert trackers.told_until(args) == 7
+
+
+# Killed.
+
+
+class Kill(TrainerCallback):
+    """SIGKILL to this process when the event comes in a step."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.step = step
+        setattr(self, event, self._kill)
+
+    def _kill(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(config: Path, out: Path, event: str, step: int) -> None:
+    """The life of a process of its own, which starts or goes on and is killed."""
+
+    def build(*args):
+        trainer = build_trainer(*args)
+        trainer.add_callback(Kill(event, step))
+        return trainer
+
+    os.environ.pop("WANDB_SERVICE", None)  # that of the tests' process, which outlives this one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft_pipeline.train.build_trainer", build)
+        _train(config, out)
+
+
+def told(rows: list[dict]) -> list[str]:
+    """Each row once, without what the clock and the machine decide and what a file is called."""
+    others = (*MEASURED, "path", "client_id")
+    kept = [{name: value for name, value in row.items() if not name.endswith(others)} for row in rows]
+    return sorted({json.dumps(row, sort_keys=True) for row in kept})
+
+
+def wandb_told(folder: Path, name: str) -> list[dict]:
+    """All rows of the runs with this id."""
+    found = []
+    for file in wandb_files(folder):
+        every = list(records(file))
+        if [record.run.run_id for record in every if record.HasField("run")] == [name]:
+            found += [items(record.history.item) for record in every if record.HasField("history")]
+    return [{key: value for key, value in row.items() if key[0] != "_"} for row in found]
+
+
+def trackio_told(name: str) -> list[dict]:
+    rows = trackio_rows(f"SELECT step, metrics FROM metrics WHERE run_name = '{name}' ORDER BY id")
+    assert [step for step, _ in rows] == [json.loads(metrics)["train/global_step"] for step, metrics in rows]
+    return [json.loads(metrics) for _, metrics in rows]
+
+
+def test_what_was_logged_before_a_kill_is_told_again_and_what_is_surely_known_is_not(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=["wandb", "trackio"], use_cpu=True)
+    trackers._keep(args, "out-1", 4)
+    seen = []
+    callback = SimpleNamespace(
+        on_train_begin=lambda *args, **kwargs: None,
+        on_log=lambda args, state, control, logs, **kwargs: seen.append((state.global_step, logs)),
+    )
+    history = [
+        {"loss": 3.0, "step": 2},
+        {"loss": 2.0, "step": 4},
+        {"loss": 1.0, "step": 6},
+        {"eval_loss": 1.5, "step": 6},
+    ]
+    state = TrainerState(global_step=6, is_world_process_zero=True, log_history=history)
+    Guarded("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    args.report_to.append("mlflow")
+    Guarded("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    assert seen == [(6, {"loss": 1.0}), (6, {"eval_loss": 1.5})] and state.global_step == 6
+    state.is_world_process_zero = False
+    Guarded("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    assert len(seen) == 2
+
+
+@pytest.mark.real
+def test_trackers_of_a_run_that_is_killed_twice_have_what_those_of_an_undisturbed_one_have(run, folder, tmp_path):
+    """Right after a checkpoint, and between two: a step that is trained again is told again, with the same values."""
+    keys = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"max_steps": 6, "eval_steps": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(keys | {"resume_from_checkpoint": "auto"}))
+    context = multiprocessing.get_context("spawn")
+    for event, step in (("on_save", 2), ("on_step_begin", 5)):
+        process = context.Process(target=killed, args=(tmp_path / "tiny.yaml", tmp_path / "killed", event, step))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        _train(tmp_path / "tiny.yaml", tmp_path / name)
+    _train(tmp_path / "tiny.yaml", tmp_path / "alone", "--report_to", "none")
+    names = [json.loads((tmp_path / name / TRACKERS_FILE).read_text())["run"] for name in ("killed", "whole")]
+    for found, expected in ([wandb_told(folder, name) for name in names], [trackio_told(name) for name in names]):
+        assert told(found) == told(expected) and len(expected) > 15
+    for name in ("killed", "whole"):
+        assert compare(tmp_path / name / "checkpoint-6", tmp_path / "alone" / "checkpoint-6")[1] == []
 
 
 # What fails.
@@ -258,6 +364,19 @@ def test_a_tracker_that_fails_is_given_up_in_one_line(caplog):
     one.close()
     assert args.report_to == ["wandb"]
     assert caplog.messages == ["trackio failed (the server is down); the run goes on without it"]
+
+
+def test_a_tracker_that_could_not_begin_does_not_end_the_run(monkeypatch, tmp_path, caplog):
+    """wandb's config is none before its run has begun; whoever asks for it gets an error."""
+    wandb = SimpleNamespace(config=type("NoRun", (), {"__getattr__": lambda *args: 1 / 0})())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = TrainingArguments(str(tmp_path), report_to=["wandb"], use_cpu=True)
+    callback = SimpleNamespace(on_train_begin=lambda *args, **kwargs: None)
+    state = TrainerState(is_world_process_zero=True)
+    Guarded("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
+    assert args.report_to == [] and caplog.messages == ["wandb failed (division by zero); the run goes on without it"]
+    Guarded("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
+    assert len(caplog.messages) == 1
 
 
 def test_what_a_tracker_does_at_the_end_comes_after_the_last_evaluation():
@@ -356,6 +475,43 @@ def test_a_run_of_the_callers_own_is_left_open(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
     wandb.run = object()
     assert trackers._begin_wandb("out-1", arguments("wandb")) is None and wandb.begun == []
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_end_that_takes_too_long_is_told_with_what_sends_the_rest(slow, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    begun = trackers._begin_wandb("out-1", arguments("wandb"))
+    assert wandb.begun[0]["settings"]["finish_timeout_raises"]
+    statuses = []
+
+    def finish(exit_code: int) -> None:
+        statuses.append(exit_code)
+        if slow:
+            raise TimeoutError("Timed out finishing run.")
+
+    begun.finish = finish
+    trackers._end_wandb(begun, 1)
+    said = ["wandb: not all was sent within 120 s; wandb sync wandb/offline-run-1 sends the rest"] if slow else []
+    assert statuses == [1] and caplog.messages == said
+
+
+@pytest.mark.real
+def test_wandb_itself_gives_up_a_server_that_does_not_answer(monkeypatch, tmp_path, offline, caplog):
+    wandb = pytest.importorskip("wandb")
+    caplog.set_level("INFO", "sft_pipeline")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        wandb.teardown()
+        started = time.monotonic()
+        begun = trackers._begin_wandb("out-1", arguments("wandb"))
+        assert begun.settings.mode == "offline" and time.monotonic() - started < 2 * trackers.BEGIN_SECONDS
+        begun.finish()
+    wandb.teardown()
+    [line] = [record.message for record in caplog.records if record.name == "sft_pipeline.trackers"]
+    assert re.fullmatch(r"wandb: .* did not respond in time.*; offline; wandb sync \S+ sends it", line)
 
 
 def test_wandb_itself_does_not_ask_in_a_terminal(monkeypatch, tmp_path, offline):

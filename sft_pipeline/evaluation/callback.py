@@ -43,7 +43,7 @@ from sft_pipeline.evaluation.instructions import sample_instructions
 from sft_pipeline.evaluation.likelihood import utf8_bytes
 from sft_pipeline.labels import IGNORED
 from sft_pipeline.output import EVALUATION_DIR
-from sft_pipeline.trackers import send_table
+from sft_pipeline.trackers import send_table, told_until
 from sft_pipeline.trainer import SupervisedTrainer
 
 UNMEASURED = 8  # questions asked on the way while it is not known what one costs
@@ -82,6 +82,8 @@ class EvaluationCallback(TrainerCallback):
         self._ended = False
         for one in self.evaluations:
             self._budget.recall(one)
+            if state.is_world_process_zero and one.step > told_until(args):
+                send_table(one.table, args, one.step)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
