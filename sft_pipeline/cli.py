@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from sft_pipeline.errors import SFTError, failures_of_files
 
@@ -17,11 +17,23 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 STATUSES = """exit status:
   0    done
-  1    some prompts got no answer (generate), a resumed run differs (verify-resume), or an error of a library's
-  2    bad input, or a machine that cannot train (doctor): one line says what to do
-  75   told to end (SIGTERM), and saved: the same command with --resume_from_checkpoint auto goes on
+  1    some prompts got no answer (generate), a resumed run differs
+       (verify-resume), or an error of a library's
+  2    bad input, or a machine that cannot train (doctor): one line says what
+       to do
+  75   told to end (SIGTERM), and saved: the same command with
+       --resume_from_checkpoint auto goes on
   130  interrupted
-results for scripts: preview, evaluate and doctor have --json; train and study leave results.json and study.json"""
+results for scripts: preview, evaluate and doctor have --json; train and study
+leave results.json and study.json"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, as all of ours; argparse prints the usage of the verb before it."""
+
+    def error(self, message: str) -> NoReturn:
+        verb = self.prog.partition(" ")[2]
+        self.exit(2, f"sft-pipeline: {message}; see `{f'{verb} --help'.strip()}`\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,7 +70,7 @@ def _say_once(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sft-pipeline",
         description="Fine-tune a causal language model on instruction rows.",
         epilog=STATUSES,

@@ -193,11 +193,13 @@ def _parser() -> HfArgumentParser:
 def read_keys(path: Path) -> dict[str, Any]:
     """The file's keys and values. Raises SFTError for a file that is missing or no YAML of keys and values."""
     if not path.is_file():
-        raise SFTError(f"{path}: no such config file; the project's own are in configs/")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise SFTError(f"{path}: {found}; give a YAML file of keys, the project's own are in configs/")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except Exception as error:  # beside its own errors, PyYAML lets through those of whatever it builds: dates, numbers
-        raise SFTError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise SFTError(f"{path}: not readable as YAML, as a config is: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SFTError(f"{path}: needs to be a flat list of `key: value` lines")
     return values

@@ -18,7 +18,11 @@ def dashboard(project: str, port: int | None, open_browser: bool) -> None:
         import trackio
     except ImportError as error:
         raise SFTError('dashboard: trackio is not installed; pip install -e ".[track]"') from error
-    if not len(trackio.Api().runs(project)):
+    try:
+        found = len(trackio.Api().runs(project))
+    except ValueError:  # no such project
+        found = 0
+    if not found:
         raise SFTError(f"dashboard: no runs of project {project} here; train with --report_to trackio, or name another")
     os.environ.setdefault("TRACKIO_PLOT_ORDER", FIRST)
     # What trackio prints is coloured for any output, and holds the address that may delete runs.

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sft_pipeline.cache import cache_dir
 from sft_pipeline.errors import SFTError
@@ -46,16 +47,22 @@ def doctor(as_json: bool, console: Console) -> None:
     if as_json:
         print(json.dumps({"ready": fatal is None, "findings": {one.name: asdict(one) for one in findings}}))
     else:
-        console.print(_table(findings))
+        _show([*findings, Finding("ready", fatal is None)], console)
     if fatal:
         raise SFTError(f"cannot train here: {fatal.name}: {fatal.value}; {fatal.advice}")
 
 
-def _table(findings: list[Finding]) -> Table:
+def _show(findings: list[Finding], console: Console) -> None:
+    """Two columns: in a terminal broken at words, elsewhere a line a finding."""
     table = Table(show_header=False, box=None, padding=(0, 1), pad_edge=False)
     for one in findings:
-        table.add_row(one.name, "; ".join(filter(None, [_shown(one.value), one.note, one.advice])))
-    return table
+        said = "; ".join(filter(None, [_shown(one.value), one.note, one.advice]))
+        if console.is_terminal:
+            table.add_row(one.name, Text(said))
+        else:
+            console.print(Text(f"{one.name:<15} {said}"), soft_wrap=True)
+    if console.is_terminal:
+        console.print(table)
 
 
 def _shown(value: Any) -> str:

@@ -160,8 +160,29 @@ def test_the_command_line_wins(make_config):
 
 def test_a_missing_config(capsys):
     message = refusal(capsys, "train", "nowhere.yaml")
-    assert message == "nowhere.yaml: no such config file; the project's own are in configs/"
+    assert message == "nowhere.yaml: no such file; give a YAML file of keys, the project's own are in configs/"
     assert refusal(capsys, "preview").startswith("missing: model_name_or_path, train_data; add it to the config file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "help"),
+    [
+        ([], "the following arguments are required: VERB", "--help"),
+        (["trian"], "argument VERB: invalid choice: 'trian'", "--help"),
+        (["generate", "a.txt"], "the following arguments are required: --model, --output", "generate --help"),
+        (["preview", "--row", "x"], "argument --row: invalid int value: 'x'", "preview --help"),
+    ],
+)
+def test_words_that_are_no_command_are_one_line_without_the_usage(arguments, said, help, capsys):
+    message = refusal(capsys, *arguments)
+    assert message.startswith(said) and message.endswith(f"; see `{help}`")
+
+
+def test_help_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_config_that_does_not_stand_first_is_no_config(make_config, capsys):

@@ -189,8 +189,12 @@ def test_missing_keys():
 
 
 def test_files_that_are_no_config(tmp_path, write):
-    assert refusal("none.yaml") == "none.yaml: no such config file; the project's own are in configs/"
-    assert "not readable as YAML" in refusal(write("a: [1\n"))
+    remedy = "give a YAML file of keys, the project's own are in configs/"
+    assert refusal("none.yaml") == f"none.yaml: no such file; {remedy}"
+    assert refusal(str(tmp_path)) == f"{tmp_path}: is a folder; {remedy}"
+    said = refusal(write("a: [1\n"))
+    assert "not readable as YAML, as a config is: while parsing a flow sequence at line" in said
+    assert "<unicode string>" not in said
     assert refusal(write("", needed="- a\n- b\n")).endswith("needs to be a flat list of `key: value` lines")
     assert refusal(write("", needed="")).endswith("needs to be a flat list of `key: value` lines")
     assert refusal(write("1: 2\n")).endswith("needs to be a flat list of `key: value` lines")

@@ -1,6 +1,7 @@
 """What `doctor` finds, branch by branch, and `dashboard`."""
 
 import importlib.metadata
+import io
 import json
 import subprocess
 import sys
@@ -52,7 +53,19 @@ def test_it_loads_no_model_and_none_of_its_libraries():
 def test_a_reader_gets_a_line_a_finding(capsys):
     doctor.doctor(False, Console(width=200))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(findings())
+    assert [line.split()[0] for line in lines] == [*findings(), "ready"]
+    assert lines[-1].split() == ["ready", "yes"]
+
+
+def test_a_file_gets_whole_lines_and_a_terminal_lines_that_fit(monkeypatch):
+    found = [Finding("bf16", False, "slower than " + "x" * 30, "do [this] " * 6)]
+    file, terminal = io.StringIO(), io.StringIO()
+    doctor._show(found, Console(file=file, width=40))
+    assert file.getvalue() == f"bf16            no; {found[0].note}; {found[0].advice}\n"
+    monkeypatch.setenv("TERM", "xterm")
+    doctor._show(found, Console(file=terminal, width=40, force_terminal=True, color_system=None))
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 2 and max(map(len, lines)) <= 40 and "[this]" in terminal.getvalue()
 
 
 def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypatch, capsys):
@@ -190,14 +203,20 @@ def test_the_hub(monkeypatch):
 
 
 class Trackio:
-    """A stand-in that serves one project; its page is interrupted at once."""
+    """A stand-in that serves one project and knows one without runs; its page is interrupted at once."""
 
     def __init__(self) -> None:
         self.asked: dict = {}
         self.closed = False
 
     def Api(self) -> SimpleNamespace:
-        return SimpleNamespace(runs=lambda project: ["a run"] if project == "sft_pipeline" else [])
+        return SimpleNamespace(runs=self.runs)
+
+    def runs(self, project: str) -> list[str]:
+        known = {"sft_pipeline": ["a run"], "empty": []}
+        if project not in known:
+            raise ValueError(f"Project '{project}' does not exist")  # the real one's words
+        return known[project]
 
     def show(self, project: str, **options) -> tuple:
         print("\x1b[1mcoloured, with the write token")
@@ -223,10 +242,13 @@ def test_the_dashboard_says_where_it_is_until_interrupted(monkeypatch, capsys):
     ("arguments", "trackio", "message"),
     [
         ([], None, 'dashboard: trackio is not installed; pip install -e ".[track]"'),
-        (
-            ["other"],
-            Trackio(),
-            "dashboard: no runs of project other here; train with --report_to trackio, or name another",
+        *(
+            (
+                [name],
+                Trackio(),
+                f"dashboard: no runs of project {name} here; train with --report_to trackio, or name another",
+            )
+            for name in ("other", "empty")
         ),
         (["--share"], Trackio(), "dashboard: unknown option --share; `dashboard --help` lists them"),
     ],

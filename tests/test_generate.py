@@ -372,7 +372,7 @@ def test_the_command(request_, monkeypatch, capsys):
             {"output": Path("prompts.jsonl"), "overwrite": True},
             "output prompts.jsonl: is the file of the prompts; choose another name",
         ),
-        ({"prompts": "none.txt"}, "none.txt: cannot be read (No such file or directory)"),
+        ({"prompts": "none.txt"}, "none.txt: cannot be read (No such file or directory); check the path"),
         ({"model": "./none"}, "./none: no such model folder; check the path, or give a hub name or smollm2-135m"),
     ],
 )

@@ -42,6 +42,22 @@ def test_a_folder_that_is_no_model(tmp_path):
         resolve(str(tmp_path), tmp_path)
 
 
+def test_the_folder_of_a_run_that_has_not_ended(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(SFTError, match="it has no config.json; its run has not ended: give a checkpoint-N of it"):
+        resolve(str(tmp_path), tmp_path)
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(SFTError) as caught:
+            load("smollm2-135")
+        said = str(caught.value)
+        assert said.startswith("smollm2-135: neither a model folder here nor a model that the hub gives (")
+        assert said.endswith("); check the name and the connection") and len(said) < 300
+
+
 def test_a_folder_without_weights_names_itself(copied):
     (copied / "model.safetensors").unlink()
     assert load_tokenizer(str(copied)).chat_template

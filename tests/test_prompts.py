@@ -117,7 +117,7 @@ def test_the_hub(monkeypatch):
     [
         ("a.txt", b"\n \n", "a.txt: no prompts"),
         ("a.txt", b"\xff", "a.txt: not UTF-8 at byte 0; save the file as UTF-8"),
-        ("a.txt", None, "a.txt: cannot be read (No such file or directory)"),
+        ("a.txt", None, "a.txt: cannot be read (No such file or directory); check the path"),
         ("a.jsonl", b"", "a.jsonl: no prompts"),
         ("a.jsonl", b"[1]\n", "a.jsonl: no prompts"),
         (

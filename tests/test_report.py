@@ -220,8 +220,9 @@ def test_answers_stand_before_and_after_in_their_order(trained):
     told = [row for one in both for row in one["table"] if row["instruction"]]
     tags = [attrs["class"] for tag, attrs in page.elements if attrs.get("class") in ("tag good", "tag bad")]
     assert len(told) == 4 and all(visible(row["answer"]) in page.texts["pre"] for row in told)
-    good = ended + sum(row["stopped"] + row["followed"] for row in told) + 1  # the heading of the first row
-    assert tags.count("tag good") == good and len(tags) == 6 + 2 * 4 + 1
+    # Whether an instruction was followed stands at its answer and, to be seen while that is closed, at the question.
+    good = ended + sum(row["stopped"] + 2 * row["followed"] for row in told) + 1  # the heading of the first row
+    assert tags.count("tag good") == good and len(tags) == 6 + 3 * 4 + 1
 
 
 def test_the_first_row_shows_what_is_trained(trained, config):
@@ -293,6 +294,15 @@ def test_the_drawings_have_the_points_of_the_charts(trained):
     [bars] = drawing.figure(lengths).axes[0].patches
     assert list(bars.get_data().values) == run.preview["lengths"]["rows"]
     assert list(bars.get_data().edges) == run.preview["lengths"]["edges"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.39, 0.49), (0.0, 1.0), (0.571, 0.573)])
+def test_a_share_says_at_its_axis_what_it_is(low, high):
+    series = charts.Series("", [(0, low), (90, high)], 0, "dots")
+    axis = drawing.figure(charts.Chart("Share", "step", [series], percent=True)).axes[0].yaxis
+    ticks = axis.get_majorticklocs()
+    labels = axis.get_major_formatter().format_ticks(ticks)
+    assert [float(label.removesuffix("%")) / 100 for label in labels] == pytest.approx(list(ticks), abs=1e-9)
 
 
 def test_drawings_have_the_colours_of_the_page_and_names_of_their_own(trained):

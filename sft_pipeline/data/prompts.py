@@ -56,7 +56,7 @@ def _lines(path: Path) -> Iterator[Prompt]:
     except UnicodeDecodeError as error:
         raise SFTError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except OSError as error:
-        raise SFTError(f"{path}: cannot be read ({error.strerror})") from error
+        raise SFTError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield Prompt(f"{path.name} line {number}", [{"role": "user", "content": line.strip()}])

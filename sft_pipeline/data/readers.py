@@ -36,7 +36,7 @@ def read_rows(path: Path, name: str) -> Iterator[PlacedRow]:
     except UnicodeDecodeError as error:
         raise SFTError(f"{name}: not UTF-8 at byte {_not_utf8(path)}; save the file as UTF-8") from error
     except OSError as error:
-        raise SFTError(f"{name}: cannot be read ({error.strerror or error})") from error
+        raise SFTError(f"{name}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 def _jsonl(path: Path, name: str) -> Iterator[PlacedRow]:

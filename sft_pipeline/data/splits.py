@@ -86,9 +86,9 @@ def hold_out(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
     hashes = row_hashes(dataset)
     chosen = _chosen(hashes, held_out)
     if not chosen.any():
-        raise SFTError(f"held out {held_out} of {len(dataset)} rows: no row falls below the share; give a count")
+        raise SFTError(f"held out {held_out:g} of {len(dataset)} rows: no row falls below the share; give a count")
     if chosen.all():
-        raise SFTError(f"held out {held_out} of {len(dataset)} rows: nothing is left to train on; hold out less")
+        raise SFTError(f"held out {held_out:g} of {len(dataset)} rows: nothing is left to train on; hold out less")
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 
 
@@ -97,7 +97,7 @@ def _chosen(hashes: np.ndarray, held_out: float) -> np.ndarray:
         return hashes < np.uint64(int(held_out * 2**64))
     if held_out >= 1 and held_out % 1 == 0:
         return hashes <= np.sort(hashes)[min(int(held_out), len(hashes)) - 1]
-    raise SFTError(f"held out {held_out}: give a share between 0 and 1 (0.05) or a whole number of rows (20)")
+    raise SFTError(f"held out {held_out:g}: give a share between 0 and 1 (0.05) or a whole number of rows (20)")
 
 
 def take(dataset: Dataset, rows: int) -> Dataset:

@@ -67,7 +67,8 @@ def resolve(name_or_path: str, cache: Path) -> str:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-            remedy = "give the folder of a saved model"
+            ended = not any(folder.glob("checkpoint-*"))
+            remedy = "give the folder of a saved model" if ended else "its run has not ended: give a checkpoint-N of it"
             raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; {remedy}")
         return str(folder)
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
@@ -81,7 +82,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SFTError(f"{path}: no tokenizer to load ({_reason(error)})") from error
+        raise _not_loaded(path, "tokenizer", error) from error
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -101,7 +102,7 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
             path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise SFTError(f"{path}: no model to load ({_reason(error)})") from error
+        raise _not_loaded(path, "model", error) from error
 
 
 def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
@@ -186,7 +187,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _reason(error: Exception) -> str:
+def _not_loaded(path: str, what: str, error: Exception) -> SFTError:
+    """The library's reason: all of it for a folder; of a name its first line, what follows are its links."""
     if "trust_remote_code" in str(error):
-        return "it brings code of its own; if you trust that, train with trust_remote_code: true"
-    return said(error)
+        reason = "it brings code of its own; if you trust that, train with trust_remote_code: true"
+    elif not Path(path).exists():
+        reason, remedy = str(error).strip().partition("\n")[0], "check the name and the connection"
+        return SFTError(f"{path}: neither a model folder here nor a model that the hub gives ({reason}); {remedy}")
+    else:
+        reason = said(error)
+    return SFTError(f"{path}: no {what} to load ({reason})")

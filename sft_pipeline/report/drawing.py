@@ -62,7 +62,7 @@ def figure(chart: Chart) -> Figure:
         axes.set_ylim(0, max(chart.floor, 1.06 * max(y for one in chart.series for _, y in one.points)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     # The least that tells the ticks apart: 2.5 and 3.0, but 1,000 and 2,000.
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if chart.percent else "{x:,.5g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1) if chart.percent else "{x:,.5g}")
     _style(axes, chart.x_label)
     return whole
 
