@@ -1,4 +1,4 @@
-"""The verbs. What each needs is imported when it is called, so that --help answers at once."""
+"""The verbs, a function each. What each needs is imported when it is called, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -8,43 +8,24 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeAlias
 
 from sft_pipeline.errors import SFTError, failures_of_files
+from sft_pipeline.options import build_parser
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-STATUSES = """exit status:
-  0    done
-  1    some prompts got no answer (generate), a resumed run differs
-       (verify-resume), or an error of a library's
-  2    bad input, or a machine that cannot train (doctor): one line says what
-       to do
-  75   told to end (SIGTERM), and saved: the same command with
-       --resume_from_checkpoint auto goes on
-  130  interrupted
-results for scripts: preview, evaluate and doctor have --json; train and study
-leave results.json and study.json"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line, as all of ours; argparse prints the usage of the verb before it."""
-
-    def error(self, message: str) -> NoReturn:
-        verb = self.prog.partition(" ")[2]
-        self.exit(2, f"sft-pipeline: {message}; see `{f'{verb} --help'.strip()}`\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; an error of ours is one line on standard error and its exit status (errors.py), mostly 2."""
-    args, rest = _parser().parse_known_args(arguments)
+    args, rest = build_parser().parse_known_args(arguments)
     from sft_pipeline import terminal
 
     terminal.prepare()
     try:
         with terminal.log_without_bars(), failures_of_files():
-            args.run(args, rest)
+            if rest and not args.reads_config:
+                raise SFTError(f"{args.verb}: unknown option {rest[0]}; `{args.verb} --help` lists them")
+            VERBS[args.verb](args, rest)
     except SFTError as error:
         _say_once(f"sft-pipeline: {error}")
         sys.exit(error.status)
@@ -69,138 +50,12 @@ def _say_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="sft-pipeline",
-        description="Fine-tune a causal language model on instruction rows.",
-        epilog=STATUSES,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    _verb(verbs, "train", _train, "fine-tune as a config says", "[CONFIG] [--key value ...]")
-    usage = "[CONFIG] [--row N] [--json] [--key value ...]"
-    preview = _verb(verbs, "preview", _preview, "show a row as it will be trained", usage)
-    preview.add_argument("--row", type=int, default=0, help="which row of train_data, from 0")
-    preview.add_argument("--json", action="store_true", help="one line of JSON: input_ids, labels, text")
-
-    prepare = "encode the rows of a config once, into shards that training maps: see prepared_data"
-    _verb(verbs, "prepare", _prepare, prepare, "[CONFIG] [--key value ...]")
-    chat = _verb(verbs, "chat", _chat, "talk to a model in the terminal, or answer lines from a pipe")
-    chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
-    chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
-
-    _generate_options(_verb(verbs, "generate", _generate, "answer a file of prompts; the answers are rows to train on"))
-    _add_evaluate(verbs)
-    _add_report(verbs)
-    _add_export(verbs)
-    study = "train the variants of a config and compare them; what is done is not done again"
-    _verb(verbs, "study", _study, study, "CONFIG [--key value ...]")
-    resumed = "prove for a config that a run killed on its way ends with the bits of one that was not"
-    verify = _verb(verbs, "verify-resume", _verify_resume, resumed, "CONFIG [--steps N] [--key value ...]")
-    verify.add_argument("--steps", type=int, default=4, help="steps before the kill, and after it (4)")
-    doctor = _verb(verbs, "doctor", _doctor, "tell what this machine trains with, and what is missing")
-    doctor.add_argument("--json", action="store_true", help="one line of JSON")
-    _add_dashboard(verbs)
-    return parser
-
-
-def _generate_options(parser: argparse.ArgumentParser) -> None:
-    """The names of transformers' GenerationConfig. What is left out has the defaults of `Sampling` and `Request`."""
-    parser.add_argument("prompts", help="a text file (.txt) with a prompt a line, or rows as train_data takes them")
-    parser.add_argument("--model", required=True, help="a run's output folder, a model folder or a hub name")
-    parser.add_argument("--output", required=True, help="a .jsonl file; FILE.errors tells of prompts without an answer")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
-    options = argparse.SUPPRESS  # absent unless given
-    parser.add_argument("--samples", type=int, default=options, help="answers to each prompt (1)")
-    parser.add_argument("--batch_size", type=int, default=options, help="answers written side by side (16)")
-    parser.add_argument("--max_length", type=int, default=options, help="most tokens of prompt and answer together")
-    parser.add_argument("--stop_strings", nargs="+", default=options, help="texts that end an answer")
-    parser.add_argument("--system_prompt", default=options, help="instead of the one the model was trained with")
-    parser.add_argument("--max_new_tokens", type=int, default=options, help="most tokens of an answer (256)")
-    parser.add_argument("--repetition_penalty", type=float, default=options, help="above 1: repeat less")
-    parser.add_argument("--seed", type=int, default=options, help="of all that is drawn (0)")
-    drawn = parser.add_argument_group("drawing", "answers are greedy unless one of these is given")
-    drawn.add_argument("--temperature", type=float, default=options, help="1 draws as the model says, less is surer")
-    drawn.add_argument("--top_k", type=int, default=options, help="only from so many of the likeliest (50; 0: all)")
-    drawn.add_argument("--top_p", type=float, default=options, help="only from the likeliest with this probability")
-    drawn.add_argument("--min_p", type=float, default=options, help="only from those with this share of the best's")
-
-
-def _add_evaluate(verbs: Verbs) -> None:
-    one = _verb(verbs, "evaluate", _evaluate, "compare models on held-out rows and checkable instructions")
-    one.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="runs' folders, model folders or hub names; the first is the baseline",
-    )
-    one.add_argument("--data", help="a run's folder (its held-out rows), or a file, folder or hub name of rows")
-    one.add_argument("--num_prompts", type=int, default=50, help="most rows that are asked (50)")
-    one.add_argument("--max_new_tokens", type=int, default=128, help="most tokens an answer may have (128)")
-    one.add_argument("--few_shot", type=int, default=0, help="ask each model also with this many rows as examples")
-    one.add_argument("--template", choices=("role", "chat"), default="chat", help="for models that are no run's (chat)")
-    one.add_argument("--system_prompt", help="for models that are no run's")
-    one.add_argument(
-        "--judge_base_url", help="an OpenAI-compatible endpoint that judges pairs, as https://api.openai.com/v1"
-    )
-    one.add_argument("--judge_model", help="the judge's name there; its key is read from OPENAI_API_KEY")
-    one.add_argument("--output", help="a folder for JSON, Markdown, picture and answers")
-    one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
-
-
-def _add_report(verbs: Verbs) -> None:
-    one = _verb(verbs, "report", _report, "write the page of a run, or one that compares runs")
-    one.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="runs' output folders; the first is the baseline")
-    one.add_argument("--output", help="the page (OUTPUT_DIR/report.html; of several runs comparison.html in the first)")
-
-
-def _add_dashboard(verbs: Verbs) -> None:
-    one = _verb(verbs, "dashboard", _dashboard, "open trackio's page of the runs that --report_to trackio kept here")
-    one.add_argument("project", nargs="?", default=None, help="the runs' `project` (sft_pipeline)")
-    one.add_argument("--port", type=int, help="where it listens on this machine (the first free one from 7860)")
-    one.add_argument("--no_browser", action="store_true", help="print the address alone")
-
-
-def _add_export(verbs: Verbs) -> None:
-    one = _verb(verbs, "export", _export, "write a run's model as one folder for other tools, with a model card")
-    one.add_argument("folder", metavar="OUTPUT_DIR", help="a finished run's output folder; adapters are merged")
-    one.add_argument("destination", metavar="DEST", help="the folder to write, which must not be there")
-    dtypes = ("float32", "bfloat16", "float16")
-    one.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (float32, as trained)")
-    one.add_argument("--license", help="the model's, as the hub names it: apache-2.0 (the base model's, if known)")
-
-
-def _verb(verbs: Verbs, name: str, run: Handler, description: str, usage: str | None = None) -> argparse.ArgumentParser:
-    """A verb's parser; one with a `usage` of its own reads a config, see `_config`."""
-    parser = verbs.add_parser(
-        name,
-        help=description,
-        description=f"{description}\n\nCONFIG is a YAML file and stands first" if usage else description,
-        usage=usage and f"%(prog)s {usage}",
-        epilog=usage and _keys(),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _config(rest: list[str]) -> tuple[str | None, list[str]]:
     """The config file, if the first word is one, and the keys after it.
 
     Not an argument of argparse: it would take the value of the first key, which it does not know, for the file.
     """
     return (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (None, rest)
-
-
-def _keys() -> str:
-    """The config's keys for --help."""
-    from sft_pipeline.config import SFTArguments
-
-    lines = [f"  {field.name}\n      {field.metadata['help']}" for field in dataclasses.fields(SFTArguments)]
-    return "\n".join(["keys, beside all of transformers.TrainingArguments':", *lines])
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -252,8 +107,6 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
 def _chat(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.chat import chat
 
-    if rest:
-        raise SFTError(f"chat: unknown option {rest[0]}; it takes --max_new_tokens alone")
     chat(args.model, args.max_new_tokens)
 
 
@@ -261,9 +114,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.generate import Request, generate_file
     from sft_pipeline.model.sampling import Sampling
 
-    if rest:
-        raise SFTError(f"generate: unknown option {rest[0]}; `generate --help` lists them")
-    given = {name: value for name, value in vars(args).items() if name != "run"}
+    given = {name: value for name, value in vars(args).items() if name not in ("verb", "reads_config")}
     sampling = {field.name: given.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in given}
     drawn = not sampling.keys().isdisjoint(("temperature", "top_k", "top_p", "min_p"))
     given["output"] = Path(given["output"])
@@ -276,8 +127,6 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     from sft_pipeline.evaluate import Request, build_judge, evaluate
 
-    if rest:
-        raise SFTError(f"evaluate: unknown option {rest[0]}; `evaluate --help` lists them")
     names = [field.name for field in dataclasses.fields(Request)]
     request = Request(**{name: getattr(args, name) for name in names})
     judge = build_judge(args.judge_base_url, args.judge_model)
@@ -287,16 +136,12 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 def _report(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.report.page import write_report
 
-    if rest:
-        raise SFTError(f"report: unknown option {rest[0]}; it takes --output alone")
     print(write_report(args.folders, args.output))
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.export import export
 
-    if rest:
-        raise SFTError(f"export: unknown option {rest[0]}; it takes --dtype and --license alone")
     export(args.folder, Path(args.destination), args.dtype, args.license)
     print(f"exported to {args.destination}; serve it: transformers serve {args.destination}")
 
@@ -329,8 +174,6 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
 
     from sft_pipeline.doctor import doctor
 
-    if rest:
-        raise SFTError(f"doctor: unknown option {rest[0]}; it takes --json alone")
     doctor(args.json, Console())
 
 
@@ -338,6 +181,20 @@ def _dashboard(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.config import DEFAULTS
     from sft_pipeline.dashboard import dashboard
 
-    if rest:
-        raise SFTError(f"dashboard: unknown option {rest[0]}; `dashboard --help` lists them")
     dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)
+
+
+VERBS: dict[str, Handler] = {
+    "train": _train,
+    "preview": _preview,
+    "prepare": _prepare,
+    "chat": _chat,
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "report": _report,
+    "export": _export,
+    "study": _study,
+    "verify-resume": _verify_resume,
+    "doctor": _doctor,
+    "dashboard": _dashboard,
+}

@@ -15,6 +15,7 @@ import yaml
 from sft_pipeline import cli
 from sft_pipeline.cli import main
 from sft_pipeline.data.templates import build_template
+from sft_pipeline.options import build_parser
 
 GOOD = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(8)]
 
@@ -178,6 +179,11 @@ def test_words_that_are_no_command_are_one_line_without_the_usage(arguments, sai
     assert message.startswith(said) and message.endswith(f"; see `{help}`")
 
 
+def test_each_verb_that_can_be_said_has_its_function():
+    [verbs] = build_parser()._subparsers._group_actions
+    assert list(verbs.choices) == list(cli.VERBS)
+
+
 def test_help_fits_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -242,14 +248,14 @@ def test_chat_answers_a_pipe(model_folder, monkeypatch, capsys):
 
 def test_chat_takes_no_other_option(model_folder, capsys):
     message = refusal(capsys, "chat", str(model_folder), "--temperature", "1")
-    assert message == "chat: unknown option --temperature; it takes --max_new_tokens alone"
+    assert message == "chat: unknown option --temperature; `chat --help` lists them"
 
 
 def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(args, rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupted)
+    monkeypatch.setitem(cli.VERBS, "train", interrupted)
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 130

@@ -9,12 +9,13 @@ import pytest
 
 from sft_pipeline import cli, config
 from sft_pipeline.errors import SFTError
+from sft_pipeline.options import build_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("configs/**/*.md"))]
 # Verbs of launch.sh itself: ruff, pytest and the like read what follows them.
 LAUNCHERS = set(re.findall(r"\$verb == ([\w-]+)", (ROOT / "launch.sh").read_text(encoding="utf-8")))
-VERBS = set(cli._parser()._subparsers._group_actions[0].choices)
+VERBS = set(cli.VERBS)
 CONFIG_VERBS = {"train", "preview", "prepare", "study", "verify-resume"}
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # CONFIG, OUTPUT_DIR
 MADE_BY_RUNS = "outputs/"
@@ -84,7 +85,7 @@ def problem(words: list[str]) -> str | None:
     if "--help" in words or (words[0] in LAUNCHERS and words[0] not in VERBS):
         return None
     try:
-        _, rest = cli._parser().parse_known_args(words)
+        _, rest = build_parser().parse_known_args(words)
     except SystemExit:
         return f"does not parse: {words}"
     if words[0] not in CONFIG_VERBS:

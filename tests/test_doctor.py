@@ -263,7 +263,7 @@ def test_why_there_is_no_dashboard(arguments, trackio, message, monkeypatch, cap
 def test_doctor_takes_no_other_option(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--yaml"])
-    assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; it takes --json alone\n"
+    assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; `doctor --help` lists them\n"
 
 
 def test_exit_statuses_are_told(capsys):

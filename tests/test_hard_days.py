@@ -26,7 +26,7 @@ from test_checkpoints import HELD_OUT, ROWS, STEPS, Killed, assert_same_end, bui
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
-from sft_pipeline import memory, processes, rehearsal
+from sft_pipeline import cli, memory, processes, rehearsal
 from sft_pipeline.checkpoints import damage, newest_whole, publish_files
 from sft_pipeline.cli import main
 from sft_pipeline.config import parse
@@ -168,7 +168,7 @@ def test_every_library_s_failure_of_a_disk_is_one_line(wrapped, error, line, mon
             raise ValueError("An error occurred while generating the dataset") from error
         raise error
 
-    monkeypatch.setattr("sft_pipeline.cli._train", fail)
+    monkeypatch.setitem(cli.VERBS, "train", fail)
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 2 and capsys.readouterr().err == f"sft-pipeline: {line}\n"

@@ -501,7 +501,7 @@ def test_refusals_are_one_line(case, folder, capsys):
 def test_an_unknown_option_is_refused(folder, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(folder), "--colour"])
-    assert capsys.readouterr().err == "sft-pipeline: report: unknown option --colour; it takes --output alone\n"
+    assert capsys.readouterr().err == "sft-pipeline: report: unknown option --colour; `report --help` lists them\n"
 
 
 # In a browser.

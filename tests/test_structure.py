@@ -58,8 +58,9 @@ MAY_IMPORT = {
     "export": {"errors", "data", "model", "output", "report", "trained", "model_card"},
     "study": {"errors", "checkpoints", "config", "data", "evaluation", "output", "evaluate"},
     "verify_resume": {"errors", "checkpoints", "config", "output"},
+    "options": {"config"},
     "cli": {
-        *("errors", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
+        *("errors", "options", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
         *("generate", "evaluate", "study", "report", "verify_resume", "shards", "terminal", "doctor"),
         *("dashboard", "export"),
     },
@@ -121,7 +122,7 @@ def test_templates_and_collate_stand_below_the_rest_of_data():
 def test_the_command_line_imports_inside_its_functions():
     tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
     outside = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
-    assert parts_imported(outside) == {"errors"}
+    assert parts_imported(outside) == {"errors", "options"}
     assert not {name.split(".")[0] for name in imports(outside)} & {"torch", "transformers", "datasets", "rich"}
 
 
