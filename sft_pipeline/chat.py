@@ -26,6 +26,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /q
 
 def chat(name_or_path: str, max_new_tokens: int) -> None:
     """Answer standard input: a conversation in a terminal, and a line each from a pipe (of the same conversation)."""
+    Sampling(max_new_tokens=max_new_tokens)  # a number that it refuses is refused before the model is loaded
     conversation = Conversation(*load_trained(name_or_path), max_new_tokens)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sft_pipeline.checkpoints import share_weights
 from sft_pipeline.data.saved_template import saved_tokenizer
 from sft_pipeline.errors import SFTError
 from sft_pipeline.model.loading import load_model, set_special_tokens
@@ -39,6 +40,7 @@ def export(folder: str, destination: Path, dtype: str = "float32", licence: str 
     with tempfile.TemporaryDirectory(dir=destination.parent) as work:
         aside = Path(work) / destination.name
         model.save_pretrained(aside)
+        share_weights(aside)
         saved_tokenizer(template, system_prompt).save_pretrained(aside)
         write_json(aside / TEMPLATE_FILE, {"template": template.name, "system_prompt": system_prompt})
         model_card(run, destination.name, dtype, licence).save(aside / "README.md")

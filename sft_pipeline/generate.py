@@ -74,7 +74,8 @@ def generate_file(request: Request) -> int:
 
 
 def _check(request: Request) -> None:
-    for name, value in (("samples", request.samples), ("max_length", request.max_length)):
+    counts = {"samples": request.samples, "batch_size": request.batch_size, "max_length": request.max_length}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise SFTError(f"{name}: {value} must be at least 1")
     if request.samples > 1 and not request.sampling.do_sample:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from sft_pipeline.checkpoints import SAVING_DIR, clear, output_folder, publish, publish_files, rotate
+from sft_pipeline.checkpoints import SAVING_DIR, clear, output_folder, publish, publish_files, rotate, share_weights
 from sft_pipeline.errors import SFTError
 from sft_pipeline.processes import gave_up
 from sft_pipeline.progress import waiting
@@ -72,6 +72,7 @@ class SavingTrainer(ShardedTrainer):
         if self.args.should_save:
             folder = Path(output_dir) if output_dir else output_folder(self.args)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            share_weights(folder)
 
     def _name_best(self, run: Path, aside: Path) -> None:
         """The best checkpoint by the name that it will have."""

@@ -162,3 +162,8 @@ def test_the_trained_template_and_system_prompt_are_used(model_folder, tmp_path,
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(SFTError, match="not a model folder"):
         chat(str(tmp_path), LIMIT)
+
+
+def test_no_model_is_loaded_for_answers_of_no_token(tmp_path):
+    with pytest.raises(SFTError, match="^max_new_tokens: 0 must be at least 1$"):
+        chat(str(tmp_path), 0)

@@ -139,6 +139,13 @@ def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
     assert ("as low-rank adapters, which are merged here" in (exported / "README.md").read_text()) == bool(keys)
 
 
+def test_who_may_read_a_folder_may_read_its_weights(trained, tmp_path):
+    export(str(folder := trained()), tmp_path / "e")
+    for place in (folder, tmp_path / "e"):
+        modes = {file.name: file.stat().st_mode & 0o777 for file in place.iterdir() if file.is_file()}
+        assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
     exported = tmp_path / "deep" / "exported"
     main(["export", str(trained()), str(exported), "--dtype", "bfloat16", "--license", "mit"])

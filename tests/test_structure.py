@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "doctor": {"errors", "cache"},
     "dashboard": {"errors"},
     "model_card": {"data", "model", "report", "summary"},
-    "export": {"errors", "data", "model", "output", "report", "trained", "model_card"},
+    "export": {"errors", "checkpoints", "data", "model", "output", "report", "trained", "model_card"},
     "study": {"errors", "checkpoints", "config", "data", "evaluation", "output", "evaluate"},
     "verify_resume": {"errors", "checkpoints", "config", "output"},
     "options": {"config"},
