@@ -301,7 +301,7 @@ def test_a_share_says_at_its_axis_what_it_is(low, high):
     series = charts.Series("", [(0, low), (90, high)], 0, "dots")
     axis = drawing.figure(charts.Chart("Share", "step", [series], percent=True)).axes[0].yaxis
     ticks = axis.get_majorticklocs()
-    labels = axis.get_major_formatter().format_ticks(ticks)
+    labels = [label.replace("\N{MINUS SIGN}", "-") for label in axis.get_major_formatter().format_ticks(ticks)]
     assert [float(label.removesuffix("%")) / 100 for label in labels] == pytest.approx(list(ticks), abs=1e-9)
 
 

@@ -490,6 +490,7 @@ def test_an_end_that_takes_too_long_is_told_with_what_sends_the_rest(slow, monke
             raise TimeoutError("Timed out finishing run.")
 
     begun.finish = finish
+    caplog.clear()
     trackers._end_wandb(begun, 1)
     said = ["wandb: not all was sent within 120 s; wandb sync wandb/offline-run-1 sends the rest"] if slow else []
     assert statuses == [1] and caplog.messages == said
