@@ -202,6 +202,9 @@ def test_the_hub(monkeypatch):
 # The dashboard.
 
 
+PRIVATE = "http://127.0.0.1:7860/?project=sft_pipeline&write_token=secret"
+
+
 class Trackio:
     """A stand-in that serves one project and knows one without runs; its page is interrupted at once."""
 
@@ -221,19 +224,26 @@ class Trackio:
     def show(self, project: str, **options) -> tuple:
         print("\x1b[1mcoloured, with the write token")
         self.asked = {"project": project, **options}
-        return SimpleNamespace(close=lambda: setattr(self, "closed", True)), "http://127.0.0.1:7860/", None, "secret"
+        return SimpleNamespace(close=lambda: setattr(self, "closed", True)), "http://127.0.0.1:7860/", None, PRIVATE
 
 
-def test_the_dashboard_says_where_it_is_until_interrupted(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "opened"),
+    [(["--port", "8000", "--no_browser"], []), (["--port", "8000"], [f"{PRIVATE}&smoothing=0"])],
+)
+def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, monkeypatch, capsys):
     from sft_pipeline import dashboard
 
     def interrupted(event: object) -> None:
         raise KeyboardInterrupt
 
+    shown: list[str] = []
     monkeypatch.setitem(sys.modules, "trackio", stand_in := Trackio())
     monkeypatch.setattr(dashboard.threading.Event, "wait", interrupted)
-    main(["dashboard", "--port", "8000", "--no_browser"])
-    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline (Ctrl-C ends it)\n"
+    monkeypatch.setattr(dashboard.webbrowser, "open", shown.append)
+    main(["dashboard", *arguments])
+    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline&smoothing=0 (Ctrl-C ends it)\n"
+    assert shown == opened  # with the token, which lets the page delete runs; it is never printed
     options = {"open_browser": False, "block_thread": False, "server_port": 8000}
     assert stand_in.asked == {"project": "sft_pipeline", **options} and stand_in.closed
 

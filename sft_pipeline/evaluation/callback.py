@@ -117,7 +117,7 @@ class EvaluationCallback(TrainerCallback):
         if state.is_world_process_zero:
             found.write(self.folder / (step_file(step) if best is None else BEST_FILE))
             send_table(found.table, args, state.global_step)
-            if not args.disable_tqdm:
+            if self.questions and not args.disable_tqdm:
                 tqdm.write(f"step {step}: {described(found, len(self.questions))}")
 
     def _of_the_finished_model(self, args: TrainingArguments, state: TrainerState) -> bool:

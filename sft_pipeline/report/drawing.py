@@ -49,7 +49,7 @@ def svg(chart: Chart) -> Markup:
 
 def figure(chart: Chart) -> Figure:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     whole = Figure(figsize=SIZE)
     whole.patch.set_visible(False)
@@ -61,8 +61,8 @@ def figure(chart: Chart) -> Figure:
     if chart.floor is not None:
         axes.set_ylim(0, max(chart.floor, 1.06 * max(y for one in chart.series for _, y in one.points)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    # The least that tells the ticks apart: 2.5 and 3.0, but 1,000 and 2,000.
-    axes.yaxis.set_major_formatter(PercentFormatter(1) if chart.percent else "{x:,.5g}")
+    # The least that tells the ticks apart: 2.5 and 3, 47.5% and 50%, 1,000 and 2,000.
+    axes.yaxis.set_major_formatter((lambda x, _: f"{100 * x:.5g}%") if chart.percent else "{x:,.5g}")
     _style(axes, chart.x_label)
     return whole
 
