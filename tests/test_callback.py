@@ -565,6 +565,13 @@ def test_the_line_of_an_evaluation_says_how_many_were_asked(config, tmp_path, ca
     assert described(failed, 1) == "1 not answered (too long); 2 s"
 
 
+def test_where_nothing_is_to_be_asked_no_line_says_so(config, tmp_path, capsys):
+    nothing = ("--num_answers", "0", "--num_instructions", "0", "--disable_tqdm", "False")
+    run_train(config, tmp_path / "out", *nothing)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert told and all("held-out loss" in line for line in told)
+
+
 # Several processes.
 
 
