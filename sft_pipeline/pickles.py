@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,18 @@ class _Metadata(pickle.Unpickler):
     """Reads `.metadata` as far as it names what torch itself puts there."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in METADATA_NAMES.get(module, "").split():
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """What early releases of Python 3.11 write for a member of an Enum, and nothing else: getattr(kind, name)."""
+    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+    return kind[name]
 
 
 def _check_sharded(file: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.config import DEFAULTS, parse
@@ -141,6 +141,7 @@ def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_without_deepspeed_its_key_says_what_is_missing(write):
     assert "deepspeed" in refusal(write(""), "--deepspeed", str(CONFIG_FOLDER / "deepspeed_zero3.json"))
+    unset_hf_deepspeed_config()  # transformers keeps the half of it that was made
 
 
 @pytest.mark.parametrize("text", ["", "-", "--not an option", "a: b # c", "100", "行\n行 ", " spaces "])

@@ -20,9 +20,10 @@ from fuzz import real_tokenizers
 from jinja2.exceptions import SecurityError
 from rich.console import Console
 from test_trainer import make_trainer
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoTokenizer
 
-from sft_pipeline import cli, preview
+from sft_pipeline import cli, pickles, preview
 from sft_pipeline.answer_file import AnswerFile
 from sft_pipeline.chat import Conversation, Streamer, chat
 from sft_pipeline.checkpoints import damage, seal
@@ -204,9 +205,25 @@ def test_a_sharded_checkpoints_pickles_are_data_or_refused(checkpoint, tmp_path,
     assert resume(copied, tmp_path / "out").global_step == 2  # its own is data
     sharded.save({"a": torch.zeros(3), "b": {"c": trap}}, checkpoint_id=copied / "pytorch_model_fsdp_0", no_dist=True)
     refusal(lambda: resume(copied, tmp_path / "out"), "pytorch_model_fsdp_0/.metadata", "it names posix.mkdir")
-    (copied / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(trap))
     shutil.rmtree(copied / "pytorch_model_fsdp_0")
+    (copied / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(trap))
     refusal(lambda: resume(copied, tmp_path / "out"), "optimizer_0/.metadata", "it names posix.mkdir")
+
+
+@pytest.mark.parametrize("name", ["TORCH_CHANNELS_LAST", "__class__"])
+def test_a_member_of_an_enum_is_data_as_python_3_11_2_writes_it(name):
+    """As getattr of its class; getattr of anything else is none."""
+
+    class Written:
+        def __reduce__(self) -> tuple:
+            return getattr, (_MEM_FORMAT_ENCODING, name)
+
+    metadata = pickles._Metadata(io.BytesIO(pickle.dumps(Written())))
+    if name == "TORCH_CHANNELS_LAST":
+        assert metadata.load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL builtins\.getattr"):
+            metadata.load()
 
 
 # ---- secrets
