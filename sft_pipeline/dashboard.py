@@ -11,7 +11,6 @@ from contextlib import redirect_stdout, suppress
 from sft_pipeline.errors import SFTError
 
 FIRST = "train/loss,train/tokens_per_second,eval/loss,eval/stop_rate,eval/loop_rate,eval/instructions_followed_rate"
-
 AS_LOGGED = "smoothing=0"  # the page's own smoothing makes a flat line of a few points
 
 

@@ -54,15 +54,15 @@ def doctor(as_json: bool, console: Console) -> None:
 
 def _show(findings: list[Finding], console: Console) -> None:
     """Two columns: in a terminal broken at words, elsewhere a line a finding."""
+    lines = [(one.name, "; ".join(filter(None, [_shown(one.value), one.note, one.advice]))) for one in findings]
+    if not console.is_terminal:
+        for name, said in lines:
+            console.print(Text(f"{name:<15} {said}"), soft_wrap=True)
+        return
     table = Table(show_header=False, box=None, padding=(0, 1), pad_edge=False)
-    for one in findings:
-        said = "; ".join(filter(None, [_shown(one.value), one.note, one.advice]))
-        if console.is_terminal:
-            table.add_row(one.name, Text(said))
-        else:
-            console.print(Text(f"{one.name:<15} {said}"), soft_wrap=True)
-    if console.is_terminal:
-        console.print(table)
+    for name, said in lines:
+        table.add_row(name, Text(said))
+    console.print(table)
 
 
 def _shown(value: Any) -> str:

@@ -135,8 +135,9 @@ class Guarded:
             return
         if self.name in ("wandb", "trackio"):
             attempt(self.name, args, self._tell_facts)
+        told = told_until(args)
         for entry in state.log_history:
-            if entry["step"] > told_until(args):
+            if entry["step"] > told:
                 logs = {name: value for name, value in entry.items() if name != "step"}
                 self.on_log(args, replace(state, global_step=int(entry["step"])), control, logs=logs, **kwargs)
 

@@ -334,7 +334,8 @@ def test_trackers_of_a_run_that_is_killed_twice_have_what_those_of_an_undisturbe
 
 
 def arguments(*report_to: str) -> SimpleNamespace:
-    return SimpleNamespace(report_to=list(report_to), run_name="out-1", project="sft_pipeline")
+    keys = {"report_to": list(report_to), "run_name": "out-1", "project": "sft_pipeline", "output_dir": "nowhere"}
+    return SimpleNamespace(**keys)
 
 
 def test_what_is_not_installed_is_left_out_in_a_line(monkeypatch, caplog):

@@ -80,9 +80,10 @@ class EvaluationCallback(TrainerCallback):
         earlier = go_on_from(self.folder, state.global_step) if state.is_world_process_zero else None
         [self.evaluations] = broadcast_object_list([earlier])
         self._ended = False
+        told = told_until(args)
         for one in self.evaluations:
             self._budget.recall(one)
-            if state.is_world_process_zero and one.step > told_until(args):
+            if state.is_world_process_zero and one.step > told:
                 send_table(one.table, args, one.step)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
