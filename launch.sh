@@ -105,7 +105,7 @@ if [[ $verb == train ]]; then
     if [[ $processes -gt 1 ]]; then
         threads=$(python -c "import os; print(max(1, (os.cpu_count() or 1) // $processes))")
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} # torchrun would take one
-        exec python -m sft_pipeline.launch --nproc_per_node "$processes" -m sft_pipeline "$@"
+        exec python -m sft_pipeline.training.launch --nproc_per_node "$processes" -m sft_pipeline "$@"
     fi
 fi
 exec python -m sft_pipeline "$@"

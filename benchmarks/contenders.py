@@ -23,7 +23,7 @@ from task import MAX_LENGTH, Clock, Task, our_trainer, peak_gib, prepare, random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from sft_pipeline.labels import IGNORED
+from sft_pipeline.utils.constants import IGNORED
 
 BATCH = 8
 TRL: dict[str, dict[str, Any]] = {

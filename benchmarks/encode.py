@@ -21,9 +21,9 @@ from report import SYSTEM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from sft_pipeline.data.chat_templates import MARKS, Message, build_template, with_system_prompt
 from sft_pipeline.data.encode import Encoder, encode_dataset
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.templates import MARKS, Message, build_template, with_system_prompt
 
 ROWS = 20_000
 TEMPLATES = ("role", "chat")

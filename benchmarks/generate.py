@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sft_pipeline.data.chat_templates import Template, with_system_prompt
 from sft_pipeline.data.prompts import load_prompts
-from sft_pipeline.data.templates import Template, with_system_prompt
-from sft_pipeline.model.generation import generate
-from sft_pipeline.model.kv_cache import bytes_per_token
-from sft_pipeline.model.sampling import Sampling
-from sft_pipeline.trained import load_trained
+from sft_pipeline.inference.engine import generate
+from sft_pipeline.inference.kv_cache import bytes_per_token
+from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.runs.trained_model import load_trained
 
 Ids = list[list[int]]
 WIDTHS, PROMPTS, TIE = (16, 64), 64, 1e-5

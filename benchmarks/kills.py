@@ -52,8 +52,8 @@ from victims import (
     start,
 )
 
-from sft_pipeline.checkpoints import digest
-from sft_pipeline.verify_resume import compare
+from sft_pipeline.commands.verify_resume import compare
+from sft_pipeline.utils.files import digest
 
 FORK = multiprocessing.get_context("fork")
 AIMS = {"anywhere": 2, "checkpoint": 1, "end": 1}  # by weight

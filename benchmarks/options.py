@@ -58,17 +58,18 @@ def child(keys: dict[str, Any]) -> Run:
     """One run; the benchmark's own key `share_prefix`, which no config has, is put into the collator."""
     from rich.console import Console
 
-    from sft_pipeline import train
     from sft_pipeline.config import parse
+    from sft_pipeline.train import train
+    from sft_pipeline.training import builder
 
     if not keys.pop("share_prefix", True):
 
         @dataclass(frozen=True)
-        class Unshared(train.PackedCollator):
+        class Unshared(builder.PackedCollator):
             share_prefix: bool = False
 
-        train.PackedCollator = Unshared  # type: ignore[misc]  # for this process, which is a benchmark's
-    found = train.train(*parse(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
+        builder.PackedCollator = Unshared  # type: ignore[misc]  # for this process, which is a benchmark's
+    found = train(*parse(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
     tokens = found["rows"]["train"]["tokens"]
     return {
         "tokens_per_second": found["tokens_per_second"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from sft_pipeline.report.charts import ANSWERS
+from sft_pipeline.reports.charts import ANSWERS
 
 
 def losses(axes: Axes, curve: list[dict[str, float]]) -> None:

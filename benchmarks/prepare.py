@@ -24,12 +24,12 @@ import psutil
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 
-from sft_pipeline.cache import cache_dir
-from sft_pipeline.data.batches import StepBatches, row_lengths
-from sft_pipeline.data.collate import IGNORED
+from sft_pipeline.data.batch_sampler import StepBatches, row_lengths
 from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.padding import IGNORED
 from sft_pipeline.data.sources import load_source
 from sft_pipeline.model.loading import resolve
+from sft_pipeline.utils.files import cache_dir
 
 HELD_OUT = 1000
 READ = 200_000  # rows at most

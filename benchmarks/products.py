@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from sft_pipeline.data.packing import PackedCollator
-from sft_pipeline.labels import IGNORED
+from sft_pipeline.utils.constants import IGNORED
 
 SIZE, PRODUCTS = 2048, 9  # of the products that measure the rate
 PROFILED = 2  # steps at the end

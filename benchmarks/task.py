@@ -15,15 +15,15 @@ import torch
 from report import SYSTEM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
-from sft_pipeline.cache import cache_dir
 from sft_pipeline.config import parse
+from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import Account, Encoder, encode_dataset
-from sft_pipeline.data.prepare import Prepared
+from sft_pipeline.data.pipeline import Prepared
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.templates import build_template
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
-from sft_pipeline.train import build_trainer
-from sft_pipeline.trainer import SupervisedTrainer
+from sft_pipeline.training.builder import build_trainer
+from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.utils.files import cache_dir
 
 MAX_LENGTH = 1024
 

@@ -31,11 +31,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from sft_pipeline.cache import cache_dir
 from sft_pipeline.cli import main as sft_pipeline
-from sft_pipeline.data.collate import IGNORED
+from sft_pipeline.data.padding import IGNORED
 from sft_pipeline.model.loading import load_tokenizer, resolve
-from sft_pipeline.trainer import SupervisedTrainer
+from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.utils.files import cache_dir
 
 BATCH, EPOCH = 4, 10  # rows a step, steps an epoch
 SAVING, SAVED, ENDING, ENDED = b"S", b"s", b"E", b"e"

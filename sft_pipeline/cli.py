@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sft_pipeline.errors import SFTError, failures_of_files
-from sft_pipeline.options import build_parser
+from sft_pipeline.cli_options import build_parser
+from sft_pipeline.utils.errors import SFTError, failures_of_files
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 
@@ -18,11 +18,11 @@ Handler = Callable[[argparse.Namespace, list[str]], None]
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; an error of ours is one line on standard error and its exit status (errors.py), mostly 2."""
     args, rest = build_parser().parse_known_args(arguments)
-    from sft_pipeline import terminal
+    from sft_pipeline.utils import console
 
-    terminal.prepare()
+    console.prepare()
     try:
-        with terminal.log_without_bars(), failures_of_files():
+        with console.log_without_bars(), failures_of_files():
             if rest and not args.reads_config:
                 raise SFTError(f"{args.verb}: unknown option {rest[0]}; `{args.verb} --help` lists them")
             VERBS[args.verb](args, rest)
@@ -70,12 +70,12 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 def _preview(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline import preview
-    from sft_pipeline.cache import cache_dir
     from sft_pipeline.config import parse
-    from sft_pipeline.data.prepare import one_row
-    from sft_pipeline.data.templates import build_template
+    from sft_pipeline.data import preview
+    from sft_pipeline.data.chat_templates import build_template
+    from sft_pipeline.data.pipeline import one_row
     from sft_pipeline.model.loading import load_tokenizer, resolve
+    from sft_pipeline.utils.files import cache_dir
 
     sft, _ = parse(*_config(rest))
     tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
@@ -91,11 +91,11 @@ def _preview(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.cache import cache_dir
     from sft_pipeline.config import parse
-    from sft_pipeline.data.templates import build_template
+    from sft_pipeline.data.chat_templates import build_template
+    from sft_pipeline.data.shards import write_shards
     from sft_pipeline.model.loading import load_tokenizer, resolve
-    from sft_pipeline.shards import write_shards
+    from sft_pipeline.utils.files import cache_dir
 
     sft, training = parse(*_config(rest))
     tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
@@ -105,14 +105,14 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _chat(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.chat import chat
+    from sft_pipeline.commands.chat import chat
 
     chat(args.model, args.max_new_tokens)
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.generate import Request, generate_file
-    from sft_pipeline.model.sampling import Sampling
+    from sft_pipeline.commands.generate import Request, generate_file
+    from sft_pipeline.inference.sampling import Sampling
 
     given = {name: value for name, value in vars(args).items() if name not in ("verb", "reads_config")}
     sampling = {field.name: given.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in given}
@@ -125,7 +125,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.evaluate import Request, build_judge, evaluate
+    from sft_pipeline.commands.evaluate import Request, build_judge, evaluate
 
     names = [field.name for field in dataclasses.fields(Request)]
     request = Request(**{name: getattr(args, name) for name in names})
@@ -134,13 +134,13 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.report.page import write_report
+    from sft_pipeline.reports.html import write_report
 
     print(write_report(args.folders, args.output))
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.export import export
+    from sft_pipeline.commands.export import export
 
     export(args.folder, Path(args.destination), args.dtype, args.license)
     print(f"exported to {args.destination}; serve it: transformers serve {args.destination}")
@@ -149,7 +149,7 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
 def _study(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.study import study
+    from sft_pipeline.commands.study import study
 
     config, overrides = _config(rest)
     if config is None:
@@ -158,7 +158,7 @@ def _study(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.verify_resume import verify_resume
+    from sft_pipeline.commands.verify_resume import verify_resume
 
     config, overrides = _config(rest)
     if config is None:
@@ -172,14 +172,14 @@ def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
 def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.doctor import doctor
+    from sft_pipeline.commands.doctor import doctor
 
     doctor(args.json, Console())
 
 
 def _dashboard(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.commands.dashboard import dashboard
     from sft_pipeline.config import DEFAULTS
-    from sft_pipeline.dashboard import dashboard
 
     dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)
 

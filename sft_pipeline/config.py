@@ -15,13 +15,13 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -311,3 +311,28 @@ def _evaluate_when_there_are_rows(sft: SFTArguments, training: TrainingArguments
         training.eval_on_start, training.eval_strategy = False, IntervalStrategy.NO
     elif training.eval_strategy == IntervalStrategy.NO:
         training.eval_strategy = IntervalStrategy.EPOCH
+
+
+def output_folder(training: TrainingArguments) -> Path:
+    """The run's output folder, which config.py always names."""
+    assert training.output_dir is not None
+    return Path(training.output_dir)
+
+
+def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
+    """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
+    from transformers import TrainingArguments
+
+    # Making TrainingArguments sets up the process' device and group; told otherwise, they would end a distributed run.
+    default = TrainingArguments(
+        output_dir=training.output_dir, use_cpu=training.use_cpu, ddp_backend=training.ddp_backend
+    ).to_dict()
+    default |= {"use_cpu": False, "ddp_backend": None}
+    given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
+    # With DEFAULTS, for the library's default of such a key would be read back as ours.
+    for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):
+        given.setdefault(key, getattr(training, key))
+    # Secrets (given by a program: a config can't hold one), and what would make a repeated run replace this one.
+    left_out = {key for key in given if key.endswith("token")} | {"overwrite_output_dir"}
+    # An empty list has no spelling on the command line, which every key goes through; it is the default anyway.
+    return {key: value for key, value in {**asdict(sft), **given}.items() if key not in left_out and value != []}

@@ -2,7 +2,7 @@
 
     sft-pipeline train configs/quickstart.yaml
 
-The loss is three hops away: trainer.py, model/supervised.py, model/loss.py.
+The loss is three hops away: trainer.py, model/loss_forward.py, model/linear_cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -10,62 +10,44 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from sft_pipeline.allocator import keep_freed_memory
-from sft_pipeline.cache import cache_dir
-from sft_pipeline.checkpoints import output_folder
-from sft_pipeline.config import SFTArguments
-from sft_pipeline.data.batches import row_lengths
-from sft_pipeline.data.collate import PaddingCollator
-from sft_pipeline.data.packing import PackedCollator, savings
-from sft_pipeline.data.prepare import Prepared, prepare
-from sft_pipeline.data.saved_template import saved_tokenizer
-from sft_pipeline.data.templates import Template, build_template
-from sft_pipeline.errors import SFTError
-from sft_pipeline.evaluation.callback import EvaluationCallback
-from sft_pipeline.evaluation.history import answers_before_and_after, changes
-from sft_pipeline.memory import peak_memory_gib
-from sft_pipeline.model.adapters import add_lora
-from sft_pipeline.model.attention import use_packed_attention, why_not_packable
-from sft_pipeline.model.freezing import train_only
-from sft_pipeline.model.fused_training import use_fused_layers
+from sft_pipeline.config import SFTArguments, config_record, output_folder
+from sft_pipeline.data.chat_templates import Template, build_template
+from sft_pipeline.data.pipeline import Prepared, prepare
+from sft_pipeline.data.preview import record, show
+from sft_pipeline.data.shards import map_shards
+from sft_pipeline.data.tokenizer_export import saved_tokenizer
+from sft_pipeline.evaluation.step_results import answers_before_and_after, changes
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve, set_special_tokens
-from sft_pipeline.model.supervised import supervise
-from sft_pipeline.output import (
+from sft_pipeline.reports.console_summary import print_results
+from sft_pipeline.reports.html import write_report
+from sft_pipeline.runs.output_dir import (
     PREVIEW_FILE,
     RESULTS_FILE,
     TEMPLATE_FILE,
     bring_evaluations,
     check_output_dir,
     claim_output_dir,
-    config_record,
-    write_json,
 )
-from sft_pipeline.preview import record, show
-from sft_pipeline.processes import naming_lost_processes
-from sft_pipeline.progress import waiting
-from sft_pipeline.report.page import write_report
-from sft_pipeline.sharded import whole_weights
-from sft_pipeline.shards import map_shards
-from sft_pipeline.summary import print_results
-from sft_pipeline.trackers import keep_usable, tracked
-from sft_pipeline.trainer import SupervisedTrainer
+from sft_pipeline.training.builder import build_trainer, trainable_parameters
+from sft_pipeline.training.evaluation_callback import EvaluationCallback
+from sft_pipeline.training.memory import peak_memory_gib
+from sft_pipeline.training.rank_failures import naming_lost_processes
+from sft_pipeline.training.trackers import keep_usable, tracked
+from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.utils.files import cache_dir, write_json
+from sft_pipeline.utils.progress import waiting
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("sft_pipeline", "torch", "transformers", "datasets", "accelerate", "tokenizers")
-SAMPLE = 1000  # rows on which the savings are counted
 
 
 @naming_lost_processes()
@@ -146,86 +128,6 @@ def lacks_evaluation(checkpoint: str, training: TrainingArguments) -> bool:
         return state.epoch == int(state.epoch) and training.eval_delay <= state.epoch
     due = training.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
     return due and training.eval_delay <= state.global_step
-
-
-def build_trainer(
-    sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: Prepared
-) -> SupervisedTrainer:
-    """The trainer over the prepared rows; says what it trains and how."""
-    with whole_weights(model):
-        reason = supervise(model)
-        collator = build_collator(sft, model, template, data)
-    if reason:
-        logger.info("the head is computed at every position: %s", reason)
-    if sft.lora:
-        model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
-    if sft.trainable_modules:
-        train_only(model, sft.trainable_modules)
-    # ZeRO-3 gathers the weights of a module when it is called; a fused layer calls none of its own.
-    fusible = isinstance(collator, PackedCollator) and not is_deepspeed_zero3_enabled()
-    fused = use_fused_layers(model) if fusible else 0
-    callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
-    # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
-    held_out = data.held_out and data.held_out.select(np.argsort(row_lengths(data.held_out), kind="stable"))
-    # The rows have no other columns, and the library looks for their names in the model's own forward signature.
-    training.remove_unused_columns = False
-    # One process a device: the old way of one process for all devices would split a packed batch.
-    training._n_gpu = min(1, training.n_gpu)
-    # Every forward pass uses every parameter, also one without a target: no need to walk the graph for unused ones.
-    training.ddp_find_unused_parameters = bool(training.ddp_find_unused_parameters)
-    training.dataloader_pin_memory &= torch.accelerator.is_available()
-    if training.device.type == "cpu":
-        keep_freed_memory()
-    trainable, parameters = trainable_parameters(model), model.num_parameters()
-    logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{parameters:,}", model.dtype)
-    trainer = SupervisedTrainer(
-        model=model,
-        args=training,
-        data_collator=collator,
-        train_dataset=data.train,
-        eval_dataset=held_out,
-        processing_class=template.tokenizer,
-        callbacks=callbacks,
-        tokens_per_batch=sft.tokens_per_batch,
-    )
-    say_processes(trainer)
-    if sft.lora_merge and trainer.is_fsdp_enabled:
-        raise SFTError("lora_merge: true merges whole weights, and fsdp divides them; leave one out")
-    if isinstance(collator, PackedCollator):
-        batches = trainer.training_batches()
-        sample = islice(batches, -(-len(batches) * SAMPLE // len(data.train)))
-        logger.info("%s; forward and backward are fused in %s layers", savings(data.train, sample), fused)
-    return trainer
-
-
-def say_processes(trainer: SupervisedTrainer) -> None:
-    """How many there are, which a launcher may have taken otherwise, and what each holds."""
-    args = trainer.args
-    if args.world_size > 1:
-        holds = "the model divided among them (FSDP2)" if trainer.is_fsdp_enabled else "the whole model on each"
-        logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, holds)
-
-
-def trainable_parameters(model: PreTrainedModel) -> int:
-    return sum(getattr(w, "ds_numel", w.numel()) for w in model.parameters() if w.requires_grad)
-
-
-def build_collator(
-    sft: SFTArguments, model: PreTrainedModel, template: Template, data: Prepared
-) -> PackedCollator | PaddingCollator:
-    """Packed batches where they were asked for and the model can take them; says why not."""
-    accounts = [account for account in (data.train_account, data.held_out_account) if account]
-    longest = max(account.length_quantiles["most"] for account in accounts)
-    reason = why_not_packable(model, longest) if sft.packing else "packing: false"
-    if reason and sft.tokens_per_batch:
-        raise SFTError(
-            f"tokens_per_batch: {sft.tokens_per_batch} needs packed rows, which are off ({reason}); set it to 0"
-        )
-    if reason:
-        logger.info("batches are padded: %s", reason)
-        return PaddingCollator(template.tokenizer.pad_token_id, sft.pad_to_multiple_of)
-    use_packed_attention(model)
-    return PackedCollator()
 
 
 def shares(data: Prepared) -> dict[str, float]:

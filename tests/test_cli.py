@@ -14,8 +14,8 @@ import yaml
 
 from sft_pipeline import cli
 from sft_pipeline.cli import main
-from sft_pipeline.data.templates import build_template
-from sft_pipeline.options import build_parser
+from sft_pipeline.cli_options import build_parser
+from sft_pipeline.data.chat_templates import build_template
 
 GOOD = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(8)]
 

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.config import DEFAULTS, parse
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
@@ -38,7 +38,7 @@ def refusal(config: str | None, *overrides: str) -> str:
     return message
 
 
-# A study's own keys are read by study.py: tests/test_study.py.
+# A study's own keys are read by study.py: tests/commands/test_study.py.
 RUNS = [path for path in CONFIGS if not path.stem.startswith("study_")]
 
 

@@ -1,8 +1,8 @@
-"""Some of the fuzzer's inputs with every run of the suite; tests/fuzz.py says how to run many."""
+"""Some of the fuzzer's inputs with every run of the suite; tests/support/fuzz.py says how to run many."""
 
 import datasets
-import fuzz
 import pytest
+from support import fuzz
 
 INPUTS = {"readers": 400, "formats": 1500, "sources": 15, "prompts": 200, "templates": 120, "config": 60, "answers": 60}
 

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from sft_pipeline.chat import chat
+from sft_pipeline.commands.chat import chat
 from sft_pipeline.config import parse
-from sft_pipeline.model.generation import generate
-from sft_pipeline.model.sampling import Sampling
+from sft_pipeline.inference.engine import generate
+from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.train import train
-from sft_pipeline.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
 

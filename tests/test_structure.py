@@ -11,62 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sft_pipeline"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
-# What each part may import of the project beside itself: a part stands above all those that it names.
-MAY_IMPORT = {
-    "visible": set(),
-    "errors": {"visible"},
-    "allocator": set(),
-    "cache": set(),
-    "labels": set(),
-    "config": {"errors"},
-    "data": {"errors", "cache", "config", "labels", "visible"},
-    "progress": set(),
-    "model": {"errors", "labels", "progress"},
-    "memory": {"errors"},
-    "processes": {"errors"},
-    "rehearsal": {"data", "memory"},
-    "checkpoints": {"errors"},
-    "pickles": {"errors"},
-    "saving": {"errors", "checkpoints", "processes", "progress", "sharded"},
-    "output": {"errors", "config", "checkpoints"},
-    "shards": {"errors", "config", "data", "checkpoints", "output"},
-    "divergence": set(),
-    "trackers": {"errors", "checkpoints", "output"},
-    "terminal": {"visible"},
-    "sharded": {"errors"},
-    "launch": set(),
-    "trainer": {
-        *("errors", "data", "model", "checkpoints", "divergence", "memory", "pickles", "progress", "rehearsal"),
-        "saving",
-    },
-    "evaluation": {"errors", "labels", "checkpoints", "config", "data", "model", "output", "trackers", "trainer"},
-    "preview": {"errors", "data", "labels", "visible"},
-    "report": {"errors", "evaluation", "output", "visible"},
-    "summary": {"visible"},
-    "trained": {"errors", "cache", "data", "model", "output"},
-    "train": {
-        *("errors", "allocator", "cache", "checkpoints", "config", "data", "memory", "model", "evaluation", "preview"),
-        *("processes", "trainer", "output", "sharded", "shards", "summary", "report", "progress", "trackers"),
-    },
-    "chat": {"errors", "data", "model", "evaluation", "trained", "visible"},
-    "answer_file": {"errors"},
-    "generate": {"errors", "data", "model", "evaluation", "trained", "answer_file"},
-    "evaluate": {"errors", "cache", "config", "data", "model", "evaluation", "output", "trained", "visible"},
-    "doctor": {"errors", "cache"},
-    "dashboard": {"errors"},
-    "model_card": {"data", "model", "report", "summary"},
-    "export": {"errors", "checkpoints", "data", "model", "output", "report", "trained", "model_card"},
-    "study": {"errors", "checkpoints", "config", "data", "evaluation", "output", "evaluate"},
-    "verify_resume": {"errors", "checkpoints", "config", "output"},
-    "options": {"config"},
-    "cli": {
-        *("errors", "options", "cache", "config", "data", "model", "evaluation", "preview", "trainer", "train", "chat"),
-        *("generate", "evaluate", "study", "report", "verify_resume", "shards", "terminal", "doctor"),
-        *("dashboard", "export"),
-    },
-    "__main__": {"cli"},
-    "__init__": set(),
-}
+# The rooms from top to bottom: each imports those that stand below it, and itself.
+ROOMS = (
+    *("__main__", "cli", "cli_options", "commands", "train", "training", "reports", "evaluation", "inference"),
+    *("runs", "data", "model", "kernels", "config", "utils", "__init__"),
+)
 
 
 def part_of(path: Path) -> str:
@@ -74,7 +23,7 @@ def part_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of what is imported: `from sft_pipeline import preview` gives sft_pipeline.preview."""
+    """Full names of what is imported: `from sft_pipeline import preview` gives sft_pipeline.data.preview."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -90,31 +39,33 @@ def parts_imported(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    part = part_of(path)
-    assert part in MAY_IMPORT, f"{path.name}: say in MAY_IMPORT where it stands"
-    beyond = parts_imported(ast.parse(path.read_text(encoding="utf-8"))) - MAY_IMPORT[part] - {part}
-    assert not beyond, f"{path.relative_to(ROOT)} imports {sorted(beyond)}"
+    room = part_of(path)
+    below = ROOMS[ROOMS.index(room) :]
+    beyond = parts_imported(ast.parse(path.read_text(encoding="utf-8"))) - {*below}
+    assert not beyond, f"{path.relative_to(ROOT)} imports {sorted(beyond)}, which stand above {room}"
 
 
-def test_the_table_has_no_circle():
-    done: set[str] = set()
-    while rest := set(MAY_IMPORT) - done:
-        ready = {part for part in rest if MAY_IMPORT[part] <= done}
-        assert ready, f"these import each other: {sorted(rest)}"
-        done |= ready
+def test_the_root_holds_the_ways_in_alone():
+    names = {path.stem for path in PACKAGE.glob("*.py")}
+    assert names == {"__init__", "__main__", "cli", "cli_options", "config", "train"}
 
 
 def test_the_imports_are_seen():
     """The check above would pass on anything if it saw no imports."""
-    assert parts_imported(ast.parse((PACKAGE / "train.py").read_text(encoding="utf-8"))) >= {"data", "model", "trainer"}
+    assert parts_imported(ast.parse((PACKAGE / "train.py").read_text(encoding="utf-8"))) >= {
+        "data",
+        "model",
+        "training",
+    }
     inside = "def f():\n    from sft_pipeline import cli\n    import sft_pipeline.data.encode"
     assert parts_imported(ast.parse(inside)) == {"cli", "data"}
 
 
-def test_templates_and_collate_stand_below_the_rest_of_data():
+def test_templates_and_padding_stand_below_the_rest_of_data():
     """Ids know nothing of files, batches nothing of ids' making."""
-    below = {"sft_pipeline.errors.SFTError", "sft_pipeline.data.tokens.TextEncoder"}
-    for name, allowed in {"tokens": set(), "templates": below, "collate": {"sft_pipeline.labels.IGNORED"}}.items():
+    below = {"sft_pipeline.utils.errors.SFTError", "sft_pipeline.data.text_encoder.TextEncoder"}
+    ignored = {"sft_pipeline.utils.constants.IGNORED"}
+    for name, allowed in {"text_encoder": set(), "chat_templates": below, "padding": ignored}.items():
         found = set(imports(ast.parse((PACKAGE / "data" / f"{name}.py").read_text(encoding="utf-8"))))
         assert {one for one in found if one.startswith("sft_pipeline")} <= allowed
 
@@ -122,7 +73,7 @@ def test_templates_and_collate_stand_below_the_rest_of_data():
 def test_the_command_line_imports_inside_its_functions():
     tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
     outside = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
-    assert parts_imported(outside) == {"errors", "options"}
+    assert parts_imported(outside) == {"utils", "cli_options"}
     assert not {name.split(".")[0] for name in imports(outside)} & {"torch", "transformers", "datasets", "rich"}
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_pipeline.config import parse
-from sft_pipeline.data.prepare import load_messages
-from sft_pipeline.data.templates import build_template, with_system_prompt
-from sft_pipeline.errors import SFTError
-from sft_pipeline.evaluation.answers import answer
-from sft_pipeline.output import EVALUATION_DIR, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
+from sft_pipeline.data.chat_templates import build_template, with_system_prompt
+from sft_pipeline.data.pipeline import load_messages
+from sft_pipeline.inference.answers import answer
+from sft_pipeline.runs.output_dir import EVALUATION_DIR, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
 from sft_pipeline.train import train
+from sft_pipeline.utils.errors import SFTError
 
 SYSTEM = "You are 冬瓜."
 WORDS = ["text", "user", "answer", "system", "question"]
@@ -212,7 +212,7 @@ def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
 
 
 def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("sft_pipeline.train.why_not_packable", lambda model, longest: "it is a teapot")
+    monkeypatch.setattr("sft_pipeline.training.builder.why_not_packable", lambda model, longest: "it is a teapot")
     said = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
     with pytest.raises(SFTError, match=said):
         run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")

@@ -25,12 +25,12 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from sft_pipeline.cache import cache_dir
-from sft_pipeline.data import templates, tokens
-from sft_pipeline.data.batches import row_lengths
-from sft_pipeline.data.templates import Message, Run, Template, with_system_prompt
-from sft_pipeline.errors import SFTError
-from sft_pipeline.labels import IGNORED
+from sft_pipeline.data import chat_templates, text_encoder
+from sft_pipeline.data.batch_sampler import row_lengths
+from sft_pipeline.data.chat_templates import Message, Run, Template, with_system_prompt
+from sft_pipeline.utils.constants import IGNORED
+from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.files import cache_dir
 
 KEPT, CUT, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
@@ -127,7 +127,9 @@ def _length(runs: list[Run]) -> int:
 
 def _code() -> str:
     """The text of the code that makes rows, so that another release never reads this one's cache."""
-    return Path(__file__).read_text(encoding="utf-8") + inspect.getsource(templates) + inspect.getsource(tokens)
+    return (
+        Path(__file__).read_text(encoding="utf-8") + inspect.getsource(chat_templates) + inspect.getsource(text_encoder)
+    )
 
 
 @dataclass(frozen=True)

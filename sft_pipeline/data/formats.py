@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 Message = dict[str, str]
 Row = Mapping[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_pipeline.data.collate import NO_ROW
-from sft_pipeline.labels import IGNORED
+from sft_pipeline.data.padding import NO_ROW
+from sft_pipeline.utils.constants import IGNORED
 
 LEAST_SAVED = 0.05  # share of the tokens a common prefix must save to be worth its bookkeeping
 

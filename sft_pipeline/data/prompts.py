@@ -14,7 +14,7 @@ from pathlib import Path
 from sft_pipeline.data.formats import Format, Message, detect_format, to_prompt
 from sft_pipeline.data.readers import PlacedRow
 from sft_pipeline.data.sources import raw_rows
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 

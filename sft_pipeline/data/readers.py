@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 PlacedRow = tuple[str, Any]  # where it stands, the row
 # What pyarrow raises for a broken file, and Python for a value that it cannot hold, such as a date in the year 10000.

@@ -26,8 +26,8 @@ from datasets.exceptions import DatasetGenerationError
 from sft_pipeline.data import formats, readers
 from sft_pipeline.data.formats import FORMATS, Format, detect_format, to_messages
 from sft_pipeline.data.readers import READERS, PlacedRow, read_rows
-from sft_pipeline.errors import SFTError
-from sft_pipeline.visible import one_line
+from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.sanitize import one_line
 
 logger = logging.getLogger(__name__)
 

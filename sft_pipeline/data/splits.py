@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from sft_pipeline.data.formats import Message
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sft_pipeline.evaluation.compare import Difference, interval_of
-from sft_pipeline.evaluation.figures import answer_figures, loss_figures, row_figures
-from sft_pipeline.evaluation.instructions import followed, instruction_figures, load_instructions
-from sft_pipeline.evaluation.questions import Questions
-from sft_pipeline.evaluation.record import Record
+from sft_pipeline.evaluation.bootstrap import Difference, interval_of
+from sft_pipeline.evaluation.metrics.instruction_following import followed, instruction_figures, load_instructions
+from sft_pipeline.evaluation.metrics.registry import answer_figures, loss_figures, row_figures
+from sft_pipeline.evaluation.model_results import Record
+from sft_pipeline.evaluation.prompt_set import Questions
 
 INSTRUCTIONS = "instructions_followed_rate"
 

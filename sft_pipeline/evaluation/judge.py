@@ -16,8 +16,8 @@ from typing import Literal
 
 import httpx
 
-from sft_pipeline.errors import SFTError
-from sft_pipeline.evaluation.compare import Difference, paired_difference
+from sft_pipeline.evaluation.bootstrap import Difference, paired_difference
+from sft_pipeline.utils.errors import SFTError
 
 Verdict = Literal["A", "B", "C"]
 Outcome = Literal["win", "tie", "loss", "malformed"]

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from sft_pipeline.errors import SFTError
+from sft_pipeline.utils.errors import SFTError
 
 
 def train_only(model: nn.Module, patterns: list[str]) -> None:

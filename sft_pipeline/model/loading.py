@@ -24,9 +24,9 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft_pipeline.errors import SFTError, said
-from sft_pipeline.model.adapters import base_of, merge
-from sft_pipeline.progress import waiting
+from sft_pipeline.model.lora import base_of, merge
+from sft_pipeline.utils.errors import SFTError, said
+from sft_pipeline.utils.progress import waiting
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,169 @@
+"""Talking to a model: streamed answers, a conversation that goes on, commands, and lines from a pipe."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sft_pipeline.commands import chat as chat_module
+from sft_pipeline.commands.chat import HELP, Conversation, chat
+from sft_pipeline.data.chat_templates import build_template, with_system_prompt
+from sft_pipeline.inference.answers import complete
+from sft_pipeline.inference.engine import generate
+from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.runs.output_dir import TEMPLATE_FILE
+from sft_pipeline.runs.trained_model import load_template
+from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.sanitize import visible
+
+LIMIT = 5
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def conversation(tiny_model, tokenizer) -> Conversation:
+    return Conversation(tiny_model, build_template("role", tokenizer), "You are 冬瓜.", LIMIT)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[list[int]]:
+    """The prompts that the model is given, as they come."""
+    seen = []
+
+    def spy(model, template, prompts, *args, **kwargs):
+        seen.extend(prompts)
+        return complete(model, template, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(chat_module, "complete", spy)
+    return seen
+
+
+def greedy(conversation: Conversation, messages: list) -> str:
+    template = conversation.template
+    prompt = template.prompt(with_system_prompt(messages, conversation.system_prompt))
+    [done] = generate(conversation.model, [prompt], [template.stop_token_id], Sampling(max_new_tokens=LIMIT))
+    return template.parse(done.ids)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_answers_are_printed_and_the_conversation_is_kept(conversation, asked, capsys):
+    conversation.take("Hi")
+    first = greedy(conversation, [user("Hi")])
+    assert capsys.readouterr().out.strip() == visible(first).strip() and first
+    conversation.take("And then?")
+    history = [user("Hi"), {"role": "assistant", "content": first}, user("And then?")]
+    assert conversation.messages[:3] == history
+    assert asked[1] == conversation.template.prompt([{"role": "system", "content": "You are 冬瓜."}, *history])
+    assert visible(conversation.messages[3]["content"]) == capsys.readouterr().out.strip()
+
+
+def test_commands(conversation, asked, capsys):
+    conversation.take("Hi")
+    conversation.take("/reset")
+    assert conversation.messages == [] and conversation.system_prompt == "You are 冬瓜."
+    conversation.take("Hi")
+    assert asked[0] == asked[1]
+    conversation.take("/system  Answer in verse. ")
+    assert conversation.messages == []
+    conversation.take("Hi")
+    template = conversation.template
+    assert asked[2] == template.prompt([{"role": "system", "content": "Answer in verse."}, user("Hi")])
+    conversation.take("/system")
+    conversation.take("Hi")
+    assert asked[3] == template.prompt([user("Hi")])
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_command_is_no_message(conversation, asked, capsys):
+    conversation.take("/rest")
+    assert capsys.readouterr().err == f"/rest: no such command; {HELP}\n"
+    assert asked == [] and conversation.messages == []
+    conversation.take("/etc/hosts is what?")  # a path, not a command
+    assert len(asked) == 1
+
+
+def test_a_message_that_is_too_long_is_taken_back(conversation, capsys):
+    conversation.model.config.max_position_embeddings = 60
+    conversation.take("long " * 60)
+    assert "no answer: " in (error := capsys.readouterr().err) and "exceed 60" in error
+    assert conversation.messages == []
+    conversation.take("Hi")
+    assert capsys.readouterr().out.strip() and len(conversation.messages) == 2
+
+
+def test_the_oldest_exchanges_make_room(conversation, asked):
+    """The system prompt stays, and so do the newest exchanges that fit."""
+    conversation.model.config.max_position_embeddings = 110
+    for number in range(6):
+        conversation.take(f"Question {number}?")
+    lengths = [len(ids) for ids in asked]
+    assert max(lengths) + LIMIT <= 110 and lengths[1] > lengths[0]
+    texts = conversation.template.tokenizer.batch_decode(asked)
+    assert all("冬瓜" in text and f"Question {number}?" in text for number, text in enumerate(texts))
+    assert "Question 0?" not in texts[-1] and conversation.messages[0]["content"] != "Question 0?"
+
+
+def say(monkeypatch, lines: str, kind=io.StringIO) -> None:
+    monkeypatch.setattr("sys.stdin", kind(lines))
+
+
+def test_a_pipe_gets_a_line_each(model_folder, monkeypatch, capsys, asked):
+    say(monkeypatch, "Hi\n\n   \nAnd then?")
+    chat(str(model_folder), LIMIT)
+    output = capsys.readouterr()
+    assert output.err.count("no answer") == 0 and HELP not in output.out and "> " not in output.out
+    assert len(asked) == 2 and len(output.out.splitlines()) >= 2
+    assert asked[1][: len(asked[0])] == asked[0]  # the same conversation
+
+
+def test_quit_ends_before_what_follows(model_folder, monkeypatch, capsys, asked):
+    say(monkeypatch, "/quit\nHi\n")
+    chat(str(model_folder), LIMIT)
+    assert asked == [] and capsys.readouterr().out == ""
+
+
+def test_a_terminal_is_told_the_commands(model_folder, monkeypatch, capsys, asked):
+    say(monkeypatch, "Hi\n", Terminal)
+    chat(str(model_folder), LIMIT)
+    output = capsys.readouterr().out
+    assert output.startswith(f"{HELP}\n> ") and len(asked) == 1
+
+
+def test_ctrl_c_at_the_prompt_ends(model_folder, monkeypatch, asked):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    chat(str(model_folder), LIMIT)
+    assert asked == []
+
+
+def test_the_trained_template_and_system_prompt_are_used(model_folder, tmp_path, monkeypatch, asked):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "run"))
+    template, system_prompt = load_template(str(folder))
+    assert (template.name, system_prompt) == ("chat", None)
+    (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": "Be brief."}))
+    template, system_prompt = load_template(str(folder))
+    assert (template.name, system_prompt) == ("role", "Be brief.")
+    say(monkeypatch, "Hi\n")
+    chat(str(folder), LIMIT)
+    assert template.tokenizer.decode(asked[0]) == "<|im_start|>\n#SYSTEM:Be brief.\n#USER:Hi\n#ASSISTANT:"
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(SFTError, match="not a model folder"):
+        chat(str(tmp_path), LIMIT)
+
+
+def test_no_model_is_loaded_for_answers_of_no_token(tmp_path):
+    with pytest.raises(SFTError, match="^max_new_tokens: 0 must be at least 1$"):
+        chat(str(tmp_path), 0)

@@ -1,0 +1,283 @@
+"""What `doctor` finds, branch by branch, and `dashboard`."""
+
+import importlib.metadata
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+import torch
+from huggingface_hub import constants
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from sft_pipeline.cli import main
+from sft_pipeline.commands import doctor
+from sft_pipeline.commands.doctor import Finding, attention, bf16
+
+ROOT = Path(__file__).parents[2]
+
+
+def findings() -> dict[str, Finding]:
+    return {one.name: one for one in doctor.examine()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def test_this_machine_can_train_and_a_script_can_read_it(capsys):
+    main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ready"] is True
+    values = {name: one["value"] for name, one in found["findings"].items()}
+    assert values["torch"] == torch.__version__
+    assert values["device"] in ("cpu", "cuda", "mps") and isinstance(values["bf16"], bool)
+    assert 0 < values["memory_gib"] < psutil.virtual_memory().total / 2**30
+    assert values["threads"] == torch.get_num_threads()
+    assert (values["wandb"], values["hub"]) == ("offline", "offline")
+
+
+def test_it_loads_no_model_and_none_of_its_libraries():
+    code = "from sft_pipeline.commands import doctor; list(doctor.examine()); import sys; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_reader_gets_a_line_a_finding(capsys):
+    doctor.doctor(False, Console(width=200))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*findings(), "ready"]
+    assert lines[-1].split() == ["ready", "yes"]
+
+
+def test_a_file_gets_whole_lines_and_a_terminal_lines_that_fit(monkeypatch):
+    found = [Finding("bf16", False, "slower than " + "x" * 30, "do [this] " * 6)]
+    file, terminal = io.StringIO(), io.StringIO()
+    doctor._show(found, Console(file=file, width=40))
+    assert file.getvalue() == f"bf16            no; {found[0].note}; {found[0].advice}\n"
+    monkeypatch.setenv("TERM", "xterm")
+    doctor._show(found, Console(file=terminal, width=40, force_terminal=True, color_system=None))
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 2 and max(map(len, lines)) <= 40 and "[this]" in terminal.getvalue()
+
+
+def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypatch, capsys):
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    assert "device" not in findings()
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--json"])
+    output = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert output.err == (
+        "sft-pipeline: cannot train here: torch: not installed; pip install -c constraints.txt -e .\n"
+    )
+    assert json.loads(output.out)["ready"] is False
+
+
+def test_a_release_that_was_not_asked_for_is_fatal():
+    assert doctor._installed(Requirement("torch<1")) == Finding(
+        "torch", torch.__version__, "needs <1", "pip install -c constraints.txt -e .", fatal=True
+    )
+    assert not doctor._installed(Requirement("torch>=2")).fatal
+
+
+def test_a_package_that_was_never_installed_is_fatal(monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGE", "no_such_package")
+    assert [doctor._installed(one).fatal for one in doctor._requirements()] == [True]
+
+
+def test_extras_are_named_with_what_installs_them(monkeypatch):
+    assert doctor._optional("lora", ["peft"]).advice == ""
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "trackio" else "1.0")
+    found = doctor._optional("track", ["wandb", "trackio"])
+    assert (found.value, found.fatal) == ("wandb 1.0, trackio not installed", False)
+    assert found.advice == 'pip install -c constraints.txt -e ".[track]"'
+
+
+def fake_torch(capabilities: dict | None = None, cuda: bool = False, macos: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        cpu=SimpleNamespace() if capabilities is None else SimpleNamespace(get_capabilities=lambda: capabilities),
+        cuda=SimpleNamespace(is_bf16_supported=lambda including_emulation: cuda),
+        backends=SimpleNamespace(mps=SimpleNamespace(is_macos_or_newer=lambda major, minor: macos)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "native", "note"),
+    [
+        (fake_torch({"avx512_bf16": True}), "cpu", True, ""),
+        (fake_torch({"amx_tile": True}), "cpu", True, ""),
+        (fake_torch({"architecture": "aarch64", "bf16": True}), "cpu", True, ""),
+        (fake_torch({"avx2": True, "avx512_bf16": False}), "cpu", False, "slower in bf16 than in float32"),
+        (fake_torch(), "cpu", False, "slower in bf16 than in float32"),
+        (fake_torch(cuda=True), "cuda", True, ""),
+        (fake_torch(), "cuda", False, "fp16: true instead"),
+        (fake_torch(macos=True), "mps", True, "macOS 14"),
+        (fake_torch(), "mps", False, "macOS 14"),
+    ],
+)
+def test_bf16(machine, device, native, note):
+    found, said = bf16(machine, device)
+    assert found is native and note in said
+
+
+def test_attention(monkeypatch):
+    assert {attention(device)[0] for device in ("cpu", "mps", "cuda")} == {"blocks of rows", "sdpa", "flex_attention"}
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert "pip install triton" in attention("cuda")[1]
+
+
+def test_few_threads_are_pointed_out(monkeypatch):
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    found = findings()["threads"]
+    assert (found.value, found.note) == (8, "of 64 cores") and "OMP_NUM_THREADS" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("free", "writable", "advice"),
+    [(50, True, ""), (1, True, "free some space, a run takes 2.0 GiB"), (50, False, "cannot be written")],
+)
+def test_disk(free, writable, advice, monkeypatch, tmp_path):
+    monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path / "not" / "there" / "yet"))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 2**30))
+    monkeypatch.setattr(doctor.os, "access", lambda folder, mode: writable)
+    for one in doctor._disk():
+        assert (one.value, one.fatal) == (free, bool(advice)) and advice in one.advice
+
+
+class Wandb(SimpleNamespace):
+    Error = type("Error", (Exception,), {})
+
+    def login(self, prompt: bool, verify: bool) -> bool:
+        assert not prompt and not verify
+        if isinstance(self.account, Exception):
+            raise self.account
+        return self.account
+
+
+@pytest.mark.parametrize(
+    ("account", "value", "advice"),
+    [
+        (True, "online", ""),
+        (False, "offline", "wandb login"),
+        (Wandb.Error("not forty\ncharacters"), "offline", "mend WANDB_API_KEY"),
+    ],
+)
+def test_wandb(account, value, advice, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(account=account))
+    found = doctor._wandb()
+    assert found.value == value and advice in found.advice
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert doctor._wandb().value == "not installed"
+
+
+def test_the_hub(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(httpx, "head", lambda url, timeout: None)
+    assert doctor._hub().value == "reachable"
+
+    def fails(url: str, timeout: float) -> None:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(httpx, "head", fails)
+    assert (doctor._hub().value, doctor._hub().note[:12]) == ("not reachable", "ConnectError")
+
+
+# The dashboard.
+
+
+PRIVATE = "http://127.0.0.1:7860/?project=sft_pipeline&write_token=secret"
+
+
+class Trackio:
+    """A stand-in that serves one project and knows one without runs; its page is interrupted at once."""
+
+    def __init__(self) -> None:
+        self.asked: dict = {}
+        self.closed = False
+
+    def Api(self) -> SimpleNamespace:
+        return SimpleNamespace(runs=self.runs)
+
+    def runs(self, project: str) -> list[str]:
+        known = {"sft_pipeline": ["a run"], "empty": []}
+        if project not in known:
+            raise ValueError(f"Project '{project}' does not exist")  # the real one's words
+        return known[project]
+
+    def show(self, project: str, **options) -> tuple:
+        print("\x1b[1mcoloured, with the write token")
+        self.asked = {"project": project, **options}
+        return SimpleNamespace(close=lambda: setattr(self, "closed", True)), "http://127.0.0.1:7860/", None, PRIVATE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "opened"),
+    [(["--port", "8000", "--no_browser"], []), (["--port", "8000"], [f"{PRIVATE}&smoothing=0"])],
+)
+def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, monkeypatch, capsys):
+    from sft_pipeline.commands import dashboard
+
+    def interrupted(event: object) -> None:
+        raise KeyboardInterrupt
+
+    shown: list[str] = []
+    monkeypatch.setitem(sys.modules, "trackio", stand_in := Trackio())
+    monkeypatch.setattr(dashboard.threading.Event, "wait", interrupted)
+    monkeypatch.setattr(dashboard.webbrowser, "open", shown.append)
+    main(["dashboard", *arguments])
+    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline&smoothing=0 (Ctrl-C ends it)\n"
+    assert shown == opened  # with the token, which lets the page delete runs; it is never printed
+    options = {"open_browser": False, "block_thread": False, "server_port": 8000}
+    assert stand_in.asked == {"project": "sft_pipeline", **options} and stand_in.closed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trackio", "message"),
+    [
+        ([], None, 'dashboard: trackio is not installed; pip install -e ".[track]"'),
+        *(
+            (
+                [name],
+                Trackio(),
+                f"dashboard: no runs of project {name} here; train with --report_to trackio, or name another",
+            )
+            for name in ("other", "empty")
+        ),
+        (["--share"], Trackio(), "dashboard: unknown option --share; `dashboard --help` lists them"),
+    ],
+)
+def test_why_there_is_no_dashboard(arguments, trackio, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    with pytest.raises(SystemExit) as stopped:
+        main(["dashboard", *arguments])
+    assert (stopped.value.code, capsys.readouterr().err) == (2, f"sft-pipeline: {message}\n")
+
+
+def test_doctor_takes_no_other_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--yaml"])
+    assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; `doctor --help` lists them\n"
+
+
+def test_exit_statuses_are_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {status} " in shown for status in (0, 1, 2, 75, 130)) and "--json" in shown

@@ -1,0 +1,284 @@
+"""A trained folder, and what `export` makes of it, answer alike everywhere: greedy, the same ids, and they stop."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+
+from sft_pipeline.cli import main
+from sft_pipeline.commands.export import export
+from sft_pipeline.config import parse_keys
+from sft_pipeline.data.chat_templates import Message, Template, with_system_prompt
+from sft_pipeline.inference.engine import generate
+from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.reports.model_card import known_licence
+from sft_pipeline.runs.trained_model import load_trained
+from sft_pipeline.train import train
+from sft_pipeline.utils.errors import SFTError
+
+SYSTEM = "You are 冬瓜.\n"
+LIMIT = 8
+ASKED = [
+    ["Say text 2 times, 7."],
+    ["Say text 3 times.\n\n", " text text.", "\n#USER: Is it in the text?\n"],
+    ["Why is it so?  ", "\nanswer\n", "冬瓜"],
+]
+# peft 0.21 still asks transformers 5.23 under the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def conversation(texts: list[str]) -> list[Message]:
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory):
+    """trained(key=value) is the output folder of a run on 24 rows; the same keys are the same run."""
+    place, runs = tmp_path_factory.mktemp("runs"), {}
+    data = place / "data" / "rows.jsonl"
+    data.parent.mkdir()
+    rows = [
+        {"prompt": f"Say text {n % 3} times, {n}.", "completion": " ".join(["text"] * (n % 3 + 1))} for n in range(24)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (data.parent / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nRows.\n", encoding="utf-8")
+
+    def run(**keys) -> Path:
+        folder = place / f"run-{len(runs)}"
+        common = {
+            "model_name_or_path": str(model_folder),
+            "train_data": [str(data)],
+            "held_out": 4,
+            "system_prompt": SYSTEM,
+        }
+        common |= {"template": "role", "learning_rate": 0.03, "max_steps": 20, "num_answers": 2, "num_instructions": 2}
+        common |= {
+            "eval_strategy": "steps",
+            "eval_steps": 20,
+            "save_strategy": "no",
+            "max_new_tokens": 4,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "output_dir": str(folder),
+        }
+        train(*parse_keys(common | keys), Console(quiet=True))
+        return folder
+
+    def remembered(**keys) -> Path:
+        name = json.dumps(keys)
+        if name not in runs:
+            runs[name] = run(**keys)
+        return runs[name]
+
+    return remembered
+
+
+def ours(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
+    """Prompt and answer of each of ASKED, as `chat` has them, the stop token included where one came."""
+    prompts = [template.prompt(with_system_prompt(conversation(texts), system)) for texts in ASKED]
+    found = generate(model, prompts, [template.stop_token_id], Sampling(max_new_tokens=LIMIT))
+    ends = {"stop": [template.stop_token_id], "length": []}
+    return [prompt + done.ids + ends[done.finish_reason] for prompt, done in zip(prompts, found)]
+
+
+def theirs(folder: Path) -> list[list[int]]:
+    """The same by transformers' pipeline, which is told nothing but the most tokens."""
+    ask = pipeline("text-generation", str(folder), device="cpu")
+    found = [ask(conversation(texts), max_new_tokens=LIMIT, return_tensors=True) for texts in ASKED]
+    return [one[0]["generated_token_ids"] for one in found]
+
+
+@pytest.mark.parametrize("template", ["role", "chat"])
+def test_pipeline_answers_as_chat_does(trained, template):
+    folder = trained(template=template)
+    expected = ours(*load_trained(str(folder)))
+    # The tokenizer's own template: an answer that begins with a line end would be joined with the template's.
+    found = theirs(folder)
+    assert found[:2] == expected[:2] and (template == "chat" or found == expected)
+    assert any(ids[-1] == 2 for ids in found), "no answer stopped by itself"
+
+
+def test_a_base_that_draws_and_penalizes_is_greedy_once_trained(model_folder, trained, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    base.generation_config.update(
+        do_sample=True, temperature=0.6, top_k=20, repetition_penalty=1.3, eos_token_id=[2, 0]
+    )
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "base")
+    folder = trained(model_name_or_path=str(tmp_path / "base"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings.pop("transformers_version")
+    assert settings == {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    assert theirs(folder) == ours(*load_trained(str(folder)))
+
+
+@pytest.mark.parametrize("keys", [{}, {"lora": True, "lora_rank": 4}], ids=["all parameters", "LoRA"])
+def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
+    folder, exported = trained(**keys), tmp_path / "exported"
+    export(str(folder), exported)
+    expected = ours(*load_trained(str(folder)))
+    assert ours(*load_trained(str(exported))) == expected == theirs(exported)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    inputs = tokenizer.apply_chat_template(conversation(ASKED[1]), add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=LIMIT)[0].tolist() == expected[1]
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "sft_template.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert json.loads((exported / "config.json").read_text())["use_cache"] is True
+    assert ("as low-rank adapters, which are merged here" in (exported / "README.md").read_text()) == bool(keys)
+
+
+def test_who_may_read_a_folder_may_read_its_weights(trained, tmp_path):
+    export(str(folder := trained()), tmp_path / "e")
+    for place in (folder, tmp_path / "e"):
+        modes = {file.name: file.stat().st_mode & 0o777 for file in place.iterdir() if file.is_file()}
+        assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
+    exported = tmp_path / "deep" / "exported"
+    main(["export", str(trained()), str(exported), "--dtype", "bfloat16", "--license", "mit"])
+    assert capsys.readouterr().out == f"exported to {exported}; serve it: transformers serve {exported}\n"
+    assert {tensor.dtype for tensor in load_file(exported / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(exported).dtype == torch.bfloat16
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.license == "mit" and "The weights are bfloat16" in card.text and "This model: mit." in card.text
+
+
+@pytest.mark.parametrize(
+    "prepare, error",
+    [
+        (lambda run, place: (place / "no", place / "out"), "no: no such folder; give the output folder of a run"),
+        (lambda run, place: (place, place / "out"), "no results.json, which a run leaves at its end"),
+        (lambda run, place: (run, place), "is there already; choose another folder, or take it away"),
+    ],
+)
+def test_what_cannot_be_exported(trained, tmp_path, prepare, error):
+    folder, destination = prepare(trained(), tmp_path)
+    with pytest.raises(SFTError, match=error):
+        export(str(folder), destination)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft_pipeline.commands.export.model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(str(trained()), tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_option_of_export(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", str(trained()), str(tmp_path / "out"), "--quantize", "4"])
+    assert "export: unknown option --quantize; `export --help` lists them" in capsys.readouterr().err
+
+
+# ---- the card
+
+
+def test_the_card_has_what_the_run_found(trained, tmp_path):
+    folder = trained()
+    export(str(folder), tmp_path / "exported")
+    card, results = (
+        ModelCard.load(tmp_path / "exported" / "README.md"),
+        json.loads((folder / "results.json").read_text()),
+    )
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.license is None and card.data.base_model is None and card.data.datasets is None
+    figures = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert card.data.model_name == "exported"
+    assert figures["loss"] == round(results["eval_loss"]["after"], 4)
+    assert figures["stop_rate"] == results["figures"]["stop_rate"] and "instructions_followed_rate" in figures
+    text = " ".join(card.text.split())
+    assert "- `rows.jsonl`, licence: cc-by-4.0" in text and "/rows.jsonl" not in str(card)
+    assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
+    one = results["before_and_after"]["nll_nats_per_token"]
+    assert (
+        f"| held-out loss, nats a token | {one['before']:.3f} | {one['after']:.3f} | {one['difference']:+.3f} |" in text
+    )
+    assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
+    assert f"torch {torch.__version__}" in text and "What holds for this model was not said." in text
+    assert "lora" not in text
+
+
+def test_the_card_of_a_run_without_held_out_rows(trained, tmp_path):
+    export(str(trained(held_out=0, max_steps=1)), tmp_path / "exported")
+    card = ModelCard.load(tmp_path / "exported" / "README.md")
+    assert card.data.eval_results is None and "No rows were held out, so there are no figures." in card.text
+
+
+def test_known_licences(tmp_path):
+    assert known_licence("smollm2-135m", "model") == "apache-2.0"
+    assert known_licence("nobody/nothing", "model") is None
+    assert known_licence(str(tmp_path), "model") is None
+    for text, expected in (
+        ("No front matter.", None),
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [a]\n---\n", None),
+    ):
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        assert known_licence(str(tmp_path), "model") == expected
+        (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
+        assert known_licence(str(tmp_path / "rows.json"), "dataset") == expected
+
+
+# ---- a server
+
+
+@pytest.mark.real
+def test_a_server_answers_as_chat_does(trained):
+    openai = pytest.importorskip("openai", reason="needs pip install 'transformers[serving]'")
+    folder = trained()
+    model, template, system = load_trained(str(folder))
+    expected = ours(model, template, system)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        Path(sys.executable).parent / "transformers",
+        "serve",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen([*map(str, command), "--device", "cpu"])
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+            for texts, ids in zip(ASKED, expected):
+                found = client.chat.completions.create(
+                    model=str(folder), messages=conversation(texts), max_tokens=LIMIT
+                )
+                prompt = template.prompt(with_system_prompt(conversation(texts), system))
+                answer = ids[len(prompt) :]
+                assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), len(answer))
+                assert found.choices[0].message.content == template.tokenizer.decode(answer, skip_special_tokens=True)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(url: str, server: subprocess.Popen) -> None:
+    """Until the server answers; it loads torch and the model first."""
+    for _ in range(120):
+        assert server.poll() is None, "the server ended"
+        try:
+            if httpx.get(url).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise TimeoutError(url)

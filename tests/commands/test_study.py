@@ -1,0 +1,207 @@
+"""Studies on a tiny model: one held-out set, what is done is not done again, and every error before any training."""
+
+import itertools
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sft_pipeline.commands import study as module
+from sft_pipeline.commands.evaluate import Request, ask
+from sft_pipeline.commands.study import read_plan, study
+from sft_pipeline.config import parse
+from sft_pipeline.data.pipeline import load_messages
+from sft_pipeline.data.splits import take
+from sft_pipeline.evaluation.comparison import compare
+from sft_pipeline.evaluation.prompt_set import choose
+from sft_pipeline.model.freezing import train_only
+from sft_pipeline.train import train
+from sft_pipeline.utils.errors import SFTError
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = [
+    {"name": "untrained", "train": False},
+    {"name": "4 rows", "max_train_rows": 4},
+    {"name": "attention", "trainable_modules": ["self_attn"]},
+]
+
+pytestmark = pytest.mark.usefixtures("few_instructions")
+
+
+@pytest.fixture(scope="module")
+def keys(model_folder, tmp_path_factory) -> dict:
+    """A study's keys, less its folder and its variants."""
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"the answer is {n}"} for n in range(16)]
+    file = tmp_path_factory.mktemp("data") / "rows.json"
+    file.write_text(json.dumps(rows))
+    return {
+        "model_name_or_path": str(model_folder),
+        "train_data": str(file),
+        "held_out": 6,
+        "template": "role",
+        "num_answers": 3,
+        "max_new_tokens": 4,
+        "max_steps": 1,
+        "learning_rate": 0.01,
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def write(keys, tmp_path_factory) -> Callable[..., str]:
+    """write(variants, **keys) is a study's config."""
+
+    def write(variants: object = VARIANTS, **more: object) -> str:
+        folder = tmp_path_factory.mktemp("study")
+        content = {**keys, "output_dir": str(folder / "out"), "variants": variants, **more}
+        (folder / "study.yaml").write_text(yaml.safe_dump(content))
+        return str(folder / "study.yaml")
+
+    return write
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Names of the configs that were trained; in this process, for the sake of time."""
+    done: list[str] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        assert command[1:4] == ["-m", "sft_pipeline", "train"]
+        train(*parse(command[4], command[5:]), Console(quiet=True))
+        done.append(Path(command[4]).stem)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return done
+
+
+def run_study(config: str, *overrides: str) -> dict:
+    study(config, list(overrides), Console(quiet=True))
+    return json.loads((Path(config).parent / "out" / "study.json").read_text())
+
+
+def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
+    config = write(few_shot=1)
+    found = run_study(config)
+    out = Path(config).parent / "out"
+    names = ["untrained", "untrained, 1 examples", "4 rows", "4 rows, 1 examples", "attention", "attention, 1 examples"]
+    assert [one["name"] for one in found["entries"]] == names and found["rows"] == 3
+    assert trained == ["4_rows", "attention"]
+
+    # The same as evaluating the folders.
+    _, held = load_messages(read_plan(config, []).base)
+    questions = choose(held["messages"], 3, 1)
+    request = Request("x", 3, 4, 1, "role")
+    paths = {"untrained": model_folder, "4 rows": out / "4_rows", "attention": out / "attention"}
+    records = [one for name, path in paths.items() for one in ask(str(path), name, questions, request)]
+    assert json.loads(json.dumps(compare(records, questions).as_json()))["entries"] == found["entries"]
+
+    runs = [one for one in found["runs"] if one]
+    assert [one["training_rows"] for one in runs] == [4, 10]
+    assert [bool(one) for one in found["runs"]] == [False, False, True, False, True, False]
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, out / "attention"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "self_attn" in name}
+    assert runs[1]["trainable_parameters"] == sum(before[name].numel() for name in changed)
+    assert (out / "study.png").is_file() and "| training rows |  |  | 4 |  | 10 |  |" in (out / "study.md").read_text()
+
+    # Nothing is trained or asked again, though what was cut off is begun again.
+    asked = []
+    monkeypatch.setattr(module, "ask", lambda path, *args: asked.append(path) or ask(path, *args))
+    assert run_study(config) == found and len(trained) == 2 and asked == []
+    (out / "4_rows" / "results.json").unlink()
+    assert run_study(config)["entries"] == found["entries"]
+    assert trained == ["4_rows", "attention", "4_rows"] and asked == [str(out / "4_rows")]
+
+    with pytest.raises(SFTError, match="out/4_rows: holds a run of other settings; delete it or choose another"):
+        run_study(config, "--learning_rate", "0.02")
+
+
+def test_a_failed_training_is_named(write, monkeypatch):
+    monkeypatch.setattr(module.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(SFTError, match="^variant a: training ended with status 2, see above; what is done is kept$"):
+        run_study(write([{"name": "a"}]))
+
+
+REFUSED = {
+    "no variants": (None, {}, "study.yaml: a study needs `variants`, a list of keys each with a `name`"),
+    "empty": ([], {}, "study.yaml: a study needs `variants`"),
+    "no name": ([{"max_train_rows": 3}], {}, "study.yaml: a study needs `variants`"),
+    "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number from 0 on"),
+    "held_out": ([{"name": "a", "held_out": 3}], {}, "variant a: held_out must be the same for all variants; set it"),
+    "unknown": ([{"name": "a", "lorra": 1}], {}, "variant a: unknown key lorra; the nearest known one is lora"),
+    "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a"),
+    "one folder": ([{"name": "a b"}, {"name": "a/b"}], {}, "study.yaml: two variants would share the folder"),
+    "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out rows to ask: set held_out (or eval_data)"),
+    "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both say what"),
+    "negative": ([{"name": "a", "max_train_rows": -1}], {}, "max_train_rows is -1; it has to be 0 or more"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_said_before_anything_is_trained(case, write):
+    variants, more, message = REFUSED[case]
+    config = write(variants, **more)
+    with pytest.raises(SFTError, match=re.escape(message)) as raised:
+        run_study(config)
+    assert "\n" not in str(raised.value) and not (Path(config).parent / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["rows", "parts", "base"])
+def test_the_projects_studies_are_read(name):
+    plan = read_plan(str(ROOT / "configs" / f"study_{name}.yaml"), ["--use_cpu", "true"])
+    assert plan.folder == Path("outputs") / f"study_{name}" and not plan.variants[0].trained
+    assert {one.sft.system_prompt for one in plan.variants} == {plan.base.system_prompt}
+    assert {one.sft.held_out for one in plan.variants} == {50} and {one.sft.num_answers for one in plan.variants} == {0}
+
+
+# The two keys that studies vary.
+
+
+def test_fewer_rows_are_among_more():
+    rows = Dataset.from_dict({"messages": [[{"role": "user", "content": str(n)}] for n in range(20)]})
+    sets = [[one[0]["content"] for one in take(rows, count)["messages"]] for count in (1, 5, 12, 20, 99)]
+    assert [len(one) for one in sets] == [1, 5, 12, 20, 20]
+    assert all(set(few) < set(many) for few, many in itertools.pairwise(sets[:4]))
+    assert all(one == sorted(one, key=int) for one in sets) and sets[1] != sets[4][:5]
+
+
+def test_the_held_out_rows_do_not_depend_on_max_train_rows(keys):
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    (all_rows, held), (few, same) = (load_messages(parse(None, [*words, f"--max_train_rows={n}"])[0]) for n in (0, 3))
+    assert held["messages"] == same["messages"] and len(all_rows) == 10 and len(few) == 3
+
+
+def test_only_what_matches_is_trained(tiny_model):
+    train_only(tiny_model, [r"layers\.1\.mlp", "lm_head"])
+    trained = {name for name, weight in tiny_model.named_parameters() if weight.requires_grad}
+    parts = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert trained == parts | {"lm_head.weight"}
+
+
+def test_names_that_no_parameter_has(tiny_model):
+    with pytest.raises(SFTError, match="^trainable_modules attn2: no parameter has such a name; there are model.em"):
+        train_only(tiny_model, ["self_attn", "attn2"])
+    with pytest.raises(SFTError, match=r"^trainable_modules \(: not a regular expression"):
+        train_only(tiny_model, ["("])
+    assert all(weight.requires_grad for weight in tiny_model.parameters())
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("study_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_projects_own_studies_are_readable(path):
+    plan = read_plan(str(path), ["--train_data", "rows.jsonl"])
+    assert len({variant.name for variant in plan.variants}) == len(plan.variants) >= 2

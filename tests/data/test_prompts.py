@@ -1,0 +1,139 @@
+"""Prompts out of text files and rows: what the model is shown, what is kept back, and what is wrong with a row."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sft_pipeline.data.prompts import Prompt, load_prompts
+from sft_pipeline.utils.errors import SFTError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+HISTORY = [user("Hi"), assistant("Yes?"), user("Why?")]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "reference"),
+    [
+        ({"messages": HISTORY}, HISTORY, None),
+        ({"messages": [SYSTEM, *HISTORY, assistant("So.")]}, [SYSTEM, *HISTORY], "So."),
+        ({"messages": [user("Hi"), assistant(" ")]}, [user("Hi")], None),
+        ({"messages": [user("Hi"), {"role": "assistant", "content": None}]}, [user("Hi")], None),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, [user("Hi")], None),
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}],
+            },
+            [SYSTEM, user("Hi")],
+            "Yes?",
+        ),
+        ({"instruction": "Add.", "input": "1 + 1"}, [user("Add.\n1 + 1")], None),
+        ({"instruction": "Why?", "history": [["Hi", "Yes?"]], "output": "So."}, HISTORY, "So."),
+        ({"instruction": "Hi", "output": ""}, [user("Hi")], None),
+        ({"prompt": "Hi"}, [user("Hi")], None),
+        ({"prompt": "Hi", "completion": "Yes?"}, [user("Hi")], "Yes?"),
+        ({"prompt": HISTORY}, HISTORY, None),
+        ({"prompt": HISTORY, "completion": [assistant("So.")]}, HISTORY, "So."),
+    ],
+)
+def test_the_last_answer_is_the_reference(row, messages, reference, tmp_path):
+    name = write(tmp_path / "rows.jsonl", row)
+    assert load_prompts(name) == [Prompt("rows.jsonl line 1", messages, reference)]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": []}, "an empty conversation"),
+        ({"messages": [user(" ")]}, "the user's text is empty"),
+        ({"messages": [SYSTEM]}, "a message of the assistant where the user should speak"),
+        ({"messages": [user("Hi"), assistant("a"), assistant("b")]}, "a message of the assistant where the user"),
+        ({"messages": [user("Hi"), user("Hi")]}, "a message of the user where the assistant should speak"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0] has the unknown role 'robot'; known are"),
+        ({"messages": [user("Hi"), {"role": "assistant", "content": 3}]}, "a message of the assistant is of type int"),
+        ({"messages": [user("\ud800")]}, "a message of the user holds half a character"),
+        ({"messages": "Hi"}, "'messages' is of type str, not a list of messages"),
+        ({"prompt": "Hi"}, "no 'messages' (the row has: prompt), which messages rows need"),
+        ([1], "a row must be an object with columns, this is of type list"),
+    ],
+)
+def test_a_bad_row_stays_where_it_is(row, problem, tmp_path):
+    good = {"messages": [user("Hi")]}
+    first, bad, last = load_prompts(write(tmp_path / "rows.jsonl", good, row, good))
+    assert first.messages == last.messages == [user("Hi")]
+    assert (bad.origin, bad.messages, bad.reference) == ("rows.jsonl line 2", [], None)
+    assert bad.problem.startswith(problem)
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffHi\r\n\n  你好\u2028! \nlast".encode())
+    assert load_prompts(str(file)) == [
+        Prompt("prompts.txt line 1", [user("Hi")]),
+        Prompt("prompts.txt line 3", [user("你好\u2028!")]),
+        Prompt("prompts.txt line 4", [user("last")]),
+    ]
+
+
+def test_csv_parquet_folders_and_saved_data_sets(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt\nHi\nWhy?\n")
+    expected = [[user("Hi")], [user("Why?")]]
+    assert [one.messages for one in load_prompts(str(tmp_path / "rows.csv"))] == expected
+    rows = datasets.Dataset.from_dict({"prompt": ["Hi", "Why?"]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    assert [one.messages for one in load_prompts(str(tmp_path / "rows.parquet"))] == expected
+    assert [one.origin for one in load_prompts(str(tmp_path))][1:3] == [
+        f"{tmp_path.name}/rows.csv row 1",
+        f"{tmp_path.name}/rows.parquet row 0",
+    ]
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")
+    assert [one.messages for one in load_prompts(str(tmp_path / "saved"))] == expected
+
+
+def test_the_hub(monkeypatch):
+    rows = datasets.Dataset.from_dict({"instruction": ["Hi"], "output": ["Yes?"], "other": [1]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert load_prompts("some/rows") == [Prompt("some/rows row 0", [user("Hi")], "Yes?")]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.txt", b"\n \n", "a.txt: no prompts"),
+        ("a.txt", b"\xff", "a.txt: not UTF-8 at byte 0; save the file as UTF-8"),
+        ("a.txt", None, "a.txt: cannot be read (No such file or directory); check the path"),
+        ("a.jsonl", b"", "a.jsonl: no prompts"),
+        ("a.jsonl", b"[1]\n", "a.jsonl: no prompts"),
+        (
+            "a.jsonl",
+            b'{"question": "Hi"}',
+            "a.jsonl: its columns (question) fit no known shape; rename them to one of: ",
+        ),
+        ("a.jsonl", b'{"prompt": "Hi"}\n{"prompt', "a.jsonl line 2: not JSON"),
+        ("a.jsonl", None, "a.jsonl: no such file or folder"),
+        ("a.docx", b"Hi", "a.docx: not a known kind of file; known are"),
+    ],
+)
+def test_a_file_that_cannot_be_read(file, content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(file).write_bytes(content)
+    with pytest.raises(SFTError) as error:
+        load_prompts(file)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -1,0 +1,452 @@
+"""Prepared shards: the same rows and run, refused by name where anything differs, whole or absent, mapped alone."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+import torch
+import torch.multiprocessing
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from support.tiny import CHATML, build_tokenizer
+from tokenizers import normalizers
+from transformers import TrainingArguments
+
+from sft_pipeline.cli import main
+from sft_pipeline.config import SFTArguments, parse
+from sft_pipeline.data import shards
+from sft_pipeline.data.batch_sampler import StepBatches, row_lengths
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.encode import Encoder, text_hash
+from sft_pipeline.data.pipeline import Prepared, prepare
+from sft_pipeline.data.shards import PARTS, RECORD_FILE, _map, ingredients, map_shards, problem, write_shards
+from sft_pipeline.model.loading import load_tokenizer
+from sft_pipeline.train import train
+from sft_pipeline.utils.errors import SFTError
+
+PROCESSES = 2
+AGAIN = "run `prepare` again, or give the config it was prepared with"
+
+
+@pytest.fixture
+def config(tmp_path, model_folder, cache, monkeypatch) -> Path:
+    """A config whose rows are rows.jsonl beside it; their folder is the current one."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {n} times {n}.", "input": "", "output": "text " * (n % 7 + 1)} for n in range(30)]
+    rows[11]["output"] = "a row that is dropped " * 40
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model_name_or_path": str(model_folder), "train_data": "rows.jsonl", "held_out": 6, "template": "role"}
+    keys |= {"system_prompt": "You are 冬瓜.", "max_length": 200, "num_answers": 2, "num_instructions": 0}
+    keys |= {"max_new_tokens": 4, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+    keys |= {"logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    keys |= {"prepared_data": "shards"}
+    Path("config.yaml").write_text(yaml.safe_dump(keys, allow_unicode=True))
+    return tmp_path / "config.yaml"
+
+
+@pytest.fixture
+def written(config, tokenizer) -> tuple[SFTArguments, TrainingArguments]:
+    """The config's keys, with its rows in shards/."""
+    sft, training = parse(str(config), [])
+    write_shards(sft, build_template("role", tokenizer), Path("shards"))
+    return sft, training
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args):
+        raise AssertionError("a row is encoded")
+
+    monkeypatch.setattr(Encoder, "__call__", refused)
+    monkeypatch.setattr("sft_pipeline.data.pipeline.load_source", refused)
+
+
+def same_rows(one: Prepared, other: Prepared) -> bool:
+    parts = [[getattr(data, name) and getattr(data, name).to_list() for name in PARTS] for data in (one, other)]
+    return parts[0] == parts[1] and parts[0][0] != []
+
+
+# What is mapped.
+
+
+@pytest.mark.parametrize("shard_size", ["500MB", "3KB"])
+def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", shard_size)
+    sft, training = parse(str(config), [])
+    template = build_template("role", tokenizer)
+    write_shards(sft, template, Path("shards"))
+    files = sorted(path.name for path in Path("shards/train").glob("*.arrow"))
+    assert (len(files) > 2) == (shard_size == "3KB")
+    expected = prepare(sft, template)
+    no_encoding(monkeypatch)
+    found = map_shards(sft, template, training)
+    assert same_rows(found, expected)
+    assert found.train_account == expected.train_account and found.held_out_account == expected.held_out_account
+    assert found.train_account.dropped == {"longer than max_length": 1} and found.train_account.cached
+    # As files, of which nothing is in memory before it is read.
+    assert [Path(one["filename"]).name for one in found.train.cache_files] == files
+
+
+def in_a_fork(work: Callable[[], object]) -> str:
+    """What `work` returns in a fork of this process, whose memory it leaves as it was, or the error it ends with."""
+    ours, theirs = os.pipe()
+    if os.fork() == 0:
+        try:
+            found = str(work())
+        except BaseException as error:
+            found = type(error).__name__
+        finally:
+            os.write(theirs, found.encode())
+            os._exit(0)
+    os.close(theirs)
+    os.wait()
+    with open(ours, "rb") as pipe:
+        return pipe.read().decode()
+
+
+def tokens_read(read: Callable[[], datasets.Dataset], limit: int) -> int:
+    """How many there are, read in the order of training by a process that may take `limit` bytes more."""
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # Arrow's own has set some aside before it is limited
+    taken = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + limit, taken + limit))
+    rows = read().with_format("numpy")
+    batches = StepBatches(row_lengths(rows), seed=1, rows=10, packed=True)
+    return sum(len(rows[row]["input_ids"]) for batch in batches for row in batch)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts there what a process has taken")
+def test_shards_that_memory_could_not_hold_are_read(tmp_path):
+    def write():
+        row = np.arange(10_000, dtype=np.int32)
+        made = datasets.Dataset.from_dict({name: [row] * 20 for name in ("input_ids", "labels")})
+        datasets.concatenate_datasets([made] * 40).save_to_disk(tmp_path)
+
+    assert in_a_fork(write) == "None"
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
+    assert size > 2**26 - 2**22
+    mapped = in_a_fork(lambda: tokens_read(lambda: _map(tmp_path), size // 3))
+    loaded = in_a_fork(lambda: tokens_read(lambda: datasets.load_from_disk(tmp_path, keep_in_memory=True), size // 3))
+    assert (mapped, loaded) == ("8000000", "ArrowMemoryError")
+
+
+def test_without_held_out_rows(config, tokenizer):
+    sft, training = parse(str(config), ["--held_out", "0"])
+    template = build_template("role", tokenizer)
+    write_shards(sft, template, Path("shards"))
+    found = map_shards(sft, template, training)
+    assert found.held_out is found.held_out_account is found.held_out_messages is None
+    assert same_rows(found, prepare(sft, template))
+
+
+def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
+    def run(name: str, *keys: str) -> dict:
+        sft, training = parse(str(config), ["--output_dir", name, *keys])
+        sft.prepared_data = sft.prepared_data if keys else None
+        return train(sft, training, Console(quiet=True))
+
+    expected = run("plain")
+    capsys.readouterr()
+    main(["prepare", str(config)])
+    assert capsys.readouterr().out == "prepared in shards; to train from it add --prepared_data shards\n"
+    no_encoding(monkeypatch)
+    found = run("mapped", "--prepared_data", "shards")
+    measured = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second")
+    curves = [
+        [{key: value for key, value in entry.items() if not key.endswith(measured)} for entry in one["loss_curve"]]
+        for one in (expected, found)
+    ]
+    assert curves[0] == curves[1] and len({entry["loss"] for entry in curves[0] if "loss" in entry}) == 3
+    assert found["answers"] == expected["answers"] and found["answers"]
+    weights = [load_file(Path(name) / "model.safetensors") for name in ("plain", "mapped")]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_the_folder_that_prepare_chooses(config, capsys, monkeypatch):
+    text = config.read_text().replace("prepared_data: shards\n", "output_dir: out/tiny\n")
+    config.write_text(text)
+    main(["prepare", str(config)])
+    assert "add --prepared_data out/tiny-prepared\n" in capsys.readouterr().out
+    no_encoding(monkeypatch)
+    train(*parse(str(config), ["--prepared_data", "out/tiny-prepared"]), Console(quiet=True))
+    assert Path("out/tiny/results.json").is_file()
+
+
+def work(process: int, port: int, config: str) -> None:
+    """One of two processes, neither of which may encode or read the data: it leaves what it was given and refused."""
+    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
+    sft, training = parse(config, ["--ddp_backend", "gloo"])
+    assert training.world_size == PROCESSES
+    template = build_template("role", load_tokenizer(sft.model_name_or_path))
+    with pytest.MonkeyPatch.context() as patch:
+        no_encoding(patch)
+        data = map_shards(sft, template, training)
+        sft.max_length = 150
+        with pytest.raises(SFTError) as refused:
+            map_shards(sft, template, training)
+    rows = [getattr(data, name).to_list() for name in PARTS]
+    Path(f"found-{process}.json").write_text(json.dumps({"rows": rows, "refused": str(refused.value)}))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_map_and_neither_encodes(config):
+    main(["prepare", str(config)])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, args=(port, str(config)), nprocs=PROCESSES)
+    found = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
+    sft, _ = parse(str(config), [])
+    expected = prepare(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))
+    assert found[0] == found[1]
+    assert found[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
+    assert found[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
+
+
+# What is refused.
+
+CHANGES = {
+    "eval_data": ({"eval_data": ["other.jsonl"], "held_out": 0.0}, "prepared from 0 sources, now 1"),
+    "train_data_weights": ({"train_data_weights": [2.0]}, "prepared with [], now [2.0]"),
+    "held_out": ({"held_out": 0.2}, "prepared with 6.0, now 0.2"),
+    "skip_bad_rows": ({"skip_bad_rows": True}, "prepared with False, now True"),
+    "max_train_rows": ({"max_train_rows": 9}, "prepared with 0, now 9"),
+    "template": ({"template": "chat"}, "prepared with 'role', now 'chat'"),
+    "system_prompt": ({"system_prompt": None}, "prepared with 'You are 冬瓜.', now None"),
+    "train_on": ({"train_on": "last"}, "prepared with 'all', now 'last'"),
+    "max_length": ({"max_length": 100}, "prepared with 200, now 100"),
+    "overlong": ({"overlong": "truncate_turns"}, "prepared with 'drop', now 'truncate_turns'"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_key_that_differs_is_named(key, written, tokenizer):
+    sft, training = written
+    changes, said = CHANGES[key]
+    for name, value in changes.items():
+        setattr(sft, name, value)
+    with pytest.raises(SFTError) as refused:
+        map_shards(sft, build_template(sft.template, tokenizer), training)
+    assert str(refused.value) == f"prepared_data shards: {key} differs ({said}); {AGAIN}"
+
+
+def test_all_that_decides_the_rows_is_compared(written, tokenizer):
+    """Every key of ours does, or is named here as one that does not."""
+    made_from = ingredients(written[0], build_template("role", tokenizer))
+    others = {"model_name_or_path", "prepared_data", "packing", "tokens_per_batch", "pad_to_multiple_of", "num_proc"}
+    others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
+    others |= {"early_stopping_patience", "overwrite_output_dir", "trust_remote_code"}
+    ours = {name for name in vars(written[0]) if name not in others and not name.startswith("lora")}
+    assert ours | {"format", "tokenizer", "chat_template"} == set(made_from)
+    assert set(CHANGES) | {"train_data", "format", "tokenizer", "chat_template"} == set(made_from)
+
+
+def test_rows_that_have_changed(written, tokenizer):
+    sft, _ = written
+    template = build_template("role", tokenizer)
+    Path("rows.jsonl").touch()
+    assert problem(sft, template, Path("shards")) is None
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Say 3", "Say 4", 1))
+    said = f"train_data differs (rows.jsonl has other content); {AGAIN}"
+    assert problem(sft, template, Path("shards")) == said
+
+
+def test_rows_that_are_elsewhere(written, tokenizer):
+    """Under another name they are the same rows; where they are not here, on a cluster perhaps, the name has to do."""
+    sft, _ = written
+    template = build_template("role", tokenizer)
+    Path("rows.jsonl").rename("moved.jsonl")
+    assert problem(sft, template, Path("shards")) is None
+    sft.train_data = ["moved.jsonl"]
+    assert problem(sft, template, Path("shards")) is None
+    sft.train_data = ["owner/rows"]
+    assert problem(sft, template, Path("shards")) == (
+        f"train_data differs (prepared from rows.jsonl, now owner/rows); {AGAIN}"
+    )
+    sft.train_data = ["moved.jsonl", "moved.jsonl"]
+    assert problem(sft, template, Path("shards")).startswith("train_data differs (prepared from 1 sources, now 2)")
+
+
+def test_a_folder_of_rows_is_known_by_its_files(config, tokenizer):
+    Path("folder").mkdir()
+    shutil.copy("rows.jsonl", "folder/a.jsonl")
+    sft, _ = parse(str(config), ["--train_data", "folder"])
+    template = build_template("role", tokenizer)
+    write_shards(sft, template, Path("shards"))
+    Path("folder/notes.txt").write_text("not read")
+    assert problem(sft, template, Path("shards")) is None
+    shutil.copy("rows.jsonl", "folder/b.jsonl")
+    assert problem(sft, template, Path("shards")).startswith("train_data differs (folder has other content)")
+    shutil.rmtree("folder")
+    Path("folder").mkdir()
+    assert problem(sft, template, Path("shards")).startswith("folder: no data file in this folder")
+
+
+def test_another_tokenizer(written):
+    own = build_tokenizer()
+    own.backend_tokenizer.enable_truncation(7)  # which encoding turns off
+    own.backend_tokenizer.enable_padding()
+    assert problem(written[0], build_template("role", own), Path("shards")) is None
+    own.backend_tokenizer.normalizer = normalizers.Lowercase()
+    said = problem(written[0], build_template("role", own), Path("shards"))
+    assert said.startswith("tokenizer differs (prepared with '") and said.endswith(AGAIN)
+
+
+def test_another_chat_template(config, make_tokenizer):
+    sft, _ = parse(str(config), ["--template", "chat"])
+    write_shards(sft, build_template("chat", make_tokenizer()), Path("shards"))
+    other = build_template("chat", make_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>")))
+    assert problem(sft, other, Path("shards")).startswith("chat_template differs (prepared with '")
+
+
+def test_another_format(written, tokenizer, monkeypatch):
+    monkeypatch.setattr(shards, "FORMAT", shards.FORMAT + 1)
+    said = problem(written[0], build_template("role", tokenizer), Path("shards"))
+    assert said.startswith(f"format differs (prepared with {shards.FORMAT - 1}, now {shards.FORMAT})")
+
+
+@pytest.mark.parametrize("part", [*PARTS, RECORD_FILE])
+def test_damaged_shards(part, written, tokenizer):
+    template = build_template("role", tokenizer)
+    name = part if part == RECORD_FILE else f"{part}/data-00000-of-00001.arrow"
+    file = Path("shards") / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    said = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
+    assert problem(written[0], template, Path("shards")) == said
+    # Which puts it in order.
+    write_shards(written[0], template, Path("shards"))
+    assert file.read_bytes() == whole
+    if part != RECORD_FILE:
+        file.unlink()
+        said = f"damaged ({name} is missing); run `prepare` again"
+        assert problem(written[0], template, Path("shards")) == said
+
+
+def test_folders_that_are_none(written, tokenizer):
+    template = build_template("role", tokenizer)
+    assert problem(written[0], template, Path("nowhere")) == "no such folder; run `prepare`"
+    assert problem(written[0], template, Path(".")) == "has no prepared rows; run `prepare`"
+    (Path("shards") / "SHA256SUMS").unlink()
+    assert problem(written[0], template, Path("shards")).startswith("damaged (SHA256SUMS is missing or empty)")
+
+
+def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
+    """The first process, on another one, has found nothing wrong."""
+    monkeypatch.setattr(shards, "looked_for_once", lambda training, look: None)
+    written[0].prepared_data = "elsewhere"
+    with pytest.raises(SFTError, match="^prepared_data elsewhere: is not on every machine; copy it to all"):
+        map_shards(written[0], build_template("role", tokenizer), written[1])
+
+
+# Written whole or not at all.
+
+
+def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokenizer, caplog, monkeypatch):
+    sft, training = written
+    template = build_template("role", tokenizer)
+    before = contents(Path("shards"))
+    with caplog.at_level("INFO", logger="sft_pipeline"), pytest.MonkeyPatch.context() as patch:
+        no_encoding(patch)
+        write_shards(sft, template, Path("shards"))
+    assert "shards: prepared already, nothing has changed since" in caplog.text
+    assert contents(Path("shards")) == before
+    sft.max_length = 100
+    write_shards(sft, template, Path("shards"))
+    assert same_rows(map_shards(sft, template, training), prepare(sft, template))
+    assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
+
+
+def test_other_files_are_left_alone(config, tokenizer):
+    sft, _ = parse(str(config), [])
+    for place in (Path("rows.jsonl"), Path("thesis")):
+        if place.suffix == "":
+            place.mkdir()
+            (place / "chapter.tex").write_text("years of work")
+        with pytest.raises(SFTError, match=f"^prepared_data {place}: holds files that `prepare` did not write; choose"):
+            write_shards(sft, build_template("role", tokenizer), place)
+    assert contents(Path("thesis")) == {"chapter.tex": b"years of work"}
+    Path("empty").mkdir()
+    write_shards(sft, build_template("role", tokenizer), Path("empty"))
+    assert (Path("empty") / RECORD_FILE).is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, monkeypatch):
+    sft, _ = written
+    before = contents(Path("shards"))
+
+    def broken_off(folder):
+        assert (folder / "train" / "state.json").is_file()
+        raise error
+
+    monkeypatch.setattr(shards, "seal", broken_off)
+    sft.max_length = 100
+    disk = isinstance(error, OSError)
+    said = r"^prepared_data (shards|new): cannot be written \(\[Errno 28\] No space left on device\)$" if disk else None
+    for folder in (Path("shards"), Path("new")):
+        with pytest.raises(SFTError if disk else KeyboardInterrupt, match=said):
+            write_shards(sft, build_template("role", tokenizer), folder)
+    assert contents(Path("shards")) == before
+    assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
+
+
+def test_training_refuses_before_a_folder_is_made(config, tokenizer):
+    with pytest.raises(SFTError, match="^prepared_data shards: no such folder; run `prepare`$"):
+        train(*parse(str(config), ["--output_dir", "out"]), Console(quiet=True))
+    assert not Path("out").exists()
+
+
+# The format.
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "the question"}, {"role": "assistant", "content": "the answer <|im_end|> is"}],
+    [
+        *[{"role": "system", "content": "system text"}, {"role": "user", "content": "what is 冬瓜"}],
+        *[{"role": "assistant", "content": "answer in the text"}, {"role": "user", "content": "and  then?\n"}],
+        {"role": "assistant", "content": "the answer to the question is in the text"},
+    ],
+    [{"role": "user", "content": "is " * 40}, {"role": "assistant", "content": "answer " * 30}],
+]
+
+
+def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
+    """Where this fails and should, FORMAT is raised with the hash: shards of earlier releases are then refused."""
+    file = tmp_path / "rows.json"
+    named = [{"messages": [*rows, *rows[-2:]][: len(rows) + 2 * (at % 2)]} for at, rows in enumerate(CONVERSATIONS * 8)]
+    for at, row in enumerate(named):
+        row["messages"][-1] = {"role": "assistant", "content": f"{row['messages'][-1]['content']} {at}"}
+    file.write_text(json.dumps(named))
+    found = []
+    for template in ("role", "chat"):
+        for keys in (
+            {"overlong": "drop"},
+            {"overlong": "truncate_answer"},
+            {"overlong": "truncate_turns", "train_on": "last"},
+        ):
+            sft = SFTArguments(
+                "m",
+                [str(file)],
+                template=template,
+                system_prompt="You.",
+                max_length=60,
+                held_out=5.0,
+                max_train_rows=9,
+                **keys,
+            )
+            data = prepare(sft, build_template(template, tokenizer))
+            found.append([getattr(data, name).to_list() for name in ("train", "held_out")])
+    assert (shards.FORMAT, text_hash(json.dumps(found))[:16]) == (1, "0f9f08cb6e53b0b6")

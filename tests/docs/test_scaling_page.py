@@ -1,0 +1,113 @@
+"""The figures on paper: docs/scaling.md has the script's own tables, and its counts are those of real models."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parents[2]
+IN_A_ROW = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks() -> Iterator[None]:
+    """The scripts can be imported."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def scaling(benchmarks) -> ModuleType:
+    return importlib.import_module("scaling")
+
+
+def config_of(shape) -> PretrainedConfig:
+    return (Qwen3Config if shape.qk_norm else LlamaConfig)(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def build(shape, device: str = "cpu") -> PreTrainedModel:
+    with torch.device(device):
+        return (Qwen3ForCausalLM if shape.qk_norm else LlamaForCausalLM)(config_of(shape))
+
+
+@pytest.fixture(params=[False, True], ids=["llama", "qwen3"])
+def small(request, scaling):
+    """Two layers, as many key-value heads as heads."""
+    return scaling.Shape("small", 2, 32, 48, 4, 4, 16, 64, tied=False, qk_norm=request.param)
+
+
+def test_the_document_has_the_tables_that_the_script_prints(scaling):
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for table in scaling.TABLES:
+        assert table().markdown() in text, f"{table.__name__}: put in what benchmarks/scaling.py prints"
+    assert text.count("| --- |") == len(scaling.TABLES), "and no other"
+
+
+def test_parameters_are_those_of_the_models(scaling):
+    for shape in (*scaling.SHAPES, scaling.SMOLLM2, scaling.QWEN3_FOUR_LAYERS):
+        assert shape.parameters == build(shape, "meta").num_parameters(), shape.name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_those_of_peft(scaling, small):
+    from sft_pipeline.model.lora import add_lora
+
+    model = add_lora(build(small), scaling.LORA_RANK, 32, ["all-linear"])
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert small.adapters == trained
+
+
+def test_arithmetic_is_that_of_the_measured_benchmark(scaling, small):
+    """benchmarks/products.py counts it from a model and a packed batch."""
+    products = importlib.import_module("products")
+    rows = [IN_A_ROW] * 3
+    labels = torch.arange(sum(rows)).where(torch.arange(sum(rows)) % 2 == 0, products.IGNORED)
+    batch = {"input_ids": torch.zeros(1, sum(rows)), "labels": labels[None], "row_lengths": torch.tensor([0, *rows])}
+    counted = sum(products.useful_flops(build(small), batch).values())
+    assert scaling.flops(small, IN_A_ROW, targets=0.5) * sum(rows) == counted
+
+
+def saved_bytes(model: PreTrainedModel, shape, tokens: int) -> int:
+    """What a forward pass through the library's layers keeps of its tokens for the backward pass."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tokens in tensor.shape:  # no weight, nor a weight's cast
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(inputs_embeds=torch.randn(1, tokens, shape.hidden, requires_grad=True), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_activations_are_what_the_librarys_layers_keep(scaling, small):
+    tokens = 96
+    more = scaling.replace(small, layers=3)
+    found = [saved_bytes(build(shape).model, shape, tokens) for shape in (small, more)]
+    assert found[1] - found[0] == tokens * scaling.layer_activations(small)
+
+
+def test_what_is_moved_and_kept_depends_on_the_devices_as_it_should(scaling):
+    shape = scaling.LLAMA_8B
+    assert scaling.ddp_bytes(shape, 1) == scaling.fsdp_bytes(shape, 1) == 0
+    assert scaling.ddp_bytes(shape, 2) == 4 * shape.parameters, "half of the gradients to the other, and sums back"
+    sharded = [scaling.sharded_states(shape, devices) for devices in (2, 8, 64)]
+    assert sharded == sorted(sharded, reverse=True)
+    assert sharded[0] - sharded[1] == pytest.approx(16 * shape.parameters * (1 / 2 - 1 / 8))
+    assert scaling.activations(shape, True) < scaling.activations(shape, False) / 8

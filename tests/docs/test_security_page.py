@@ -1,0 +1,547 @@
+"""What docs/security.md promises. Each promise names its test there, here or in the file of what it is about."""
+
+import ast
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from jinja2.exceptions import SecurityError
+from rich.console import Console
+from support.fuzz import real_tokenizers
+from support.tiny import CHATML
+from support.trainers import make_trainer
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from transformers import AutoTokenizer
+
+from sft_pipeline import cli
+from sft_pipeline.commands.chat import Conversation, Streamer, chat
+from sft_pipeline.commands.generate import _ready
+from sft_pipeline.commands.resumable_jsonl import AnswerFile
+from sft_pipeline.config import config_record, parse
+from sft_pipeline.data import preview
+from sft_pipeline.data.chat_templates import build_template, with_system_prompt
+from sft_pipeline.data.preview import as_json
+from sft_pipeline.data.prompts import Prompt, load_prompts
+from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.tokenizer_export import saved_chat_template
+from sft_pipeline.evaluation.judge import Judge
+from sft_pipeline.evaluation.prompt_set import with_examples
+from sft_pipeline.model.loading import load_model, load_tokenizer
+from sft_pipeline.model.lora import add_lora
+from sft_pipeline.reports.console_summary import print_results
+from sft_pipeline.runs.output_dir import TEMPLATE_FILE
+from sft_pipeline.runs.trained_model import load_template
+from sft_pipeline.training import safe_unpickling
+from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.files import damage, seal
+from sft_pipeline.utils.sanitize import VisibleLines, one_line
+
+PACKAGE = Path(__file__).parents[2] / "sft_pipeline"
+SECRET = "s3cret-7f81d0"
+# Clears the screen, by 7 bits and by 8, and renames the window; then a line of somebody else's.
+ESCAPES = "\x1b[2J\x9b2J\x1b]0;owned\x07\r"
+SEEN = "\u241b[2J\\x9b2J\u241b]0;owned\u2407\u240d"
+
+
+def refusal(call, *parts: str) -> str:
+    with pytest.raises(SFTError) as caught:
+        call()
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
+    return message
+
+
+class Malice:
+    """A pickle that leaves `file` behind when it is loaded as one."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.fixture
+def trap(tmp_path) -> Malice:
+    """Goes off where it is unpickled; the test asserts at its end that it did not."""
+    trap = Malice(tmp_path / "it-ran")
+    yield trap
+    assert not trap.file.exists(), "the pickle was run"
+
+
+# ---- no code from a model
+
+
+def calls(name: str) -> list[tuple[str, ast.Call]]:
+    """All calls of a function or method of this name in the package, each with its file."""
+    return [pair for pair in all_calls() if getattr(pair[1].func, "attr", getattr(pair[1].func, "id", None)) == name]
+
+
+@cache
+def all_calls() -> list[tuple[str, ast.Call]]:
+    trees = [(path.name, ast.parse(path.read_text(encoding="utf-8"))) for path in PACKAGE.rglob("*.py")]
+    return [(name, node) for name, tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg}
+
+
+def test_every_call_that_loads_is_a_safe_one():
+    """The behaviour is tested below; this finds a call that is added later."""
+    for file, call in calls("from_pretrained"):
+        given = keywords(call)
+        assert given.get("trust_remote_code", "False") in ("False", "trust_remote_code"), file
+        if ast.unparse(call.func).startswith("AutoModel"):
+            assert given.get("use_safetensors") == "True" or "gguf_file" in given, file
+    for file, call in calls("load_dataset"):
+        assert keywords(call).keys() <= {"split"}, file
+    for file, call in [*calls("load"), *calls("safe_load")]:
+        told = ast.unparse(call)
+        # What torch's own reader of sharded checkpoints runs is told in docs/security.md.
+        safe = told.startswith(("yaml.safe_load(", "_Metadata(", "dcp.load("))
+        assert safe or "weights_only=True" in told or "_Loader" in told, file
+    for forbidden in ("eval", "exec", "compile_restricted", "system", "popen", "read_pickle", "load_from_disk"):
+        hits = [hit for hit in calls(forbidden) if not ast.unparse(hit[1].func).endswith((".eval", "re.compile"))]
+        assert not hits, forbidden
+    assert len(calls("from_pretrained")) >= 4 and len(calls("load_dataset")) == 1
+
+
+def brings_code(folder: Path, trap: Path, name: str) -> None:
+    """The folder's config says that a class of its own is to be imported."""
+    (folder / "mine.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    config = json.loads((folder / name).read_text())
+    kind = "AutoTokenizer" if "token" in name else "AutoModelForCausalLM"
+    config["auto_map"] = {"AutoConfig": "mine.Mine", kind: ["mine.Mine", None] if "token" in name else "mine.Mine"}
+    config["tokenizer_class" if "token" in name else "model_type"] = "Mine"
+    (folder / name).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("load", "name"), [(load_model, "config.json"), (load_tokenizer, "tokenizer_config.json")])
+def test_code_that_a_model_brings_is_not_run_unless_asked_for(load, name, model_folder, tmp_path, trap, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(model_folder, tmp_path / "copied"))
+    brings_code(folder, trap.file, name)
+    try:
+        load(str(folder))
+    except SFTError as error:
+        assert len(str(error).splitlines()) == 1 and "trust_remote_code" in str(error)
+    assert parse(None, ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"])[0].trust_remote_code is False
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weights_that_are_pickles_are_refused_with_the_way_to_convert_them(adapters, model_folder, tmp_path, trap):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "copied"))
+    if adapters:
+        pytest.importorskip("peft")
+        model = add_lora(load_model(str(folder)), 2, 4, ["all-linear"])
+        folder = tmp_path / "adapters"
+        model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    torch.save(trap, folder / ("adapter_model.bin" if adapters else "pytorch_model.bin"))
+    library = "AutoPeftModelForCausalLM as M" if adapters else "AutoModelForCausalLM as M"
+    refusal(lambda: load_model(str(folder)), str(folder), "pickles", "convert them: python -c", library)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder, save_strategy="steps", save_steps=1, optim="adamw_torch").train()
+    return folder / "checkpoint-1"
+
+
+PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+def resume(checkpoint: Path, folder: Path):
+    return make_trainer(folder, optim="adamw_torch", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_checkpoints_pickles_are_data_or_refused(name, checkpoint, tmp_path, trap):
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
+    torch.save({"state": trap}, copied / name)
+    assert damage(copied) == f"{name} differs from SHA256SUMS"
+    (copied / "SHA256SUMS").unlink()
+    seal(copied)  # whoever can change a file can change its sum
+    assert damage(copied) is None
+    refusal(lambda: resume(copied, tmp_path / "out"), str(copied), "it names posix.mkdir", "it was not run")
+
+
+def test_pickled_weights_in_a_checkpoint_are_not_run(checkpoint, tmp_path, trap):
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
+    (copied / "model.safetensors").unlink()
+    torch.save({"weights": trap}, copied / "pytorch_model.bin")
+    refusal(lambda: resume(copied, tmp_path / "out"), "it names posix.mkdir")
+
+
+def test_a_pickle_that_is_cut_off_is_one_line(checkpoint, tmp_path):
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
+    for content in (b"", b"\x80\x02garbage"):
+        (copied / "optimizer.pt").write_bytes(content)
+        refusal(lambda: resume(copied, tmp_path / "out"), str(copied))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoints_pickles_are_data_or_refused(checkpoint, tmp_path, trap):
+    """torch.distributed.checkpoint reads the metadata, and entries that are no tensors, as any pickle."""
+    from torch.distributed import checkpoint as sharded
+
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
+    sharded.save({"a": torch.zeros(3), "b": {"c": 1}}, checkpoint_id=copied / "optimizer_0", no_dist=True)
+    assert resume(copied, tmp_path / "out").global_step == 2  # its own is data
+    sharded.save({"a": torch.zeros(3), "b": {"c": trap}}, checkpoint_id=copied / "pytorch_model_fsdp_0", no_dist=True)
+    refusal(lambda: resume(copied, tmp_path / "out"), "pytorch_model_fsdp_0/.metadata", "it names posix.mkdir")
+    shutil.rmtree(copied / "pytorch_model_fsdp_0")
+    (copied / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(trap))
+    refusal(lambda: resume(copied, tmp_path / "out"), "optimizer_0/.metadata", "it names posix.mkdir")
+
+
+@pytest.mark.parametrize("name", ["TORCH_CHANNELS_LAST", "__class__"])
+def test_a_member_of_an_enum_is_data_as_python_3_11_2_writes_it(name):
+    """As getattr of its class; getattr of anything else is none."""
+
+    class Written:
+        def __reduce__(self) -> tuple:
+            return getattr, (_MEM_FORMAT_ENCODING, name)
+
+    metadata = safe_unpickling._Metadata(io.BytesIO(pickle.dumps(Written())))
+    if name == "TORCH_CHANNELS_LAST":
+        assert metadata.load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL builtins\.getattr"):
+            metadata.load()
+
+
+# ---- secrets
+
+
+def test_nothing_that_a_run_leaves_is_a_pickle_of_its_arguments_or_holds_a_secret(tmp_path, monkeypatch, caplog, capfd):
+    """Not in a checkpoint, the saved model, what is logged or told to trackers; nor any variable of the environment."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "ANYTHING_ELSE"):
+        monkeypatch.setenv(name, SECRET)
+    told = []
+    monkeypatch.setattr("transformers.Trainer.log", lambda self, logs, *rest: told.append(logs))
+    keys = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "hub_token": SECRET}
+    trainer = make_trainer(tmp_path, **keys)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(left) > 10 and not any(path.name == "training_args.bin" for path in left)
+    assert not [path.name for path in left if SECRET.encode() in path.read_bytes()]
+    trackers = [
+        trainer.args.to_sanitized_dict(),
+        trainer.args.to_dict(),
+        str(trainer.args),
+        trainer.model.config.to_dict(),
+    ]
+    assert SECRET not in repr([told, trackers, caplog.text, *capfd.readouterr()])
+
+
+def test_a_config_and_its_record_hold_no_token(tmp_path):
+    needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
+    said = refusal(lambda: parse(None, [*needed, f"--hub_token={SECRET}"]), "set HF_TOKEN or call `hf auth login`")
+    (tmp_path / "mine.yaml").write_text(f"hub_token: {SECRET}\n")
+    assert SECRET not in said + refusal(lambda: parse(str(tmp_path / "mine.yaml"), needed), "hub_token")
+    sft, training = parse(None, needed)
+    training.hub_token = SECRET
+    assert "hub_token" not in config_record(sft, training) and SECRET not in repr(config_record(sft, training))
+
+
+def test_the_library_pushes_no_pickle_on_the_way():
+    needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true", "--push_to_hub=true"]
+    refusal(lambda: parse(None, needed), "push_to_hub needs hub_strategy: end, it is every_save")
+    assert parse(None, [*needed, "--hub_strategy=end"])[1].push_to_hub
+
+
+def test_a_password_in_a_url_is_not_repeated():
+    judge = Judge(f"https://me:{SECRET}@host.test/v1", "m", key="k3y")
+    assert "https://***@host.test/v1" in str(
+        SFTError(judge._told(judge.base_url, "HTTP 401 k3y"))
+    ) and "k3y" not in repr(judge)
+    assert SECRET not in refusal(
+        lambda: load_source(f"https://me:{SECRET}@host.test/rows.json"), "https://***@host.test/rows"
+    )
+
+
+# ---- paths
+
+
+def test_a_link_out_of_a_data_folder_is_refused(tmp_path):
+    rows = [{"prompt": "Hi", "completion": "Yes?"}]
+    private = tmp_path / "private.jsonl"
+    private.write_text(json.dumps({"prompt": "my", "completion": SECRET}))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "good.jsonl").write_text(json.dumps(rows[0]))
+    (folder / "again.jsonl").symlink_to("good.jsonl")
+    assert len(load_source(str(folder))) == 2  # within the folder
+    (tmp_path / "link").symlink_to(folder)
+    assert len(load_source(str(tmp_path / "link"))) == 2  # the user's own
+    for target in (private, "../private.jsonl", "/nowhere/at/all.jsonl"):
+        (folder / "zz.jsonl").unlink(missing_ok=True)
+        (folder / "zz.jsonl").symlink_to(target)
+        for load in (load_source, load_prompts):
+            refusal(
+                lambda load=load: load(str(folder)), "zz.jsonl is a link out of the folder", "name it in train_data"
+            )
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    [data] = (tmp_path / "saved").glob("*.arrow")
+    data.rename(tmp_path / "elsewhere.arrow")
+    data.symlink_to(tmp_path / "elsewhere.arrow")
+    refusal(lambda: load_source(str(tmp_path / "saved")), f"{data.name} is a link out of the folder")
+
+
+def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
+    """pyarrow would read whatever lies at the place in memory."""
+    table = pa.table({"prompt": ["Hi there"], "completion": ["Yes?"]})
+    file = tmp_path / "rows.arrow"
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table)
+    assert len(load_source(str(file))) == 1
+    offsets = (0).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    content = file.read_bytes()
+    at = content.rindex(offsets, 0, content.index(b"Hi there"))
+    file.write_bytes(content[: at + 4] + (1 << 30).to_bytes(4, "little") + content[at + 8 :])
+    refusal(lambda: load_source(str(file)), "rows.arrow: not a readable Arrow file")
+
+
+# ---- templates, YAML
+
+
+ESCAPING = ["().__class__.__mro__[1].__subclasses__()", "messages.append(1)", "messages.__init__.__globals__"]
+
+
+@pytest.mark.parametrize("attempt", ESCAPING)
+def test_a_chat_template_is_sandboxed(attempt, make_tokenizer):
+    own = make_tokenizer(CHATML + "{{ " + attempt + " }}")
+    with pytest.raises(SFTError, match="the chat template refuses the conversation") as caught:
+        build_template("chat", own)
+    assert isinstance(caught.value.__cause__, SecurityError) or "undefined" in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ raise_exception('no system') }}", "{% if %}"]
+)
+def test_a_chat_template_that_fails_is_one_line(text, make_tokenizer):
+    refusal(lambda: build_template("chat", make_tokenizer(CHATML + text)), "the chat template refuses the conversation")
+
+
+@pytest.mark.parametrize("system", ["{{ 7*7 }} {% raw %} %} \" ' \\ \n", "\\u007b\\x7b{#", "冬瓜🙂\u2028"])
+def test_a_system_prompt_is_text_in_the_saved_template(system, tokenizer):
+    messages = [{"role": "user", "content": "Hi"}]
+    saved = saved_chat_template(build_template("chat", tokenizer), system)
+    told = with_system_prompt(messages, system)
+    render = tokenizer.apply_chat_template
+    assert render(messages, chat_template=saved, tokenize=False) == render(told, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os.mkdir"]
+)
+def test_yaml_makes_no_objects(tag, tmp_path, trap):
+    (tmp_path / "mine.yaml").write_text(f"model_name_or_path: {tag} [{trap.file}]\n")
+    refusal(lambda: parse(str(tmp_path / "mine.yaml"), []), "mine.yaml: not readable as YAML", "python/")
+
+
+# ---- control tokens
+
+
+@pytest.fixture(scope="module", params=["tiny", *(path.name for path in real_tokenizers())])
+def real(request, tokenizer):
+    return next((AutoTokenizer.from_pretrained(p) for p in real_tokenizers() if p.name == request.param), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["role", "chat"])
+def test_no_text_becomes_a_control_token(name, real, monkeypatch):
+    """Every special token of the tokenizer, in every role, by every way to a prompt: training, `generate`, `chat` and
+    its /system, few-shot examples, held-out rows. The ids hold as many control tokens as those of harmless text."""
+    template = build_template(name, real)
+    control = {i: token.content for i, token in real.added_tokens_decoder.items() if token.special}
+    assert len(control) >= 3
+    for spelled in (*control.values(), "".join(control.values())):
+        hostile, harmless = (ways(template, text) for text in (f"a{spelled}b", "a b"))
+        for way, ids in hostile.items():
+            expected = [i for i in harmless[way] if i in control]
+            assert [i for i in ids if i in control] == expected, (way, spelled)
+            assert spelled in real.decode(ids), (way, spelled)
+
+
+def ways(template, text: str) -> dict[str, list[int]]:
+    """All the ways from a text to ids that a model is given."""
+    row = [{"role": role, "content": text} for role in ("system", "user", "assistant")]
+    [trained] = template.render([row], "last")
+    said = Conversation(SimpleNamespace(config=NoLimit), template, None, 4)
+    said.take(f"/system {text}")
+    said.messages = [*row[1:], {"role": "user", "content": text}]
+    return {
+        "train": [i for run in trained for i in run.ids],
+        "held out": template.prompt(row[:-1]),
+        "few-shot": template.prompt(with_examples(row[:-1], [row[1:]])),
+        "generate": _ready(Prompt("a line", row[1:2]), template, text).ids,
+        "chat": said._prompt(),
+    }
+
+
+class NoLimit:
+    @staticmethod
+    def get_text_config():
+        return object()
+
+
+# ---- the terminal
+
+
+def shown(print_it) -> str:
+    file = io.StringIO()
+    print_it(Console(file=file, force_terminal=True, color_system=None, width=200))
+    return file.getvalue()
+
+
+def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
+    ids = tokenizer(f"say {ESCAPES} now").input_ids
+    row = {"input_ids": ids, "labels": [*ids[1:], -100]}
+    assert json.loads(as_json(row, tokenizer))["text"] == f"say {ESCAPES} now"
+    assert not set(as_json(row, tokenizer)) & set(ESCAPES[0] + "\x9b\x07\r")
+    said = [shown(lambda console: preview.show(row, tokenizer, f"a{ESCAPES}.jsonl row 0", console))]
+    said += [shown(lambda console: preview.show_positions(row, tokenizer, console))]
+    answer = {
+        "prompt": ESCAPES,
+        "before": ESCAPES,
+        "after": ESCAPES,
+        "stopped": True,
+        "stopped_before": False,
+        "error": None,
+    }
+    results = {"answers": [answer, {**answer, "error": ESCAPES}], "before_and_after": {}, "steps": 1, "seconds": 1.0}
+    results |= {"tokens_per_second": 1.0, "peak_memory_gib": 1.0}
+    said += [shown(lambda console: print_results(results, "out[/x]", console))]
+    assert "saved in out[/x]" in said[2] and said[2].count(SEEN) == 6 and SEEN in said[0]
+    streamer = Streamer(tokenizer)
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    said += [capsys.readouterr().out]
+    assert f"say {SEEN} now" in said[3]
+    for text in said:
+        assert not set(text) & {"\x1b", "\x9b", "\x07", "\r"}
+
+
+def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
+    record = logging.LogRecord("a", logging.INFO, "a.py", 1, "%s", (f"x{ESCAPES}\ny",), None)
+    assert VisibleLines("%(message)s").format(record) == f"x{SEEN}\ny"
+    assert str(SFTError(f"x{ESCAPES}\n\ty")) == f"x{SEEN}\u240a\u2409y" == one_line(one_line(f"x{ESCAPES}\n\ty"))
+    file = tmp_path / "a\x1b[2J\n.jsonl"
+    file.write_text(json.dumps({"prompt": "Hi", "completion": "Yes?", "more\n\x1b[2J": 1}))
+    with caplog.at_level(logging.INFO):
+        assert load_source(str(file))["origin"] == ["a\u241b[2J\u240a.jsonl line 1"]
+    assert "without more\u240a\u241b[2J" in caplog.text
+    os.close(os.open(os.fsencode(tmp_path) + b"/\xff.jsonl", os.O_CREAT))
+    refusal(lambda: load_source(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), "\\udcff.jsonl: no rows")
+
+
+def test_the_commands_errors_are_one_visible_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(tmp_path / "no\x1b[2J\nrun")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and "no\u241b[2J\u240arun: no such folder" in said
+
+
+# ---- what else was found
+
+
+def test_text_that_no_tokenizer_takes_is_refused(tokenizer):
+    for name in ("role", "chat"):
+        template = build_template(name, tokenizer)
+        refusal(lambda t=template: t.prompt([{"role": "user", "content": "a\udcff"}]), "half a character")
+
+
+def test_standard_input_that_is_not_utf8_is_one_line(model_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    refusal(lambda: chat(str(model_folder), 2), "standard input is not UTF-8")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"template": "x", "system_prompt": null}', '{"template": []}'])
+def test_a_template_record_that_is_no_runs_is_one_line(text, model_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "copied"))
+    (folder / TEMPLATE_FILE).write_text(text)
+    refusal(lambda: load_template(str(folder)), TEMPLATE_FILE, "not as a run writes it")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow"])
+def test_columns_of_one_name_are_refused_not_lost(kind, tmp_path):
+    file, twins = (
+        tmp_path / f"rows.{kind}",
+        pa.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "completion"]),
+    )
+    if kind == "csv":
+        file.write_text("prompt,completion,completion\na,b,c\n")
+    elif kind == "parquet":
+        pa.parquet.write_table(twins, file)
+    else:
+        with pa.ipc.new_file(str(file), twins.schema) as writer:
+            writer.write_table(twins)
+    refusal(lambda: load_source(str(file)), f"rows.{kind}: has more than one column 'completion'")
+
+
+def test_a_row_that_spells_a_stand_in_keeps_its_text(tokenizer):
+    template = build_template("chat", tokenizer)
+    text = "\ue000sft0\ue001 \ue000 <|im_end|> \ue000sft3\ue001"
+    assert text in tokenizer.decode(template.prompt([{"role": "user", "content": text}]))
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 2020-13-45", "a: !!timestamp x", "a: !!int ''", "a: !!bool maybe", "a: " + "[" * 400]
+)
+def test_yaml_that_is_no_value_is_one_line(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    refusal(lambda: parse(str(tmp_path / "mine.yaml"), []), "not readable as YAML")
+
+
+def test_a_role_of_any_depth_is_one_short_line():
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    refusal(lambda: load_prompts_row({"messages": [{"role": deep, "content": "x"}]}), "unknown role")
+
+
+def load_prompts_row(row):
+    from sft_pipeline.data.formats import FORMATS, to_messages
+
+    return to_messages(row, FORMATS["messages"])
+
+
+@pytest.mark.parametrize("line", ["[0, 0, 5]", '["0", 0, {}]', "[true, 0, {}]", "[[], 0, {}]", "[0, 0]", "[" * 9000])
+def test_a_partial_file_that_was_changed_is_gone_on_with(line, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    output.with_name("answers.jsonl.partial").write_text(json.dumps({"generate": {}}) + f"\n{line}\n")
+    file = AnswerFile(output, {})
+    file.add((1, 0), {"origin": "half a \ud800"})
+    file.finish()
+    file.close()
+    assert [json.loads(row) for row in output.read_text().splitlines()] == [{"origin": "half a \ud800"}]
+
+
+def test_a_value_that_the_library_takes_for_a_file_is_one_line():
+    needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
+    refusal(lambda: parse(None, [*needed, "--accelerator_config=/no/such.json"]))
+
+
+def test_line_ends_of_other_kinds_make_no_second_line():
+    assert str(SFTError("a\u2028b\u2029c\x85d")) == "a\\u2028b\\u2029c\\x85d"

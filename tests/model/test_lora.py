@@ -1,0 +1,158 @@
+"""LoRA through `peft`: what is trained, what is saved, and that it goes on from there."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sft_pipeline.config import parse
+from sft_pipeline.inference.answers import answer
+from sft_pipeline.model.loading import load_model
+from sft_pipeline.model.lora import add_lora
+from sft_pipeline.runs.trained_model import load_trained
+from sft_pipeline.train import train
+from sft_pipeline.utils.errors import SFTError
+
+PeftModel = pytest.importorskip("peft", reason="the extra `lora` is not installed").PeftModel
+ADAPTERS, BASE = "adapter_config.json", "base_model_name_or_path"
+# peft 0.21 still asks transformers 5.23 under the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": ["one", "two", "three"][n % 3]} for n in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    keys = {
+        "model_name_or_path": str(model_folder),
+        "train_data": str(data),
+        "held_out": 4,
+        "template": "role",
+        "lora": True,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "learning_rate": 0.05,
+        "max_steps": 6,
+        "num_answers": 2,
+        "max_new_tokens": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": str(tmp_path / "out"),
+    }
+    file = tmp_path / "lora.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    return file
+
+
+def run(config, *overrides):
+    return train(*parse(str(config), list(overrides)), Console(quiet=True))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 9)[None]).logits
+
+
+def test_only_the_adapters_are_trained_and_saved(config, model_folder, tmp_path):
+    results = run(config)
+    assert results["eval_loss"]["after"] < results["eval_loss"]["before"]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    adapted, base = load_model(str(tmp_path / "out")), load_model(str(model_folder))
+    assert (logits(adapted) - logits(base)).abs().max() > 1e-3
+
+
+def test_the_merged_model_computes_what_the_adapters_do(config, tmp_path):
+    run(config)
+    run(config, "--lora_merge", "true", "--output_dir", str(tmp_path / "merged"))
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    merged, adapted = load_model(str(tmp_path / "merged")), load_model(str(tmp_path / "out"))
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-4)
+
+
+def test_packed_and_padded_runs_agree(config, tmp_path):
+    packed = run(config)
+    padded = run(config, "--packing", "false", "--output_dir", str(tmp_path / "padded"))
+    assert packed["eval_loss"]["after"] == pytest.approx(padded["eval_loss"]["after"], abs=1e-4)
+
+
+def test_checkpointing_changes_nothing(config, tmp_path):
+    plain = run(config)
+    other = run(config, "--activation_checkpointing", "true", "--output_dir", str(tmp_path / "checkpointed"))
+    assert other["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
+
+
+def test_unknown_layers_are_named(tiny_model):
+    with pytest.raises(SFTError, match=r"lora_target_modules \['nowhere'\]: .*not found"):
+        add_lora(tiny_model, 4, 8, ["nowhere"])
+
+
+def test_missing_peft_is_said(tiny_model, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SFTError, match="lora: true needs peft"):
+        add_lora(tiny_model, 4, 8, ["all-linear"])
+
+
+def test_adapters_are_merged_into_their_base(config, tmp_path):
+    """A folder of adapters loads as the plain model that they make, whole and trainable."""
+    run(config)
+    folder = tmp_path / "out"
+    model, template, _ = load_trained(str(folder))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    by_hand = PeftModel.from_pretrained(load_model(json.loads((folder / ADAPTERS).read_text())[BASE]), str(folder))
+    torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)
+    results = json.loads((folder / "results.json").read_text())["answers"]
+    asked = [[{"role": "user", "content": one["prompt"]}] for one in results]
+    assert [one.text for one in answer(model, template, asked, 4)] == [one["after"] for one in results]
+
+
+# peft looks for the base's configuration in its folder, which holds adapters alone.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .* vocabulary was not modified:UserWarning")
+def test_adapters_on_a_model_of_adapters(config, tmp_path):
+    run(config)
+    over = ["--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "second")]
+    run(config, *over)
+    record = json.loads((tmp_path / "second" / ADAPTERS).read_text())
+    assert record[BASE] == str(tmp_path / "out")
+    run(config, *over, "--lora_merge", "true", "--overwrite_output_dir")
+    merged = logits(load_model(str(tmp_path / "second")))
+    run(config, *over, "--overwrite_output_dir")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "second"))), merged, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{}", "adapter_config.json: names no base_model_name_or_path; put the base model's folder there"),
+        ("mine", "adapter_config.json: names no base_model_name_or_path"),
+        ('{"base_model_name_or_path": null}', "adapter_config.json: names no base_model_name_or_path"),
+        (
+            '{"base_model_name_or_path": "/not/there"}',
+            "adapter_config.json: the base model /not/there is not there; set base_model_name_or_path to where it is",
+        ),
+    ],
+)
+def test_adapters_without_their_base(record, message, tmp_path):
+    (tmp_path / ADAPTERS).write_text(record)
+    with pytest.raises(SFTError, match=message):
+        load_model(str(tmp_path))
+
+
+def test_adapters_that_do_not_fit_or_cannot_be_read(model_folder, tmp_path, monkeypatch):
+    (tmp_path / ADAPTERS).write_text(json.dumps({BASE: str(model_folder), "peft_type": "LORA", "r": 4}))
+    with pytest.raises(SFTError, match=f"{tmp_path}: a model folder without weights"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(SFTError, match=f"{tmp_path}: its adapters do not fit {model_folder}"):
+        load_model(str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SFTError, match=f"{tmp_path}: holds adapters and needs peft; install it with"):
+        load_model(str(tmp_path))

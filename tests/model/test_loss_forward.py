@@ -1,0 +1,212 @@
+"""The model's two calls (loss for training, sums a row for evaluation) against transformers' own loss."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.padding import PaddingCollator
+from sft_pipeline.model import loss_forward
+from sft_pipeline.model.loss_forward import supervise
+from sft_pipeline.model.packed_attention import use_packed_attention
+
+IGNORED, VOCABULARY = -100, 97
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+def gpt2() -> GPT2LMHeadModel:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3, bos_token_id=None, eos_token_id=None))
+
+
+def llama_with_two_heads() -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.lm_head = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, VOCABULARY))
+    return model
+
+
+def bert() -> BertLMHeadModel:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return BertLMHeadModel(BertConfig(**sizes, num_attention_heads=4, is_decoder=True, initializer_range=0.3))
+
+
+SPLIT = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
+    "gpt2": gpt2,
+}
+WHOLE = {"two heads": (llama_with_two_heads, "no plain linear head"), "bert": (bert, "changes its logits")}
+
+
+def make(maker) -> nn.Module:
+    torch.manual_seed(0)
+    return maker().eval()
+
+
+def rows(seed: int = 1) -> list[dict[str, list[int]]]:
+    """Rows with a common start, of uneven lengths and numbers of targets; the last has a single one."""
+    random = torch.Generator().manual_seed(seed)
+    made = []
+    for length, first in ((9, 5), (17, 8), (6, 4), (12, 11)):
+        own = torch.randint(4, VOCABULARY, (length - 4,), generator=random).tolist()
+        ids = [1, 2, 3, 4, *own]
+        made.append({"input_ids": ids, "labels": [IGNORED] * (first - 1) + ids[first:] + [IGNORED]})
+    return made
+
+
+def targets(batch: list[dict[str, list[int]]]) -> int:
+    return sum(label != IGNORED for row in batch for label in row["labels"])
+
+
+def ordinary_batch(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """What a user of plain transformers passes: padded ids, and labels at their own tokens' places."""
+    padded = PaddingCollator(0)(batch)
+    unshifted = torch.full_like(padded["labels"], IGNORED)
+    unshifted[:, 1:] = padded["labels"][:, :-1]
+    return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "labels": unshifted}
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def plain_sums(model: nn.Module, row: dict[str, list[int]]) -> list[float]:
+    """nll, targets, hits of one row run alone, from the plain model's logits."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+    nll = count = hits = 0.0
+    for at, label in enumerate(row["labels"]):
+        if label != IGNORED:
+            nll += (logits[at].logsumexp(-1) - logits[at, label]).item()
+            count, hits = count + 1, hits + (logits[at].argmax().item() == label)
+    return [nll, count, hits]
+
+
+@pytest.mark.parametrize("name", [*SPLIT, *WHOLE])
+def test_loss_and_gradients_are_those_of_transformers(name):
+    """Both the mean and the sum over the step's targets, in value and in every parameter's gradient."""
+    maker = SPLIT.get(name) or WHOLE[name][0]
+    plain, ours = make(maker), make(maker)
+    reason = supervise(ours)
+    assert (reason is None) == (name in SPLIT)
+    for count in (None, 41):
+        plain.zero_grad(), ours.zero_grad()
+        expected = plain(**ordinary_batch(rows()), num_items_in_batch=count).loss
+        loss = ours(**PaddingCollator(0)(rows()), num_items_in_batch=count).loss
+        assert abs(loss.item() - expected.item()) < 1e-6 * max(1, expected.item())
+        expected.backward(), loss.backward()
+        assert gradients(ours)
+        for ours_one, plain_one in zip(gradients(ours), gradients(plain), strict=True):
+            torch.testing.assert_close(ours_one, plain_one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_packed_rows_give_the_padded_loss(name):
+    """With the common prefix computed once."""
+    plain, ours = make(SPLIT[name]), make(SPLIT[name])
+    supervise(ours)
+    use_packed_attention(ours)
+    batch = PackedCollator()(rows())
+    assert batch["row_lengths"][0] == 3  # the third row has a target in the fourth place
+    expected = plain(**ordinary_batch(rows())).loss
+    assert ours(**batch).loss.item() == pytest.approx(expected.item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", [*SPLIT, *WHOLE])
+@pytest.mark.parametrize("positions", [loss_forward.POSITIONS, 3])
+def test_row_sums_are_those_of_each_row_alone(name, positions, monkeypatch):
+    """Padded, and where the model can take them packed, with the positions at once or in chunks of three."""
+    monkeypatch.setattr(loss_forward, "POSITIONS", positions)
+    maker = SPLIT.get(name) or WHOLE[name][0]
+    plain, ours = make(maker), make(maker)
+    supervise(ours)
+    expected = torch.tensor([plain_sums(plain, row) for row in rows()], dtype=torch.float64)
+    padded = ours(**PaddingCollator(0)(rows()), row_figures=True).logits
+    assert padded.dtype == torch.float64 and padded.shape == (4, 3)
+    torch.testing.assert_close(padded, expected, rtol=1e-5, atol=1e-4)
+    if name == "bert":
+        return
+    use_packed_attention(ours)
+    for share_prefix in (True, False):
+        packed = ours(**PackedCollator(share_prefix)(rows()), row_figures=True).logits
+        torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-4)
+        assert torch.equal(packed[:, 1:], padded[:, 1:])
+
+
+def test_parts_of_a_step_add_up():
+    """The losses of micro-batches over the step's targets sum to the whole batch's loss."""
+    model = make(SPLIT["llama"])
+    supervise(model)
+    count = torch.tensor(targets(rows()))
+    whole = model(**PaddingCollator(0)(rows()), num_items_in_batch=count).loss
+    parts = [model(**PaddingCollator(0)([row]), num_items_in_batch=count).loss for row in rows()]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_unsplittable_head_says_why(name):
+    maker, reason = WHOLE[name]
+    assert reason in (supervise(make(maker)) or "")
+
+
+def test_without_shifted_labels_the_model_is_what_it_was():
+    plain, ours = make(SPLIT["llama"]), make(SPLIT["llama"])
+    supervise(ours)
+    batch = ordinary_batch(rows())
+    assert torch.equal(ours(**batch).loss, plain(**batch).loss)
+    labels = batch.pop("labels")
+    assert labels is not None and torch.equal(ours(**batch).logits, plain(**batch).logits)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_rows_without_a_target_sum_to_nothing():
+    model = make(SPLIT["llama"])
+    supervise(model)
+    row = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3}
+    sums = model(**PaddingCollator(0)([row, rows()[0]]), row_figures=True).logits
+    assert sums[0].tolist() == [0, 0, 0] and sums[1, 1] == targets(rows()[:1])
+    for count in (3, None):
+        loss = model(**PaddingCollator(0)([row]), num_items_in_batch=count).loss
+        loss.backward()
+        assert loss.item() == 0 and all(not g.any() for g in gradients(model))
+
+
+def test_row_sums_do_not_keep_a_graph():
+    model = make(SPLIT["gpt2"])
+    supervise(model)
+    sums = model(**PaddingCollator(0)(rows()), row_figures=True).logits
+    assert not sums.requires_grad and math.isfinite(sums.sum().item())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_tied_embedding_gets_one_dense_gradient_over_an_accumulated_step(name):
+    plain, ours = make(SPLIT[name]), make(SPLIT[name])
+    supervise(ours)
+    for part in (rows()[:2], rows()[2:]):
+        plain(**ordinary_batch(part), num_items_in_batch=41).loss.backward()
+        ours(**PaddingCollator(0)(part), num_items_in_batch=41).loss.backward()
+    found, expected = (model.get_input_embeddings().weight.grad for model in (ours, plain))
+    assert found.layout == torch.strided and not ours.get_input_embeddings().sparse
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,570 @@
+"""The page of a run: every number is that of results.json, text stays text, nothing is fetched, a browser shows it."""
+
+import functools
+import json
+import logging
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import threading
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from sft_pipeline.cli import main
+from sft_pipeline.config import config_record, parse
+from sft_pipeline.data.pipeline import load_messages
+from sft_pipeline.data.preview import BARS, record
+from sft_pipeline.evaluation.step_results import changes
+from sft_pipeline.reports import charts, svg
+from sft_pipeline.reports.html import write_report
+from sft_pipeline.reports.run_results import Run, read_run
+from sft_pipeline.train import train
+from sft_pipeline.utils.sanitize import visible
+
+HOSTILE = '</pre></title></style><script>alert(1)</script><img src="http://x.test/" onerror=alert(1)>&amp;{{ 7*7 }}'
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def config(model_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    words = ["text", "答", "answer"]
+    rows = [
+        {"instruction": f"Say {w} {n} times.", "output": " ".join([w] * n) + "."} for n in range(1, 9) for w in words
+    ]
+    (folder / "rows.json").write_text(json.dumps([*rows[:18], {"instruction": "Go on.", "output": "text " * 400}]))
+    (folder / "held.json").write_text(json.dumps(rows[18:]))
+    keys = {
+        "model_name_or_path": str(model_folder),
+        "train_data": str(folder / "rows.json"),
+        "eval_data": str(folder / "held.json"),
+        "template": "role",
+        "max_length": 128,
+        "num_answers": 3,
+        "num_instructions": 2,
+        "max_new_tokens": 6,
+        "max_steps": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory) -> tuple[Path, str]:
+    """The output folder of a run with its page, and what was printed; read only."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    shown = tmp_path_factory.mktemp("shown") / "text"
+    with shown.open("w") as file:
+        train(*parse(str(config), ["--output_dir", str(folder)]), Console(file=file, width=100))
+    return folder, shown.read_text()
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """main() quietens the libraries for the whole process."""
+    level = logging.getLogger("sft_pipeline").level
+    yield
+    logging.getLogger("sft_pipeline").setLevel(level)
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def folder(trained, tmp_path) -> Path:
+    """A copy to change, less the weights."""
+    return shutil.copytree(trained[0], tmp_path / "out", ignore=shutil.ignore_patterns("*.safetensors", "report.html"))
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, text outside <style>, the text of each <pre>, of each trained token and of each
+    number."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.texts, self.numbers = "", {"pre": [], "trained": []}, []
+        self._open: list[str] = []
+        self.feed(file.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.elements.append((tag, found))
+        if tag == "data":
+            self.numbers.append([found["data-source"], found["value"], ""])
+        for name in {tag, found.get("class")} & self.texts.keys():
+            self.texts[name].append("")
+        if tag not in ("meta", "link", "use", "path"):
+            self._open.append("trained" if found.get("class") == "trained" else tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use"):
+            self._open.pop()
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.text += data
+        if "data" in self._open:
+            self.numbers[-1][2] += data
+        for name in self.texts.keys() & set(self._open):
+            self.texts[name][-1] += data
+
+
+def edit(file: Path, change) -> None:
+    """change(content) of a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def everywhere(content, change):
+    """The content with change(text) for every text in it, names aside."""
+    if isinstance(content, dict):
+        return {key: everywhere(value, change) for key, value in content.items()}
+    if isinstance(content, list):
+        return [everywhere(value, change) for value in content]
+    return change(content) if isinstance(content, str) else content
+
+
+def at(content, pointer: str):
+    for key in pointer.split("/")[1:]:
+        content = content[int(key) if isinstance(content, list) else key]
+    return content
+
+
+def numbers_below(content, pointer: str = ""):
+    """The pointer of every number."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from numbers_below(value, f"{pointer}/{key}")
+    elif isinstance(content, (int, float)) and not isinstance(content, bool):
+        yield pointer
+
+
+def check_numbers(page: Page) -> set[str]:
+    """Each number is the file's, and its text is it rounded; returns their sources."""
+    for source, value, text in page.numbers:
+        file, pointer = source.rsplit("#", 1)
+        expected = at(json.loads(Path(file).read_text()), pointer)
+        if expected is None:
+            assert text == "–"
+            continue
+        assert float(value) == expected
+        bare = text.replace(",", "").rstrip("%")
+        step = 10.0 ** -len(bare.partition(".")[2])
+        assert float(bare) == pytest.approx(expected * (100 if "%" in text else 1), abs=0.5001 * step), source
+    return {source for source, _, _ in page.numbers}
+
+
+# What the page says.
+
+
+def test_a_run_ends_with_its_page(trained):
+    folder, shown = trained
+    assert f"all of it as a page: {folder / 'report.html'}" in shown.replace("\n", " ")
+    before = (folder / "report.html").read_bytes()
+    assert write_report([folder]) == folder / "report.html"
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_every_number_is_that_of_the_results(trained):
+    folder, _ = trained
+    sources = check_numbers(Page(folder / "report.html"))
+    results = json.loads((folder / "results.json").read_text())
+    told = {key: value for key, value in results.items() if key not in ("config", "seed", "loss_curve")}
+    expected = {f"{folder / 'results.json'}#{pointer}" for pointer in numbers_below(told)}
+    assert sources == expected and len(expected) > 60
+    assert results["rows"]["train"]["dropped"] == {"longer than max_length": 1}
+
+
+def test_a_number_that_is_not_shown_right_is_seen(folder):
+    """The check above would pass on anything if it read nothing."""
+    page = Page(write_report([folder]))
+    edit(folder / "results.json", lambda results: results.update(steps=5))
+    with pytest.raises(AssertionError):
+        check_numbers(page)
+
+
+def test_answers_stand_before_and_after_in_their_order(trained):
+    folder, _ = trained
+    results = json.loads((folder / "results.json").read_text())
+    names = ("prompt", "before", "after", "reference")
+    expected = [visible(one[name]) for one in results["answers"] for name in names]
+    page = Page(folder / "report.html")
+    assert page.texts["pre"][: len(expected)] == expected and len(results["answers"]) == 3
+    ended = sum(one["stopped"] + one["stopped_before"] for one in results["answers"])
+    both = [json.loads((folder / "evaluation" / f"step_00000{step}.json").read_text()) for step in (0, 4)]
+    told = [row for one in both for row in one["table"] if row["instruction"]]
+    tags = [attrs["class"] for tag, attrs in page.elements if attrs.get("class") in ("tag good", "tag bad")]
+    assert len(told) == 4 and all(visible(row["answer"]) in page.texts["pre"] for row in told)
+    # Whether an instruction was followed stands at its answer and, to be seen while that is closed, at the question.
+    good = ended + sum(row["stopped"] + 2 * row["followed"] for row in told) + 1  # the heading of the first row
+    assert tags.count("tag good") == good and len(tags) == 6 + 3 * 4 + 1
+
+
+def test_the_first_row_shows_what_is_trained(trained, config):
+    folder, _ = trained
+    conversation = load_messages(parse(str(config), [])[0])[0][0]["messages"]
+    page = Page(folder / "report.html")
+    assert "".join(page.texts["trained"]) == conversation[-1]["content"] + "<|im_end|>"
+    [row] = [text for text in page.texts["pre"] if text.startswith("<|im_start|>")]
+    assert row == f"<|im_start|>\n#USER:{conversation[0]['content']}\n#ASSISTANT:{''.join(page.texts['trained'])}"
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30))
+def test_the_histogram_counts_every_row_once(lengths, tokenizer):
+    rows = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "labels": [[-100] * n for n in lengths]})
+    found = record(rows, tokenizer)["lengths"]
+    edges = found["edges"]
+    assert found["rows"] == [sum(a <= n < b for n in lengths) for a, b in pairwise(edges)]
+    assert sum(found["rows"]) == len(lengths) and 1 <= len(found["rows"]) <= BARS
+    assert len({b - a for a, b in pairwise(edges)}) == 1
+
+
+def test_the_config_the_versions_and_the_command_that_repeats_the_run(trained):
+    folder, _ = trained
+    page, run = Page(folder / "report.html"), read_run(folder)
+    for key, value in run.results["config"].items():
+        assert key in page.text and (value if isinstance(value, str) else json.dumps(value)) in page.text
+    assert all(f"{name} {version}" in page.text for name, version in run.results["versions"].items())
+    assert run.command in page.texts["pre"]
+    launch, verb, file, *overrides = shlex.split(run.command)
+    assert (launch, verb) == ("./launch.sh", "train")
+    again = config_record(*parse(file, overrides))
+    assert again == yaml.safe_load((folder / "run.yaml").read_text()) | {"output_dir": f"{folder}-again"}
+
+
+# Charts.
+
+
+def chart(found: list[charts.Chart], title: str) -> dict[str, charts.Points]:
+    [one] = [one for one in found if one.title == title]
+    return {series.label: series.points for series in one.series}
+
+
+def logged(run: Run, key: str) -> charts.Points:
+    return [(entry["step"], entry[key]) for entry in run.results["loss_curve"] if key in entry]
+
+
+def test_the_charts_have_the_points_of_the_results(trained):
+    run = read_run(trained[0])
+    found = charts.of_one_run(run)
+    assert chart(found, "Loss, nats a token") == {"training": logged(run, "loss"), "held out": logged(run, "eval_loss")}
+    assert len(logged(run, "loss")) == 4 and [step for step, _ in logged(run, "eval_loss")] == [0, 2, 4]
+    assert chart(found, "Tokens a second") == {"": logged(run, "tokens_per_second")}
+    assert chart(found, "Memory, GiB") == {"": logged(run, "peak_memory_gib")}
+    assert chart(found, "Held-out tokens that were the likeliest") == {"held out": logged(run, "eval_token_accuracy")}
+    stops = chart(found, "Answers")["answers that end by themselves"]
+    assert stops[0] == (0, run.results["before_and_after"]["stop_rate"]["before"])
+    assert stops[-1] == (4, run.results["before_and_after"]["stop_rate"]["after"])
+    lengths = chart(charts.of_lengths(run), "Training rows by length")[""]
+    assert sum(rows for _, rows in lengths) == run.results["rows"]["train"]["kept"]
+
+
+def test_the_drawings_have_the_points_of_the_charts(trained):
+    run = read_run(trained[0])
+    for one in charts.of_one_run(run):
+        lines = svg.figure(one).axes[0].lines
+        assert [[tuple(point) for point in line.get_xydata()] for line in lines] == [s.points for s in one.series]
+    [lengths] = charts.of_lengths(run)
+    [bars] = svg.figure(lengths).axes[0].patches
+    assert list(bars.get_data().values) == run.preview["lengths"]["rows"]
+    assert list(bars.get_data().edges) == run.preview["lengths"]["edges"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.39, 0.49), (0.0, 1.0), (0.571, 0.573)])
+def test_a_share_says_at_its_axis_what_it_is(low, high):
+    series = charts.Series("", [(0, low), (90, high)], 0, "dots")
+    axis = svg.figure(charts.Chart("Share", "step", [series], percent=True)).axes[0].yaxis
+    ticks = axis.get_majorticklocs()
+    labels = [label.replace("\N{MINUS SIGN}", "-") for label in axis.get_major_formatter().format_ticks(ticks)]
+    assert [float(label.removesuffix("%")) / 100 for label in labels] == pytest.approx(list(ticks), abs=1e-9)
+
+
+def test_drawings_have_the_colours_of_the_page_and_names_of_their_own(trained):
+    page = trained[0].joinpath("report.html").read_text()
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 6
+    for one in drawings:
+        assert "var(--series-" in one and "var(--line)" in one and "var(--muted)" in one
+        assert not re.search(r"#0[123]00[0-9a-f]{2}\b", one) and "<style" not in one
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert names and len(set(names)) == len(names)
+
+
+def test_a_run_that_diverged_has_a_page(folder):
+    def diverge(results):
+        for entry in results["loss_curve"][-3:]:
+            entry |= {key: math.nan for key in entry if key in ("loss", "eval_loss")}
+        results["eval_loss"]["after"] = math.nan
+        results["figures"]["perplexity"] = math.inf
+        results["before_and_after"]["nll_nats_per_token"] |= {"after": math.nan, "low": None, "high": None}
+
+    edit(folder / "results.json", diverge)
+    page = Page(write_report([folder]))
+    assert [text for source, _, text in page.numbers if source.endswith("#/eval_loss/after")] == ["nan"]
+    assert all(math.isfinite(y) for one in charts.of_one_run(read_run(folder)) for s in one.series for _, y in s.points)
+
+
+def test_without_held_out_rows_and_without_a_preview(folder):
+    def forget(results):
+        results |= {"figures": None, "before_and_after": {}, "answers": []}
+        results["eval_loss"] = {"before": None, "after": None}
+        results["rows"]["held_out"] = None
+        results["loss_curve"] = [entry for entry in results["loss_curve"] if "loss" in entry]
+
+    edit(folder / "results.json", forget)
+    shutil.rmtree(folder / "evaluation")
+    (folder / "preview.json").unlink()
+    page = Page(write_report([folder]))
+    check_numbers(page)
+    assert "held out" not in page.text and "Answers" not in page.text and "first training row" not in page.text
+    assert [tag for tag, _ in page.elements].count("svg") == 3
+    check_numbers(Page(write_report([folder, folder])))
+
+
+def test_the_best_model_stands_for_its_step(folder):
+    """best.json is of the saved model, and its step has an evaluation of fewer questions."""
+    best = json.loads((folder / "evaluation" / "step_000002.json").read_text())
+    best["figures"]["stop_rate"] = 0.625
+    (folder / "evaluation" / "best.json").write_text(json.dumps(best))
+    run = read_run(folder)
+    assert run.after.figures["stop_rate"] == 0.625
+    assert dict(chart(charts.of_one_run(run), "Answers")["answers that end by themselves"])[2] == 0.625
+
+
+def test_without_matplotlib_the_page_says_so_once(folder, monkeypatch, caplog):
+    find = svg.importlib.util.find_spec
+    monkeypatch.setattr(svg.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    for folders in ([folder], [folder, folder]):
+        caplog.clear()
+        page = Page(write_report(folders))
+        assert "svg" not in {tag for tag, _ in page.elements}
+        assert page.text.count(svg.NO_CHARTS) == 1
+        assert [record.getMessage() for record in caplog.records] == [svg.NO_CHARTS]
+        check_numbers(page)
+
+
+# Text of the data.
+
+
+@pytest.fixture
+def hostile(folder) -> Path:
+    """Every text in the run's files is hostile, and so is the folder's name."""
+    for file in folder.rglob("*.json"):
+        if file.name in ("results.json", "preview.json") or file.parent.name == "evaluation":
+            file.write_text(json.dumps(everywhere(json.loads(file.read_text()), lambda text: text + HOSTILE)))
+    edit(folder / "results.json", lambda results: results["rows"]["train"]["dropped"].update({HOSTILE[8:14]: 3}))
+    edit(folder / "results.json", lambda results: results["config"].update({"<b>": "\u0000\ud800"}))
+    return folder.rename(folder.parent / '"><img src=x onerror=alert(1)>')
+
+
+def test_text_of_the_data_stays_text(hostile, trained):
+    known = {tag for tag, _ in Page(trained[0] / "report.html").elements}
+    for folders in ([hostile], [hostile, trained[0]]):
+        page = Page(write_report(folders))
+        assert {tag for tag, _ in page.elements} <= known and not known & {"script", "img", "iframe", "object"}
+        assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+        assert page.text.count(HOSTILE) > 5 and hostile.name in page.text
+        check_numbers(page)
+
+
+def test_nothing_is_fetched(trained, hostile):
+    for file in (trained[0] / "report.html", write_report([hostile]), write_report([hostile, trained[0]])):
+        page = Page(file)
+        for _, attributes in page.elements:
+            for name in ("src", "href", "xlink:href", "srcset", "action"):
+                assert (attributes.get(name) or "#").startswith(("#", "data:"))
+            for value in attributes.values():
+                assert not re.search(r"url\((?!#)", value or "")
+        styles = "".join(re.findall(r"<style>.*?</style>", file.read_text(), flags=re.DOTALL))
+        assert "--series-0" in styles and not re.search(r"@import|url\(|http", styles)
+        [policy] = [found["content"] for tag, found in page.elements if found.get("http-equiv")]
+        assert policy.startswith("default-src 'none';") and "script" not in policy
+
+
+# Several runs.
+
+
+@pytest.fixture
+def other(folder) -> Path:
+    """The run with other figures, as another one."""
+    other = shutil.copytree(folder, folder.parent / "other")
+
+    def change(results):
+        results["steps"], results["config"]["learning_rate"] = 7, 0.5
+        for entry in results["loss_curve"]:
+            entry |= {"loss": entry["loss"] + 1} if "loss" in entry else {}
+
+    edit(other / "results.json", change)
+    last = other / "evaluation" / "step_000004.json"
+    edit(last, lambda one: one["held_out"].update(nll_nats=[x / 2 for x in one["held_out"]["nll_nats"]]))
+    edit(last, lambda one: [row.update(answer="other", stopped=True) for row in one["table"]])
+    return other
+
+
+def test_runs_are_compared(folder, other, capsys):
+    main(["report", str(folder), str(other)])
+    assert capsys.readouterr().out == f"{folder / 'comparison.html'}\n"
+    page = Page(folder / "comparison.html")
+    sources = check_numbers(page)
+    for one in (folder, other):
+        assert (
+            f"{one / 'results.json'}#/eval_loss/after" in sources
+            and f"{one / 'results.json'}#/figures/loop_rate" in sources
+        )
+    runs = [read_run(folder), read_run(other)]
+    found = changes(runs[0].after, runs[1].after)["nll_nats_per_token"]
+    assert found["after"] == pytest.approx(found["before"] / 2)
+    assert f"{found['difference']:+.3f}" in page.text and f"{found['low']:+.3f} to {found['high']:+.3f}" in page.text
+    assert "learning_rate" in page.text and "max_length" not in page.text and "held out different rows" not in page.text
+    answers = [row["answer"] for row in runs[0].after.table if row["instruction"] is None]
+    expected = [text for one in answers for text in (visible(one), "other")]
+    assert [text for text in page.texts["pre"] if text in expected] == expected
+    assert all(run.command in page.texts["pre"][-1].splitlines() for run in runs)
+
+
+def test_their_loss_curves_are_laid_over_each_other(folder, other):
+    runs = [read_run(folder), read_run(other)]
+    found = chart(charts.of_several(runs, ["a", "b"]), "Loss, nats a token")
+    assert found["b: training"] == logged(runs[1], "loss") == [(x, y + 1) for x, y in found["a: training"]]
+    assert found["a: held out"] == found["b: held out"] == logged(runs[0], "eval_loss")
+
+
+def test_runs_with_other_held_out_rows_are_not_taken_for_comparable(folder, other):
+    edit(other / "evaluation" / "step_000004.json", lambda one: one["held_out"]["tokens"].reverse())
+    edit(other / "evaluation" / "step_000004.json", lambda one: [row.update(prompt="else") for row in one["table"]])
+    page = Page(write_report([folder, other]))
+    assert "The runs held out different rows" in page.text and "on the same questions" not in page.text
+
+
+def test_runs_of_one_name_are_told_apart(folder, tmp_path):
+    twin = shutil.copytree(folder, tmp_path / "deeper" / "out")
+    page = Page(write_report([folder, twin], tmp_path / "pages" / "both.html"))
+    assert str(folder) in page.text and str(twin) in page.text and "Nothing." in page.text
+
+
+# What is refused.
+
+REFUSALS = {
+    "nowhere": (lambda folder: shutil.rmtree(folder), "{0}: no such folder; give the output folder of a run"),
+    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run leaves at"),
+    "cut off": (lambda folder: (folder / "results.json").write_text('{"a'), "{0}/results.json: not readable as JSON ("),
+    "a list": (lambda folder: (folder / "results.json").write_text("[]"), "{0}/results.json: holds no JSON object"),
+    "older": (
+        lambda folder: edit(folder / "results.json", lambda results: results.pop("figures")),
+        "{0}/results.json: no figures; it is of another release",
+    ),
+    "no evaluation": (
+        lambda folder: (folder / "evaluation" / "step_000002.json").write_text('{"a": 1}'),
+        "{0}/evaluation: holds a file that is no evaluation (",
+    ),
+    "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_are_one_line(case, folder, capsys):
+    damage, message = REFUSALS[case]
+    damage(folder)
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(folder)])
+    output = capsys.readouterr()
+    assert exit.value.code == 2 and output.out == "" and output.err.count("\n") == 1
+    assert output.err.startswith(f"sft-pipeline: {message.format(folder)}")
+
+
+def test_an_unknown_option_is_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(folder), "--colour"])
+    assert capsys.readouterr().err == "sft-pipeline: report: unknown option --colour; `report --help` lists them\n"
+
+
+# In a browser.
+
+PROBE = """<!doctype html><link rel="icon" href="data:,"><body><script>
+function probe(frame) {
+  const page = frame.contentDocument, root = page.documentElement, box = one => one.getBoundingClientRect();
+  const charts = [...page.querySelectorAll(".chart svg")].map(one => [box(one).width, box(one).height]);
+  const lines = [...page.querySelectorAll(".chart svg path")].filter(one => one.getTotalLength() > 0).length;
+  document.body.dataset.found = JSON.stringify({widths: [root.scrollWidth, root.clientWidth], charts, lines});
+  console.info("probed");
+}
+</script><iframe width="390" height="844" src="report.html" onload="probe(this)"></iframe>"""
+
+
+@pytest.fixture
+def served(folder):
+    """The address of a server of the run's folder with the probe in it, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    write_report([folder])
+    (folder / "probe.html").write_text(PROBE)
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def browse(address: str, profile: Path, *options: str) -> subprocess.CompletedProcess:
+    quiet = ("background-networking", "component-update", "sync", "gpu")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    command += ["--no-proxy-server", "--enable-logging=stderr", f"--user-data-dir={profile}", *options, address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@needs_chromium
+def test_a_phone_shows_the_page_and_fetches_nothing_else(served, tmp_path):
+    address, asked = served
+    shown = browse(f"{address}/probe.html", tmp_path / "profile", "--dump-dom")
+    (tmp_path / "dom.html").write_text(shown.stdout)
+    [body] = [found for tag, found in Page(tmp_path / "dom.html").elements if tag == "body"]
+    found = json.loads(body["data-found"])
+    needed, given = found["widths"]
+    assert needed == given and 360 < given <= 390
+    assert len(found["charts"]) == 6 and all(width > 300 and height > 150 for width, height in found["charts"])
+    assert found["lines"] > 20
+    assert set(asked) == {"/probe.html", "/report.html"}
+    said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert len(said) == 1 and "probed" in said[0]
+
+
+@needs_chromium
+@pytest.mark.parametrize(("scheme", "back", "colour"), [(1, "fbfbfa", "2f6fd0"), (0, "141517", "78aaf2")])
+def test_charts_are_drawn_in_light_and_dark(scheme, back, colour, folder, tmp_path):
+    picture = tmp_path / "page.png"
+    options = ("--window-size=1100,4000", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}")
+    browse(write_report([folder]).as_uri(), tmp_path / "profile", *options)
+    with Image.open(picture) as image:
+        colours = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
+    assert max(colours, key=colours.get) == tuple(bytes.fromhex(back))
+    assert colours.get(tuple(bytes.fromhex(colour)), 0) > 100
