@@ -21,8 +21,9 @@ from report import SYSTEM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from sft_pipeline.data.chat_templates import MARKS, Message, build_template, with_system_prompt
+from sft_pipeline.data.chat_templates import MARKS, build_template
 from sft_pipeline.data.encode import Encoder, encode_dataset
+from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.data.sources import load_source
 
 ROWS = 20_000
@@ -55,13 +56,13 @@ def trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> flo
 
 def as_text(row: dict[str, list[Message]]) -> dict[str, str]:
     """The role template's prompt and completion; the start token is spelled, TRL adds the end token."""
-    *before, answer = with_system_prompt(row["messages"], SYSTEM)
+    *before, answer = add_system_prompt(row["messages"], SYSTEM)
     prompt = "".join(MARKS[message["role"]] + message["content"] for message in before)
     return {"prompt": f"<|im_start|>{prompt}{MARKS['assistant']}", "completion": answer["content"]}
 
 
 def as_messages(row: dict[str, list[Message]]) -> dict[str, list[Message]]:
-    *before, answer = with_system_prompt(row["messages"], SYSTEM)
+    *before, answer = add_system_prompt(row["messages"], SYSTEM)
     return {"prompt": before, "completion": [answer]}
 
 

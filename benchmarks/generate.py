@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sft_pipeline.data.chat_templates import Template, with_system_prompt
+from sft_pipeline.data.chat_templates import Template
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.prompts import load_prompts
 from sft_pipeline.inference.engine import generate
-from sft_pipeline.inference.kv_cache import bytes_per_token
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.kv_cache import compute_bytes_per_token
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.trained_model import load_trained
 
 Ids = list[list[int]]
@@ -42,7 +43,7 @@ class Contest:
         self.model, self.stop = model, template.stop_token_id
 
     def ours(self, prompts: Ids, new: int, batch_size: int, stops: bool = True) -> Ids:
-        settings = Sampling(max_new_tokens=new)
+        settings = SamplingParams(max_new_tokens=new)
         done = generate(self.model, prompts, [self.stop] if stops else [], settings, batch_size=batch_size)
         return [one.ids for one in done]
 
@@ -130,11 +131,11 @@ def main() -> None:
     model, template, system_prompt = load_trained(args.model)
     contest, new = Contest(model.cpu().eval(), template), args.max_new_tokens
     asked = [one.messages for one in load_prompts(args.data) if not one.problem][: max(PROMPTS, args.check)]
-    prompts = [template.prompt(with_system_prompt(messages, system_prompt)) for messages in asked]
+    prompts = [template.encode_prompt(add_system_prompt(messages, system_prompt)) for messages in asked]
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    results: dict = {"memory": {"bytes_per_token": bytes_per_token(config.num_hidden_layers, heads, size)}}
+    results: dict = {"memory": {"bytes_per_token": compute_bytes_per_token(config.num_hidden_layers, heads, size)}}
     if args.check:
         results["check"] = check(contest, prompts[: args.check], new)
     else:

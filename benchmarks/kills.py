@@ -52,8 +52,8 @@ from victims import (
     start,
 )
 
-from sft_pipeline.commands.verify_resume import compare
-from sft_pipeline.utils.files import digest
+from sft_pipeline.commands.verify_resume import compare_checkpoints
+from sft_pipeline.utils.files import hash_file
 
 FORK = multiprocessing.get_context("fork")
 AIMS = {"anywhere": 2, "checkpoint": 1, "end": 1}  # by weight
@@ -224,7 +224,7 @@ def differences(whole: Path, other: Path, steps: int) -> list[str]:
     """What differs, as `kind: name`."""
     last, model = f"checkpoint-{steps}", "model.safetensors"
     expected, rows = (set(folder.with_suffix(".rows").read_text().split("\n")) for folder in (whole, other))
-    found = ["saved model: bytes"] if digest(whole / model) != digest(other / model) else []
+    found = ["saved model: bytes"] if hash_file(whole / model) != hash_file(other / model) else []
     for line in sorted(rows ^ expected):
         step = int(line.split()[0])
         found.append(f"{'a step too many' if step >= steps else 'rows'}: step {step}")
@@ -233,7 +233,7 @@ def differences(whole: Path, other: Path, steps: int) -> list[str]:
         return [*found, f"last checkpoint gone: {', '.join(left)} are there"]
     for folder in (whole / last, other / last):  # the library's pickle of its arguments, which is not read here
         (folder / "training_args.bin").unlink(missing_ok=True)
-    names = compare(whole / last, other / last)[1]
+    names = compare_checkpoints(whole / last, other / last)[1]
     return found + [f"{FILES.get(name.split(': ')[0], 'other state')}: {name}" for name in names]
 
 

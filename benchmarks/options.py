@@ -58,7 +58,7 @@ def child(keys: dict[str, Any]) -> Run:
     """One run; the benchmark's own key `share_prefix`, which no config has, is put into the collator."""
     from rich.console import Console
 
-    from sft_pipeline.config import parse
+    from sft_pipeline.config import parse_config
     from sft_pipeline.train import train
     from sft_pipeline.training import builder
 
@@ -69,7 +69,7 @@ def child(keys: dict[str, Any]) -> Run:
             share_prefix: bool = False
 
         builder.PackedCollator = Unshared  # type: ignore[misc]  # for this process, which is a benchmark's
-    found = train(*parse(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
+    found = train(*parse_config(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
     tokens = found["rows"]["train"]["tokens"]
     return {
         "tokens_per_second": found["tokens_per_second"],

@@ -24,7 +24,7 @@ def losses(axes: Axes, curve: list[dict[str, float]]) -> None:
 
 def answers(axes: Axes, evaluations: list[dict]) -> None:
     for key, label in ANSWERS.items():
-        points = [(one["step"], 100 * one["figures"][key]) for one in evaluations if key in one["figures"]]
+        points = [(one["step"], 100 * one["metrics"][key]) for one in evaluations if key in one["metrics"]]
         axes.plot(*zip(*points), "o-", label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="%", ylim=(-3, 103))
 

@@ -24,12 +24,12 @@ import psutil
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 
-from sft_pipeline.data.batch_sampler import StepBatches, row_lengths
+from sft_pipeline.data.batch_sampler import StepBatchSampler, count_row_tokens
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.data.padding import IGNORED
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.model.loading import resolve
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.model.loading import resolve_model
+from sft_pipeline.utils.files import get_cache_dir
 
 HELD_OUT = 1000
 READ = 200_000  # rows at most
@@ -73,7 +73,7 @@ def read(folder: Path) -> None:
     """The first packed batches of an epoch, as `train` reads them."""
     files = sorted(folder.glob("train/*.arrow"))
     rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
-    batches = list(islice(StepBatches(row_lengths(rows), seed=0, rows=STEP), READ // STEP))
+    batches = list(islice(StepBatchSampler(count_row_tokens(rows), seed=0, rows=STEP), READ // STEP))
     loader = DataLoader(rows, batch_sampler=batches, collate_fn=PackedCollator())
     targets = sum(int(batch["labels"].ne(IGNORED).sum()) for batch in loader)
     print(f"{len(rows):,} rows in {len(files)} shards; read {sum(map(len, batches)):,} of them, {targets:,} targets")
@@ -107,7 +107,11 @@ def main() -> None:
             write_rows(args.data, args.rows, file)
         print(f"{file.stat().st_size / 1e9:.2f} GB of JSONL", flush=True)
         keys = {"train_data": file, "held_out": HELD_OUT, "prepared_data": shards}
-        keys |= {"model_name_or_path": resolve(args.model, cache_dir()), "num_proc": args.num_proc, "template": "role"}
+        keys |= {
+            "model_name_or_path": resolve_model(args.model, get_cache_dir()),
+            "num_proc": args.num_proc,
+            "template": "role",
+        }
         words = [f"--{key}={value}" for key, value in keys.items()]
         caches = {"SFT_PIPELINE_CACHE": f"{work}/cache", "HF_DATASETS_CACHE": f"{work}/datasets"}
         report("prepare", args.rows, *watch([sys.executable, "-m", "sft_pipeline", "prepare", *words], **caches))

@@ -15,15 +15,15 @@ import torch
 from report import SYSTEM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
-from sft_pipeline.config import parse
+from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.encode import Account, Encoder, encode_dataset
-from sft_pipeline.data.pipeline import Prepared
+from sft_pipeline.data.encode import Encoder, EncodingStats, encode_dataset
+from sft_pipeline.data.pipeline import PreparedData
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
+from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model
 from sft_pipeline.training.builder import build_trainer
 from sft_pipeline.training.trainer import SupervisedTrainer
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.utils.files import get_cache_dir
 
 MAX_LENGTH = 1024
 
@@ -52,7 +52,7 @@ class Task:
 def prepare(model: str, data: str, rows: int) -> Task:
     """The first `rows` rows of `data` as the role template encodes them, with the reference's system prompt."""
     datasets.disable_progress_bars()
-    path = resolve(model, cache_dir())
+    path = resolve_model(model, get_cache_dir())
     source = load_source(data)
     encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM, MAX_LENGTH)
     encoded, account = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
@@ -89,11 +89,11 @@ def our_trainer(task: Task, folder: str, batch: int, **options: Any) -> Supervis
         **shared_settings(),
         **options,
     }
-    sft, training = parse(None, [f"--{key}={value}" for key, value in keys.items()])
-    account = Account(**task.account)
+    sft, training = parse_config(None, [f"--{key}={value}" for key, value in keys.items()])
+    account = EncodingStats(**task.account)
     rows = datasets.Dataset.from_dict(task.rows)
     template = build_template("role", load_tokenizer(task.model))
-    return build_trainer(sft, training, load_model(task.model), template, Prepared(rows, account, None, None, None))
+    return build_trainer(sft, training, load_model(task.model), template, PreparedData(rows, account, None, None, None))
 
 
 def shared_settings() -> dict[str, Any]:

@@ -33,9 +33,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sft_pipeline.cli import main as sft_pipeline
 from sft_pipeline.data.padding import IGNORED
-from sft_pipeline.model.loading import load_tokenizer, resolve
+from sft_pipeline.model.loading import load_tokenizer, resolve_model
 from sft_pipeline.training.trainer import SupervisedTrainer
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.utils.files import get_cache_dir
 
 BATCH, EPOCH = 4, 10  # rows a step, steps an epoch
 SAVING, SAVED, ENDING, ENDED = b"S", b"s", b"E", b"e"
@@ -72,7 +72,7 @@ def make_task(plan: Plan, model: str, data: str, folder: Path) -> None:
     tokenizer of few words, and the rows' ids."""
     rows = sorted(json.loads(Path(data).read_text(encoding="utf-8")), key=lambda row: len(str(row)))[: EPOCH * BATCH]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    path = resolve(model, cache_dir())
+    path = resolve_model(model, get_cache_dir())
     tokenizer = load_tokenizer(path).train_new_from_iterator([str(rows)], plan.vocabulary, show_progress=False)
     config = AutoConfig.from_pretrained(path, vocab_size=len(tokenizer), num_hidden_layers=plan.layers)
     config.hidden_size, config.intermediate_size, config.head_dim = plan.width, 2 * plan.width, plan.width // 4

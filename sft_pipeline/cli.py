@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft_pipeline.cli_options import build_parser
-from sft_pipeline.utils.errors import SFTError, failures_of_files
+from sft_pipeline.utils.errors import SFTError, convert_file_errors
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 
@@ -20,21 +20,21 @@ def main(arguments: list[str] | None = None) -> None:
     args, rest = build_parser().parse_known_args(arguments)
     from sft_pipeline.utils import console
 
-    console.prepare()
+    console.setup_console()
     try:
-        with console.log_without_bars(), failures_of_files():
+        with console.log_without_bars(), convert_file_errors():
             if rest and not args.reads_config:
                 raise SFTError(f"{args.verb}: unknown option {rest[0]}; `{args.verb} --help` lists them")
-            VERBS[args.verb](args, rest)
+            COMMANDS[args.verb](args, rest)
     except SFTError as error:
-        _say_once(f"sft-pipeline: {error}")
+        _print_error_once(f"sft-pipeline: {error}")
         sys.exit(error.status)
     except KeyboardInterrupt:
-        _say_once("sft-pipeline: interrupted; what was saved is whole")
+        _print_error_once("sft-pipeline: interrupted; what was saved is whole")
         sys.exit(130)
 
 
-def _say_once(line: str) -> None:
+def _print_error_once(line: str) -> None:
     """On standard error, unless another of the processes that torchrun has started on this machine did so already.
 
     All of them mostly meet the same error, and torchrun ends the others when the first one does.
@@ -50,7 +50,7 @@ def _say_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _config(rest: list[str]) -> tuple[str | None, list[str]]:
+def _split_config_path(rest: list[str]) -> tuple[str | None, list[str]]:
     """The config file, if the first word is one, and the keys after it.
 
     Not an argument of argparse: it would take the value of the first key, which it does not know, for the file.
@@ -58,109 +58,111 @@ def _config(rest: list[str]) -> tuple[str | None, list[str]]:
     return (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (None, rest)
 
 
-def _train(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_train(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.config import parse
+    from sft_pipeline.config import parse_config
     from sft_pipeline.train import train
 
-    train(*parse(*_config(rest)), Console())
+    train(*parse_config(*_split_config_path(rest)), Console())
 
 
-def _preview(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_preview(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.config import parse
+    from sft_pipeline.config import parse_config
     from sft_pipeline.data import preview
     from sft_pipeline.data.chat_templates import build_template
-    from sft_pipeline.data.pipeline import one_row
-    from sft_pipeline.model.loading import load_tokenizer, resolve
-    from sft_pipeline.utils.files import cache_dir
+    from sft_pipeline.data.pipeline import load_one_row
+    from sft_pipeline.model.loading import load_tokenizer, resolve_model
+    from sft_pipeline.utils.files import get_cache_dir
 
-    sft, _ = parse(*_config(rest))
-    tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
+    sft, _ = parse_config(*_split_config_path(rest))
+    tokenizer = load_tokenizer(resolve_model(sft.model_name_or_path, get_cache_dir()), sft.trust_remote_code)
     template = build_template(sft.template, tokenizer)
-    row, origin = one_row(sft, template, args.row)
+    row, origin = load_one_row(sft, template, args.row)
     if args.json:
-        print(preview.as_json(row, tokenizer))
+        print(preview.format_row_json(row, tokenizer))
         return
     console = Console()
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.stop_token_id)
-    preview.show(row, tokenizer, origin, console)
-    preview.show_positions(row, tokenizer, console)
+    preview.print_row(row, tokenizer, origin, console)
+    preview.print_positions(row, tokenizer, console)
 
 
-def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.config import parse
+def _run_prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.config import parse_config
     from sft_pipeline.data.chat_templates import build_template
     from sft_pipeline.data.shards import write_shards
-    from sft_pipeline.model.loading import load_tokenizer, resolve
-    from sft_pipeline.utils.files import cache_dir
+    from sft_pipeline.model.loading import load_tokenizer, resolve_model
+    from sft_pipeline.utils.files import get_cache_dir
 
-    sft, training = parse(*_config(rest))
-    tokenizer = load_tokenizer(resolve(sft.model_name_or_path, cache_dir()), sft.trust_remote_code)
+    sft, training = parse_config(*_split_config_path(rest))
+    tokenizer = load_tokenizer(resolve_model(sft.model_name_or_path, get_cache_dir()), sft.trust_remote_code)
     folder = sft.prepared_data or f"{training.output_dir}-prepared"
     write_shards(sft, build_template(sft.template, tokenizer), Path(folder).expanduser())
     print(f"prepared in {folder}; to train from it add --prepared_data {folder}")
 
 
-def _chat(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_chat(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.commands.chat import chat
 
     chat(args.model, args.max_new_tokens)
 
 
-def _generate(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.commands.generate import Request, generate_file
-    from sft_pipeline.inference.sampling import Sampling
+def _run_generate(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.commands.generate import GenerateOptions, generate_file
+    from sft_pipeline.inference.sampling import SamplingParams
 
     given = {name: value for name, value in vars(args).items() if name not in ("verb", "reads_config")}
-    sampling = {field.name: given.pop(field.name) for field in dataclasses.fields(Sampling) if field.name in given}
+    sampling = {
+        field.name: given.pop(field.name) for field in dataclasses.fields(SamplingParams) if field.name in given
+    }
     drawn = not sampling.keys().isdisjoint(("temperature", "top_k", "top_p", "min_p"))
     given["output"] = Path(given["output"])
-    if generate_file(Request(sampling=Sampling(**sampling, do_sample=drawn), **given)):
+    if generate_file(GenerateOptions(sampling=SamplingParams(**sampling, do_sample=drawn), **given)):
         sys.exit(1)
 
 
-def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.commands.evaluate import Request, build_judge, evaluate
+    from sft_pipeline.commands.evaluate import EvaluateOptions, build_judge, evaluate_models
 
-    names = [field.name for field in dataclasses.fields(Request)]
-    request = Request(**{name: getattr(args, name) for name in names})
+    names = [field.name for field in dataclasses.fields(EvaluateOptions)]
+    request = EvaluateOptions(**{name: getattr(args, name) for name in names})
     judge = build_judge(args.judge_base_url, args.judge_model)
-    evaluate(args.models, request, args.output and Path(args.output), args.json, Console(), judge)
+    evaluate_models(args.models, request, args.output and Path(args.output), args.json, Console(), judge)
 
 
-def _report(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_report(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.reports.html import write_report
 
     print(write_report(args.folders, args.output))
 
 
-def _export(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.commands.export import export
+def _run_export(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.commands.export import export_model
 
-    export(args.folder, Path(args.destination), args.dtype, args.license)
+    export_model(args.folder, Path(args.destination), args.dtype, args.license)
     print(f"exported to {args.destination}; serve it: transformers serve {args.destination}")
 
 
-def _study(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_study(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.commands.study import study
+    from sft_pipeline.commands.study import run_study
 
-    config, overrides = _config(rest)
+    config, overrides = _split_config_path(rest)
     if config is None:
         raise SFTError("study: name a config first, such as configs/study_rows.yaml")
-    study(config, overrides, Console())
+    run_study(config, overrides, Console())
 
 
-def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
     from sft_pipeline.commands.verify_resume import verify_resume
 
-    config, overrides = _config(rest)
+    config, overrides = _split_config_path(rest)
     if config is None:
         raise SFTError("verify-resume: name a config first, such as configs/quickstart.yaml")
     if args.steps < 1:
@@ -169,32 +171,32 @@ def _verify_resume(args: argparse.Namespace, rest: list[str]) -> None:
         sys.exit(1)
 
 
-def _doctor(args: argparse.Namespace, rest: list[str]) -> None:
+def _run_doctor(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from sft_pipeline.commands.doctor import doctor
+    from sft_pipeline.commands.doctor import run_doctor
 
-    doctor(args.json, Console())
+    run_doctor(args.json, Console())
 
 
-def _dashboard(args: argparse.Namespace, rest: list[str]) -> None:
-    from sft_pipeline.commands.dashboard import dashboard
+def _run_dashboard(args: argparse.Namespace, rest: list[str]) -> None:
+    from sft_pipeline.commands.dashboard import serve_dashboard
     from sft_pipeline.config import DEFAULTS
 
-    dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)
+    serve_dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)
 
 
-VERBS: dict[str, Handler] = {
-    "train": _train,
-    "preview": _preview,
-    "prepare": _prepare,
-    "chat": _chat,
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "report": _report,
-    "export": _export,
-    "study": _study,
-    "verify-resume": _verify_resume,
-    "doctor": _doctor,
-    "dashboard": _dashboard,
+COMMANDS: dict[str, Handler] = {
+    "train": _run_train,
+    "preview": _run_preview,
+    "prepare": _run_prepare,
+    "chat": _run_chat,
+    "generate": _run_generate,
+    "evaluate": _run_evaluate,
+    "report": _run_report,
+    "export": _run_export,
+    "study": _run_study,
+    "verify-resume": _run_verify_resume,
+    "doctor": _run_doctor,
+    "dashboard": _run_dashboard,
 }

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import NoReturn, TypeAlias
 
-Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 STATUSES = """exit status:
   0    done
@@ -21,7 +21,7 @@ results for scripts: preview, evaluate and doctor have --json; train and study
 leave results.json and study.json"""
 
 
-class Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Its errors are one line, as all of ours; argparse prints the usage of the verb before it."""
 
     def error(self, message: str) -> NoReturn:
@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"sft-pipeline: {message}; see `{f'{verb} --help'.strip()}`\n")
 
 
-def build_parser() -> Parser:
-    parser = Parser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="sft-pipeline",
         description="Fine-tune a causal language model on instruction rows.",
         epilog=STATUSES,
@@ -39,34 +39,34 @@ def build_parser() -> Parser:
     )
     verbs = parser.add_subparsers(required=True, dest="verb", metavar="VERB")
 
-    _verb(verbs, "train", "fine-tune as a config says", "[CONFIG] [--key value ...]")
+    _add_command(verbs, "train", "fine-tune as a config says", "[CONFIG] [--key value ...]")
     usage = "[CONFIG] [--row N] [--json] [--key value ...]"
-    preview = _verb(verbs, "preview", "show a row as it will be trained", usage)
+    preview = _add_command(verbs, "preview", "show a row as it will be trained", usage)
     preview.add_argument("--row", type=int, default=0, help="which row of train_data, from 0")
     preview.add_argument("--json", action="store_true", help="one line of JSON: input_ids, labels, text")
 
     prepare = "encode the rows of a config once, into shards that training maps: see prepared_data"
-    _verb(verbs, "prepare", prepare, "[CONFIG] [--key value ...]")
-    chat = _verb(verbs, "chat", "talk to a model in the terminal, or answer lines from a pipe")
+    _add_command(verbs, "prepare", prepare, "[CONFIG] [--key value ...]")
+    chat = _add_command(verbs, "chat", "talk to a model in the terminal, or answer lines from a pipe")
     chat.add_argument("model", help="a run's output folder, a model folder or a hub name")
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens an answer may have (256)")
 
-    _generate_options(_verb(verbs, "generate", "answer a file of prompts; the answers are rows to train on"))
+    _add_generate_options(_add_command(verbs, "generate", "answer a file of prompts; the answers are rows to train on"))
     _add_evaluate(verbs)
     _add_report(verbs)
     _add_export(verbs)
     study = "train the variants of a config and compare them; what is done is not done again"
-    _verb(verbs, "study", study, "CONFIG [--key value ...]")
+    _add_command(verbs, "study", study, "CONFIG [--key value ...]")
     resumed = "prove for a config that a run killed on its way ends with the bits of one that was not"
-    verify = _verb(verbs, "verify-resume", resumed, "CONFIG [--steps N] [--key value ...]")
+    verify = _add_command(verbs, "verify-resume", resumed, "CONFIG [--steps N] [--key value ...]")
     verify.add_argument("--steps", type=int, default=4, help="steps before the kill, and after it (4)")
-    doctor = _verb(verbs, "doctor", "tell what this machine trains with, and what is missing")
+    doctor = _add_command(verbs, "doctor", "tell what this machine trains with, and what is missing")
     doctor.add_argument("--json", action="store_true", help="one line of JSON")
     _add_dashboard(verbs)
     return parser
 
 
-def _generate_options(parser: argparse.ArgumentParser) -> None:
+def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     """The names of transformers' GenerationConfig. What is left out has the defaults of `Sampling` and `Request`."""
     parser.add_argument("prompts", help="a text file (.txt) with a prompt a line, or rows as train_data takes them")
     parser.add_argument("--model", required=True, help="a run's output folder, a model folder or a hub name")
@@ -88,8 +88,8 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     drawn.add_argument("--min_p", type=float, default=options, help="only from those with this share of the best's")
 
 
-def _add_evaluate(verbs: Verbs) -> None:
-    one = _verb(verbs, "evaluate", "compare models on held-out rows and checkable instructions")
+def _add_evaluate(verbs: Commands) -> None:
+    one = _add_command(verbs, "evaluate", "compare models on held-out rows and checkable instructions")
     one.add_argument(
         "models",
         nargs="+",
@@ -110,21 +110,21 @@ def _add_evaluate(verbs: Verbs) -> None:
     one.add_argument("--json", action="store_true", help="one line of JSON in the place of the tables")
 
 
-def _add_report(verbs: Verbs) -> None:
-    one = _verb(verbs, "report", "write the page of a run, or one that compares runs")
+def _add_report(verbs: Commands) -> None:
+    one = _add_command(verbs, "report", "write the page of a run, or one that compares runs")
     one.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="runs' output folders; the first is the baseline")
     one.add_argument("--output", help="the page (OUTPUT_DIR/report.html; of several runs comparison.html in the first)")
 
 
-def _add_dashboard(verbs: Verbs) -> None:
-    one = _verb(verbs, "dashboard", "open trackio's page of the runs that --report_to trackio kept here")
+def _add_dashboard(verbs: Commands) -> None:
+    one = _add_command(verbs, "dashboard", "open trackio's page of the runs that --report_to trackio kept here")
     one.add_argument("project", nargs="?", default=None, help="the runs' `project` (sft_pipeline)")
     one.add_argument("--port", type=int, help="where it listens on this machine (the first free one from 7860)")
     one.add_argument("--no_browser", action="store_true", help="print the address alone")
 
 
-def _add_export(verbs: Verbs) -> None:
-    one = _verb(verbs, "export", "write a run's model as one folder for other tools, with a model card")
+def _add_export(verbs: Commands) -> None:
+    one = _add_command(verbs, "export", "write a run's model as one folder for other tools, with a model card")
     one.add_argument("folder", metavar="OUTPUT_DIR", help="a finished run's output folder; adapters are merged")
     one.add_argument("destination", metavar="DEST", help="the folder to write, which must not be there")
     dtypes = ("float32", "bfloat16", "float16")
@@ -132,14 +132,14 @@ def _add_export(verbs: Verbs) -> None:
     one.add_argument("--license", help="the model's, as the hub names it: apache-2.0 (the base model's, if known)")
 
 
-def _verb(verbs: Verbs, name: str, description: str, usage: str | None = None) -> Parser:
+def _add_command(verbs: Commands, name: str, description: str, usage: str | None = None) -> CommandParser:
     """A verb's parser; one with a `usage` of its own reads a config, and any words that it does not know are keys."""
     parser = verbs.add_parser(
         name,
         help=description,
         description=f"{description}\n\nCONFIG is a YAML file and stands first" if usage else description,
         usage=usage and f"%(prog)s {usage}",
-        epilog=usage and _keys(),
+        epilog=usage and _describe_keys(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -147,7 +147,7 @@ def _verb(verbs: Verbs, name: str, description: str, usage: str | None = None) -
     return parser
 
 
-def _keys() -> str:
+def _describe_keys() -> str:
     """The config's keys for --help."""
     from sft_pipeline.config import SFTArguments
 

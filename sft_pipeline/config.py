@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 
-from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.errors import SFTError, format_error
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -137,7 +137,7 @@ _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|F
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
-def parse(config: str | None, overrides: Sequence[str] = ()) -> tuple[SFTArguments, TrainingArguments]:
+def parse_config(config: str | None, overrides: Sequence[str] = ()) -> tuple[SFTArguments, TrainingArguments]:
     """Read `config` (a YAML file, or None) and `overrides` (["--key", "value", ...]), the latter winning.
 
     Raises SFTError for a file that is missing or no flat YAML, an unknown key, or a value of the wrong type.
@@ -149,8 +149,8 @@ def parse_keys(
     keys: dict[str, Any], name: str = "run", overrides: Sequence[str] = ()
 ) -> tuple[SFTArguments, TrainingArguments]:
     """As `parse`, for the keys of a dictionary; `name` stands in the errors and in the default `output_dir`."""
-    parser = _parser()
-    from_file = _checked(keys, name, parser)
+    parser = _build_parser()
+    from_file = _convert_keys(keys, name, parser)
     try:
         sft, training, unknown = parser.parse_args_into_dataclasses(
             args=[*from_file, *overrides], return_remaining_strings=True, look_for_args_file=False
@@ -158,16 +158,16 @@ def parse_keys(
     except Exception as error:
         # TrainingArguments checks its own fields against each other and against this machine; some of what it calls
         # reads files or computes before it checks.
-        raise SFTError(" ".join(str(error).split())) from error
-    _refuse_unknown([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
-    _check(sft, training)
+        raise SFTError(format_error(error, limit=400)) from error
+    _check_known_keys([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
+    _check_values(sft, training)
     if training.output_dir == "trainer_output":
         training.output_dir = str(Path("outputs") / Path(name).stem)
     _evaluate_when_there_are_rows(sft, training)
     return sft, training
 
 
-def _parser() -> HfArgumentParser:
+def _build_parser() -> HfArgumentParser:
     """A parser of both dataclasses whose errors are ours, not a page of usage."""
     from transformers import HfArgumentParser, TrainingArguments
 
@@ -205,11 +205,11 @@ def read_keys(path: Path) -> dict[str, Any]:
     return values
 
 
-def _checked(values: dict[str, Any], name: str, parser: HfArgumentParser) -> list[str]:
+def _convert_keys(values: dict[str, Any], name: str, parser: HfArgumentParser) -> list[str]:
     """The keys as command-line arguments, each checked against its field, so that both go one way from here."""
-    _refuse_unknown(list(values), parser, name)
-    hints = _hints(parser)
-    arguments = [word for key, value in values.items() for word in _as_arguments(name, key, value, hints[key])]
+    _check_known_keys(list(values), parser, name)
+    hints = _resolve_field_types(parser)
+    arguments = [word for key, value in values.items() for word in _format_arguments(name, key, value, hints[key])]
     try:
         parser.parse_known_args(["--model_name_or_path=", "--train_data=", *arguments])
     except SFTError as error:
@@ -217,9 +217,9 @@ def _checked(values: dict[str, Any], name: str, parser: HfArgumentParser) -> lis
     return arguments
 
 
-def _as_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
+def _format_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
     """One `key: value` as the words that argparse reads."""
-    kinds = _kinds(hint)
+    kinds = _list_union_members(hint)
     if value is None:
         return []
     if isinstance(value, dict):
@@ -234,7 +234,7 @@ def _as_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
+def _list_union_members(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
@@ -244,12 +244,12 @@ def _is_text_like(kind: Any) -> bool:
     return typing.get_origin(kind) is not None or (isinstance(kind, type) and not issubclass(kind, (int, float)))
 
 
-def _hints(parser: HfArgumentParser) -> dict[str, Any]:
+def _resolve_field_types(parser: HfArgumentParser) -> dict[str, Any]:
     """Field name to resolved type, over both dataclasses."""
     return {name: hint for cls in parser.dataclass_types for name, hint in typing.get_type_hints(cls).items()}
 
 
-def _refuse_unknown(names: list[str], parser: HfArgumentParser, where: str) -> None:
+def _check_known_keys(names: list[str], parser: HfArgumentParser, where: str) -> None:
     """Raise SFTError for the first name that is no field, with the nearest field's name."""
     known = [f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init]
     for name in names:
@@ -259,7 +259,7 @@ def _refuse_unknown(names: list[str], parser: HfArgumentParser, where: str) -> N
             raise SFTError(f"{where}: unknown key {bare}; the nearest known one is {nearest}")
 
 
-def _check(sft: SFTArguments, training: TrainingArguments) -> None:
+def _check_values(sft: SFTArguments, training: TrainingArguments) -> None:
     """Raise SFTError for values that no later step could make sense of."""
     for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(sft, key) < 1:
@@ -313,13 +313,13 @@ def _evaluate_when_there_are_rows(sft: SFTArguments, training: TrainingArguments
         training.eval_strategy = IntervalStrategy.EPOCH
 
 
-def output_folder(training: TrainingArguments) -> Path:
+def get_output_dir(training: TrainingArguments) -> Path:
     """The run's output folder, which config.py always names."""
     assert training.output_dir is not None
     return Path(training.output_dir)
 
 
-def config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
+def build_config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
     """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
     from transformers import TrainingArguments
 

@@ -181,7 +181,7 @@ def test_words_that_are_no_command_are_one_line_without_the_usage(arguments, sai
 
 def test_each_verb_that_can_be_said_has_its_function():
     [verbs] = build_parser()._subparsers._group_actions
-    assert list(verbs.choices) == list(cli.VERBS)
+    assert list(verbs.choices) == list(cli.COMMANDS)
 
 
 def test_help_fits_a_terminal(capsys, monkeypatch):
@@ -207,7 +207,7 @@ def test_preview_as_json_is_one_line_of_what_is_trained(make_config, tokenizer, 
     assert row.keys() == {"input_ids", "labels", "text"}
     text = "<|im_start|>\n#SYSTEM:You are 冬瓜.\n#USER:Say 3.\n#ASSISTANT:It is 3.<|im_end|>"
     assert row["text"] == text == tokenizer.decode(row["input_ids"])
-    prompt = build_template("role", tokenizer).prompt(
+    prompt = build_template("role", tokenizer).encode_prompt(
         [{"role": "system", "content": "You are 冬瓜."}, {"role": "user", "content": "Say 3."}]
     )
     given = len(prompt)
@@ -255,7 +255,7 @@ def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(args, rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "train", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 130

@@ -10,7 +10,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
-from sft_pipeline.config import DEFAULTS, parse
+from sft_pipeline.config import DEFAULTS, parse_config
 from sft_pipeline.utils.errors import SFTError
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
@@ -32,7 +32,7 @@ def write(tmp_path):
 
 def refusal(config: str | None, *overrides: str) -> str:
     with pytest.raises(SFTError) as caught:
-        parse(config, list(overrides))
+        parse_config(config, list(overrides))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -44,7 +44,7 @@ RUNS = [path for path in CONFIGS if not path.stem.startswith("study_")]
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_parses(path):
-    sft, training = parse(str(path), [])
+    sft, training = parse_config(str(path), [])
     assert sft.train_data and sft.held_out > 0
     assert training.eval_on_start and training.eval_strategy != IntervalStrategy.NO
     assert training.output_dir == f"outputs/{path.stem}"
@@ -55,7 +55,7 @@ def test_the_project_has_configs():
 
 
 def test_the_reference_run():
-    sft, training = parse(str(next(path for path in CONFIGS if path.stem == "alpaca_qwen3")), [])
+    sft, training = parse_config(str(next(path for path in CONFIGS if path.stem == "alpaca_qwen3")), [])
     assert (sft.model_name_or_path, sft.train_data, sft.template) == ("Qwen/Qwen3-0.6B", ["tatsu-lab/alpaca"], "role")
     assert sft.system_prompt == "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
     assert (training.learning_rate, training.max_steps) == (1e-5, 1000)
@@ -63,7 +63,7 @@ def test_the_reference_run():
 
 
 def test_defaults_of_ours_and_of_transformers(write):
-    sft, training = parse(write(""), [])
+    sft, training = parse_config(write(""), [])
     assert (sft.template, sft.train_on, sft.overlong, sft.max_length) == ("chat", "all", "drop", 1024)
     for key in ("logging_steps", "logging_first_step", "disable_tqdm", "logging_nan_inf_filter"):
         assert getattr(training, key) == DEFAULTS[key], key
@@ -73,8 +73,8 @@ def test_defaults_of_ours_and_of_transformers(write):
 
 @pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.e-5", 2e-5), ("1.5e+1", 15.0)])
 def test_a_power_of_ten_is_a_number(write, written, value):
-    assert parse(write(f"learning_rate: {written}"), [])[1].learning_rate == value
-    assert parse(write(""), ["--learning_rate", written])[1].learning_rate == value
+    assert parse_config(write(f"learning_rate: {written}"), [])[1].learning_rate == value
+    assert parse_config(write(""), ["--learning_rate", written])[1].learning_rate == value
 
 
 def test_a_number_written_as_text(write):
@@ -89,14 +89,14 @@ def test_a_number_written_as_text(write):
 def test_the_command_line_wins(write):
     config = write("learning_rate: 1e-5\nmax_length: 64\npacking: true\n")
     more = ["--learning_rate=2e-5", "--train_data", "a.json", "b.json", "--packing", "false", "--output_dir", "here"]
-    sft, training = parse(config, more)
+    sft, training = parse_config(config, more)
     assert (training.learning_rate, training.output_dir) == (2e-5, "here")
     assert (sft.train_data, sft.max_length, sft.packing) == (["a.json", "b.json"], 64, False)
 
 
 def test_lists_dictionaries_nothing_and_flags(write):
     text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nlr_scheduler_kwargs: {num_cycles: 2}\nskip_bad_rows: true\n"
-    sft, training = parse(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
+    sft, training = parse_config(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
     assert (sft.train_data, sft.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
     assert sft.system_prompt is None and sft.skip_bad_rows is True
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
@@ -105,14 +105,14 @@ def test_lists_dictionaries_nothing_and_flags(write):
 @pytest.mark.parametrize("words", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"]])
 def test_fsdp_is_a_truth_value(write, words):
     """The library's parser takes a text for it."""
-    for _, training in (parse(write("fsdp: true"), []), parse(write(""), [*words])):
+    for _, training in (parse_config(write("fsdp: true"), []), parse_config(write(""), [*words])):
         assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
-    assert not parse(write("fsdp: true"), ["--fsdp", "false"])[1].fsdp
+    assert not parse_config(write("fsdp: true"), ["--fsdp", "false"])[1].fsdp
     assert "Unknown `fsdp` option: sideways" in refusal(write("fsdp: sideways"))
 
 
 def test_a_dictionary_may_stand_in_a_file_of_its_own(write):
-    _, training = parse(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
+    _, training = parse_config(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
     assert training.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     assert training.fsdp_plugin_args["reshard_after_forward"] is True
 
@@ -127,7 +127,7 @@ def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
 
 def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
     keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\n"
-    _, training = parse(write(keys + "bf16: true\nuse_cpu: true\n"), [])
+    _, training = parse_config(write(keys + "bf16: true\nuse_cpu: true\n"), [])
     config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
     config.trainer_config_process(training)
     config.trainer_config_finalize(training, tiny_model, 10)
@@ -146,23 +146,23 @@ def test_without_deepspeed_its_key_says_what_is_missing(write):
 
 @pytest.mark.parametrize("text", ["", "-", "--not an option", "a: b # c", "100", "行\n行 ", " spaces "])
 def test_a_text_stays_as_it_is(write, text):
-    assert parse(write(f"system_prompt: {json.dumps(text)}\n"), [])[0].system_prompt == text
+    assert parse_config(write(f"system_prompt: {json.dumps(text)}\n"), [])[0].system_prompt == text
 
 
 def test_without_a_file():
-    sft, training = parse(None, ["--model_name_or_path", "m", "--train_data", "a.json"])
+    sft, training = parse_config(None, ["--model_name_or_path", "m", "--train_data", "a.json"])
     assert (sft.model_name_or_path, training.output_dir) == ("m", "outputs/run")
 
 
 def test_evaluation_is_on_where_there_are_rows(write):
-    _, without = parse(write(""), [])
+    _, without = parse_config(write(""), [])
     assert not without.eval_on_start and without.eval_strategy == IntervalStrategy.NO
-    _, asked = parse(write("eval_strategy: steps\neval_steps: 3\n"), [])
+    _, asked = parse_config(write("eval_strategy: steps\neval_steps: 3\n"), [])
     assert asked.eval_strategy == IntervalStrategy.NO
     for key in ("held_out: 2\n", "eval_data: held.json\n"):
-        _, training = parse(write(key), [])
+        _, training = parse_config(write(key), [])
         assert training.eval_on_start and training.eval_strategy == IntervalStrategy.EPOCH
-        _, training = parse(write(key + "eval_strategy: steps\neval_steps: 3\n"), [])
+        _, training = parse_config(write(key + "eval_strategy: steps\neval_steps: 3\n"), [])
         assert training.eval_strategy == IntervalStrategy.STEPS
 
 
@@ -225,7 +225,7 @@ def test_values_of_a_wrong_type_name_the_file(write, text, said):
 
 
 def test_no_is_a_word_and_false_a_truth_value(write):
-    _, training = parse(write("save_strategy: no\nlogging_first_step: false\n"), [])
+    _, training = parse_config(write("save_strategy: no\nlogging_first_step: false\n"), [])
     assert training.save_strategy == "no" and training.logging_first_step is False
 
 

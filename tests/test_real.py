@@ -10,9 +10,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sft_pipeline.commands.chat import chat
-from sft_pipeline.config import parse
+from sft_pipeline.config import parse_config
 from sft_pipeline.inference.engine import generate
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.train import train
 
@@ -37,7 +37,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
         "use_cpu": "true",
     }
     overrides = [f"--{key}={value}" for key, value in keys.items()]
-    results = train(*parse("configs/quickstart.yaml", overrides), Console())
+    results = train(*parse_config("configs/quickstart.yaml", overrides), Console())
 
     loss = results["eval_loss"]
     assert loss["after"] < 0.9 * loss["before"], loss
@@ -61,9 +61,11 @@ def test_greedy_answers_are_those_of_transformers_one_at_a_time(monkeypatch):
     rows = [
         json.loads(line) for line in (ROOT / "configs/data/quickstart.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    prompts = [template.prompt([{"role": "user", "content": row["instruction"]}]) for row in rows[:20]]
+    prompts = [template.encode_prompt([{"role": "user", "content": row["instruction"]}]) for row in rows[:20]]
     stop, new = template.stop_token_id, 32
-    for prompt, done in zip(prompts, generate(model, prompts, [stop], Sampling(max_new_tokens=new), batch_size=8)):
+    for prompt, done in zip(
+        prompts, generate(model, prompts, [stop], SamplingParams(max_new_tokens=new), batch_size=8)
+    ):
         ids = torch.tensor([prompt])
         options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": stop, "pad_token_id": stop}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()

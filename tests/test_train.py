@@ -11,10 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_pipeline.config import parse
-from sft_pipeline.data.chat_templates import build_template, with_system_prompt
-from sft_pipeline.data.pipeline import load_messages
-from sft_pipeline.inference.answers import answer
+from sft_pipeline.config import parse_config
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
@@ -68,7 +69,7 @@ def config(data, model_folder, tmp_path_factory) -> Path:
 
 
 def run_train(config: Path, *overrides: str) -> dict:
-    return train(*parse(str(config), list(overrides)), Console(quiet=True))
+    return train(*parse_config(str(config), list(overrides)), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_results_are_whole_and_on_disk(run, config):
 
 def test_answers_are_of_held_out_prompts_before_and_after(run, config):
     _, results = run
-    _, held_out = load_messages(parse(str(config), [])[0])
+    _, held_out = load_conversations(parse_config(str(config), [])[0])
     asked = [messages[-2]["content"] for messages in held_out["messages"]][:3]
     assert [one["prompt"] for one in results["answers"]] == asked
     for one in results["answers"]:
@@ -120,7 +121,7 @@ def test_answers_are_of_held_out_prompts_before_and_after(run, config):
 def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
     console = Console(record=True, width=200, quiet=False, file=open(tmp_path / "shown", "w"))  # noqa: SIM115
     with console.file:
-        train(*parse(str(config), ["--output_dir", str(tmp_path / "out"), "--max_steps", "1"]), console)
+        train(*parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--max_steps", "1"]), console)
     shown = console.export_text()
     assert "first training row" in shown and "the stop token" in shown and SYSTEM in shown
     assert "held-out loss" in shown and "before" in shown and "after" in shown
@@ -139,7 +140,7 @@ def test_run_yaml_keeps_values_that_are_the_librarys_defaults_but_not_ours(confi
     """logging_steps is 500 in TrainingArguments and 10 here; an overwrite must not repeat itself."""
     keys = ["--output_dir", str(tmp_path / "out"), "--logging_steps", "500", "--eval_on_start", "false"]
     run_train(config, *keys, "--overwrite_output_dir", "--max_steps", "1")
-    sft, training = parse(str(tmp_path / "out" / RUN_FILE), [])
+    sft, training = parse_config(str(tmp_path / "out" / RUN_FILE), [])
     assert training.logging_steps == 500 and training.eval_on_start is False
     assert sft.overwrite_output_dir is False
 
@@ -147,9 +148,9 @@ def test_run_yaml_keeps_values_that_are_the_librarys_defaults_but_not_ours(confi
 def test_saved_folder_loads_plainly_and_answers_the_same(run, config):
     folder, results = run
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    _, held_out = load_messages(parse(str(config), [])[0])
-    prompts = [with_system_prompt(m[:-1], SYSTEM) for m in held_out["messages"]][:3]
-    found = answer(model, build_template("role", tokenizer), prompts, 6)
+    _, held_out = load_conversations(parse_config(str(config), [])[0])
+    prompts = [add_system_prompt(m[:-1], SYSTEM) for m in held_out["messages"]][:3]
+    found = answer_prompts(model, build_template("role", tokenizer), prompts, 6)
     assert [one.text for one in found] == [one["after"] for one in results["answers"]]
     assert [one.stopped for one in found] == [one["stopped"] for one in results["answers"]]
 
@@ -159,12 +160,12 @@ def test_saved_chat_template_renders_what_was_trained(run, config):
     folder, _ = run
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = build_template("role", tokenizer)
-    conversation = load_messages(parse(str(config), [])[0])[0][0]["messages"]
-    [runs] = template.render([with_system_prompt(conversation, SYSTEM)])
+    conversation = load_conversations(parse_config(str(config), [])[0])[0][0]["messages"]
+    [runs] = template.render([add_system_prompt(conversation, SYSTEM)])
     trained = tokenizer.decode([token for run in runs for token in run.ids])
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained
     prompt = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
-    assert prompt == tokenizer.decode(template.prompt(with_system_prompt(conversation[:-1], SYSTEM)))
+    assert prompt == tokenizer.decode(template.encode_prompt(add_system_prompt(conversation[:-1], SYSTEM)))
     assert json.loads((folder / TEMPLATE_FILE).read_text()) == {"template": "role", "system_prompt": SYSTEM}
 
 
@@ -182,7 +183,7 @@ def test_without_held_out_rows_there_is_no_evaluation(config, tmp_path):
     results = run_train(config, "--output_dir", str(tmp_path / "out"), *keys)
     assert results["eval_loss"] == {"before": None, "after": None}
     assert results["answers"] == [] and results["before_and_after"] == {} and results["rows"]["held_out"] is None
-    assert results["figures"] is None and not (tmp_path / "out" / EVALUATION_DIR).exists()
+    assert results["metrics"] is None and not (tmp_path / "out" / EVALUATION_DIR).exists()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert SYSTEM in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
@@ -212,7 +213,7 @@ def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
 
 
 def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("sft_pipeline.training.builder.why_not_packable", lambda model, longest: "it is a teapot")
+    monkeypatch.setattr("sft_pipeline.data.collators.find_packing_obstacle", lambda model, longest: "it is a teapot")
     said = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
     with pytest.raises(SFTError, match=said):
         run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")

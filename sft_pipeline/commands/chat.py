@@ -14,30 +14,31 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
-from sft_pipeline.data.chat_templates import Message, Template, with_system_prompt
-from sft_pipeline.inference.answers import complete
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.data.chat_templates import Template
+from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.inference.answers import generate_answers
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.sanitize import visible
+from sft_pipeline.utils.sanitize import replace_control_characters
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
 
 def chat(name_or_path: str, max_new_tokens: int) -> None:
     """Answer standard input: a conversation in a terminal, and a line each from a pipe (of the same conversation)."""
-    Sampling(max_new_tokens=max_new_tokens)  # a number that it refuses is refused before the model is loaded
+    SamplingParams(max_new_tokens=max_new_tokens)  # a number that it refuses is refused before the model is loaded
     conversation = Conversation(*load_trained(name_or_path), max_new_tokens)
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP)
-    for line in _lines(interactive):
+    for line in _read_lines(interactive):
         if line == "/quit":
             break
         conversation.take(line)
 
 
-def _lines(interactive: bool) -> Iterator[str]:
+def _read_lines(interactive: bool) -> Iterator[str]:
     """What is said, without empty lines."""
     while True:
         try:
@@ -50,11 +51,11 @@ def _lines(interactive: bool) -> Iterator[str]:
             yield line
 
 
-class Streamer(TextStreamer):
+class AnswerStreamer(TextStreamer):
     """Writes an answer as it comes; a model that has learned control characters does not steer the terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(visible(text), stream_end)
+        super().on_finalized_text(replace_control_characters(text), stream_end)
 
 
 class Conversation:
@@ -82,12 +83,12 @@ class Conversation:
     def _answer(self, line: str) -> None:
         """Stream the answer; a message that gets none is taken back."""
         self.messages.append({"role": "user", "content": line})
-        streamer = Streamer(self.template.tokenizer, skip_special_tokens=True)
-        [done] = complete(
+        streamer = AnswerStreamer(self.template.tokenizer, skip_special_tokens=True)
+        [done] = generate_answers(
             self.model,
             self.template,
             [self._prompt()],
-            Sampling(max_new_tokens=self.max_new_tokens),
+            SamplingParams(max_new_tokens=self.max_new_tokens),
             on_token=lambda row, token: streamer.put(torch.tensor([token])),
         )
         streamer.end()
@@ -101,7 +102,7 @@ class Conversation:
         """The conversation's ids, less its oldest exchanges where the model's positions do not hold them."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         while True:
-            ids = self.template.prompt(with_system_prompt(self.messages, self.system_prompt))
+            ids = self.template.encode_prompt(add_system_prompt(self.messages, self.system_prompt))
             if limit is None or len(ids) + self.max_new_tokens <= limit or len(self.messages) == 1:
                 return ids
             del self.messages[:2]

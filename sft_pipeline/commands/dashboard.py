@@ -10,11 +10,13 @@ from contextlib import redirect_stdout, suppress
 
 from sft_pipeline.utils.errors import SFTError
 
-FIRST = "train/loss,train/tokens_per_second,eval/loss,eval/stop_rate,eval/loop_rate,eval/instructions_followed_rate"
-AS_LOGGED = "smoothing=0"  # the page's own smoothing makes a flat line of a few points
+PLOT_ORDER = (
+    "train/loss,train/tokens_per_second,eval/loss,eval/stop_rate,eval/loop_rate,eval/instructions_followed_rate"
+)
+NO_SMOOTHING = "smoothing=0"  # the page's own smoothing makes a flat line of a few points
 
 
-def dashboard(project: str, port: int | None, open_browser: bool) -> None:
+def serve_dashboard(project: str, port: int | None, open_browser: bool) -> None:
     """Serve the page until it is interrupted."""
     try:
         import trackio
@@ -26,13 +28,13 @@ def dashboard(project: str, port: int | None, open_browser: bool) -> None:
         found = 0
     if not found:
         raise SFTError(f"dashboard: no runs of project {project} here; train with --report_to trackio, or name another")
-    os.environ.setdefault("TRACKIO_PLOT_ORDER", FIRST)
+    os.environ.setdefault("TRACKIO_PLOT_ORDER", PLOT_ORDER)
     # What trackio prints is coloured for any output, and holds the address that may delete runs.
     with redirect_stdout(io.StringIO()):
         server, address, _, private = trackio.show(project, open_browser=False, block_thread=False, server_port=port)
-    print(f"{address.rstrip('/')}/?project={project}&{AS_LOGGED} (Ctrl-C ends it)", flush=True)
+    print(f"{address.rstrip('/')}/?project={project}&{NO_SMOOTHING} (Ctrl-C ends it)", flush=True)
     if open_browser:
-        webbrowser.open(f"{private}&{AS_LOGGED}")
+        webbrowser.open(f"{private}&{NO_SMOOTHING}")
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
     server.close()

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.utils.errors import SFTError, format_error
+from sft_pipeline.utils.files import get_cache_dir
 
 PACKAGE = "sft_pipeline"
 EXTRAS = {"lora": ["peft"], "track": ["wandb", "trackio"], "plot": ["matplotlib"]}
@@ -40,9 +40,9 @@ class Finding:
     fatal: bool = False
 
 
-def doctor(as_json: bool, console: Console) -> None:
+def run_doctor(as_json: bool, console: Console) -> None:
     """Print what was found. Raises SFTError, with the first reason, where training cannot run."""
-    findings = list(examine())
+    findings = list(list_findings())
     fatal = next((one for one in findings if one.fatal), None)
     if as_json:
         print(json.dumps({"ready": fatal is None, "findings": {one.name: asdict(one) for one in findings}}))
@@ -54,7 +54,7 @@ def doctor(as_json: bool, console: Console) -> None:
 
 def _show(findings: list[Finding], console: Console) -> None:
     """Two columns: in a terminal broken at words, elsewhere a line a finding."""
-    lines = [(one.name, "; ".join(filter(None, [_shown(one.value), one.note, one.advice]))) for one in findings]
+    lines = [(one.name, "; ".join(filter(None, [_format_value(one.value), one.note, one.advice]))) for one in findings]
     if not console.is_terminal:
         for name, said in lines:
             console.print(Text(f"{name:<15} {said}"), soft_wrap=True)
@@ -65,24 +65,24 @@ def _show(findings: list[Finding], console: Console) -> None:
     console.print(table)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def examine() -> Iterator[Finding]:
+def list_findings() -> Iterator[Finding]:
     """One finding after the other; what needs torch is left out where torch does not load."""
     yield Finding("python", platform.python_version(), platform.platform())
-    required = [_installed(name) for name in _requirements()]
+    required = [_check_requirement(name) for name in _list_requirements()]
     yield from required
-    yield from (_optional(extra, names) for extra, names in EXTRAS.items())
+    yield from (_check_extra(extra, names) for extra, names in EXTRAS.items())
     if not any(one.fatal for one in required):
-        yield from _hardware()
-    yield from _disk()
-    yield _wandb()
-    yield _hub()
+        yield from _check_hardware()
+    yield from _check_disks()
+    yield _check_wandb()
+    yield _check_hub()
 
 
-def _requirements() -> list[Any]:
+def _list_requirements() -> list[Any]:
     from packaging.requirements import Requirement
 
     try:
@@ -92,7 +92,7 @@ def _requirements() -> list[Any]:
     return [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def _installed(requirement: Any) -> Finding:
+def _check_requirement(requirement: Any) -> Finding:
     """Whether a release that was asked for is there."""
     advice = "pip install -c constraints.txt -e ."
     try:
@@ -104,30 +104,30 @@ def _installed(requirement: Any) -> Finding:
     return Finding(requirement.name, version, note, "" if fits else advice, fatal=not fits)
 
 
-def _optional(extra: str, names: list[str]) -> Finding:
-    versions = {name: _version(name) for name in names}
+def _check_extra(extra: str, names: list[str]) -> Finding:
+    versions = {name: _find_version(name) for name in names}
     shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
     missing = None in versions.values()
     return Finding(extra, shown, advice=f'pip install -c constraints.txt -e ".[{extra}]"' if missing else "")
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _hardware() -> Iterator[Finding]:
+def _check_hardware() -> Iterator[Finding]:
     import psutil
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = accelerator.type if accelerator else "cpu"
-    yield Finding("device", device, _device_note(torch, device))
-    supported, note = bf16(torch, device)
+    yield Finding("device", device, _describe_device(torch, device))
+    supported, note = check_bf16(torch, device)
     yield Finding("bf16", supported, note)
-    yield Finding("attention", *attention(device))
+    yield Finding("attention", *describe_attention(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     few = device == "cpu" and torch.get_num_threads() < (cores or 1) // 2
     advice = "raise OMP_NUM_THREADS to the cores that are yours" if few else ""
@@ -137,7 +137,7 @@ def _hardware() -> Iterator[Finding]:
         yield Finding("device_memory_gib", round(torch.cuda.mem_get_info()[0] / 2**30, 1), "free")
 
 
-def _device_note(torch: Any, device: str) -> str:
+def _describe_device(torch: Any, device: str) -> str:
     if device == "cpu":
         return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     count = torch.accelerator.device_count()
@@ -145,7 +145,7 @@ def _device_note(torch: Any, device: str) -> str:
     return f"{count} x {name}; train starts {count} processes"
 
 
-def bf16(torch: Any, device: str) -> tuple[bool, str]:
+def check_bf16(torch: Any, device: str) -> tuple[bool, str]:
     """Whether `bf16: true` computes in hardware here, and what to expect of it."""
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -157,18 +157,18 @@ def bf16(torch: Any, device: str) -> tuple[bool, str]:
     return native, "" if native else "a CPU without AMX or AVX512-BF16 is slower in bf16 than in float32"
 
 
-def attention(device: str) -> tuple[str, str]:
+def describe_attention(device: str) -> tuple[str, str]:
     """What attends over packed rows (model/packed_attention.py), and over all others."""
     if device == "cuda":
-        missing = "" if _version("triton") else "; needs triton: pip install triton"
+        missing = "" if _find_version("triton") else "; needs triton: pip install triton"
         return "flex_attention", f"packed rows, compiled in the first step{missing}; sdpa for the rest"
     if device == "cpu":
         return "blocks of rows", "packed rows in float32, no matrix of tokens x tokens; sdpa for the rest"
     return "sdpa", "packed rows one by one"
 
 
-def _disk() -> Iterator[Finding]:
-    for name, folder in {"disk_gib": Path.cwd(), "cache_disk_gib": cache_dir()}.items():
+def _check_disks() -> Iterator[Finding]:
+    for name, folder in {"disk_gib": Path.cwd(), "cache_disk_gib": get_cache_dir()}.items():
         there = next(one for one in [folder, *folder.parents] if one.is_dir())
         free = round(shutil.disk_usage(there).free / 2**30, 1)
         if not os.access(there, os.W_OK):
@@ -179,24 +179,24 @@ def _disk() -> Iterator[Finding]:
             yield Finding(name, free, f"free in {folder}", advice, full)
 
 
-def _wandb() -> Finding:
+def _check_wandb() -> Finding:
     """Whether `report_to: wandb` would be online. Looks for an account, asks neither the server nor a person."""
     mode = os.environ.get("WANDB_MODE", "online")
-    if not _version("wandb") or mode != "online":
-        return Finding("wandb", mode if _version("wandb") else "not installed")
+    if not _find_version("wandb") or mode != "online":
+        return Finding("wandb", mode if _find_version("wandb") else "not installed")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     try:
         account = wandb.login(prompt=False, verify=False)
     except wandb.Error as error:  # a key that is none
-        return Finding("wandb", "offline", " ".join(str(error).split()), "mend WANDB_API_KEY")
+        return Finding("wandb", "offline", format_error(error), "mend WANDB_API_KEY")
     if account:
         return Finding("wandb", "online")
     return Finding("wandb", "offline", "no account here", "set WANDB_API_KEY or run `wandb login`")
 
 
-def _hub() -> Finding:
+def _check_hub() -> Finding:
     import httpx
     from huggingface_hub import constants, get_token
 

@@ -5,25 +5,24 @@ sft-pipeline export outputs/quickstart quickstart-bf16 --dtype bfloat16
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sft_pipeline.data.tokenizer_export import saved_tokenizer
+from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.model.loading import load_model, set_special_tokens
-from sft_pipeline.reports.model_card import model_card
+from sft_pipeline.reports.model_card import build_model_card
 from sft_pipeline.reports.run_results import read_run
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.runs.trained_model import load_template
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import share_weights, write_json
+from sft_pipeline.utils.files import copy_folder_permissions, write_aside, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(folder: str, destination: Path, dtype: str = "float32", licence: str | None = None) -> None:
+def export_model(folder: str, destination: Path, dtype: str = "float32", licence: str | None = None) -> None:
     """Write the model of a run's output folder to `destination`, which appears whole or not at all.
 
     Raises SFTError for a folder that is not of a finished run, and for a destination that is there.
@@ -36,12 +35,9 @@ def export(folder: str, destination: Path, dtype: str = "float32", licence: str 
     model.to(dtype=DTYPES[dtype])
     set_special_tokens(model, template.tokenizer, template.stop_token_id)
     model.config.use_cache = True  # training turns it off
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent) as work:
-        aside = Path(work) / destination.name
+    with write_aside(destination) as aside:
         model.save_pretrained(aside)
-        share_weights(aside)
-        saved_tokenizer(template, system_prompt).save_pretrained(aside)
+        copy_folder_permissions(aside)
+        build_saved_tokenizer(template, system_prompt).save_pretrained(aside)
         write_json(aside / TEMPLATE_FILE, {"template": template.name, "system_prompt": system_prompt})
-        model_card(run, destination.name, dtype, licence).save(aside / "README.md")
-        aside.rename(destination)
+        build_model_card(run, destination.name, dtype, licence).save(aside / "README.md")

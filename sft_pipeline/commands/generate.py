@@ -24,11 +24,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sft_pipeline.commands.resumable_jsonl import AnswerFile, Key, Row, check_output
-from sft_pipeline.data.chat_templates import Template, with_system_prompt
+from sft_pipeline.commands.resumable_jsonl import AnswerFile, AnswerKey, AnswerRecord, check_output_file
+from sft_pipeline.data.chat_templates import Template
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.prompts import Prompt, load_prompts
-from sft_pipeline.inference.answers import Answer, complete
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.answers import Answer, generate_answers
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.utils.errors import SFTError
 
@@ -38,14 +39,14 @@ FINGERPRINT_VALUES = 1024  # of each parameter: training moves them all
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateOptions:
     """What to answer, how, and where to. `samples` answers to each prompt; `system_prompt` stands in for the one the
     model was trained with, and rows keep their own; `max_length` bounds prompt and answer together, in tokens."""
 
     prompts: str
     model: str
     output: Path
-    sampling: Sampling
+    sampling: SamplingParams
     samples: int = 1
     batch_size: int = 16
     max_length: int | None = None
@@ -54,7 +55,7 @@ class Request:
     overwrite: bool = False
 
 
-def generate_file(request: Request) -> int:
+def generate_file(request: GenerateOptions) -> int:
     """Answer all prompts and write the answers; returns how many are missing, for which FILE.errors has the reason.
 
     Raises SFTError for what concerns all of them: prompts or model that can't be read, output that is taken, options.
@@ -63,8 +64,8 @@ def generate_file(request: Request) -> int:
     asked = load_prompts(request.prompts)
     model, template, trained_with = load_trained(request.model)
     system_prompt = trained_with if request.system_prompt is None else request.system_prompt
-    prompts = [_ready(prompt, template, system_prompt) for prompt in asked]
-    with closing(AnswerFile(request.output, _settings(request, model, prompts), request.overwrite)) as file:
+    prompts = [_encode_prompt(prompt, template, system_prompt) for prompt in asked]
+    with closing(AnswerFile(request.output, _describe_settings(request, model, prompts), request.overwrite)) as file:
         keys = [(at, sample) for at in range(len(prompts)) for sample in range(request.samples)]
         if file.done:
             logger.info("%s: goes on after %s of %s answers", file.partial, f"{len(file.done):,}", f"{len(keys):,}")
@@ -73,7 +74,7 @@ def generate_file(request: Request) -> int:
     return _report(request.output, list(file.done.values()))
 
 
-def _check(request: Request) -> None:
+def _check(request: GenerateOptions) -> None:
     counts = {"samples": request.samples, "batch_size": request.batch_size, "max_length": request.max_length}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -82,32 +83,34 @@ def _check(request: Request) -> None:
         raise SFTError(f"samples: {request.samples} greedy answers would be the same; add --temperature 1 to draw them")
     if request.output.resolve() == Path(request.prompts).resolve():
         raise SFTError(f"output {request.output}: is the file of the prompts; choose another name")
-    check_output(request.output, request.overwrite)
+    check_output_file(request.output, request.overwrite)
 
 
 @dataclass(frozen=True)
-class Ready:
+class EncodedPrompt:
     """A prompt as the model sees it; one with a problem has no ids."""
 
     prompt: Prompt
     ids: list[int]
 
 
-def _ready(prompt: Prompt, template: Template, system_prompt: str | None) -> Ready:
+def _encode_prompt(prompt: Prompt, template: Template, system_prompt: str | None) -> EncodedPrompt:
     if prompt.problem:
-        return Ready(prompt, [])
-    messages = with_system_prompt(prompt.messages, system_prompt)
+        return EncodedPrompt(prompt, [])
+    messages = add_system_prompt(prompt.messages, system_prompt)
     try:
-        return Ready(Prompt(prompt.origin, messages, prompt.reference), template.prompt(messages))
+        return EncodedPrompt(Prompt(prompt.origin, messages, prompt.reference), template.encode_prompt(messages))
     except SFTError as error:  # some chat templates refuse a system message
-        return Ready(Prompt(prompt.origin, messages, problem=str(error)), [])
+        return EncodedPrompt(Prompt(prompt.origin, messages, problem=str(error)), [])
 
 
-def _settings(request: Request, model: PreTrainedModel, prompts: list[Ready]) -> dict[str, Any]:
+def _describe_settings(
+    request: GenerateOptions, model: PreTrainedModel, prompts: list[EncodedPrompt]
+) -> dict[str, Any]:
     """All that the answers depend on, up to the rounding of fp32. The ids hold template and tokenizer too."""
     text = json.dumps([[asdict(ready.prompt), ready.ids] for ready in prompts])
     return {
-        "model": _fingerprint(model),
+        "model": _hash_weights(model),
         "system_prompt": request.system_prompt,
         "prompts": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         "samples": request.samples,
@@ -117,7 +120,7 @@ def _settings(request: Request, model: PreTrainedModel, prompts: list[Ready]) ->
     }
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def _hash_weights(model: PreTrainedModel) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()[:FINGERPRINT_VALUES].float().cpu()
@@ -126,20 +129,20 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 
 def _answer(
-    request: Request,
+    request: GenerateOptions,
     model: PreTrainedModel,
     template: Template,
-    prompts: list[Ready],
-    keys: list[Key],
+    prompts: list[EncodedPrompt],
+    keys: list[AnswerKey],
     file: AnswerFile,
 ) -> None:
     """Answer the prompts of `keys` into the file."""
     done, tokens, started = len(file.done), 0, time.monotonic()
     bar = tqdm(initial=done, total=done + len(keys), desc="answers", delay=0, dynamic_ncols=True)
 
-    def keep(key: Key, answer: Answer) -> None:
+    def keep(key: AnswerKey, answer: Answer) -> None:
         nonlocal tokens
-        file.add(key, _row(prompts[key[0]].prompt, key[1], answer))
+        file.add(key, _build_record(prompts[key[0]].prompt, key[1], answer))
         tokens += answer.tokens
         bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
         bar.update()
@@ -147,7 +150,7 @@ def _answer(
     good = [key for key in keys if not prompts[key[0]].prompt.problem]
     for key in sorted(set(keys) - set(good)):
         keep(key, Answer("", False, 0, prompts[key[0]].prompt.problem))
-    complete(
+    generate_answers(
         model,
         template,
         [prompts[prompt].ids for prompt, _ in good],
@@ -155,22 +158,22 @@ def _answer(
         batch_size=request.batch_size,
         max_length=request.max_length,
         stop_strings=request.stop_strings,
-        seeds=[row_seed(request.sampling.seed, key) for key in good],
+        seeds=[compute_row_seed(request.sampling.seed, key) for key in good],
         on_done=lambda at, answer: keep(good[at], answer),
     )
     bar.close()
 
 
-def row_seed(seed: int, key: Key) -> int:
+def compute_row_seed(seed: int, key: AnswerKey) -> int:
     """The seed of one answer: of the run's, the prompt's number and the sample's, and of nothing else."""
     digest = hashlib.blake2b(f"{seed} {key[0]} {key[1]}".encode(), digest_size=7)
     return int.from_bytes(digest.digest(), "big")
 
 
-def _row(prompt: Prompt, sample: int, answer: Answer) -> Row:
+def _build_record(prompt: Prompt, sample: int, answer: Answer) -> AnswerRecord:
     """A line of the output, or of the errors. An empty answer is an error, for nobody could train on it."""
     error = answer.error or (None if answer.text else "the answer is empty: the model stopped at once")
-    place: Row = {"origin": prompt.origin, "sample": sample}
+    place: AnswerRecord = {"origin": prompt.origin, "sample": sample}
     if error:
         return {**place, "finish_reason": "error", "error": error, "prompt": prompt.messages}
     return {
@@ -183,7 +186,7 @@ def _row(prompt: Prompt, sample: int, answer: Answer) -> Row:
     }
 
 
-def _report(output: Path, rows: list[Row]) -> int:
+def _report(output: Path, rows: list[AnswerRecord]) -> int:
     reasons = [row["finish_reason"] for row in rows]
     missing, cut = reasons.count("error"), reasons.count("length")
     line = f"{output}: {len(rows) - missing:,} answers, {cut:,} of them cut off by max_new_tokens"

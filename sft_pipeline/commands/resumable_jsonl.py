@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.files import write_aside
 
-Key = tuple[int, int]  # the prompt's number, the sample's
-Row = dict[str, Any]
+AnswerKey = tuple[int, int]  # the prompt's number, the sample's
+AnswerRecord = dict[str, Any]
 
 SYNC_SECONDS = 5.0
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output_file(output: Path, overwrite: bool) -> None:
     """Raise SFTError for an output that can't be written or would not be read again, or that is there already."""
     if output.is_dir():
         raise SFTError(f"output {output}: is a folder; name a file in it")
@@ -50,18 +51,18 @@ class AnswerFile:
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
         self.output = output
         self.errors, self.partial = (output.with_name(f"{output.name}.{end}") for end in ("errors", "partial"))
-        self.done: dict[Key, Row] = {}
+        self.done: dict[AnswerKey, AnswerRecord] = {}
         header = {"generate": json.loads(json.dumps(settings))}
         try:
             self._open(header, overwrite)
         except OSError as error:
             raise self._not_written(error) from error
 
-    def add(self, key: Key, row: Row) -> None:
+    def add(self, key: AnswerKey, row: AnswerRecord) -> None:
         """Keep one answer, from now on."""
         self.done[key] = row
         try:
-            self._file.write(_line([*key, row]))
+            self._file.write(_encode_line([*key, row]))
             self._file.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self._sync()
@@ -87,7 +88,7 @@ class AnswerFile:
 
     def _open(self, header: dict[str, Any], overwrite: bool) -> None:
         content = self.partial.read_bytes() if self.partial.exists() else b""
-        begin = _line(header)
+        begin = _encode_line(header)
         if begin.startswith(content):  # nothing there, or cut off within the first line
             content = b""
         elif problem := self._other(content, header):
@@ -121,7 +122,7 @@ class AnswerFile:
         size = content.find(b"\n") + 1
         while end := content.find(b"\n", size) + 1:
             try:
-                (prompt, sample), row = _kept(*json.loads(content[size:end]))
+                (prompt, sample), row = _parse_record(*json.loads(content[size:end]))
             except (ValueError, TypeError, RecursionError):
                 break
             self.done[prompt, sample] = row
@@ -137,23 +138,21 @@ class AnswerFile:
         return SFTError(f"output {self.output}: cannot be written ({error.strerror}); mend that and run again to go on")
 
 
-def _kept(prompt: Any, sample: Any, row: Any) -> tuple[Key, Row]:
+def _parse_record(prompt: Any, sample: Any, row: Any) -> tuple[AnswerKey, AnswerRecord]:
     """An answer as `add` writes it; else raises TypeError."""
     if type(prompt) is not int or type(sample) is not int or not isinstance(row, dict):
         raise TypeError("not an answer")
     return (prompt, sample), row
 
 
-def _write_whole(file: Path, rows: Iterable[Row]) -> None:
+def _write_whole(file: Path, rows: Iterable[AnswerRecord]) -> None:
     """Written aside and renamed, so that a file is whole or absent."""
-    aside = file.with_name(f"{file.name}.part")
-    with aside.open("wb") as out:
-        out.writelines(map(_line, rows))
+    with write_aside(file) as aside, aside.open("wb") as out:
+        out.writelines(map(_encode_line, rows))
         out.flush()
         os.fsync(out.fileno())
-    aside.replace(file)
 
 
-def _line(content: Any) -> bytes:
+def _encode_line(content: Any) -> bytes:
     # Half a character, which UTF-8 does not hold, becomes JSON's own escape.
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -24,14 +24,14 @@ import yaml
 from rich.console import Console
 from transformers import TrainingArguments
 
-from sft_pipeline.commands.evaluate import Request, ask, keep
-from sft_pipeline.config import SFTArguments, config_record, output_folder, parse_keys, read_keys
-from sft_pipeline.data.pipeline import load_messages
+from sft_pipeline.commands.evaluate import EvaluateOptions, run_model, write_comparison
+from sft_pipeline.config import SFTArguments, build_config_record, get_output_dir, parse_keys, read_keys
+from sft_pipeline.data.pipeline import load_conversations
 from sft_pipeline.evaluation import tables
-from sft_pipeline.evaluation.comparison import compare
+from sft_pipeline.evaluation.comparison import compare_models
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
-from sft_pipeline.evaluation.model_results import Record
-from sft_pipeline.evaluation.prompt_set import Questions, choose
+from sft_pipeline.evaluation.model_results import ModelResults
+from sft_pipeline.evaluation.prompt_set import PromptSet, select_prompts
 from sft_pipeline.runs.output_dir import RESULTS_FILE
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import write_json
@@ -39,11 +39,11 @@ from sft_pipeline.utils.files import write_json
 logger = logging.getLogger(__name__)
 
 # The held-out rows must be one set for all.
-COMMON = ("train_data", "eval_data", "held_out", "skip_bad_rows", "output_dir", "num_answers", "max_new_tokens")
+SHARED_KEYS = ("train_data", "eval_data", "held_out", "skip_bad_rows", "output_dir", "num_answers", "max_new_tokens")
 
 
 @dataclass(frozen=True)
-class Variant:
+class StudyVariant:
     """A run of the study: where it goes, and the config that `train` reads. Untrained, it is the model as it is."""
 
     name: str
@@ -62,33 +62,33 @@ class Variant:
 
     @property
     def config(self) -> dict[str, Any]:
-        return config_record(self.sft, self.training)
+        return build_config_record(self.sft, self.training)
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study as it was read; nothing is written yet."""
 
     folder: Path
     base: SFTArguments
     few_shot: int
-    variants: list[Variant]
+    variants: list[StudyVariant]
 
 
-def study(config: str, overrides: list[str], console: Console) -> None:
+def run_study(config: str, overrides: list[str], console: Console) -> None:
     """Train and ask every variant, as far as that is not done; leaves study.md, .json, .png and answers.jsonl."""
     plan = read_plan(config, overrides)
-    questions = held_out_questions(plan)
-    records: list[list[Record]] = []
+    questions = load_study_prompts(plan)
+    records: list[list[ModelResults]] = []
     for variant in plan.variants:
         logger.info("variant %s (%s of %s)", variant.name, len(records) + 1, len(plan.variants))
         train_variant(variant)
-        records.append(recorded(variant, questions, plan))
-    runs = [run for variant, own in zip(plan.variants, records) for run in _runs(variant, len(own))]
-    finish(plan, questions, [record for own in records for record in own], runs, console)
+        records.append(load_or_run_variant(variant, questions, plan))
+    runs = [run for variant, own in zip(plan.variants, records) for run in _read_run_costs(variant, len(own))]
+    write_study(plan, questions, [record for own in records for record in own], runs, console)
 
 
-def read_plan(config: str, overrides: list[str]) -> Plan:
+def read_plan(config: str, overrides: list[str]) -> StudyPlan:
     """Raises SFTError for what is wrong with any variant, before the first one is trained."""
     keys = read_keys(Path(config))
     listed, few_shot = keys.pop("variants", None), keys.pop("few_shot", 0)
@@ -98,35 +98,37 @@ def read_plan(config: str, overrides: list[str]) -> Plan:
     if type(few_shot) is not int or few_shot < 0:
         raise SFTError(f"{config}: few_shot is {few_shot}; it has to be a whole number from 0 on")
     base, training = parse_keys(keys, config, overrides)
-    folder = output_folder(training)
-    variants = [_variant(one, keys, config, folder, overrides) for one in listed]
+    folder = get_output_dir(training)
+    variants = [_read_variant(one, keys, config, folder, overrides) for one in listed]
     for at, one in enumerate(variants):
         if one.folder in [other.folder for other in variants[:at]]:
             raise SFTError(f"{config}: two variants would share the folder {one.folder}; give them different names")
-    return Plan(folder, base, few_shot, variants)
+    return StudyPlan(folder, base, few_shot, variants)
 
 
-def _variant(given: dict[str, Any], keys: dict[str, Any], config: str, folder: Path, overrides: list[str]) -> Variant:
+def _read_variant(
+    given: dict[str, Any], keys: dict[str, Any], config: str, folder: Path, overrides: list[str]
+) -> StudyVariant:
     own = {key: value for key, value in given.items() if key not in ("name", "train")}
     name, where = str(given["name"]), f"{config}, variant {given['name']}"
     for key in own:
-        if key in COMMON:
+        if key in SHARED_KEYS:
             raise SFTError(f"{where}: {key} must be the same for all variants; set it above them")
     place = folder / re.sub(r"[^\w.-]+", "_", name)
     # The study asks the prompts itself, of all variants alike.
     fixed = [f"--output_dir={place}", "--num_answers=0", "--overwrite_output_dir=false"]
     sft, training = parse_keys({**keys, **own}, where, [*overrides, *fixed])
-    return Variant(name, place, sft, training, given.get("train", True) is not False)
+    return StudyVariant(name, place, sft, training, given.get("train", True) is not False)
 
 
-def held_out_questions(plan: Plan) -> Questions:
-    _, held_out = load_messages(plan.base)
+def load_study_prompts(plan: StudyPlan) -> PromptSet:
+    _, held_out = load_conversations(plan.base)
     if held_out is None or not plan.base.num_answers:
         raise SFTError("a study needs held-out rows to ask: set held_out (or eval_data) and num_answers")
-    return choose(held_out["messages"], plan.base.num_answers, plan.few_shot)
+    return select_prompts(held_out["messages"], plan.base.num_answers, plan.few_shot)
 
 
-def train_variant(variant: Variant) -> None:
+def train_variant(variant: StudyVariant) -> None:
     """Train in a process of its own, which gives its memory back and has a peak of its own; not if that is done."""
     if not variant.trained:
         return
@@ -147,9 +149,9 @@ def train_variant(variant: Variant) -> None:
         raise SFTError(f"variant {variant.name}: training ended with status {status}, see above; what is done is kept")
 
 
-def recorded(variant: Variant, questions: Questions, plan: Plan) -> list[Record]:
+def load_or_run_variant(variant: StudyVariant, questions: PromptSet, plan: StudyPlan) -> list[ModelResults]:
     """The variant's records, read where the same was asked of the same run before."""
-    request = Request(
+    request = EvaluateOptions(
         "held-out rows",
         plan.base.num_answers,
         plan.base.max_new_tokens,
@@ -157,19 +159,19 @@ def recorded(variant: Variant, questions: Questions, plan: Plan) -> list[Record]
         variant.sft.template,
         variant.sft.system_prompt,
     )
-    key = _key(variant, questions, request)
+    key = _hash_inputs(variant, questions, request)
     if variant.records_file.is_file():
         kept = json.loads(variant.records_file.read_text(encoding="utf-8"))
         if kept["key"] == key:
-            return [Record.from_json(one) for one in kept["records"]]
+            return [ModelResults.from_json(one) for one in kept["records"]]
     path = str(variant.folder) if variant.trained else variant.sft.model_name_or_path
-    records = list(ask(path, variant.name, questions, request))
+    records = list(run_model(path, variant.name, questions, request))
     variant.records_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(variant.records_file, {"key": key, "records": [one.as_json() for one in records]})
     return records
 
 
-def _key(variant: Variant, questions: Questions, request: Request) -> str:
+def _hash_inputs(variant: StudyVariant, questions: PromptSet, request: EvaluateOptions) -> str:
     """A hash of what decides the records; of a run, the time of its results stands for the run."""
     results = variant.folder / RESULTS_FILE
     trained = results.stat().st_mtime_ns if variant.trained else variant.sft.model_name_or_path
@@ -177,7 +179,7 @@ def _key(variant: Variant, questions: Questions, request: Request) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _runs(variant: Variant, records: int) -> list[dict[str, Any]]:
+def _read_run_costs(variant: StudyVariant, records: int) -> list[dict[str, Any]]:
     """What the run took, once; asked with examples, it took nothing more."""
     if not variant.trained:
         return [{}] * records
@@ -187,21 +189,21 @@ def _runs(variant: Variant, records: int) -> list[dict[str, Any]]:
     return [run, *[{}] * (records - 1)]
 
 
-def finish(
-    plan: Plan, questions: Questions, records: list[Record], runs: list[dict[str, Any]], console: Console
+def write_study(
+    plan: StudyPlan, questions: PromptSet, records: list[ModelResults], runs: list[dict[str, Any]], console: Console
 ) -> None:
     """One table, printed and kept, and one picture."""
-    comparison = compare(records, questions)
+    comparison = compare_models(records, questions)
     more = {
         "training rows": [f"{run['training_rows']:,}" if run else "" for run in runs],
         "trainable parameters": [f"{run['trainable_parameters']:,}" if run else "" for run in runs],
         "training, minutes": [f"{run['seconds'] / 60:.1f}" if run else "" for run in runs],
         "peak memory, GiB": [f"{run['peak_memory_gib']:.2f}" if run else "" for run in runs],
     }
-    keep(plan.folder, "study", tables.markdown(comparison, more), comparison, records, questions)
+    write_comparison(plan.folder, "study", tables.format_markdown(comparison, more), comparison, records, questions)
     write_json(plan.folder / "study.json", comparison.as_json() | {"runs": runs})
     notes = [f"{run['seconds'] / 60:.1f} min, {run['peak_memory_gib']:.1f} GiB" if run else "" for run in runs]
-    tables.show(tables.overview(comparison, notes), console)
+    tables.print_table(tables.format_overview(comparison, notes), console)
     console.print(
         f"kept in {plan.folder}: study.md, study.json, study.png, answers.jsonl",
         highlight=False,

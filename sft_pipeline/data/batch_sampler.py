@@ -19,17 +19,17 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from sft_pipeline.data.packing import best_fit
+from sft_pipeline.data.packing import pack_best_fit
 
 
-def row_lengths(rows: Dataset) -> np.ndarray:
+def count_row_tokens(rows: Dataset) -> np.ndarray:
     """Tokens of each row, (rows,)."""
     batches = rows.with_format("arrow").iter(10_000)
     return np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches])
 
 
 @dataclass
-class StepBatches:
+class StepBatchSampler:
     """The micro-batches of one process, in order: a `batch_sampler` for `DataLoader`, lists of row numbers.
 
     Two ways to cut an epoch into steps:
@@ -73,36 +73,36 @@ class StepBatches:
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps(self.epoch):
-            yield from self.divided(step)[self.process :: self.processes]
+        for step in self.split_epoch(self.epoch):
+            yield from self.split_step(step)[self.process :: self.processes]
 
-    def order(self, epoch: int) -> np.ndarray:
+    def shuffle_rows(self, epoch: int) -> np.ndarray:
         """All row numbers, shuffled for this epoch."""
         if not self.shuffle:
             return np.arange(len(self.lengths))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
 
-    def steps(self, epoch: int) -> list[np.ndarray]:
+    def split_epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of each optimizer step, over all processes: pieces (views) of `order(epoch)`."""
         if self.tokens:
             return self._in_halves(self._by_tokens(epoch))
-        order, size = self.order(epoch), self.rows * self.accumulation * self.processes
+        order, size = self.shuffle_rows(epoch), self.rows * self.accumulation * self.processes
         return [order[at : at + size] for at in range(0, len(order), size)]
 
-    def divided(self, step: np.ndarray) -> list[list[int]]:
+    def split_step(self, step: np.ndarray) -> list[list[int]]:
         """The step's micro-batches, one for each process, and so on: a multiple of `processes`."""
-        parts = self._parts(step)
+        parts = self.count_micro_batches(step)
         if not self.packed:
             return [step[part::parts].tolist() for part in range(parts)]
-        return [step[rows].tolist() for rows in divide(self.lengths[step].tolist(), parts, self.tokens)]
+        return [step[rows].tolist() for rows in divide_rows(self.lengths[step].tolist(), parts, self.tokens)]
 
-    def _parts(self, step: np.ndarray) -> int:
+    def count_micro_batches(self, step: np.ndarray) -> int:
         most = self.accumulation if self.tokens else -(-len(step) // (self.rows * self.processes))
         return most * self.processes
 
     @cached_property
     def _length(self) -> int:
-        return sum(map(self._parts, self.steps(0))) // self.processes
+        return sum(map(self.count_micro_batches, self.split_epoch(0))) // self.processes
 
     @cached_property
     def _steps_an_epoch(self) -> int:
@@ -115,7 +115,7 @@ class StepBatches:
 
     def _by_tokens(self, epoch: int) -> list[np.ndarray]:
         """Pieces of the epoch's order, each as long as its rows fit into one step's micro-batches."""
-        order, pieces, at = self.order(epoch), [], 0
+        order, pieces, at = self.shuffle_rows(epoch), [], 0
         sums = np.concatenate([[0], self._costs(order).cumsum()])
         while at < len(order):
             end = self._end(order, sums, at)
@@ -127,7 +127,7 @@ class StepBatches:
         """Where the step that begins at `at` has to end; `sums` (rows + 1,) are of the costs before each place."""
         parts = self.accumulation * self.processes
         end = int(np.searchsorted(sums, sums[at] + parts * self.tokens, side="right")) - 1
-        while len(best_fit(self.lengths[order[at:end]].tolist(), self.tokens)) > parts:
+        while len(pack_best_fit(self.lengths[order[at:end]].tolist(), self.tokens)) > parts:
             end -= 1
         return end
 
@@ -148,7 +148,7 @@ class StepBatches:
         return steps
 
 
-def divide(lengths: Sequence[int], parts: int, most: int = 0) -> list[list[int]]:
+def divide_rows(lengths: Sequence[int], parts: int, most: int = 0) -> list[list[int]]:
     """Divide rows of the given lengths (tokens) into `parts` bins of like sums; lists of row numbers.
 
     The least capacity, found by halving, for which best fit needs no more than `parts` bins (MULTIFIT: Coffman, Garey
@@ -160,21 +160,21 @@ def divide(lengths: Sequence[int], parts: int, most: int = 0) -> list[list[int]]
     high = min(high, most or high)
     while low < high:
         middle = (low + high) // 2
-        if len(best_fit(lengths, middle)) <= parts:
+        if len(pack_best_fit(lengths, middle)) <= parts:
             high = middle
         else:
             low = middle + 1
-    bins = best_fit(lengths, high)
+    bins = pack_best_fit(lengths, high)
     while len(bins) < min(parts, len(lengths)):
         at = max(range(len(bins)), key=lambda at: len(bins[at]))
         bins[at : at + 1] = [bins[at][::2], bins[at][1::2]]
     return bins + [[] for _ in range(parts - len(bins))]
 
 
-class EpochLoader(DataLoader):
+class EpochDataLoader(DataLoader):
     """A `DataLoader` that `Trainer` can tell the epoch."""
 
-    batch_sampler: StepBatches
+    batch_sampler: StepBatchSampler
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -2,7 +2,7 @@
 
     template = build_template("role", tokenizer)
     [runs] = template.render([messages])            # training ids, as runs of (ids, supervised)
-    ids = template.prompt(messages)                 # generation; always a prefix of the training ids
+    ids = template.encode_prompt(messages)                 # generation; always a prefix of the training ids
     text = template.parse(answer_ids)
 
 The prefix holds by construction: training and generation cut a conversation into the same pieces at the same places
@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from sft_pipeline.data.messages import Message
 from sft_pipeline.data.text_encoder import TextEncoder
-from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.errors import SFTError, format_error
 
-Message = dict[str, str]
 # What stands for a control token's spelling in a row while jinja puts the row into the template: private-use
 # characters, which no tokenizer has as a special token.
 SENTINEL = "\ue000sft{}\ue001"
@@ -31,7 +31,7 @@ STAND_IN = re.compile(SENTINEL.format("([0-9]+)"))
 MARKS = {"system": "\n#SYSTEM:", "user": "\n#USER:", "assistant": "\n#ASSISTANT:"}
 
 
-class Piece(NamedTuple):
+class TemplatePiece(NamedTuple):
     """A stretch of a conversation that is tokenized alone: either text, or one control token's id."""
 
     text: str
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     supervised: bool
 
 
-class Run(NamedTuple):
+class TokenSpan(NamedTuple):
     """Ids that are all supervised or all not."""
 
     ids: list[int]
@@ -58,24 +58,24 @@ class Template:
         self.tokenizer = tokenizer
         self._encode = TextEncoder(tokenizer)
 
-    def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
+    def split_conversation(self, messages: list[Message], train_on: str = "all") -> list[TemplatePiece]:
         """The whole conversation, up to its last answer's stop token."""
         raise NotImplementedError
 
-    def prompt_pieces(self, messages: list[Message]) -> list[Piece]:
+    def split_prompt(self, messages: list[Message]) -> list[TemplatePiece]:
         """A conversation that ends with a user message, up to where the answer begins."""
         raise NotImplementedError
 
-    def render(self, conversations: Iterable[list[Message]], train_on: str = "all") -> list[list[Run]]:
+    def render(self, conversations: Iterable[list[Message]], train_on: str = "all") -> list[list[TokenSpan]]:
         """Training ids of each conversation as runs. train_on: "all" assistant turns are supervised, or the "last".
 
         Raises SFTError where the template rewrites earlier turns, so that what was trained could not be prompted.
         """
-        return self._to_runs([self.pieces(messages, train_on) for messages in conversations])
+        return self._to_runs([self.split_conversation(messages, train_on) for messages in conversations])
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Ids to generate an answer from."""
-        [runs] = self._to_runs([self.prompt_pieces(messages)])
+        [runs] = self._to_runs([self.split_prompt(messages)])
         return list(itertools.chain.from_iterable(run.ids for run in runs))
 
     def parse(self, ids: list[int]) -> str:
@@ -83,14 +83,14 @@ class Template:
         end = ids.index(self.stop_token_id) if self.stop_token_id in ids else len(ids)
         return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
-    def _to_runs(self, rows: list[list[Piece]]) -> list[list[Run]]:
+    def _to_runs(self, rows: list[list[TemplatePiece]]) -> list[list[TokenSpan]]:
         """Tokenize all rows' texts in one call."""
         try:
             known = self._encode(piece.text for pieces in rows for piece in pieces if piece.token_id is None)
         except (TypeError, UnicodeEncodeError) as error:
             raise SFTError("a text holds half a character (a lone surrogate), which no tokenizer takes") from error
         return [
-            [Run(known[p.text] if p.token_id is None else [p.token_id], p.supervised) for p in pieces]
+            [TokenSpan(known[p.text] if p.token_id is None else [p.token_id], p.supervised) for p in pieces]
             for pieces in rows
         ]
 
@@ -117,8 +117,8 @@ class RoleTemplate(Template):
         self.stop_token_id = stop
         self.chat_template = self._jinja()
 
-    def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
-        start = [] if self.start_token_id is None else [Piece("", self.start_token_id, False)]
+    def split_conversation(self, messages: list[Message], train_on: str = "all") -> list[TemplatePiece]:
+        start = [] if self.start_token_id is None else [TemplatePiece("", self.start_token_id, False)]
         last = len(messages) - 1
         return start + [
             piece
@@ -126,15 +126,15 @@ class RoleTemplate(Template):
             for piece in self._turn(message, supervised=train_on == "all" or at == last)
         ]
 
-    def prompt_pieces(self, messages: list[Message]) -> list[Piece]:
-        return [*self.pieces(messages), Piece(MARKS["assistant"], None, False)]
+    def split_prompt(self, messages: list[Message]) -> list[TemplatePiece]:
+        return [*self.split_conversation(messages), TemplatePiece(MARKS["assistant"], None, False)]
 
-    def _turn(self, message: Message, supervised: bool) -> list[Piece]:
+    def _turn(self, message: Message, supervised: bool) -> list[TemplatePiece]:
         role, content = message["role"], message["content"]
         if role != "assistant":
-            return [Piece(MARKS[role] + content, None, False)]
-        answer = [Piece(content, None, supervised), Piece("", self.stop_token_id, supervised)]
-        return [Piece(MARKS["assistant"], None, False), *answer]
+            return [TemplatePiece(MARKS[role] + content, None, False)]
+        answer = [TemplatePiece(content, None, supervised), TemplatePiece("", self.stop_token_id, supervised)]
+        return [TemplatePiece(MARKS["assistant"], None, False), *answer]
 
     def _jinja(self) -> str:
         """The same text as a chat template, for tools that know only that."""
@@ -168,7 +168,7 @@ class ChatTemplate(Template):
         self._to_hide = re.compile("|".join(map(re.escape, self._shown)))
         self.stop_token_id = self._find_stop()
 
-    def pieces(self, messages: list[Message], train_on: str = "all") -> list[Piece]:
+    def split_conversation(self, messages: list[Message], train_on: str = "all") -> list[TemplatePiece]:
         text, bounds = self._bounds(messages, strict=train_on == "all")
         supervised = bounds if train_on == "all" else bounds[-1:]
         pieces = self._cut(text, bounds, supervised)
@@ -176,7 +176,7 @@ class ChatTemplate(Template):
         last = max((at for at, piece in enumerate(pieces) if piece.supervised), default=len(pieces) - 1)
         return pieces[: last + 1]
 
-    def prompt_pieces(self, messages: list[Message]) -> list[Piece]:
+    def split_prompt(self, messages: list[Message]) -> list[TemplatePiece]:
         text, bounds = self._bounds(messages, strict=False, generate=True)
         return self._cut(text, bounds, [])
 
@@ -203,10 +203,10 @@ class ChatTemplate(Template):
                 )
         return text, bounds
 
-    def _cut(self, text: str, bounds: list[tuple[int, int]], supervised: list[tuple[int, int]]) -> list[Piece]:
+    def _cut(self, text: str, bounds: list[tuple[int, int]], supervised: list[tuple[int, int]]) -> list[TemplatePiece]:
         """Pieces of the rendered text, cut at answers and at control tokens; supervised through the stop token."""
         edges = [0, *itertools.chain.from_iterable(bounds), len(text)]
-        pieces: list[Piece] = []
+        pieces: list[TemplatePiece] = []
         for start, end in itertools.pairwise(edges):
             part = self._tokens_apart(text[start:end])
             stops = [at for at, piece in enumerate(part) if piece.token_id == self.stop_token_id]
@@ -215,11 +215,13 @@ class ChatTemplate(Template):
             pieces += part
         return pieces
 
-    def _tokens_apart(self, text: str) -> list[Piece]:
+    def _tokens_apart(self, text: str) -> list[TemplatePiece]:
         """Control tokens as ids, and between them the text with the rows' own spellings put back."""
         parts = self._split.split(text) if self._split else [text]
         return [
-            Piece("", self._control[part], False) if part in self._control else Piece(self._show(part), None, False)
+            TemplatePiece("", self._control[part], False)
+            if part in self._control
+            else TemplatePiece(self._show(part), None, False)
             for part in parts
             if part
         ]
@@ -229,7 +231,7 @@ class ChatTemplate(Template):
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
         except Exception as error:  # a template is a program: what it raises may be anything
-            reason = " ".join(str(error).split())[:200]
+            reason = format_error(error)
             raise SFTError(f"the chat template refuses the conversation ({type(error).__name__}: {reason})") from error
 
     def _hide(self, content: str) -> str:
@@ -261,10 +263,3 @@ def build_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     if not tokenizer.is_fast:
         raise SFTError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json first")
     return TEMPLATES[name](tokenizer)
-
-
-def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """The conversation led by `system_prompt`, unless it brings a system message of its own."""
-    if not system_prompt or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.data import chat_templates, text_encoder
-from sft_pipeline.data.batch_sampler import row_lengths
-from sft_pipeline.data.chat_templates import Message, Run, Template, with_system_prompt
+from sft_pipeline.data.batch_sampler import count_row_tokens
+from sft_pipeline.data.chat_templates import Template, TokenSpan
+from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.utils.files import get_cache_dir, write_aside
 
 KEPT, CUT, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
@@ -39,7 +39,7 @@ FEATURES = Features(
 )
 
 
-def shift(runs: list[Run], limit: int | None = None) -> tuple[list[int], list[int]]:
+def build_input_ids_and_labels(runs: list[TokenSpan], limit: int | None = None) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of one row from its runs, cut after `limit` tokens."""
     targets = (run.ids if run.supervised else [IGNORED] * len(run.ids) for run in runs)
     ids = list(itertools.chain.from_iterable(run.ids for run in runs))[:limit]
@@ -61,7 +61,7 @@ class Encoder:
     train_on: str = "all"
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        conversations = [with_system_prompt(messages, self.system_prompt) for messages in batch["messages"]]
+        conversations = [add_system_prompt(messages, self.system_prompt) for messages in batch["messages"]]
         try:
             rows = self.template.render(conversations, self.train_on)
         except SFTError:
@@ -69,7 +69,7 @@ class Encoder:
         columns = zip(*(self._row(*pair) for pair in zip(rows, conversations)))
         return dict(zip(FEATURES, map(list, columns)))
 
-    def _one_by_one(self, conversations: list[list[Message]], origins: list[str]) -> list[list[Run]]:
+    def _one_by_one(self, conversations: list[list[Message]], origins: list[str]) -> list[list[TokenSpan]]:
         """The batch again, slowly, to name the row that failed."""
         rows = []
         for messages, origin in zip(conversations, origins):
@@ -79,49 +79,49 @@ class Encoder:
                 raise SFTError(f"{origin}: {error}") from error
         return rows
 
-    def _row(self, runs: list[Run], messages: list[Message]) -> tuple[list[int], list[int], str]:
+    def _row(self, runs: list[TokenSpan], messages: list[Message]) -> tuple[list[int], list[int], str]:
         """One row's ids, labels and outcome; a dropped row is empty."""
-        length, outcome = _length(runs), KEPT
+        length, outcome = _count_tokens(runs), KEPT
         if length > self.max_length and self.overlong == "truncate_turns":
             runs, outcome = self._without_oldest_turns(messages), CUT
         elif length > self.max_length and self.overlong == "truncate_answer":
             outcome = CUT
-        if _length(runs) > self.max_length and self.overlong != "truncate_answer":
+        if _count_tokens(runs) > self.max_length and self.overlong != "truncate_answer":
             return [], [], TOO_LONG
-        ids, labels = shift(runs, self.max_length)
+        ids, labels = build_input_ids_and_labels(runs, self.max_length)
         if labels.count(IGNORED) == len(labels):
             return [], [], TOO_LONG if outcome == CUT else UNSUPERVISED
         return ids, labels, outcome
 
-    def _without_oldest_turns(self, messages: list[Message]) -> list[Run]:
+    def _without_oldest_turns(self, messages: list[Message]) -> list[TokenSpan]:
         """The conversation less as many of its oldest exchanges as needed; the last exchange always stays."""
         system = messages[:1] if messages[0]["role"] == "system" else []
         turns = messages[len(system) :]
         while True:
             turns = turns[2:]
             [runs] = self.template.render([system + turns], self.train_on) if turns else [[]]
-            if _length(runs) <= self.max_length or len(turns) <= 2:
+            if _count_tokens(runs) <= self.max_length or len(turns) <= 2:
                 # Nothing left of a single exchange: its full length says that it does not fit.
                 return runs or self.template.render([messages], self.train_on)[0]
 
     def key(self) -> str:
         """A hash of what decides the result besides the rows: settings, template, tokenizer and this code."""
         settings = (self.system_prompt, self.max_length, self.overlong, self.train_on, self.template.name)
-        return text_hash(repr(settings), self.template.chat_template, tokenizer_hash(self.template.tokenizer), _code())
+        return hash_texts(repr(settings), self.template.chat_template, hash_tokenizer(self.template.tokenizer), _code())
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of all that decides a text's ids."""
     # In front of the added tokens stand truncation and padding alone, which encoding turns off.
     rules = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2]
-    return text_hash(rules, repr(sorted(tokenizer.added_tokens_decoder.items())))
+    return hash_texts(rules, repr(sorted(tokenizer.added_tokens_decoder.items())))
 
 
-def text_hash(*texts: str) -> str:
+def hash_texts(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _length(runs: list[Run]) -> int:
+def _count_tokens(runs: list[TokenSpan]) -> int:
     return sum(len(run.ids) for run in runs)
 
 
@@ -133,7 +133,7 @@ def _code() -> str:
 
 
 @dataclass(frozen=True)
-class Account:
+class EncodingStats:
     """What became of the rows: every one is kept, truncated (and kept) or dropped for a named reason."""
 
     rows: int
@@ -156,7 +156,7 @@ class Account:
         )
 
 
-def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tuple[Dataset, Account]:
+def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tuple[Dataset, EncodingStats]:
     """Encode `messages` rows; returns the kept rows (`input_ids`, `labels`) and the account.
 
     Cached under a hash of the rows and of `encoder.key()`, in `SFT_PIPELINE_CACHE` or ~/.cache/sft_pipeline: a change
@@ -164,27 +164,25 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
 
     Raises SFTError naming the row that cannot be encoded, or with the account if no row is left.
     """
-    key = hashlib.sha256(f"{_content_hash(dataset)} {encoder.key()}".encode()).hexdigest()[:32]
-    folder = cache_dir() / "encoded" / key
+    key = hashlib.sha256(f"{_hash_rows(dataset)} {encoder.key()}".encode()).hexdigest()[:32]
+    folder = get_cache_dir() / "encoded" / key
     encoded = _read(folder)
     cached = encoded is not None
     if encoded is None:
         encoded = _encode(folder, dataset, encoder, num_proc)
-    account = _account(encoded, cached)
+    account = _count_outcomes(encoded, cached)
     if not account.kept:
         counts = str(account).splitlines()[0]
         raise SFTError(f"no row is left to train on: {counts}; raise max_length or mend the rows")
-    kept = np.flatnonzero(_are_kept(encoded))
+    kept = np.flatnonzero(_find_kept(encoded))
     return (encoded if len(kept) == len(encoded) else encoded.select(kept)).remove_columns("outcome"), account
 
 
 def _encode(folder: Path, dataset: Dataset, encoder: Encoder, num_proc: int) -> Dataset:
     """Encode into `folder`, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Below some thousand rows starting a process takes longer than encoding.
     workers = min(num_proc, 1 + len(dataset) // 4000)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        aside = Path(work) / folder.name
+    with write_aside(folder, keep_existing=True) as aside:
         aside.mkdir()
         dataset.map(
             encoder,
@@ -197,8 +195,6 @@ def _encode(folder: Path, dataset: Dataset, encoder: Encoder, num_proc: int) -> 
             new_fingerprint=folder.name,
             desc="encoding",
         )
-        if not folder.exists():
-            aside.replace(folder)
     encoded = _read(folder)
     assert encoded is not None
     return encoded
@@ -210,7 +206,7 @@ def _read(folder: Path) -> Dataset | None:
     return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files]) if files else None
 
 
-def _content_hash(dataset: Dataset) -> str:
+def _hash_rows(dataset: Dataset) -> str:
     """Of the messages and their places, whatever file, folder or cache they came from."""
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(10_000):
@@ -219,28 +215,28 @@ def _content_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _are_kept(encoded: Dataset) -> np.ndarray:
+def _find_kept(encoded: Dataset) -> np.ndarray:
     """Of each row."""
     return pc.is_in(encoded.data.column("outcome"), pa.array([KEPT, CUT])).to_numpy()
 
 
-def _account(encoded: Dataset, cached: bool) -> Account:
+def _count_outcomes(encoded: Dataset, cached: bool) -> EncodingStats:
     counts = {one["values"]: one["counts"] for one in pc.value_counts(encoded.data.column("outcome")).to_pylist()}
-    kept = row_lengths(encoded)[_are_kept(encoded)]
+    kept = count_row_tokens(encoded)[_find_kept(encoded)]
     quantiles = np.quantile(kept, [0, 0.25, 0.5, 0.75, 0.95, 1]) if len(kept) else [0] * 6
-    return Account(
+    return EncodingStats(
         rows=len(encoded),
         kept=len(kept),
         truncated=counts.get(CUT, 0),
         dropped={reason: counts[reason] for reason in (TOO_LONG, UNSUPERVISED) if reason in counts},
         tokens=int(kept.sum()),
-        supervised_tokens=_supervised(encoded),
+        supervised_tokens=_count_supervised_tokens(encoded),
         length_quantiles=dict(zip(["least", "25%", "median", "75%", "95%", "most"], map(int, quantiles))),
         cached=cached,
     )
 
 
-def _supervised(encoded: Dataset) -> int:
+def _count_supervised_tokens(encoded: Dataset) -> int:
     """Supervised tokens, counted a chunk (of some thousand rows) at a time: all together may not fit into memory."""
     chunks = encoded.data.column("labels").chunks
     return sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in chunks)

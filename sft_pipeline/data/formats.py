@@ -17,23 +17,23 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sft_pipeline.data.messages import Message
 from sft_pipeline.utils.errors import SFTError
 
-Message = dict[str, str]
-Row = Mapping[str, Any]
+SourceRow = Mapping[str, Any]
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
 
 @dataclass(frozen=True)
-class Format:
+class RowFormat:
     """A shape of rows: its name, its columns, and the function from a row to messages."""
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    convert: Callable[[Row], list[Message]]
+    convert: Callable[[SourceRow], list[Message]]
     answer: str | None = None  # the column of the answer alone, which a prompt may lack
 
     def used(self, columns: Collection[str]) -> list[str]:
@@ -45,7 +45,7 @@ class Format:
         return [column for column in self.required if answered or column != self.answer]
 
 
-def detect_format(columns: Collection[str], name: str = "the data", answered: bool = True) -> Format:
+def detect_format(columns: Collection[str], name: str = "the data", answered: bool = True) -> RowFormat:
     """The shape that these columns have; where several fit, the one that stands first in FORMATS. Rows that are not
     `answered` are prompts, whose columns may lack the answer's.
 
@@ -59,14 +59,14 @@ def detect_format(columns: Collection[str], name: str = "the data", answered: bo
     raise SFTError(f"{name}: its columns ({found}) fit no known shape; rename them to one of: {known}")
 
 
-def to_messages(row: Any, shape: Format) -> list[Message]:
+def convert_to_messages(row: Any, shape: RowFormat) -> list[Message]:
     """One row as messages. Raises SFTError with the reason alone: the caller knows where the row stands."""
     messages = _convert(row, shape, answered=True)
     _check(messages)
     return messages
 
 
-def to_prompt(row: Any, shape: Format) -> tuple[list[Message], str | None]:
+def convert_to_prompt(row: Any, shape: RowFormat) -> tuple[list[Message], str | None]:
     """What a model is shown of a row: a conversation that ends with the user's message, and the answer that stood
     behind it, if one did. Raises SFTError with the reason alone."""
     messages = _convert(row, shape, answered=False)
@@ -79,7 +79,7 @@ def to_prompt(row: Any, shape: Format) -> tuple[list[Message], str | None]:
     return messages, answer
 
 
-def _convert(row: Any, shape: Format, answered: bool) -> list[Message]:
+def _convert(row: Any, shape: RowFormat, answered: bool) -> list[Message]:
     if not isinstance(row, Mapping):
         raise SFTError(f"a row must be an object with columns, this is {_kind(row)}")
     missing = [column for column in shape.needed(answered) if row.get(column) is None]
@@ -89,14 +89,14 @@ def _convert(row: Any, shape: Format, answered: bool) -> list[Message]:
     return shape.convert(row)
 
 
-def _alpaca(row: Row) -> list[Message]:
+def _alpaca(row: SourceRow) -> list[Message]:
     question = "\n".join(text for text in (_text(row, "instruction"), _text(row, "input")) if text)
     turns = [turn for pair in _history(row) for turn in pair] + [question, _text(row, "output")]
     speakers = ("user", "assistant") * (len(turns) // 2)
     return _system(row) + [{"role": role, "content": text} for role, text in zip(speakers, turns)]
 
 
-def _history(row: Row) -> list[list[str]]:
+def _history(row: SourceRow) -> list[list[str]]:
     history = row.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     if not pairs:
@@ -104,15 +104,15 @@ def _history(row: Row) -> list[list[str]]:
     return history
 
 
-def _messages(row: Row) -> list[Message]:
+def _messages(row: SourceRow) -> list[Message]:
     return _turns(row, "messages")
 
 
-def _sharegpt(row: Row) -> list[Message]:
+def _sharegpt(row: SourceRow) -> list[Message]:
     return _system(row) + _turns(row, "conversations", ("from", "value"), SHAREGPT_ROLES)
 
 
-def _prompt_completion(row: Row) -> list[Message]:
+def _prompt_completion(row: SourceRow) -> list[Message]:
     prompt, completion = row["prompt"], row.get("completion")
     if completion is None:  # a prompt alone
         completion = "" if isinstance(prompt, str) else []
@@ -124,7 +124,7 @@ def _prompt_completion(row: Row) -> list[Message]:
 
 
 def _turns(
-    row: Row, column: str, keys: tuple[str, str] = ("role", "content"), roles: Mapping[str, str] = ROLES
+    row: SourceRow, column: str, keys: tuple[str, str] = ("role", "content"), roles: Mapping[str, str] = ROLES
 ) -> list[Message]:
     if not isinstance(row[column], list):
         raise SFTError(f"{column!r} is {_kind(row[column])}, not a list of messages")
@@ -141,12 +141,12 @@ def _turn(turn: Any, place: str, keys: tuple[str, str], roles: Mapping[str, str]
     return {"role": roles[role], "content": turn[text_key]}
 
 
-def _system(row: Row) -> list[Message]:
+def _system(row: SourceRow) -> list[Message]:
     system = _text(row, "system")
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: SourceRow, column: str) -> str:
     """A cell that may be left out: nothing is the empty text."""
     value = row.get(column)
     if value is not None and not isinstance(value, str):
@@ -188,9 +188,9 @@ def _kind(value: Any) -> str:
 FORMATS = {
     shape.name: shape
     for shape in (
-        Format("messages", ("messages",), (), _messages),
-        Format("sharegpt", ("conversations",), ("system",), _sharegpt),
-        Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca, "output"),
-        Format("prompt-completion", ("prompt", "completion"), (), _prompt_completion, "completion"),
+        RowFormat("messages", ("messages",), (), _messages),
+        RowFormat("sharegpt", ("conversations",), ("system",), _sharegpt),
+        RowFormat("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca, "output"),
+        RowFormat("prompt-completion", ("prompt", "completion"), (), _prompt_completion, "completion"),
     )
 }

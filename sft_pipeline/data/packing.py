@@ -16,10 +16,10 @@ from torch import Tensor
 from sft_pipeline.data.padding import NO_ROW
 from sft_pipeline.utils.constants import IGNORED
 
-LEAST_SAVED = 0.05  # share of the tokens a common prefix must save to be worth its bookkeeping
+MIN_SAVED_SHARE = 0.05  # share of the tokens a common prefix must save to be worth its bookkeeping
 
 
-def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack_best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Pack rows of the given lengths (tokens) into bins of at most `budget` tokens; lists of row numbers.
 
     Best fit decreasing: longest rows first, each into the fullest bin that still holds it. A row over the budget gets
@@ -41,7 +41,7 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return sorted((sorted(rows) for rows in bins), key=lambda rows: rows[0])
 
 
-def common_prefix(input_ids: Sequence[Tensor], labels: Sequence[Tensor]) -> int:
+def find_common_prefix(input_ids: Sequence[Tensor], labels: Sequence[Tensor]) -> int:
     """How many tokens at the start all rows share and can be computed once; 0 where that would save under 5%.
 
     Every row keeps a token of its own, and a position counts only if no row has a target there: the target of the
@@ -54,7 +54,7 @@ def common_prefix(input_ids: Sequence[Tensor], labels: Sequence[Tensor]) -> int:
     same = torch.stack([(ids[:most] == first) & (label[:most] == IGNORED) for ids, label in zip(input_ids, labels)])
     length = int(same.all(0).long().cumprod(0).sum())
     saved = length * (len(input_ids) - 1)
-    return length if saved >= LEAST_SAVED * sum(len(ids) for ids in input_ids) else 0
+    return length if saved >= MIN_SAVED_SHARE * sum(len(ids) for ids in input_ids) else 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PackedCollator:
         rows = rows or [NO_ROW]
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-        prefix = common_prefix(ids, labels) if self.share_prefix else 0
+        prefix = find_common_prefix(ids, labels) if self.share_prefix else 0
         positions = [torch.arange(prefix), *(torch.arange(prefix, len(row)) for row in ids)]
         targets = _laid_out(labels, prefix)
         return {
@@ -89,7 +89,7 @@ def _laid_out(rows: Sequence[Tensor], prefix: int) -> Tensor:
     return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
 
 
-def savings(rows: Sequence[dict[str, Any]], batches: Iterable[list[int]]) -> str:
+def describe_savings(rows: Sequence[dict[str, Any]], batches: Iterable[list[int]]) -> str:
     """One line on what packing saves over the same micro-batches padded; `batches` are lists of row numbers."""
     padded = real = computed = targets = 0
     collate = PackedCollator()

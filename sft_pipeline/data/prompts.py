@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_pipeline.data.formats import Format, Message, detect_format, to_prompt
-from sft_pipeline.data.readers import PlacedRow
-from sft_pipeline.data.sources import raw_rows
+from sft_pipeline.data.formats import RowFormat, convert_to_prompt, detect_format
+from sft_pipeline.data.messages import Message
+from sft_pipeline.data.readers import LocatedRow
+from sft_pipeline.data.sources import read_raw_rows
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def load_prompts(name_or_path: str) -> list[Prompt]:
     if path.suffix.lower() == ".txt":
         prompts, said = list(_lines(path)), "a prompt a line"
     else:
-        rows = list(raw_rows(name_or_path))
+        rows = list(read_raw_rows(name_or_path))
         columns = next((list(row) for _, row in rows if isinstance(row, Mapping)), None)
         shape = detect_format(columns, name_or_path, answered=False) if columns is not None else None
         prompts = [_examined(row, shape) for row in rows] if shape else []
@@ -62,9 +63,9 @@ def _lines(path: Path) -> Iterator[Prompt]:
             yield Prompt(f"{path.name} line {number}", [{"role": "user", "content": line.strip()}])
 
 
-def _examined(placed: PlacedRow, shape: Format) -> Prompt:
+def _examined(placed: LocatedRow, shape: RowFormat) -> Prompt:
     origin, row = placed
     try:
-        return Prompt(origin, *to_prompt(row, shape))
+        return Prompt(origin, *convert_to_prompt(row, shape))
     except SFTError as error:
         return Prompt(origin, [], problem=str(error))

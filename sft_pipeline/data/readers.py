@@ -14,16 +14,16 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.errors import SFTError, format_first_line
 
-PlacedRow = tuple[str, Any]  # where it stands, the row
+LocatedRow = tuple[str, Any]  # where it stands, the row
 # What pyarrow raises for a broken file, and Python for a value that it cannot hold, such as a date in the year 10000.
 UNREADABLE = (pa.ArrowException, ArithmeticError, LookupError, TypeError)
 SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 20  # characters of JSON read at a time: more than a word, a number's end or an escape has
 
 
-def read_rows(path: Path, name: str) -> Iterator[PlacedRow]:
+def read_rows(path: Path, name: str) -> Iterator[LocatedRow]:
     """The rows of one file. `name` is what messages call it.
 
     Raises SFTError for an unknown suffix, a file that does not parse (with its line) or is not UTF-8.
@@ -39,7 +39,7 @@ def read_rows(path: Path, name: str) -> Iterator[PlacedRow]:
         raise SFTError(f"{name}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
-def _jsonl(path: Path, name: str) -> Iterator[PlacedRow]:
+def _jsonl(path: Path, name: str) -> Iterator[LocatedRow]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -57,7 +57,7 @@ def _line(line: bytes, place: str) -> Any:
         raise SFTError(f"{place}: not JSON that can be read: {error}") from error
 
 
-def _json(path: Path, name: str) -> Iterator[PlacedRow]:
+def _json(path: Path, name: str) -> Iterator[LocatedRow]:
     """A list of objects, decoded one by one: a large file costs its longest row, not its text."""
     with path.open(encoding="utf-8-sig") as file:
         window = _Window(file)
@@ -167,7 +167,7 @@ def _not_utf8(path: Path) -> int:
     return start
 
 
-def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
+def _csv(path: Path, name: str) -> Iterator[LocatedRow]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -181,16 +181,16 @@ def _csv(path: Path, name: str) -> Iterator[PlacedRow]:
             raise SFTError(f"{name}: not CSV: {error} at line {reader.line_num}") from error
 
 
-def _parquet(path: Path, name: str) -> Iterator[PlacedRow]:
+def _parquet(path: Path, name: str) -> Iterator[LocatedRow]:
     try:
         with pq.ParquetFile(path) as file:
             _refuse_twins(file.schema_arrow.names, name)
             yield from _placed(file.iter_batches(batch_size=1000), name)
     except UNREADABLE as error:
-        raise SFTError(f"{name}: not a readable Parquet file ({_first_line(error)})") from error
+        raise SFTError(f"{name}: not a readable Parquet file ({format_first_line(error)})") from error
 
 
-def _arrow(path: Path, name: str) -> Iterator[PlacedRow]:
+def _arrow(path: Path, name: str) -> Iterator[LocatedRow]:
     """Both of Arrow's containers: the file with a footer and the stream, which `datasets` writes."""
     try:
         with pa.memory_map(str(path)) as source:
@@ -204,10 +204,10 @@ def _arrow(path: Path, name: str) -> Iterator[PlacedRow]:
             table.validate(full=True)
             yield from _placed(table.to_batches(max_chunksize=1000), name)
     except UNREADABLE as error:
-        raise SFTError(f"{name}: not a readable Arrow file ({_first_line(error)})") from error
+        raise SFTError(f"{name}: not a readable Arrow file ({format_first_line(error)})") from error
 
 
-def _placed(batches: Any, name: str) -> Iterator[PlacedRow]:
+def _placed(batches: Any, name: str) -> Iterator[LocatedRow]:
     rows = (row for batch in batches for row in batch.to_pylist())
     return ((f"{name} row {index}", row) for index, row in enumerate(rows))
 
@@ -219,11 +219,7 @@ def _refuse_twins(columns: list[str], name: str) -> None:
             raise SFTError(f"{name}: has more than one column {column!r}; rename or remove all but one")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[PlacedRow]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[LocatedRow]]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".csv": _csv,

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import reprlib
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from transformers import TrainingArguments
 
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.encode import Account, text_hash, tokenizer_hash
-from sft_pipeline.data.pipeline import Prepared, prepare
-from sft_pipeline.data.sources import content_hash, saved_files
-from sft_pipeline.utils.distributed import looked_for_once
-from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import damage, seal, sync, write_json
+from sft_pipeline.data.encode import EncodingStats, hash_texts, hash_tokenizer
+from sft_pipeline.data.pipeline import PreparedData, prepare_data
+from sft_pipeline.data.sources import hash_source, list_saved_files
+from sft_pipeline.utils.distributed import run_on_main_process
+from sft_pipeline.utils.errors import SFTError, format_error
+from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, write_checksums, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,31 +53,27 @@ def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
     Raises SFTError for data that cannot be prepared, a folder of other files, or one that cannot be written.
     """
     _refuse_foreign(folder)
-    if problem(sft, template, folder) is None:
+    if find_shard_mismatch(sft, template, folder) is None:
         logger.info("%s: prepared already, nothing has changed since", folder)
         return
-    made_from = ingredients(sft, template)
-    data = prepare(sft, template)
+    made_from = list_shard_inputs(sft, template)
+    data = prepare_data(sft, template)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
-            _write(data, made_from, Path(work) / "new")
-            if folder.exists():
-                folder.rename(Path(work) / "old")
-            (Path(work) / "new").rename(folder)
-        sync(folder.parent)
+        with write_aside(folder) as aside:
+            _write(data, made_from, aside)
+        sync_to_disk(folder.parent)
     except OSError as error:
-        raise SFTError(f"prepared_data {folder}: cannot be written ({' '.join(str(error).split())})") from error
+        raise SFTError(f"prepared_data {folder}: cannot be written ({format_error(error)})") from error
 
 
-def map_shards(sft: SFTArguments, template: Template, training: TrainingArguments) -> Prepared:
+def map_shards(sft: SFTArguments, template: Template, training: TrainingArguments) -> PreparedData:
     """The rows of `sft.prepared_data`, mapped into memory: every process reads the pages it needs, none encodes.
 
     The first process looks at everything once, for all. Raises SFTError for a folder that is missing, damaged or of
     another config, naming the first key that differs.
     """
     folder = Path(str(sft.prepared_data)).expanduser()
-    reason = looked_for_once(training, lambda: problem(sft, template, folder))
+    reason = run_on_main_process(training, lambda: find_shard_mismatch(sft, template, folder))
     if reason is None and not (folder / RECORD_FILE).is_file():
         reason = "is not on every machine; copy it to all, or to a disk that they share"
     if reason:
@@ -86,34 +81,34 @@ def map_shards(sft: SFTArguments, template: Template, training: TrainingArgument
     record = _record(folder)
     parts: dict[str, Any] = {name: _map(folder / name) if (folder / name).is_dir() else None for name in PARTS}
     accounts = {f"{name}_account": record[f"{name}_account"] for name in ("train", "held_out")}
-    data = Prepared(**parts | {name: one and Account(**one) for name, one in accounts.items()})
-    logger.info("training rows of %s: %s", folder, data.train_account)
-    if data.held_out_account:
-        logger.info("held-out rows of %s: %s", folder, data.held_out_account)
+    data = PreparedData(**parts | {name: one and EncodingStats(**one) for name, one in accounts.items()})
+    logger.info("training rows of %s: %s", folder, data.train_stats)
+    if data.held_out_stats:
+        logger.info("held-out rows of %s: %s", folder, data.held_out_stats)
     return data
 
 
-def ingredients(sft: SFTArguments, template: Template) -> dict[str, Any]:
+def list_shard_inputs(sft: SFTArguments, template: Template) -> dict[str, Any]:
     """All that the rows and their ids depend on, in the order in which it is compared."""
     return {
         "format": FORMAT,
-        **{key: [[name, content_hash(name)] for name in getattr(sft, key)] for key in SOURCES},
+        **{key: [[name, hash_source(name)] for name in getattr(sft, key)] for key in SOURCES},
         **{key: getattr(sft, key) for key in SETTINGS},
-        "tokenizer": tokenizer_hash(template.tokenizer),
-        "chat_template": text_hash(template.chat_template),
+        "tokenizer": hash_tokenizer(template.tokenizer),
+        "chat_template": hash_texts(template.chat_template),
     }
 
 
-def problem(sft: SFTArguments, template: Template, folder: Path) -> str | None:
+def find_shard_mismatch(sft: SFTArguments, template: Template, folder: Path) -> str | None:
     """Why this config cannot be trained from the folder, and what to do; None if it can."""
     if not (folder / RECORD_FILE).is_file():
         return "has no prepared rows; run `prepare`" if folder.exists() else "no such folder; run `prepare`"
     try:
-        damaged = damage(folder)
-        reason = damaged or _difference(_record(folder)["made_from"], ingredients(sft, template))
+        damaged = find_damage(folder)
+        reason = damaged or _difference(_record(folder)["made_from"], list_shard_inputs(sft, template))
     except (SFTError, OSError) as error:
         # Said by the first process for all: the others wait for it.
-        return " ".join(str(error).split())
+        return format_error(error)
     if damaged:
         return f"damaged ({damaged}); run `prepare` again"
     return reason and f"{reason}; {AGAIN}"
@@ -147,15 +142,15 @@ def _refuse_foreign(folder: Path) -> None:
         raise SFTError(f"prepared_data {folder}: holds files that `prepare` did not write; choose another folder")
 
 
-def _write(data: Prepared, made_from: dict[str, Any], aside: Path) -> None:
+def _write(data: PreparedData, made_from: dict[str, Any], aside: Path) -> None:
     for name in PARTS:
         rows = getattr(data, name)
         if rows is not None:
             rows.save_to_disk(aside / name)
-    accounts = {"train_account": data.train_account, "held_out_account": data.held_out_account}
+    accounts = {"train_stats": data.train_stats, "held_out_stats": data.held_out_stats}
     found = {name: one and asdict(dataclasses.replace(one, cached=True)) for name, one in accounts.items()}
     write_json(aside / RECORD_FILE, {"made_from": made_from, **found})
-    seal(aside)
+    write_checksums(aside)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -163,4 +158,4 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _map(folder: Path) -> Dataset:
-    return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in saved_files(folder)])
+    return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in list_saved_files(folder)])

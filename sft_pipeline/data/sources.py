@@ -24,10 +24,10 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from sft_pipeline.data import formats, readers
-from sft_pipeline.data.formats import FORMATS, Format, detect_format, to_messages
-from sft_pipeline.data.readers import READERS, PlacedRow, read_rows
-from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.sanitize import one_line
+from sft_pipeline.data.formats import FORMATS, RowFormat, convert_to_messages, detect_format
+from sft_pipeline.data.readers import READERS, LocatedRow, read_rows
+from sft_pipeline.utils.errors import SFTError, format_error
+from sft_pipeline.utils.sanitize import format_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def load_source(name_or_path: str, split: str = "train", skip_bad_rows: bool = F
     if path.is_dir():
         dataset, said = _load_folder(path, split)
     elif path.is_file():
-        dataset, shape, columns = _load_file(path, one_line(path.name))
+        dataset, shape, columns = _load_file(path, format_line(path.name))
         said = _reading(shape, columns)
     else:
         dataset, said = _convert(_from_hub(name, split), name)
@@ -63,14 +63,14 @@ def load_source(name_or_path: str, split: str = "train", skip_bad_rows: bool = F
     return dataset
 
 
-def raw_rows(name_or_path: str, split: str = "train") -> Iterator[PlacedRow]:
+def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRow]:
     """The rows of the same sources as they are, each with its place: nothing is converted, checked or cached."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         for file in _files(path, split):
             yield from read_rows(file, _name(file))
     elif path.is_file():
-        yield from read_rows(path, one_line(path.name))
+        yield from read_rows(path, format_line(path.name))
     else:
         dataset = _from_hub(str(name_or_path), split)
         shape = detect_format(dataset.column_names, str(name_or_path), answered=False)
@@ -79,14 +79,16 @@ def raw_rows(name_or_path: str, split: str = "train") -> Iterator[PlacedRow]:
         yield from ((f"{name_or_path} row {index}", row) for index, row in enumerate(rows))
 
 
-def _reading(shape: Format, columns: list[str]) -> str:
+def _reading(shape: RowFormat, columns: list[str]) -> str:
     """The choice said aloud: "read as alpaca (instruction, input, output)"."""
     used = shape.used(columns)
     unused = [column for column in columns if column not in used]
-    return one_line(f"read as {shape.name} ({', '.join(used)})" + (f", without {', '.join(unused)}" if unused else ""))
+    return format_line(
+        f"read as {shape.name} ({', '.join(used)})" + (f", without {', '.join(unused)}" if unused else "")
+    )
 
 
-def _load_file(path: Path, name: str) -> tuple[Dataset, Format, list[str]]:
+def _load_file(path: Path, name: str) -> tuple[Dataset, RowFormat, list[str]]:
     place, row = next(read_rows(path, name), (name, None))
     if row is None:
         raise SFTError(f"{name}: no rows")
@@ -107,9 +109,9 @@ def _file_rows(path: str, name: str, shape: str, key: str) -> Iterator[dict[str,
         yield _examined(row, place, FORMATS[shape])
 
 
-def _examined(row: Any, place: str, shape: Format) -> dict[str, Any]:
+def _examined(row: Any, place: str, shape: RowFormat) -> dict[str, Any]:
     try:
-        return {"messages": to_messages(row, shape), "origin": place, "problem": None}
+        return {"messages": convert_to_messages(row, shape), "origin": place, "problem": None}
     except SFTError as error:
         return {"messages": [], "origin": place, "problem": str(error)}
 
@@ -129,7 +131,7 @@ def _code() -> str:
     return hashlib.blake2b((inspect.getsource(formats) + inspect.getsource(readers)).encode()).hexdigest()
 
 
-def content_hash(name_or_path: str, split: str = "train") -> str | None:
+def hash_source(name_or_path: str, split: str = "train") -> str | None:
     """Of a file, or of a folder's files in their order; None for a name on the hub, or where there is nothing."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -151,7 +153,7 @@ def _load_folder(folder: Path, split: str) -> tuple[Dataset, str]:
 
 def _name(file: Path) -> str:
     """A folder's file as messages and the rows' `origin` call it."""
-    return one_line(f"{file.parent.name}/{file.name}")
+    return format_line(f"{file.parent.name}/{file.name}")
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -175,7 +177,7 @@ def _listed(folder: Path, split: str) -> list[Path]:
             raise SFTError(f"{folder}: no split {split!r} in this saved data set; it has: {found}")
         folder = folder / split
     if (folder / "state.json").is_file():
-        return saved_files(folder)
+        return list_saved_files(folder)
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in READERS and (path.is_file() or path.is_symlink())
     )
@@ -185,13 +187,15 @@ def _listed(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-def saved_files(folder: Path) -> list[Path]:
+def list_saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a saved data set, but not the caches that lie beside them. They are read as files, because
     `load_from_disk` follows a name out of the folder and maps would leave new caches in it."""
     try:
         names = [str(entry["filename"]) for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise SFTError(f"{folder}: its state.json is not one that save_to_disk writes ({_summary(error)})") from error
+        raise SFTError(
+            f"{folder}: its state.json is not what save_to_disk writes ({type(error).__name__}: {format_error(error)})"
+        ) from error
     for name in names:
         if Path(name).name != name:
             raise SFTError(f"{folder}: its state.json names a file outside the folder ({name})")
@@ -214,7 +218,9 @@ def _from_hub(name: str, split: str) -> Dataset:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises a dozen classes, of the network, of HTTP and of its own
         missing = "neither a file or folder here nor a data set that the hub gives"
-        raise SFTError(f"{name}: {missing} ({_summary(error)}); check the name and the connection") from error
+        raise SFTError(
+            f"{name}: {missing} ({type(error).__name__}: {format_error(error)}); check the name and the connection"
+        ) from error
 
 
 def _convert(dataset: Dataset, name: str) -> tuple[Dataset, str]:
@@ -233,7 +239,7 @@ def _convert(dataset: Dataset, name: str) -> tuple[Dataset, str]:
     return converted.with_format(None), _reading(shape, columns)
 
 
-def _undecoded(dataset: Dataset, shape: Format) -> Dataset:
+def _undecoded(dataset: Dataset, shape: RowFormat) -> Dataset:
     """The columns of the shape as Arrow: the decoding of images and sounds would open the paths that stand in the
     data."""
     return dataset.select_columns(shape.used(dataset.column_names)).with_format("arrow")
@@ -262,7 +268,3 @@ def _without_problems(dataset: Dataset, name: str, skip_bad_rows: bool) -> Datas
         good = pc.is_null(dataset.data.column("problem")).to_numpy().nonzero()[0]
         dataset = dataset.select(good)
     return dataset.remove_columns("problem")
-
-
-def _summary(error: Exception) -> str:
-    return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]

@@ -14,24 +14,24 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from sft_pipeline.data.formats import Message
+from sft_pipeline.data.messages import Message
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 
 
-def row_hash(messages: list[Message], purpose: str = "") -> int:
+def hash_row(messages: list[Message], purpose: str = "") -> int:
     """64 bits of BLAKE2b over the roles and texts in order, the same on every platform and in every version.
 
     Another `purpose` (at most 16 bytes) gives an independent hash: the rows that `mix` takes must not be the ones that
-    `hold_out` likes.
+    `split_held_out` likes.
     """
     content = json.dumps([[message["role"], message["content"]] for message in messages])
     digest = hashlib.blake2b(content.encode(), digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "big")
 
 
-def row_hashes(dataset: Dataset, purpose: str = "") -> np.ndarray:
+def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:
     """The hashes of all rows (uint64, one a row), kept in datasets' cache."""
     hashed = dataset.map(
         _hash_batch,
@@ -46,10 +46,10 @@ def row_hashes(dataset: Dataset, purpose: str = "") -> np.ndarray:
 
 def _hash_batch(batch: dict[str, list[Any]], purpose: str) -> dict[str, np.ndarray]:
     # An array, because datasets takes a list of integers for int64 and half of the hashes are larger.
-    return {"hash": np.array([row_hash(messages, purpose) for messages in batch["messages"]], dtype=np.uint64)}
+    return {"hash": np.array([hash_row(messages, purpose) for messages in batch["messages"]], dtype=np.uint64)}
 
 
-def mix(parts: list[Dataset], weights: list[float] | None = None) -> Dataset:
+def mix_datasets(parts: list[Dataset], weights: list[float] | None = None) -> Dataset:
     """One data set, part after part (training shuffles), in which a part's rows stand `weight` times: 1 is once, 2
     twice, 0.5 takes the half with the smaller hashes, 0 leaves the part out. None is once each.
 
@@ -72,18 +72,18 @@ def _times(dataset: Dataset, weight: float) -> Dataset:
         return dataset
     rows = len(dataset)
     repeats, rest = divmod(max(1, round(weight * rows)), rows)
-    smallest = np.argsort(row_hashes(dataset, "mix"), kind="stable")[:rest] if rest else np.array([], dtype=np.int64)
+    smallest = np.argsort(hash_rows(dataset, "mix"), kind="stable")[:rest] if rest else np.array([], dtype=np.int64)
     return dataset.select(np.concatenate([np.tile(np.arange(rows), repeats), np.sort(smallest)]))
 
 
-def hold_out(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
+def split_held_out(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
     """(train, eval): a whole number of 1 or more holds out that many rows (those with the smallest hashes), a number
     below 1 that share (those with a hash below it; about so many, but adding rows moves none across).
 
     Every copy of a held-out row goes with it, so no row is in both and a count may be exceeded by the copies.
     Raises SFTError: a number that is neither, nothing held out, nothing left to train on.
     """
-    hashes = row_hashes(dataset)
+    hashes = hash_rows(dataset)
     chosen = _chosen(hashes, held_out)
     if not chosen.any():
         raise SFTError(f"held out {held_out:g} of {len(dataset)} rows: no row falls below the share; give a count")
@@ -100,10 +100,10 @@ def _chosen(hashes: np.ndarray, held_out: float) -> np.ndarray:
     raise SFTError(f"held out {held_out:g}: give a share between 0 and 1 (0.05) or a whole number of rows (20)")
 
 
-def take(dataset: Dataset, rows: int) -> Dataset:
+def select_rows(dataset: Dataset, rows: int) -> Dataset:
     """The `rows` rows with the smallest hashes, or all where there are no more, in their order: fewer are always among
     more."""
-    smallest = np.argsort(row_hashes(dataset, "take"), kind="stable")[:rows]
+    smallest = np.argsort(hash_rows(dataset, "take"), kind="stable")[:rows]
     return dataset.select(np.sort(smallest))
 
 
@@ -112,7 +112,7 @@ def drop_overlap(train: Dataset, held: Dataset) -> Dataset:
 
     Raises SFTError if nothing is left.
     """
-    shared = np.isin(row_hashes(train), row_hashes(held))
+    shared = np.isin(hash_rows(train), hash_rows(held))
     if shared.all():
         raise SFTError("every training row stands in the evaluation data too: nothing is left to train on")
     if not shared.any():

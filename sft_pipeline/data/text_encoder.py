@@ -66,7 +66,7 @@ class TextEncoder:
         different = list(dict.fromkeys(texts))
         if not self._cuts:
             return dict(zip(different, encode_as_text(self._tokenizer, different)))
-        cut = [words_of(text) for text in different]
+        cut = [split_words(text) for text in different]
         fresh = list(set(itertools.chain.from_iterable(cut)).difference(self._known))
         self._known.update(zip(fresh, map(tuple, encode_as_text(self._tokenizer, fresh))))
         ids = [list(itertools.chain.from_iterable(map(self._known.__getitem__, words))) for words in cut]
@@ -76,7 +76,7 @@ class TextEncoder:
     def _heed_changes(self) -> None:
         rules = _rules(self._tokenizer.backend_tokenizer)
         if rules != self._rules:
-            self._rules, self._cuts = rules, ids_are_those_of_words(self._tokenizer.backend_tokenizer)
+            self._rules, self._cuts = rules, can_encode_by_word(self._tokenizer.backend_tokenizer)
             self._known.clear()
 
     def _forget(self, fresh: list[str]) -> None:
@@ -88,7 +88,7 @@ class TextEncoder:
             self._known.clear()
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The text cut before each space that follows no white space."""
     if any(gap in text for gap in GAPS):
         return WORD_START.split(text)
@@ -96,15 +96,15 @@ def words_of(text: str) -> list[str]:
     return [first, *[" " + word for word in others]]  # the same, and much faster
 
 
-def ids_are_those_of_words(backend: Tokenizer) -> bool:
+def can_encode_by_word(backend: Tokenizer) -> bool:
     """Whether a text's ids are its words' ids in turn; the reasons are at the head of this file."""
     # Digits, which parts them from all else, reaches across no space wherever it stands, nor does a text without one.
-    parts = [part for part in parts_of(backend.pre_tokenizer) if part["type"] != "Digits" and not _is_cut(part)]
+    parts = [part for part in list_components(backend.pre_tokenizer) if part["type"] != "Digits" and not _is_cut(part)]
     first, *others = parts or [{}]
     return (
         isinstance(backend.model, BPE)
         and not backend.model.dropout
-        and [part["type"] for part in parts_of(backend.normalizer)] in ([], ["NFC"])
+        and [part["type"] for part in list_components(backend.normalizer)] in ([], ["NFC"])
         and (_is_split(first) or (_is_byte_level(first) and first["use_regex"]))
         and all(_is_split(part) or _is_byte_level(part) for part in others)
         and not any(
@@ -130,7 +130,7 @@ def _is_cut(part: dict[str, Any]) -> bool:
     return " " not in text and not part["invert"] and part["behavior"] in ("Isolated", "MergedWithNext")
 
 
-def parts_of(component: Any) -> list[dict[str, Any]]:
+def list_components(component: Any) -> list[dict[str, Any]]:
     """The parts of a normalizer or pre-tokenizer as tokenizer.json has them."""
     if component is None:
         return []
@@ -146,8 +146,8 @@ def _rules(backend: Tokenizer) -> tuple[Any, ...]:
         backend,
         backend.get_vocab_size(),
         repr(backend.get_added_tokens_decoder()),
-        parts_of(backend.normalizer),
-        parts_of(backend.pre_tokenizer),
+        list_components(backend.normalizer),
+        list_components(backend.pre_tokenizer),
         type(model),
         [getattr(model, name, None) for name in (*names, "continuing_subword_prefix", "end_of_word_suffix")],
     )

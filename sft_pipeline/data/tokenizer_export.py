@@ -26,11 +26,12 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft_pipeline.data.chat_templates import MARKS, Message, Template, with_system_prompt
-from sft_pipeline.data.text_encoder import parts_of
+from sft_pipeline.data.chat_templates import MARKS, Template
+from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.data.text_encoder import list_components
 
 
-def saved_chat_template(template: Template, system_prompt: str | None) -> str:
+def build_saved_chat_template(template: Template, system_prompt: str | None) -> str:
     """The jinja text to save, which puts in the system prompt that the model was trained with."""
     if not system_prompt:
         return template.chat_template
@@ -41,7 +42,7 @@ def saved_chat_template(template: Template, system_prompt: str | None) -> str:
     return template.chat_template if template.chat_template.startswith(lead) else lead + template.chat_template
 
 
-def saved_tokenizer(template: Template, system_prompt: str | None) -> PreTrainedTokenizerBase:
+def build_saved_tokenizer(template: Template, system_prompt: str | None) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer as other tools will load it: chat template with the system prompt, cuts at marks."""
     with tempfile.TemporaryDirectory() as folder:
         with _cut_at_marks(template):
@@ -52,7 +53,7 @@ def saved_tokenizer(template: Template, system_prompt: str | None) -> PreTrained
             settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
             file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = saved_chat_template(template, system_prompt)
+    tokenizer.chat_template = build_saved_chat_template(template, system_prompt)
     return tokenizer
 
 
@@ -80,16 +81,16 @@ def _cutting(own: PreTokenizer | None, marks: tuple[str, ...]) -> PreTokenizer:
         }
         for mark in marks
     ]
-    parts = [*cuts, *(part for part in parts_of(own) if part not in cuts)]
+    parts = [*cuts, *(part for part in list_components(own) if part not in cuts)]
     # Parts are made of what tokenizer.json says of them by way of a tokenizer without words.
     content = json.loads(Tokenizer(BPE()).to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
     return Tokenizer.from_str(json.dumps(content)).pre_tokenizer
 
 
-def count_other_ids(template: Template, conversations: list[list[Message]], system_prompt: str | None) -> int:
+def count_id_differences(template: Template, conversations: list[list[Message]], system_prompt: str | None) -> int:
     """How many conversations the saved chat template gives other ids than training does."""
-    jinja = saved_chat_template(template, system_prompt)
-    rows = template.render([with_system_prompt(messages, system_prompt) for messages in conversations])
+    jinja = build_saved_chat_template(template, system_prompt)
+    rows = template.render([add_system_prompt(messages, system_prompt) for messages in conversations])
     others = 0
     with _cut_at_marks(template):
         for runs, messages in zip(rows, conversations):

@@ -11,7 +11,7 @@ _CELLS_AT_A_TIME = 1 << 20  # resampled rows x items held in memory at once: 8 M
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Means of two models, `difference` = b - a, and its bootstrap interval from `low` to `high`."""
 
     mean_a: float
@@ -28,7 +28,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(
+def compute_paired_difference(
     a: Sequence[float] | np.ndarray,
     b: Sequence[float] | np.ndarray,
     *,
@@ -37,7 +37,7 @@ def paired_difference(
     resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
-) -> Difference:
+) -> PairedDifference:
     """Difference b - a over paired items with a percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
 
     `a[i]` and `b[i]` are the two models' values for item i; items are drawn with replacement, both models' values
@@ -57,18 +57,18 @@ def paired_difference(
     mean_a, mean_b = _means(table, np.arange(table.shape[1]))
     differences = _resampled_differences(table, resamples, np.random.default_rng(seed))
     low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(
+    return PairedDifference(
         float(mean_a), float(mean_b), float(mean_b - mean_a), float(low), float(high), confidence, table.shape[1]
     )
 
 
-def interval_of(
+def estimate_difference(
     a: Sequence[float], b: Sequence[float], a_weights: Sequence[float], b_weights: Sequence[float]
-) -> Difference | None:
-    """As `paired_difference`; None for fewer than two items, or where one is no number (a model that diverged)."""
+) -> PairedDifference | None:
+    """Paired difference, or None for fewer than two items or a value that is not finite (a model that diverged)."""
     if len(a) < 2 or not np.isfinite([*a, *b]).all():
         return None
-    return paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
+    return compute_paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
 
 
 def _resampled_differences(table: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import httpx
 
-from sft_pipeline.evaluation.bootstrap import Difference, paired_difference
+from sft_pipeline.evaluation.bootstrap import PairedDifference, compute_paired_difference
 from sft_pipeline.utils.errors import SFTError
 
 Verdict = Literal["A", "B", "C"]
@@ -81,7 +81,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgeResults:
     """Outcomes of `name` against `against`, one a prompt. `balance`: share of wins - share of losses, over the pairs
     with a verdict; `malformed` pairs have none."""
 
@@ -91,7 +91,7 @@ class Judged:
     ties: int
     losses: int
     malformed: int
-    balance: Difference | None
+    balance: PairedDifference | None
     outcomes: list[Outcome]
 
     def __str__(self) -> str:
@@ -106,18 +106,18 @@ class Judged:
 
 def judge_pairs(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], other: Sequence[str], names: tuple[str, str]
-) -> Judged:
+) -> JudgeResults:
     """Judge `other`'s answers against `first`'s, of which `names` are (first, other)."""
     with judge.client() as client, ThreadPoolExecutor(WORKERS) as pool:
         asked = pool.map(lambda one: _outcome(judge, client, *one), zip(prompts, first, other))
-        return summarize(list(asked), names)
+        return count_outcomes(list(asked), names)
 
 
-def summarize(outcomes: list[Outcome], names: tuple[str, str]) -> Judged:
+def count_outcomes(outcomes: list[Outcome], names: tuple[str, str]) -> JudgeResults:
     valid = [one for one in outcomes if one != "malformed"]
     wins, losses = ([float(one == wanted) for one in valid] for wanted in ("win", "loss"))
-    balance = paired_difference(losses, wins) if len(valid) > 1 else None
-    return Judged(
+    balance = compute_paired_difference(losses, wins) if len(valid) > 1 else None
+    return JudgeResults(
         name=names[1],
         against=names[0],
         wins=outcomes.count("win"),
@@ -132,14 +132,14 @@ def summarize(outcomes: list[Outcome], names: tuple[str, str]) -> Judged:
 def _outcome(judge: Judge, client: httpx.Client, prompt: str, first: str, other: str) -> Outcome:
     if first == other:
         return "tie"
-    there = verdict(judge.ask(client, _shown(prompt, first, other)))
-    back = verdict(judge.ask(client, _shown(prompt, other, first)))
+    there = parse_verdict(judge.ask(client, _shown(prompt, first, other)))
+    back = parse_verdict(judge.ask(client, _shown(prompt, other, first)))
     if there is None or back is None:
         return "malformed"
     return DECIDED.get((there, back), "tie")
 
 
-def verdict(reply: str) -> Verdict | None:
+def parse_verdict(reply: str) -> Verdict | None:
     """The last [[A]], [[B]] or [[C]]; None if there is none."""
     found = _VERDICT.findall(reply)
     return found[-1] if found else None

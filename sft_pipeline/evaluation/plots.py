@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_pipeline.evaluation.comparison import INSTRUCTIONS, Comparison, Entry
+from sft_pipeline.evaluation.comparison import INSTRUCTIONS, ComparedModel, Comparison
 from sft_pipeline.evaluation.tables import FIGURES
 from sft_pipeline.utils.errors import SFTError
 
@@ -24,13 +24,13 @@ COLUMNS = 3
 LONGEST_NAME = 28  # characters; of a longer one the end is shown, which tells two runs apart
 
 
-def draw(comparison: Comparison, file: Path) -> None:
+def draw_comparison(comparison: Comparison, file: Path) -> None:
     """Write the picture. Raises SFTError where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SFTError("no picture: it needs matplotlib; install it with `pip install 'sft_pipeline[plot]'`")
     from matplotlib.figure import Figure
 
-    names = [name for name in DRAWN if name in comparison.entries[0].figures]
+    names = [name for name in DRAWN if name in comparison.entries[0].metrics]
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     height = 0.75 + 0.3 * len(comparison.entries)
@@ -44,15 +44,15 @@ def draw(comparison: Comparison, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _panel(axes: Axes, entries: list[Entry], name: str) -> None:
+def _panel(axes: Axes, entries: list[ComparedModel], name: str) -> None:
     """Models from top to bottom; the dashed line is the first one's value."""
-    shown, first = FIGURES[name], entries[0].figures[name]
+    shown, first = FIGURES[name], entries[0].metrics[name]
     scale = 100 if shown.percent else 1
     for at, entry in enumerate(entries):
         one = entry.differences.get(name)
         if one:
             axes.plot([scale * (first + one.low), scale * (first + one.high)], [at, at], color="C0", linewidth=2)
-        axes.plot(scale * entry.figures[name], at, "o", color="C0" if at else "0.4", markersize=5)
+        axes.plot(scale * entry.metrics[name], at, "o", color="C0" if at else "0.4", markersize=5)
     axes.axvline(scale * first, color="0.6", linestyle="--", linewidth=0.8)
     # Chinese has no glyphs in matplotlib's own font.
     axes.set_title(shown.title.replace(" (复读机)", ""), fontsize=9)

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from sft_pipeline.data.chat_templates import Message
-from sft_pipeline.evaluation.bootstrap import interval_of
+from sft_pipeline.data.messages import Message
+from sft_pipeline.evaluation.bootstrap import estimate_difference
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
 from sft_pipeline.evaluation.metrics.instruction_following import followed, instruction_figures
 from sft_pipeline.evaluation.metrics.registry import answer_figures, loss_figures
@@ -27,9 +27,9 @@ from sft_pipeline.utils.files import write_json
 
 BEST_FILE = "best.json"
 
-Row = dict[str, Any]
-# The figures of the table before and after: whether they are of the instructions, and what one answer has.
-COMPARED: dict[str, tuple[bool, Callable[[Row], bool]]] = {
+AnswerRow = dict[str, Any]
+# The metrics of the table before and after: whether they are of the instructions, and what one answer has.
+COMPARED: dict[str, tuple[bool, Callable[[AnswerRow], bool]]] = {
     "stop_rate": (False, lambda row: row["stopped"]),
     "loop_rate": (False, lambda row: is_loop(row["answer"])),
     "instructions_followed_rate": (True, lambda row: row["followed"]),
@@ -37,7 +37,7 @@ COMPARED: dict[str, tuple[bool, Callable[[Row], bool]]] = {
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """What is asked: a held-out conversation without its last answer, which is the reference, or a checkable
     instruction, named by its id."""
 
@@ -47,29 +47,29 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation. All `figures` can be computed again from what else is here.
+class StepResults:
+    """One evaluation. All `metrics` can be computed again from what else is here.
 
     complete: all questions were asked, not only the first ones. seconds: that answering took, on the slowest process.
     held_out: a value a row of `nll_nats`, `tokens` (supervised ones) and `correct` (those that were the likeliest), in
     the same order at every evaluation. utf8_bytes: of the supervised text of all these rows.
-    table: see `table_row`.
+    table: see `build_table_row`.
     """
 
     step: int
     complete: bool
     seconds: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
     held_out: dict[str, list[float]]
     utf8_bytes: int
-    table: list[Row]
+    table: list[AnswerRow]
 
     def write(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(self))
 
 
-def table_row(question: Question, answer: Answer) -> Row:
+def build_table_row(question: EvalPrompt, answer: Answer) -> AnswerRow:
     """One question with its answer; `error` says why there is none, `followed` is there for instructions alone."""
     ids = question.instruction and [question.instruction]
     return {
@@ -84,40 +84,40 @@ def table_row(question: Question, answer: Answer) -> Row:
     }
 
 
-def held_out_figures(held_out: dict[str, list[float]], utf8_bytes: int) -> dict[str, float]:
+def compute_held_out_metrics(held_out: dict[str, list[float]], utf8_bytes: int) -> dict[str, float]:
     return loss_figures(held_out["nll_nats"], held_out["tokens"], held_out["correct"], utf8_bytes)
 
 
-def table_figures(table: list[Row]) -> dict[str, float]:
+def compute_table_metrics(table: list[AnswerRow]) -> dict[str, float]:
     """Figures of the rows that have an answer; `answers` and `instructions` count those, `answer_errors` the rest."""
     rows, told = ([row for row in _of_kind(table, kind) if row["error"] is None] for kind in (False, True))
-    figures: dict[str, float] = {
+    metrics: dict[str, float] = {
         "answers": len(rows),
         "instructions": len(told),
         "answer_errors": len(table) - len(rows) - len(told),
     }
     if rows:
         references = [row["reference"] for row in rows]
-        figures |= answer_figures(
+        metrics |= answer_figures(
             [row["answer"] for row in rows],
             prompts=[row["prompt"] for row in rows],
             references=references if any(map(words, references)) else None,
             finish_reasons=["stop" if row["stopped"] else "length" for row in rows],
         )
     if told:
-        figures |= instruction_figures([row["answer"] for row in told], [row["instruction"] for row in told])
-    return figures
+        metrics |= instruction_figures([row["answer"] for row in told], [row["instruction"] for row in told])
+    return metrics
 
 
-def step_file(step: int) -> str:
+def get_step_file(step: int) -> str:
     return f"step_{step:06d}.json"
 
 
-def go_on_from(folder: Path, step: int) -> list[Evaluation]:
+def load_earlier_results(folder: Path, step: int) -> list[StepResults]:
     """The evaluations up to `step`, in order; later ones, which the run is about to make again, are taken away."""
     earlier = []
     for file in sorted(folder.glob("*.json")):
-        found = Evaluation(**json.loads(file.read_text(encoding="utf-8")))
+        found = StepResults(**json.loads(file.read_text(encoding="utf-8")))
         if found.step > step or file.name == BEST_FILE:
             file.unlink()
         else:
@@ -125,7 +125,7 @@ def go_on_from(folder: Path, step: int) -> list[Evaluation]:
     return earlier
 
 
-def changes(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float | None]]:
+def compute_changes(before: StepResults, after: StepResults) -> dict[str, dict[str, float | None]]:
     """{figure: before, after, difference, its 95% bootstrap interval from low to high, items} over what both have.
 
     A figure without items is left out.
@@ -143,7 +143,7 @@ def changes(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float 
     return found
 
 
-def answers_before_and_after(before: Evaluation | None, after: Evaluation) -> list[Row]:
+def join_answers(before: StepResults | None, after: StepResults) -> list[AnswerRow]:
     """The held-out answers of two evaluations side by side; without the first, what it would give is None."""
     none = {"answer": None, "stopped": None}
     pairs = _pairs(before, after, False) if before else [(none, row) for row in _of_kind(after.table, False)]
@@ -161,11 +161,11 @@ def answers_before_and_after(before: Evaluation | None, after: Evaluation) -> li
     ]
 
 
-def _of_kind(table: list[Row], instructions: bool) -> list[Row]:
+def _of_kind(table: list[AnswerRow], instructions: bool) -> list[AnswerRow]:
     return [row for row in table if (row["instruction"] is not None) == instructions]
 
 
-def _pairs(before: Evaluation, after: Evaluation, instructions: bool) -> list[tuple[Row, Row]]:
+def _pairs(before: StepResults, after: StepResults, instructions: bool) -> list[tuple[AnswerRow, AnswerRow]]:
     """The rows of both tables that ask the same; both begin with the same first questions."""
     rows = zip(_of_kind(before.table, instructions), _of_kind(after.table, instructions))
     return [(old, new) for old, new in rows if old["prompt"] == new["prompt"]]
@@ -174,6 +174,6 @@ def _pairs(before: Evaluation, after: Evaluation, instructions: bool) -> list[tu
 def _change(before: list[float], after: list[float], weights: list[float]) -> dict[str, float | None]:
     """Of one item, or of a loss that is no number, there is no interval."""
     a, b = (float(np.sum(values) / np.sum(weights)) for values in (before, after))
-    found = interval_of(before, after, weights, weights)
+    found = estimate_difference(before, after, weights, weights)
     low, high = (found.low, found.high) if found else (None, None)
     return {"before": a, "after": b, "difference": b - a, "low": low, "high": high, "items": len(before)}

@@ -9,8 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sft_pipeline.evaluation.bootstrap import Difference
-from sft_pipeline.evaluation.comparison import INSTRUCTIONS, Comparison, Entry
+from sft_pipeline.evaluation.bootstrap import PairedDifference
+from sft_pipeline.evaluation.comparison import INSTRUCTIONS, ComparedModel, Comparison
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Shown:
             return ""
         return f"{100 * number if self.percent else number:{sign}.{self.decimals}f}"
 
-    def interval(self, one: Difference | None) -> str:
+    def interval(self, one: PairedDifference | None) -> str:
         return f"[{self.value(one.low, '+')}, {self.value(one.high, '+')}]" if one else ""
 
 
@@ -56,32 +56,32 @@ FIGURES = {
 KEY_FIGURES = ("nll_nats_per_token", "stop_rate", "loop_rate", INSTRUCTIONS)
 
 
-def details(comparison: Comparison) -> RenderableType:
-    """All figures: of the one model, or a table for each model against the first."""
+def format_details(comparison: Comparison) -> RenderableType:
+    """All metrics: of the one model, or a table for each model against the first."""
     first, *others = comparison.entries
     parts = [_one(first)] if not others else [_against(first, other) for other in others]
     return Group(*parts, Text(_counts(comparison), style="dim"))
 
 
-def _one(entry: Entry) -> Table:
+def _one(entry: ComparedModel) -> Table:
     table = Table("figure", title=Text(entry.name), title_justify="left", box=None, header_style="bold")
     table.add_column("value", justify="right")
     for name, shown in _present(entry):
-        table.add_row(shown.title, shown.value(entry.figures[name]))
+        table.add_row(shown.title, shown.value(entry.metrics[name]))
     return table
 
 
-def _against(first: Entry, other: Entry) -> RenderableType:
+def _against(first: ComparedModel, other: ComparedModel) -> RenderableType:
     table = Table("figure", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for title in ("first", "this", "difference", "95% interval"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, shown in _present(first):
         one = other.differences.get(name)
-        change = shown.value(other.figures[name] - first.figures[name], "+")
+        change = shown.value(other.metrics[name] - first.metrics[name], "+")
         cells = [
             shown.title,
-            shown.value(first.figures[name]),
-            shown.value(other.figures[name]),
+            shown.value(first.metrics[name]),
+            shown.value(other.metrics[name]),
             change,
             shown.interval(one),
         ]
@@ -89,8 +89,8 @@ def _against(first: Entry, other: Entry) -> RenderableType:
     return Group(Text.assemble((other.name, "bold"), " against ", (first.name, "bold")), table, "")
 
 
-def _present(entry: Entry) -> list[tuple[str, Shown]]:
-    return [(name, shown) for name, shown in FIGURES.items() if name in entry.figures]
+def _present(entry: ComparedModel) -> list[tuple[str, Shown]]:
+    return [(name, shown) for name, shown in FIGURES.items() if name in entry.metrics]
 
 
 def _counts(comparison: Comparison) -> str:
@@ -99,11 +99,11 @@ def _counts(comparison: Comparison) -> str:
     return f"{said}; intervals are of the difference, paired bootstrap"
 
 
-def overview(comparison: Comparison, notes: Sequence[str]) -> Table:
-    """A line for each model with the key figures, and below it a note and the intervals of the differences from the
+def format_overview(comparison: Comparison, notes: Sequence[str]) -> Table:
+    """A line for each model with the key metrics, and below it a note and the intervals of the differences from the
     first."""
     table = Table("", box=None, header_style="bold", padding=(0, 1, 0, 0), caption=_counts(comparison))
-    names = [name for name in KEY_FIGURES if name in comparison.entries[0].figures]
+    names = [name for name in KEY_FIGURES if name in comparison.entries[0].metrics]
     for name in names:
         table.add_column(FIGURES[name].title, justify="right")
     for entry, note in zip(comparison.entries, notes, strict=True):
@@ -111,13 +111,13 @@ def overview(comparison: Comparison, notes: Sequence[str]) -> Table:
         for name in names:
             one, shown = entry.differences.get(name), FIGURES[name]
             style = "bold" if one and one.excludes_zero else ""
-            cells.append(Text(f"{shown.value(entry.figures[name])}\n{shown.interval(one)}", style=style))
+            cells.append(Text(f"{shown.value(entry.metrics[name])}\n{shown.interval(one)}", style=style))
         table.add_row(Text.assemble(entry.name, "\n", (note, "dim")), *cells)
     return table
 
 
-def markdown(comparison: Comparison, more: Mapping[str, Sequence[str]] | None = None) -> str:
-    """All figures, a column for each model; in brackets the interval of the difference from the first. `more`: lines of
+def format_markdown(comparison: Comparison, more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """All metrics, a column for each model; in brackets the interval of the difference from the first. `more`: lines of
     other things, a cell for each model."""
     names = [entry.name.replace("|", "\\|") for entry in comparison.entries]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
@@ -128,9 +128,9 @@ def markdown(comparison: Comparison, more: Mapping[str, Sequence[str]] | None = 
     return "\n".join([*lines, "", f"{_counts(comparison)}, 95%.", ""])
 
 
-def _cell(shown: Shown, entry: Entry, name: str) -> str:
-    return f"{shown.value(entry.figures[name])} {shown.interval(entry.differences.get(name))}".strip()
+def _cell(shown: Shown, entry: ComparedModel, name: str) -> str:
+    return f"{shown.value(entry.metrics[name])} {shown.interval(entry.differences.get(name))}".strip()
 
 
-def show(content: RenderableType, console: Console) -> None:
+def print_table(content: RenderableType, console: Console) -> None:
     console.print(content, highlight=False)

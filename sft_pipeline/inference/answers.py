@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from sft_pipeline.data.chat_templates import Message, Template
+from sft_pipeline.data.chat_templates import Template
+from sft_pipeline.data.messages import Message
 from sft_pipeline.inference.engine import Completion, generate
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Answer:
         return "error" if self.error else "stop" if self.stopped else "length"
 
 
-def answer(
+def answer_prompts(
     model: PreTrainedModel,
     template: Template,
     prompts: list[list[Message]],
@@ -39,18 +40,20 @@ def answer(
     disable_tqdm: bool = False,
 ) -> list[Answer]:
     """Greedy answers to conversations that end with a user message, in their order, with a bar."""
-    ids = [template.prompt(messages) for messages in prompts]
-    settings = Sampling(max_new_tokens=max_new_tokens)
+    ids = [template.encode_prompt(messages) for messages in prompts]
+    settings = SamplingParams(max_new_tokens=max_new_tokens)
     # The first answer may take long, so the bar does not wait for it to appear.
     with tqdm(total=len(ids), desc="answers", leave=False, delay=0, dynamic_ncols=True, disable=disable_tqdm) as bar:
-        return complete(model, template, ids, settings, batch_size=batch_size, on_done=lambda row, answer: bar.update())
+        return generate_answers(
+            model, template, ids, settings, batch_size=batch_size, on_done=lambda row, answer: bar.update()
+        )
 
 
-def complete(
+def generate_answers(
     model: PreTrainedModel,
     template: Template,
     prompts: list[list[int]],
-    settings: Sampling,
+    settings: SamplingParams,
     *,
     batch_size: int = 8,
     max_length: int | None = None,

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sft_pipeline.inference.eval_mode import lent
+from sft_pipeline.inference.eval_mode import use_inference_mode
 from sft_pipeline.inference.kv_cache import KVCache
-from sft_pipeline.inference.prompt_lookup import Guesses
-from sft_pipeline.inference.sampling import Sampling, choose
-from sft_pipeline.inference.stop_criteria import Stops
+from sft_pipeline.inference.prompt_lookup import PromptLookup
+from sft_pipeline.inference.sampling import SamplingParams, choose_tokens
+from sft_pipeline.inference.stop_criteria import StopCriteria
 from sft_pipeline.utils.errors import SFTError
 
 PROMPT_TOKENS_A_STEP = 512  # bounds a forward's memory, and how long a long prompt can hold up the other rows
@@ -44,7 +44,7 @@ class Completion:
 
 
 @dataclass
-class Row:
+class ActiveSequence:
     """A prompt on its way: `past` tokens are in the cache, `pending` ones are not yet."""
 
     index: int
@@ -52,7 +52,7 @@ class Row:
     past: int
     pending: list[int]
     seen: Tensor | None
-    guesses: Guesses
+    guesses: PromptLookup
     guess: list[int] = field(default_factory=list)  # the tokens read ahead in this step
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -72,7 +72,7 @@ def generate(
     model: PreTrainedModel,
     prompts: Iterable[Sequence[int]],
     stop_ids: Collection[int],
-    settings: Sampling,
+    settings: SamplingParams,
     *,
     batch_size: int = 16,
     max_length: int | None = None,
@@ -105,7 +105,7 @@ def generate(
         _call(on_done, index, completion)
     waiting = [(i, row, seeds[i]) for i, row in enumerate(rows) if i not in completions]
     if waiting:
-        stops = Stops(frozenset(stop_ids), tuple(stop_strings), decode)
+        stops = StopCriteria(frozenset(stop_ids), tuple(stop_strings), decode)
         _Batch(model, waiting, stops, settings, batch_size, on_token, on_done).run(completions)
     return [completions[i] for i in range(len(rows))]
 
@@ -117,8 +117,8 @@ class _Batch:
         self,
         model: PreTrainedModel,
         waiting: list[tuple[int, list[int], int]],
-        stops: Stops,
-        settings: Sampling,
+        stops: StopCriteria,
+        settings: SamplingParams,
         batch_size: int,
         on_token: Callable[[int, int], None] | None,
         on_done: Callable[[int, Completion], None] | None,
@@ -130,11 +130,11 @@ class _Batch:
         self.prefix = _common_prefix([prompt for _, prompt, _ in waiting])
         self.waiting = deque(waiting)
         self.cache = KVCache(min(batch_size, len(waiting)))
-        self.rows: list[Row] = []
+        self.rows: list[ActiveSequence] = []
 
     def run(self, completions: dict[int, Completion]) -> None:
         """Decode until no row waits; puts each row's completion under its index."""
-        with lent(self.model, self.cache.attend):
+        with use_inference_mode(self.model, self.cache.attend):
             self._read_prefix()
             self.rows = [self._next_row() for _ in range(self.cache.slots)]
             while self.rows:
@@ -149,16 +149,18 @@ class _Batch:
         if self.prefix:
             self.cache.share(len(self.prefix))
 
-    def _next_row(self) -> Row:
+    def _next_row(self) -> ActiveSequence:
         index, prompt, seed = self.waiting.popleft()
         past = len(self.prefix)
         seen = None
         if self.settings.repetition_penalty != 1:
             seen = torch.zeros(self.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=self.device)
             seen[prompt] = True
-        return Row(index, torch.Generator().manual_seed(seed), past, prompt[past:], seen, Guesses(prompt))
+        return ActiveSequence(
+            index, torch.Generator().manual_seed(seed), past, prompt[past:], seen, PromptLookup(prompt)
+        )
 
-    def _replace(self, row: Row) -> None:
+    def _replace(self, row: ActiveSequence) -> None:
         """Give a finished row's slot to the next prompt, or to the last row when none waits, so that no slot is
         idle."""
         slot, last = self.rows.index(row), len(self.rows) - 1
@@ -170,7 +172,7 @@ class _Batch:
         self.rows[slot] = self.rows[last]
         self.rows.pop()
 
-    def _step(self) -> list[tuple[Row, Completion]]:
+    def _step(self) -> list[tuple[ActiveSequence, Completion]]:
         """One forward for all rows; returns the rows that ended with it."""
         budget, new = PROMPT_TOKENS_A_STEP, []
         for row in self.rows:
@@ -196,7 +198,9 @@ class _Batch:
             budget -= len(row.guess)
             tokens += len(row.guess)
 
-    def _follow(self, ready: list[tuple[Row, int]], logits: Tensor) -> list[tuple[Row, Completion]]:
+    def _follow(
+        self, ready: list[tuple[ActiveSequence, int]], logits: Tensor
+    ) -> list[tuple[ActiveSequence, Completion]]:
         """Give each row its next token, and one more for each token that was rightly guessed; returns the rows that
         ended. With a row comes the place of its first logits; those after the tokens read ahead lie behind it."""
         ended, depth = [], 0
@@ -216,11 +220,11 @@ class _Batch:
         _check_layers(self.model, self.cache)
         return output.logits[0]
 
-    def _choose(self, rows: list[Row], logits: Tensor) -> list[tuple[Row, Completion]]:
+    def _choose(self, rows: list[ActiveSequence], logits: Tensor) -> list[tuple[ActiveSequence, Completion]]:
         """Give each row its next token, from logits (rows, vocabulary); returns the rows that ended."""
         seen = [row.seen for row in rows if row.seen is not None]
         generators = [row.generator for row in rows]
-        ids, logprobs = choose(logits, self.settings, generators, torch.stack(seen) if seen else None)
+        ids, logprobs = choose_tokens(logits, self.settings, generators, torch.stack(seen) if seen else None)
         ended = []
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
             reason = self._accept(row, token, logprob)
@@ -228,7 +232,7 @@ class _Batch:
                 ended.append((row, Completion(row.ids, row.logprobs, reason, text=self.stops.before(row.ids))))
         return ended
 
-    def _accept(self, row: Row, token: int, logprob: float) -> Literal["stop", "length"] | None:
+    def _accept(self, row: ActiveSequence, token: int, logprob: float) -> Literal["stop", "length"] | None:
         """Add the token to the row; returns why the row ends, if it does."""
         if token in self.stops.ids:
             return "stop"

@@ -9,15 +9,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sft_pipeline.kernels.cpu_layer_inference import layer_forward, linear_forward, serves_layer, serves_linear
-from sft_pipeline.kernels.cpu_layer_training import fused_layers_set_aside
-from sft_pipeline.model.module_utils import evaluating
+from sft_pipeline.kernels.cpu_layer_inference import (
+    build_layer_forward,
+    build_linear_forward,
+    can_fuse_layer,
+    can_fuse_linear,
+)
+from sft_pipeline.kernels.cpu_layer_training import disable_fused_layers
+from sft_pipeline.model.module_utils import use_eval_mode
 
 ATTENTION = "sft_generation"
 
 
 @contextmanager
-def lent(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
+def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
     """Within this block, `model` runs without gradients or dropout and attends with `attention`.
 
     In fp32 on the CPU the linear layers' weights are also kept in the layout that is fastest for few tokens: another
@@ -26,9 +31,9 @@ def lent(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(evaluating(model))
+        stack.enter_context(use_eval_mode(model))
         stack.enter_context(_attention(model, attention))
-        stack.enter_context(fused_layers_set_aside(model))
+        stack.enter_context(disable_fused_layers(model))
         stack.enter_context(_fast_forwards(model, attention))
         yield
 
@@ -61,14 +66,14 @@ def _fast_forwards(model: nn.Module, attention: Callable) -> Iterator[None]:
         module.forward = forward
         replaced.append(module)
 
-    fused = [module for module in model.modules() if serves_layer(module)]
+    fused = [module for module in model.modules() if can_fuse_layer(module)]
     inside = {part for layer in fused for part in layer.modules()}
     try:
         for layer in fused:
-            replace(layer, layer_forward(layer, attention))
+            replace(layer, build_layer_forward(layer, attention))
         for module in model.modules():
-            if module not in inside and serves_linear(module):
-                replace(module, linear_forward(module))
+            if module not in inside and can_fuse_linear(module):
+                replace(module, build_linear_forward(module))
         yield
     finally:
         for module in replaced:

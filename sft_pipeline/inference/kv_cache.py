@@ -22,7 +22,7 @@ UNSERVED = ("softcap", "s_aux", "position_bias")  # they change what attention c
 
 
 @dataclass(frozen=True)
-class Group:
+class SlotGroup:
     """Tokens attended to at once: one slot with many new tokens, or neighbouring slots with `width` <= FEW new tokens
     each; where they have unequally many, `padded` gives each slot `width` of the group's tokens by repeating its last,
     (slots x width,), and `real` finds the group's tokens among these."""
@@ -36,17 +36,19 @@ class Group:
 
 
 @dataclass
-class Plan:
+class ForwardPlan:
     """What a forward adds to the cache: per token its slot and its position in the slot's row, (tokens,)."""
 
     slots: Tensor
     positions: Tensor
-    groups: list[Group]
+    groups: list[SlotGroup]
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)  # by group and sliding window
     cells: dict[int, Tensor] = field(default_factory=dict)  # by number of heads
 
 
-def bytes_per_token(layers: int, key_value_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> int:
+def compute_bytes_per_token(
+    layers: int, key_value_heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> int:
     """Memory of one cell over all layers, in bytes: a key and a value a layer. SmolLM2-135M in fp32: 46,080."""
     return 2 * layers * key_value_heads * head_dim * dtype.itemsize
 
@@ -55,22 +57,22 @@ class KVCache:
     """Keys and values of `slots` rows, each (slots, key-value heads, capacity, head size), a pair a layer.
 
     Allocated at a layer's first use from what the layer brings, grown by doubling. A row in use takes `capacity` times
-    `bytes_per_token` bytes, capacity being the longest row's length rounded up by at most that doubling.
+    `compute_bytes_per_token` bytes, capacity being the longest row's length rounded up by at most that doubling.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.capacity = 0
         self.layers: dict[int, list[Tensor]] = {}
-        self.plan: Plan  # of the forward pass, from `prepare` on
+        self.plan: ForwardPlan  # of the forward pass, from `prepare` on
 
-    def prepare(self, past: Sequence[int], new: Sequence[int], device: torch.device) -> Plan:
+    def prepare(self, past: Sequence[int], new: Sequence[int], device: torch.device) -> ForwardPlan:
         """Plan a forward that adds `new[s]` >= 1 tokens to slot s, which holds `past[s]`. Slots are filled from 0."""
         self._grow(max(p + n for p, n in zip(past, new)))
         slots = [slot for slot, n in enumerate(new) for _ in range(n)]
         positions = [p + i for p, n in zip(past, new) for i in range(n)]
         groups = _group(past, new, device)
-        self.plan = Plan(torch.tensor(slots, device=device), torch.tensor(positions, device=device), groups)
+        self.plan = ForwardPlan(torch.tensor(slots, device=device), torch.tensor(positions, device=device), groups)
         return self.plan
 
     def attend(
@@ -140,7 +142,7 @@ class KVCache:
         return self.plan.cells[heads]
 
     def _attend(
-        self, group: Group, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+        self, group: SlotGroup, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         """Attention of one group, (tokens, heads, head size).
 
@@ -161,7 +163,7 @@ class KVCache:
         keys, values = (x[0, :, None].expand(-1, query.shape[1], -1, -1) for x in (keys, values))
         return scaled_dot_product_attention(query, keys, values, mask, scale=scaling).flatten(0, 1).transpose(0, 1)
 
-    def _mask(self, group: Group, window: int | None) -> Tensor | None:
+    def _mask(self, group: SlotGroup, window: int | None) -> Tensor | None:
         """Added to the scores: 0 for the cells a token attends to, -inf for the others. None where it attends to
         all."""
         key = (group.tokens.start, window)
@@ -191,7 +193,7 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     return (scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values).view(query.shape)
 
 
-def _group(past: Sequence[int], new: Sequence[int], device: torch.device) -> list[Group]:
+def _group(past: Sequence[int], new: Sequence[int], device: torch.device) -> list[SlotGroup]:
     """Split the slots into groups, in order: runs of slots with few new tokens, and each slot with more alone."""
     starts = list(accumulate(new, initial=0))
     runs = groupby(range(len(new)), key=lambda slot: -1 if new[slot] <= FEW else slot)
@@ -202,7 +204,7 @@ def _group(past: Sequence[int], new: Sequence[int], device: torch.device) -> lis
         length = max(past[slot] + new[slot] for slot in slots)
         counts = new[first:last]
         padding = (None, None) if len(set(counts)) == 1 else _pad(counts, device)
-        groups.append(Group(slice(first, last), slice(starts[first], starts[last]), length, max(counts), *padding))
+        groups.append(SlotGroup(slice(first, last), slice(starts[first], starts[last]), length, max(counts), *padding))
     return groups
 
 

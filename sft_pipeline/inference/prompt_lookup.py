@@ -17,7 +17,7 @@ LEAST = ((8, 1), (16, 2))  # (below so many tokens, length)
 MOST = 16  # guessed at once for a row
 
 
-class Guesses:
+class PromptLookup:
     """The text of one row, and how many of its next tokens are worth guessing."""
 
     def __init__(self, ids: list[int]) -> None:

@@ -18,7 +18,7 @@ NUCLEUS_CANDIDATES = 2048  # enough for most nuclei: sorting this many is far ch
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How answers are drawn; the same for every row of a call.
 
     `max_new_tokens` counts the stop token, as in transformers. The rest, `repetition_penalty` apart, matters only with
@@ -48,8 +48,8 @@ class Sampling:
                 raise SFTError(f"{name}: {getattr(self, name)} must be {rule}")
 
 
-def choose(
-    logits: Tensor, settings: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None
+def choose_tokens(
+    logits: Tensor, settings: SamplingParams, generators: Sequence[torch.Generator], seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row and its log-probability.
 
@@ -58,18 +58,18 @@ def choose(
     model itself, before the penalty, the temperature and the cuts, so that they compare between settings.
     """
     logits = logits.float()
-    scores = logits if seen is None else penalize(logits, seen, settings.repetition_penalty)
-    ids = draw(cut(scores, settings), generators) if settings.do_sample else scores.argmax(-1)
+    scores = logits if seen is None else apply_repetition_penalty(logits, seen, settings.repetition_penalty)
+    ids = draw_tokens(filter_logits(scores, settings), generators) if settings.do_sample else scores.argmax(-1)
     return ids, -cross_entropy(logits, ids, reduction="none")
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the ids of `seen` less likely for a penalty above 1 (CTRL, https://arxiv.org/abs/1909.05858, section
     4.1)."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def cut(logits: Tensor, settings: Sampling) -> Tensor:
+def filter_logits(logits: Tensor, settings: SamplingParams) -> Tensor:
     """Temperature, then top-k, top-p and min-p: what falls under a row's threshold becomes -inf. (rows, vocabulary)."""
     scores = logits / settings.temperature
     width = scores.shape[-1]
@@ -80,24 +80,24 @@ def cut(logits: Tensor, settings: Sampling) -> Tensor:
         top = scores.topk(kept).values
         threshold = top[:, -1:]
         if settings.top_p < 1:
-            threshold = nucleus_threshold(top, top.logsumexp(-1, keepdim=True), settings.top_p)
+            threshold = compute_nucleus_threshold(top, top.logsumexp(-1, keepdim=True), settings.top_p)
     elif settings.top_p < 1:
-        threshold = wide_nucleus_threshold(scores, settings.top_p)
+        threshold = compute_wide_nucleus_threshold(scores, settings.top_p)
     if settings.min_p:
         threshold = torch.maximum(threshold, best + torch.tensor(settings.min_p).log())
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def wide_nucleus_threshold(scores: Tensor, top_p: float) -> Tensor:
-    """`nucleus_threshold` over the whole vocabulary; sorts all of it only if a nucleus is wider than the best few."""
+def compute_wide_nucleus_threshold(scores: Tensor, top_p: float) -> Tensor:
+    """Nucleus threshold over the whole vocabulary, which is sorted only if a nucleus exceeds NUCLEUS_CANDIDATES."""
     total = scores.logsumexp(-1, keepdim=True)
     top = scores.topk(min(NUCLEUS_CANDIDATES, scores.shape[-1])).values
     if bool(((top - total).exp().sum(-1) < top_p).any()):
         top = scores.sort(descending=True).values
-    return nucleus_threshold(top, total, top_p)
+    return compute_nucleus_threshold(top, total, top_p)
 
 
-def nucleus_threshold(top: Tensor, total: Tensor, top_p: float) -> Tensor:
+def compute_nucleus_threshold(top: Tensor, total: Tensor, top_p: float) -> Tensor:
     """The least score of the smallest set of best tokens with at least `top_p` of the probability. (rows, 1).
 
     `top` holds scores, best first; `total` is the logarithm of the sum that makes them probabilities, (rows, 1).
@@ -108,7 +108,7 @@ def nucleus_threshold(top: Tensor, total: Tensor, top_p: float) -> Tensor:
     return top.gather(-1, inside - 1)
 
 
-def draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def draw_tokens(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One id a row with probability softmax(scores), by the exponential race: the largest of score - log(Exp(1)).
 
     The noise belongs to token ids, so rounding in `scores` (which differs with the batch's size) changes the winner

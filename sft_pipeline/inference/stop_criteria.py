@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Stops:
+class StopCriteria:
     """When an answer ends, whatever its length."""
 
     ids: frozenset[int]

@@ -25,7 +25,7 @@ Part = Any  # a module of such a layer: torch types what it is made of as tensor
 LAYOUT_TOKENS = 16
 
 
-class Product:
+class OneDnnLinear:
     """x W^T + b of linear layers that share their input x, with W in a layout of oneDNN's."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -44,7 +44,7 @@ class Product:
         return self.multiply_with(x, other, self.weight, self.bias, operation)
 
 
-def serves_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def can_fuse_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a plain fp32 linear layer on the CPU. One of another class, or whose forward is already
     replaced, is someone else's; a build of torch without the operators of its inductor for oneDNN keeps its own
     product."""
@@ -54,7 +54,7 @@ def serves_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return ours and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def serves_layer(layer: Part) -> bool:
+def can_fuse_layer(layer: Part) -> bool:
     """Whether `layer` is of the family, untouched: no adapter in it, no hook on it, nothing that a fused layer would
     skip."""
     if type(layer).__name__ not in FAMILY or not type(layer).__module__.startswith("transformers."):
@@ -63,14 +63,14 @@ def serves_layer(layer: Part) -> bool:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if not all(map(serves_linear, [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj])):
+    if not all(map(can_fuse_linear, [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj])):
         return False
     return len({projection.bias is None for projection in qkv}) == 1 and attention.config.hidden_act == "silu"
 
 
-def linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+def build_linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """A forward for a linear layer: oneDNN's product, and torch's own under autocast."""
-    product = Product([layer])
+    product = OneDnnLinear([layer])
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -80,8 +80,8 @@ def linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def layer_forward(layer: Part, attend: Callable) -> Callable[..., Tensor]:
-    """A forward for a decoder layer that `serves_layer`; `attend` is an attention function of transformers'
+def build_layer_forward(layer: Part, attend: Callable) -> Callable[..., Tensor]:
+    """A forward for a decoder layer that `can_fuse_layer`; `attend` is an attention function of transformers'
     interface."""
     self_attention, mlp = _attention(layer.self_attn, attend), _mlp(layer.mlp)
     before, after = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
@@ -101,7 +101,7 @@ def _norm(norm: Part) -> Callable[[Tensor], Tensor]:
 
 
 def _attention(module: Part, attend: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    project, output = Product([module.q_proj, module.k_proj, module.v_proj]), Product([module.o_proj])
+    project, output = OneDnnLinear([module.q_proj, module.k_proj, module.v_proj]), OneDnnLinear([module.o_proj])
     size = module.head_dim
     heads, shared = module.q_proj.out_features // size, module.k_proj.out_features // size
     norms = [_norm(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
@@ -124,5 +124,5 @@ def _attention(module: Part, attend: Callable) -> Callable[[Tensor, Tensor, Tens
 
 
 def _mlp(module: Part) -> Callable[[Tensor, Tensor], Tensor]:
-    gate, up, down = (Product([layer]) for layer in (module.gate_proj, module.up_proj, module.down_proj))
+    gate, up, down = (OneDnnLinear([layer]) for layer in (module.gate_proj, module.up_proj, module.down_proj))
     return lambda x, residual: down.with_(up.with_(x, gate(x, "swish"), "mul"), residual, "add")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from sft_pipeline.kernels.cpu_attention import PackedRows, attend, attend_backward
-from sft_pipeline.kernels.cpu_layer_inference import Part, serves_layer
+from sft_pipeline.kernels.cpu_layer_inference import Part, can_fuse_layer
 
 TOKENS = 128  # at a time in the activations of the MLP
 Pairs = list[Any]  # weight, bias, weight, bias, ...: tensors, a bias may be None
@@ -29,16 +29,18 @@ Pairs = list[Any]  # weight, bias, weight, bias, ...: tensors, a bias may be Non
 
 def use_fused_layers(model: nn.Module) -> int:
     """Give every layer of `model` that can take it the forward below; returns how many did."""
-    layers = [module for module in model.modules() if serves_layer(module)]
+    layers = [module for module in model.modules() if can_fuse_layer(module)]
     for layer in layers:
-        layer.forward = FusedTraining(layer)
+        layer.forward = FusedTrainingForward(layer)
     return len(layers)
 
 
 @contextmanager
-def fused_layers_set_aside(model: nn.Module) -> Iterator[None]:
+def disable_fused_layers(model: nn.Module) -> Iterator[None]:
     """Within this block the layers of `model` have the forwards of their classes."""
-    aside = [(m, vars(m).pop("forward")) for m in model.modules() if isinstance(vars(m).get("forward"), FusedTraining)]
+    aside = [
+        (m, vars(m).pop("forward")) for m in model.modules() if isinstance(vars(m).get("forward"), FusedTrainingForward)
+    ]
     try:
         yield
     finally:
@@ -47,7 +49,7 @@ def fused_layers_set_aside(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class FusedTraining:
+class FusedTrainingForward:
     """The forward of one decoder layer."""
 
     layer: Part

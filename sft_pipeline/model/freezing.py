@@ -9,7 +9,7 @@ from torch import nn
 from sft_pipeline.utils.errors import SFTError
 
 
-def train_only(model: nn.Module, patterns: list[str]) -> None:
+def freeze_except(model: nn.Module, patterns: list[str]) -> None:
     """Freeze what none of the regular expressions is found in the name of: "self_attn", or r"layers\\.(28|29)\\.".
 
     Raises SFTError for an expression that does not parse or that no parameter has. A tied head has the name of the

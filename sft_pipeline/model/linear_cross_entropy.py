@@ -18,7 +18,7 @@ from sft_pipeline.utils.constants import IGNORED
 CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small beside a model
 
 
-def supervised_loss(
+def linear_cross_entropy(
     hidden: Tensor,
     labels: Tensor,
     weight: Tensor,

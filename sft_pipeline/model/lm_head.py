@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sft_pipeline.model.linear_cross_entropy import supervised_loss
-from sft_pipeline.model.module_utils import _replaced, evaluating, without_adapter_shell
+from sft_pipeline.model.linear_cross_entropy import linear_cross_entropy
+from sft_pipeline.model.module_utils import replace_attribute, unwrap_peft, use_eval_mode
 from sft_pipeline.utils.errors import SFTError
 
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-6}  # the largest difference of logits split_head accepts, relative
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """A causal language model cut in two: the backbone, which gives hidden states, and the head over them."""
 
     backbone: PreTrainedModel
@@ -40,7 +40,7 @@ class Head:
         """
         embedding: Any = self.backbone.get_input_embeddings()
         tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
-        with _replaced(embedding, "sparse", True) if tied else nullcontext():
+        with replace_attribute(embedding, "sparse", True) if tied else nullcontext():
             return self.backbone(use_cache=False, **inputs).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -49,21 +49,23 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def loss(self, hidden: Tensor, labels: Tensor, num_items: float | Tensor) -> Tensor:
-        """See `supervised_loss`."""
+        """See `linear_cross_entropy`."""
         linear = self.linear
         options: dict[str, Any] = {"num_items": num_items, "scale": self.scale, "softcap": self.softcap}
-        return self.call(lambda states: supervised_loss(states, labels, linear.weight, linear.bias, **options), hidden)
+        return self.call(
+            lambda states: linear_cross_entropy(states, labels, linear.weight, linear.bias, **options), hidden
+        )
 
     def call(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """`function(hidden)` in the place of the head's own forward pass.
 
         Where weights are divided among processes (FSDP, ZeRO-3), they are whole within their module's call alone.
         """
-        with _replaced(self.linear, "forward", function):
+        with replace_attribute(self.linear, "forward", function):
             return self.linear(hidden)
 
 
-def split_head(model: nn.Module) -> Head:
+def split_head(model: nn.Module) -> LMHead:
     """Cut `model` (a transformers causal LM, or one with LoRA from `peft`) into backbone and head.
 
     What the family does to its logits is read from the config and then checked against the model's own logits on a
@@ -71,13 +73,13 @@ def split_head(model: nn.Module) -> Head:
     or sharded. `peft`: LoRA layers sit inside the backbone and need nothing; a head in `modules_to_save` is trained
     as its copy; a head with LoRA on it, and prompt learning, which changes the inputs, are refused.
     """
-    model = without_adapter_shell(model)
+    model = unwrap_peft(model)
     linear = _plain_linear(model.get_output_embeddings())
     if linear is None:
         raise SFTError(f"{type(model).__name__} has no plain linear head; set `packing: false` and use the full logits")
     config = model.config.get_text_config()
     backbone: Any = model.base_model
-    head = Head(backbone, linear, _scale(config), getattr(config, "final_logit_softcapping", None))
+    head = LMHead(backbone, linear, _scale(config), getattr(config, "final_logit_softcapping", None))
     if (difference := _difference(model, head)) > CLOSE.get(linear.weight.dtype, 5e-2):
         raise SFTError(
             f"{type(model).__name__} changes its logits after the head in an unknown way "
@@ -99,10 +101,10 @@ def _scale(config: Any) -> float:
     return factor / (getattr(config, "logits_scaling", None) or 1.0)
 
 
-def _difference(model: nn.Module, head: Head) -> float:
+def _difference(model: nn.Module, head: LMHead) -> float:
     """The largest difference between the model's logits and the head's on a few tokens, over the largest logit."""
     ids = torch.arange(4, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
-    with evaluating(model):
+    with use_eval_mode(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = getattr(head.backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
         if hidden is None:

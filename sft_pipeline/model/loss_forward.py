@@ -2,7 +2,7 @@
 
     supervise(model)
     model(input_ids=..., attention_mask=..., shift_labels=..., num_items_in_batch=n).loss     # training
-    model(input_ids=..., attention_mask=..., shift_labels=..., row_figures=True).logits       # evaluation, (rows, 3)
+    model(input_ids=..., attention_mask=..., shift_labels=..., return_row_losses=True).logits  # evaluation, (rows, 3)
 
 Both also take packed batches (data/packing.py), whose `row_lengths` stand in the place of `attention_mask`.
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from sft_pipeline.model.lm_head import Head, split_head
-from sft_pipeline.model.module_utils import without_adapter_shell
-from sft_pipeline.model.packed_attention import packed_arguments
+from sft_pipeline.model.lm_head import LMHead, split_head
+from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.packed_attention import build_packed_arguments
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 POSITIONS = 1024  # positions at a time whose logits are formed in evaluation
 
 
-def supervise(model: PreTrainedModel) -> str | None:
+def patch_loss_forward(model: PreTrainedModel) -> str | None:
     """Teach `model` the two calls above. Returns why it stays with full logits instead, or None."""
     try:
         head, reason = split_head(model), None
     except SFTError as error:
         head, reason = None, str(error)
-    inner = without_adapter_shell(model)
+    inner = unwrap_peft(model)
     plain = inner.forward
 
     def forward(
@@ -46,18 +46,18 @@ def supervise(model: PreTrainedModel) -> str | None:
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         row_lengths: Tensor | None = None,
-        row_figures: bool = False,
+        return_row_losses: bool = False,
         **kwargs: Any,
     ) -> Any:
         if shift_labels is None:
             return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
         if row_lengths is not None:
-            kwargs |= packed_arguments(row_lengths)
+            kwargs |= build_packed_arguments(row_lengths)
         if head is None:
-            return _with_full_logits(plain, shift_labels, num_items_in_batch, row_lengths, row_figures, kwargs)
+            return _with_full_logits(plain, shift_labels, num_items_in_batch, row_lengths, return_row_losses, kwargs)
         hidden = head.hidden(**kwargs)
-        if row_figures:
-            sums = head.call(lambda states: row_sums(states, shift_labels, row_lengths, head), hidden)
+        if return_row_losses:
+            sums = head.call(lambda states: sum_row_losses(states, shift_labels, row_lengths, head), hidden)
             return CausalLMOutput(logits=sums)
         count = num_items_in_batch
         if count is None:
@@ -69,17 +69,17 @@ def supervise(model: PreTrainedModel) -> str | None:
 
 
 def _with_full_logits(
-    plain: Any, labels: Tensor, count: Any, row_lengths: Tensor | None, row_figures: bool, kwargs: dict[str, Any]
+    plain: Any, labels: Tensor, count: Any, row_lengths: Tensor | None, return_row_losses: bool, kwargs: dict[str, Any]
 ) -> Any:
     """The library's own way, for a model whose head cannot be taken apart."""
-    if not row_figures:
+    if not return_row_losses:
         return plain(**kwargs, use_cache=False, labels=labels, shift_labels=labels, num_items_in_batch=count)
     logits = plain(**kwargs, use_cache=False).logits
-    return CausalLMOutput(logits=row_sums(logits, labels, row_lengths, None))
+    return CausalLMOutput(logits=sum_row_losses(logits, labels, row_lengths, None))
 
 
 @torch.no_grad()
-def row_sums(hidden: Tensor, labels: Tensor, row_lengths: Tensor | None, head: Head | None) -> Tensor:
+def sum_row_losses(hidden: Tensor, labels: Tensor, row_lengths: Tensor | None, head: LMHead | None) -> Tensor:
     """(rows, 3) in float64: summed nll in nats, targets, and targets that were the likeliest id, of each row.
 
     hidden: (lines, length, hidden size), or the logits themselves where `head` is None; labels: (lines, length),
@@ -95,8 +95,8 @@ def row_sums(hidden: Tensor, labels: Tensor, row_lengths: Tensor | None, head: H
         logits = (states if head is None else head.logits(states)).float()
         nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
         correct = (logits.argmax(-1) == target).float()
-        figures = torch.stack([nll, torch.ones_like(nll), correct], 1)
-        sums.index_add_(0, numbers[where].cpu(), figures.cpu().double())
+        metrics = torch.stack([nll, torch.ones_like(nll), correct], 1)
+        sums.index_add_(0, numbers[where].cpu(), metrics.cpu().double())
     return sums.to(torch.float32 if labels.device.type == "mps" else torch.float64).to(labels.device)
 
 

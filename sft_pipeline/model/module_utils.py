@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sft_pipeline.utils.errors import SFTError
 
 
-def without_adapter_shell(model: Any) -> PreTrainedModel:
+def unwrap_peft(model: Any) -> PreTrainedModel:
     """The causal LM inside a `peft` model."""
     if not hasattr(model, "peft_config"):
         return model
@@ -23,7 +23,7 @@ def without_adapter_shell(model: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def replace_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Inside, the module's own attribute `name` is `value`."""
     before = vars(module).get(name)
     vars(module)[name] = value
@@ -36,7 +36,7 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def use_eval_mode(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; every module's mode is put back."""
     training = {module: module.training for module in model.modules()}
     model.eval()

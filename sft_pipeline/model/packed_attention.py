@@ -21,12 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sft_pipeline.kernels.cpu_attention import PackedRows, attend, attend_backward
-from sft_pipeline.model.module_utils import evaluating, without_adapter_shell
+from sft_pipeline.model.module_utils import unwrap_peft, use_eval_mode
+from sft_pipeline.utils.errors import format_first_line
 
 NAME = "sft_packed"
 
 
-def packed_arguments(row_lengths: Tensor) -> dict[str, Any]:
+def build_packed_arguments(row_lengths: Tensor) -> dict[str, Any]:
     """What a packed batch passes to the model: `row_lengths` (1 + rows) = [prefix, rest of row 1, ...].
 
     The lengths are read here once for all layers. The empty mask has four dimensions, which transformers takes as a
@@ -37,7 +38,7 @@ def packed_arguments(row_lengths: Tensor) -> dict[str, Any]:
     return {"packed_rows": PackedRows(prefix, tuple(lengths)), "attention_mask": mask}
 
 
-def packed_attention(
+def attend_packed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -66,28 +67,28 @@ def packed_attention(
 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Let `model`, a transformers model, attend over packed rows; it keeps serving every other batch as `sdpa` does."""
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, attend_packed)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
 
 
-def why_not_packable(model: PreTrainedModel, longest: int | None = None) -> str | None:
+def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) -> str | None:
     """Why packed rows would not be exact for `model`, in one clause, or None. Asked before training.
 
     longest: tokens of the longest row; a sliding window at least as long hides nothing. The config rules out what
     short rows don't show; everything else (a model that ignores positions, keeps a state, adds a bias to the scores)
     is found by comparing the model's own hidden states of three short rows with those of the packed line.
     """
-    model = without_adapter_shell(model)
+    model = unwrap_peft(model)
     if reason := _unservable(model, longest):
         return reason
     before = model.config._attn_implementation
     try:
         use_packed_attention(model)
-        with evaluating(model):
+        with use_eval_mode(model):
             difference = _packing_difference(model.base_model)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return f"{type(model).__name__} does not take packed rows ({str(error).splitlines()[0]})"
+        return f"{type(model).__name__} does not take packed rows ({format_first_line(error)})"
     finally:
         model.set_attn_implementation(before)
     close = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
@@ -119,7 +120,7 @@ def _packing_difference(backbone: Any) -> float:
     ids = torch.arange(prefix + sum(lengths), device=device)[None] % backbone.config.get_text_config().vocab_size
     rows = PackedRows(prefix, lengths)
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in lengths)])
-    arguments = packed_arguments(torch.tensor([prefix, *lengths], device=device))
+    arguments = build_packed_arguments(torch.tensor([prefix, *lengths], device=device))
     packed = backbone(input_ids=ids, position_ids=positions[None].to(device), use_cache=False, **arguments)
     worst, largest = 0.0, 1e-9
     for start, end in rows.spans():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sft_pipeline.reports.run_results import Run
+from sft_pipeline.reports.run_results import RunResults
 
 Points = list[tuple[float, float]]
 
@@ -46,7 +46,7 @@ ASKED_FEWER = "evaluations on the way ask fewer questions"
 SO_FAR = "mean since the start, evaluations not counted"
 
 
-def of_one_run(run: Run) -> list[Chart]:
+def build_run_charts(run: RunResults) -> list[Chart]:
     """All charts over the steps of one run; what has no points is left out."""
     answers = [Series(title, _evaluated(run, name), at, "dots") for at, (name, title) in enumerate(ANSWERS.items())]
     charts = [
@@ -59,12 +59,12 @@ def of_one_run(run: Run) -> list[Chart]:
     return list(_with_points(charts))
 
 
-def of_several(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+def build_comparison_charts(runs: Sequence[RunResults], names: Sequence[str]) -> list[Chart]:
     """The same charts with every run in a colour of its own."""
     named = list(enumerate(zip(runs, names)))
     losses = [series for at, (run, name) in named for series in _losses(run, f"{name}: ", at, at)]
 
-    def over(points: Callable[[Run, str], Points], key: str, kind: Literal["line", "dots"]) -> list[Series]:
+    def over(points: Callable[[RunResults, str], Points], key: str, kind: Literal["line", "dots"]) -> list[Series]:
         return [Series(name, points(run, key), at, kind) for at, (run, name) in named]
 
     charts = [
@@ -80,7 +80,7 @@ def of_several(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     return list(_with_points(charts))
 
 
-def of_lengths(run: Run) -> list[Chart]:
+def build_length_charts(run: RunResults) -> list[Chart]:
     """The histogram of tokens a row, where the run left one."""
     if run.preview is None:
         return []
@@ -89,7 +89,7 @@ def of_lengths(run: Run) -> list[Chart]:
     return [Chart("Training rows by length", "tokens", [Series("", points, 0, "bars")], floor=1, key=False)]
 
 
-def _losses(run: Run, prefix: str, training: int, held_out: int) -> list[Series]:
+def _losses(run: RunResults, prefix: str, training: int, held_out: int) -> list[Series]:
     return [
         Series(f"{prefix}training", _logged(run, "loss"), training),
         Series(f"{prefix}held out", _logged(run, "eval_loss"), held_out, "dots"),
@@ -108,14 +108,14 @@ def _memory(series: list[Series], key: bool = True) -> Chart:
     return Chart("Memory, GiB", "step", series, "the most so far", floor=1, key=key)
 
 
-def _logged(run: Run, key: str) -> Points:
+def _logged(run: RunResults, key: str) -> Points:
     """(step, value) of the log entries that have it."""
     return _finite([(entry["step"], entry[key]) for entry in run.results["loss_curve"] if key in entry])
 
 
-def _evaluated(run: Run, key: str) -> Points:
+def _evaluated(run: RunResults, key: str) -> Points:
     """(step, value) of the evaluations; one of the best model stands for that of its step."""
-    found = {one.step: one.figures[key] for one in run.evaluations if key in one.figures}
+    found = {one.step: one.metrics[key] for one in run.evaluations if key in one.metrics}
     return _finite(sorted(found.items()))
 
 

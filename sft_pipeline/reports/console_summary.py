@@ -1,4 +1,4 @@
-"""What a run prints at its end: answers before and after, and what changed in figures."""
+"""What a run prints at its end: answers before and after, and what changed in metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sft_pipeline.utils.sanitize import visible
+from sft_pipeline.utils.sanitize import replace_control_characters
 
 SHOWN = 5  # answers printed; results.json has them all
 # Figures of the table, as they are called there, and how a value and a difference are written.
@@ -21,19 +21,19 @@ FIGURES = {
 
 
 def print_results(results: dict[str, Any], folder: str, console: Console) -> None:
-    """Answers before and after, and the figures."""
+    """Answers before and after, and the metrics."""
     for one in results["answers"][:SHOWN]:
         table = Table(show_header=False, box=None, padding=(0, 1), expand=True)
         table.add_column(style="bold", width=9, no_wrap=True)
         table.add_column()
-        table.add_row("prompt", Text(visible(one["prompt"])))
+        table.add_row("prompt", Text(replace_control_characters(one["prompt"])))
         if one["before"] is not None:
             table.add_row("before", Text(_shown(one["before"], one["stopped_before"], one["error"])), style="dim")
         table.add_row("after", Text(_shown(one["after"], one["stopped"], one["error"])), style="green")
         console.print(table)
         console.print()
     if results["before_and_after"]:
-        console.print(figures_table(results["before_and_after"]))
+        console.print(build_metrics_table(results["before_and_after"]))
     console.print(
         f"{results['steps']} steps in {results['seconds']:.0f} s, {results['tokens_per_second']:.0f} tokens/s, "
         f"{results['peak_memory_gib']} GiB at most\nsaved in {folder}; talk to it: ./launch.sh chat {folder}",
@@ -42,7 +42,7 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
     )
 
 
-def figures_table(changes: dict[str, dict[str, float | None]]) -> Table:
+def build_metrics_table(changes: dict[str, dict[str, float | None]]) -> Table:
     """A row a figure: before, after, the difference with its 95% interval, and the items it is over."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("")
@@ -59,5 +59,5 @@ def figures_table(changes: dict[str, dict[str, float | None]]) -> Table:
 
 
 def _shown(answer: str, stopped: bool, error: str | None) -> str:
-    answer = visible(f"no answer: {error}" if error else answer)
+    answer = replace_control_characters(f"no answer: {error}" if error else answer)
     return answer if error or stopped else f"{answer} … (cut off)"

@@ -17,13 +17,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sft_pipeline.evaluation.step_results import changes
+from sft_pipeline.evaluation.step_results import compute_changes
 from sft_pipeline.evaluation.tables import FIGURES
 from sft_pipeline.reports import charts, svg
-from sft_pipeline.reports.run_results import ABSENT, Run, read_run, side_by_side
+from sft_pipeline.reports.run_results import ABSENT, RunResults, join_tables, read_run
 from sft_pipeline.runs.output_dir import REPORT_FILE
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.sanitize import visible
+from sft_pipeline.utils.sanitize import replace_control_characters
 
 logger = logging.getLogger(__name__)
 
@@ -43,62 +43,62 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     file = Path(output or paths[0] / (COMPARISON_FILE if len(runs) > 1 else REPORT_FILE))
     if file.is_dir():
         raise SFTError(f"output {file}: is a folder; name a file in it")
-    page = comparison(runs) if len(runs) > 1 else one_run(runs[0])
+    page = render_comparison(runs) if len(runs) > 1 else render_run(runs[0])
     file.parent.mkdir(parents=True, exist_ok=True)
     # Half a character from an answer cut off, or from a data file, is no reason to have no page.
     file.write_text(page, encoding="utf-8", errors="replace")
     return file
 
 
-def one_run(run: Run) -> str:
+def render_run(run: RunResults) -> str:
     known = [one for one in (run.before, run.after) if one]
     evaluations = known if len(known) == 2 and known[0] is not known[1] else known[-1:]
     return _render(
         "run.html",
         title=_name(run),
         run=run,
-        charts=_drawn(charts.of_one_run(run)),
-        lengths=_drawn(charts.of_lengths(run)),
+        charts=_drawn(charts.build_run_charts(run)),
+        lengths=_drawn(charts.build_length_charts(run)),
         asked=("before", "after")[-len(evaluations) :],
-        answers=side_by_side(evaluations, instructions=False),
-        instructions=side_by_side(evaluations, instructions=True),
+        answers=join_tables(evaluations, instructions=False),
+        instructions=join_tables(evaluations, instructions=True),
         first_row=_first_row(run),
     )
 
 
-def comparison(runs: list[Run]) -> str:
+def render_comparison(runs: list[RunResults]) -> str:
     names = _names(runs)
     evaluations = [run.after for run in runs if run.after]
     everywhere = len(evaluations) == len(runs)
-    against = [changes(evaluations[0], one) for one in evaluations[1:]] if everywhere else []
+    against = [compute_changes(evaluations[0], one) for one in evaluations[1:]] if everywhere else []
     return _render(
         "comparison.html",
         title=" and ".join(names) if len(names) == 2 else f"{len(names)} runs",
         runs=runs,
         names=names,
-        charts=_drawn(charts.of_several(runs, names)),
+        charts=_drawn(charts.build_comparison_charts(runs, names)),
         against=against,
         other_rows=len({str(run.after and run.after.held_out["tokens"]) for run in runs}) > 1,
-        answers=side_by_side(evaluations, instructions=False) if everywhere else [],
+        answers=join_tables(evaluations, instructions=False) if everywhere else [],
         differing=_differing([run.results["config"] for run in runs]),
     )
 
 
-def _names(runs: list[Run]) -> list[str]:
+def _names(runs: list[RunResults]) -> list[str]:
     """The folders' own names, and their paths where these are alike."""
     short = [_name(run) for run in runs]
     return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 
 
-def _name(run: Run) -> str:
+def _name(run: RunResults) -> str:
     return run.folder.resolve().name
 
 
 def _drawn(found: list[charts.Chart]) -> list[tuple[charts.Chart, str]]:
-    return [(chart, svg.svg(chart)) for chart in found] if svg.can_draw() else []
+    return [(chart, svg.render_svg(chart)) for chart in found] if svg.can_draw() else []
 
 
-def _first_row(run: Run) -> list[tuple[bool, list[str]]]:
+def _first_row(run: RunResults) -> list[tuple[bool, list[str]]]:
     """The first training row as runs of tokens that are trained or given."""
     if run.preview is None:
         return []
@@ -122,11 +122,11 @@ def _render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "written": _written, "titled": _titled}
+    environment.filters |= {"visible": replace_control_characters, "written": _written, "titled": _titled}
     environment.globals |= {
         "form": _form,
         "row_counts": COUNTS,
-        "known_figures": FIGURES,
+        "known_metrics": FIGURES,
         "shown_as": _shown_as,
         "no_charts": None if svg.can_draw() else svg.NO_CHARTS,
     }

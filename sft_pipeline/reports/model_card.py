@@ -1,6 +1,6 @@
-"""The model card of an exported run: what it was trained on, how, what changed in figures, under which licence.
+"""The model card of an exported run: what it was trained on, how, what changed in metrics, under which licence.
 
-The front matter is what the hub reads: base model, licence, data sets, and the figures as its `model-index`.
+The front matter is what the hub reads: base model, licence, data sets, and the metrics as its `model-index`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from sft_pipeline.data.sources import is_hub_name
 from sft_pipeline.model.loading import PACKAGED
 from sft_pipeline.reports.console_summary import FIGURES
-from sft_pipeline.reports.run_results import Run
+from sft_pipeline.reports.run_results import RunResults
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-# Our figures in the model-index, under the names of its metrics where it has one.
+# Our metrics in the model-index, under the names of its metrics where it has one.
 METRICS = {
     "nll_nats_per_token": ("loss", "held-out loss, nats a token"),
     "perplexity": ("perplexity", "held-out perplexity"),
@@ -32,14 +32,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def model_card(run: Run, name: str, dtype: str, licence: str | None) -> ModelCard:
+def build_model_card(run: RunResults, name: str, dtype: str, licence: str | None) -> ModelCard:
     """The card of the model called `name`. licence: as the hub names it; None takes the base's."""
     config = run.results["config"]
     base, data = config["model_name_or_path"], [*config["train_data"], *config.get("eval_data", [])]
     metadata = ModelCardData(
         model_name=name,
         base_model=_hub_model(base),
-        license=licence or known_licence(base, "model"),
+        license=licence or find_licence(base, "model"),
         datasets=[one for one in data if _on_the_hub(one)] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -52,15 +52,15 @@ def model_card(run: Run, name: str, dtype: str, licence: str | None) -> ModelCar
         name=name,
         dtype=dtype,
         base=_hub_model(base) or _shown(base),
-        base_licence=known_licence(base, "model"),
-        data=[(_shown(one), known_licence(one, "dataset")) for one in data],
+        base_licence=find_licence(base, "model"),
+        data=[(_shown(one), find_licence(one, "dataset")) for one in data],
         results=run.results,
         titles=FIGURES,
         settings={key: config[key] for key in SETTINGS if config.get(key) and (config["lora"] or "lora" not in key)},
     )
 
 
-def known_licence(name: str, kind: str) -> str | None:
+def find_licence(name: str, kind: str) -> str | None:
     """What the card beside a model or data set says (README.md with front matter), on disk or in the hub's cache.
 
     kind: "model" or "dataset". Nothing is fetched.
@@ -77,9 +77,9 @@ def known_licence(name: str, kind: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _eval_results(run: Run, data: list[str]) -> list[EvalResult]:
-    """The figures of the saved model, as far as the run has them."""
-    figures = run.results["figures"] or {}
+def _eval_results(run: RunResults, data: list[str]) -> list[EvalResult]:
+    """The metrics of the saved model, as far as the run has them."""
+    metrics = run.results["metrics"] or {}
     held_out = f"held-out rows of {', '.join(map(_shown, data))}"
     return [
         EvalResult(
@@ -88,10 +88,10 @@ def _eval_results(run: Run, data: list[str]) -> list[EvalResult]:
             dataset_name="sft_pipeline's checkable instructions" if name.startswith("instructions") else held_out,
             metric_type=metric,
             metric_name=title,
-            metric_value=round(figures[name], 4),
+            metric_value=round(metrics[name], 4),
         )
         for name, (metric, title) in METRICS.items()
-        if figures.get(name) is not None
+        if metrics.get(name) is not None
     ]
 
 

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.evaluation.step_results import BEST_FILE, Evaluation, Row
+from sft_pipeline.evaluation.step_results import BEST_FILE, AnswerRow, StepResults
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, PREVIEW_FILE, RESULTS_FILE, RUN_FILE
 from sft_pipeline.utils.errors import SFTError
 
 NEEDED = (
     "eval_loss", "train_loss", "trainable_parameters", "steps", "tokens_per_second", "peak_memory_gib", "seconds",
-    "figures", "before_and_after", "answers", "rows", "loss_curve", "versions", "config",
+    "metrics", "before_and_after", "answers", "rows", "loss_curve", "versions", "config",
 )  # fmt: skip
 ABSENT = "–"
 
 
 @dataclass(frozen=True)
-class Number:
+class SourcedNumber:
     """A number as it is shown. source: the file that has it and the JSON pointer (RFC 6901) to it."""
 
     source: str
@@ -30,22 +30,22 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResults:
     """evaluations: in order; where the best model was brought back, the last one is of that. preview: see
     `preview.record`; None for a run that left none."""
 
     folder: Path
     results: dict[str, Any]
-    evaluations: list[Evaluation]
+    evaluations: list[StepResults]
     preview: dict[str, Any] | None
 
     @property
-    def before(self) -> Evaluation | None:
+    def before(self) -> StepResults | None:
         """The evaluation at step 0."""
         return next((one for one in self.evaluations if one.step == 0), None)
 
     @property
-    def after(self) -> Evaluation | None:
+    def after(self) -> StepResults | None:
         """That of the saved model."""
         return self.evaluations[-1] if self.evaluations else None
 
@@ -55,17 +55,19 @@ class Run:
         words = ["./launch.sh", "train", str(self.folder / RUN_FILE), "--output_dir", f"{self.folder}-again"]
         return shlex.join(words)
 
-    def number(self, *keys: str | int, form: str | Callable[[Any], str] = "{}") -> Number:
+    def number(self, *keys: str | int, form: str | Callable[[Any], str] = "{}") -> SourcedNumber:
         """The number of results.json under these keys, one inside the other; one that is not there is ABSENT."""
         found: Any = self.results
         for key in keys:
             found = found[key] if isinstance(key, int) else (found or {}).get(key)
         pointer = "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in keys)
         written = form.format if isinstance(form, str) else form
-        return Number(f"{self.folder / RESULTS_FILE}#{pointer}", found, ABSENT if found is None else written(found))
+        return SourcedNumber(
+            f"{self.folder / RESULTS_FILE}#{pointer}", found, ABSENT if found is None else written(found)
+        )
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunResults:
     """Raises SFTError for a folder that is not of a finished run, and for a file that cannot be read."""
     if not folder.is_dir():
         raise SFTError(f"{folder}: no such folder; give the output folder of a run")
@@ -78,19 +80,19 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise SFTError(f"{folder / RESULTS_FILE}: no {missing[0]}; it is of another release, train again with this one")
     preview = _read(folder / PREVIEW_FILE) if (folder / PREVIEW_FILE).is_file() else None
-    return Run(folder, results, _evaluations(folder / EVALUATION_DIR), preview)
+    return RunResults(folder, results, _evaluations(folder / EVALUATION_DIR), preview)
 
 
-def side_by_side(evaluations: list[Evaluation], instructions: bool) -> list[tuple[Row, ...]]:
+def join_tables(evaluations: list[StepResults], instructions: bool) -> list[tuple[AnswerRow, ...]]:
     """What each evaluation has at the questions that all of them were asked; see `history.table_row`."""
     tables = [[row for row in one.table if (row["instruction"] is not None) == instructions] for one in evaluations]
     return [rows for rows in zip(*tables) if len({row["prompt"] for row in rows}) == 1]
 
 
-def _evaluations(folder: Path) -> list[Evaluation]:
+def _evaluations(folder: Path) -> list[StepResults]:
     files = [*sorted(folder.glob("step_*.json")), *folder.glob(BEST_FILE)]
     try:
-        return [Evaluation(**_read(file)) for file in files]
+        return [StepResults(**_read(file)) for file in files]
     except TypeError as error:
         raise SFTError(f"{folder}: holds a file that is no evaluation ({error}); take it away") from error
 

@@ -36,18 +36,18 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def svg(chart: Chart) -> Markup:
+def render_svg(chart: Chart) -> Markup:
     """The drawing as an <svg> element that is as wide as its place."""
     from matplotlib import rc_context
 
     drawn = io.StringIO()
     # Letters stay letters; ids differ from chart to chart and are the same at every call.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": FONT}):
-        figure(chart).savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        draw_figure(chart).savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return Markup(_as_part_of_a_page(drawn.getvalue()))
 
 
-def figure(chart: Chart) -> Figure:
+def draw_figure(chart: Chart) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.chat_templates import TEMPLATES, Template, build_template
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve
+from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.utils.files import get_cache_dir
 
 
 def load_trained(
@@ -21,7 +21,7 @@ def load_trained(
 ) -> tuple[PreTrainedModel, Template, str | None]:
     """Model, template and system prompt of a run's output folder (merged, if it holds adapters), a model folder or a
     hub name; the model on the accelerator, if there is one. For template and system prompt see `load_template`."""
-    path = resolve(name_or_path, cache_dir())
+    path = resolve_model(name_or_path, get_cache_dir())
     template, system_prompt = load_template(path, template_name, system_prompt)
     model = load_model(path)
     device: Any = torch.accelerator.current_accelerator(check_available=True) or "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +12,18 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_pipeline.config import SFTArguments
-from sft_pipeline.data.batch_sampler import row_lengths
+from sft_pipeline.data.batch_sampler import count_row_tokens
 from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.packing import PackedCollator, savings
+from sft_pipeline.data.collators import choose_collator
+from sft_pipeline.data.packing import PackedCollator, describe_savings
 from sft_pipeline.data.padding import PaddingCollator
-from sft_pipeline.data.pipeline import Prepared
+from sft_pipeline.data.pipeline import PreparedData
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
-from sft_pipeline.model.freezing import train_only
+from sft_pipeline.model.freezing import freeze_except
 from sft_pipeline.model.lora import add_lora
-from sft_pipeline.model.loss_forward import supervise
-from sft_pipeline.model.packed_attention import use_packed_attention, why_not_packable
-from sft_pipeline.training.fsdp import whole_weights
-from sft_pipeline.training.memory import keep_freed_memory
+from sft_pipeline.model.loss_forward import patch_loss_forward
+from sft_pipeline.training.fsdp import gather_weights
+from sft_pipeline.training.memory import set_malloc_options
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.errors import SFTError
 
@@ -32,24 +33,24 @@ SAMPLE = 1000  # rows on which the savings are counted
 
 
 def build_trainer(
-    sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: Prepared
+    sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: PreparedData
 ) -> SupervisedTrainer:
     """The trainer over the prepared rows; says what it trains and how."""
-    with whole_weights(model):
-        reason = supervise(model)
+    with gather_weights(model):
+        reason = patch_loss_forward(model)
         collator = build_collator(sft, model, template, data)
     if reason:
         logger.info("the head is computed at every position: %s", reason)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     if sft.trainable_modules:
-        train_only(model, sft.trainable_modules)
+        freeze_except(model, sft.trainable_modules)
     # ZeRO-3 gathers the weights of a module when it is called; a fused layer calls none of its own.
     fusible = isinstance(collator, PackedCollator) and not is_deepspeed_zero3_enabled()
     fused = use_fused_layers(model) if fusible else 0
     callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
     # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
-    held_out = data.held_out and data.held_out.select(np.argsort(row_lengths(data.held_out), kind="stable"))
+    held_out = data.held_out and data.held_out.select(np.argsort(count_row_tokens(data.held_out), kind="stable"))
     # The rows have no other columns, and the library looks for their names in the model's own forward signature.
     training.remove_unused_columns = False
     # One process a device: the old way of one process for all devices would split a packed batch.
@@ -58,8 +59,8 @@ def build_trainer(
     training.ddp_find_unused_parameters = bool(training.ddp_find_unused_parameters)
     training.dataloader_pin_memory &= torch.accelerator.is_available()
     if training.device.type == "cpu":
-        keep_freed_memory()
-    trainable, parameters = trainable_parameters(model), model.num_parameters()
+        set_malloc_options()
+    trainable, parameters = count_trainable_parameters(model), model.num_parameters()
     logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{parameters:,}", model.dtype)
     trainer = SupervisedTrainer(
         model=model,
@@ -71,35 +72,34 @@ def build_trainer(
         callbacks=callbacks,
         tokens_per_batch=sft.tokens_per_batch,
     )
-    say_processes(trainer)
+    log_processes(trainer)
     if sft.lora_merge and trainer.is_fsdp_enabled:
         raise SFTError("lora_merge: true merges whole weights, and fsdp divides them; leave one out")
     if isinstance(collator, PackedCollator):
         batches = trainer.training_batches()
         sample = islice(batches, -(-len(batches) * SAMPLE // len(data.train)))
-        logger.info("%s; forward and backward are fused in %s layers", savings(data.train, sample), fused)
+        logger.info("%s; forward and backward are fused in %s layers", describe_savings(data.train, sample), fused)
     return trainer
 
 
 def build_collator(
-    sft: SFTArguments, model: PreTrainedModel, template: Template, data: Prepared
+    sft: SFTArguments, model: PreTrainedModel, template: Template, data: PreparedData
 ) -> PackedCollator | PaddingCollator:
     """Packed batches where they were asked for and the model can take them; says why not."""
-    accounts = [account for account in (data.train_account, data.held_out_account) if account]
+    accounts = [account for account in (data.train_stats, data.held_out_stats) if account]
     longest = max(account.length_quantiles["most"] for account in accounts)
-    reason = why_not_packable(model, longest) if sft.packing else "packing: false"
+    pad_token_id: Any = template.tokenizer.pad_token_id
+    collator, reason = choose_collator(model, longest, pad_token_id, sft.pad_to_multiple_of, sft.packing)
     if reason and sft.tokens_per_batch:
         raise SFTError(
             f"tokens_per_batch: {sft.tokens_per_batch} needs packed rows, which are off ({reason}); set it to 0"
         )
     if reason:
         logger.info("batches are padded: %s", reason)
-        return PaddingCollator(template.tokenizer.pad_token_id, sft.pad_to_multiple_of)
-    use_packed_attention(model)
-    return PackedCollator()
+    return collator
 
 
-def say_processes(trainer: SupervisedTrainer) -> None:
+def log_processes(trainer: SupervisedTrainer) -> None:
     """How many there are, which a launcher may have taken otherwise, and what each holds."""
     args = trainer.args
     if args.world_size > 1:
@@ -107,5 +107,5 @@ def say_processes(trainer: SupervisedTrainer) -> None:
         logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, holds)
 
 
-def trainable_parameters(model: PreTrainedModel) -> int:
+def count_trainable_parameters(model: PreTrainedModel) -> int:
     return sum(getattr(w, "ds_numel", w.numel()) for w in model.parameters() if w.requires_grad)

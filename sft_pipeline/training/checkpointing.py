@@ -13,16 +13,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from sft_pipeline.config import output_folder
-from sft_pipeline.runs.checkpoints import SAVING_DIR, clear, publish, publish_files, rotate
+from sft_pipeline.config import get_output_dir
+from sft_pipeline.runs.checkpoints import (
+    SAVING_DIR,
+    clear_leftovers,
+    publish_checkpoint,
+    publish_files,
+    rotate_checkpoints,
+)
 from sft_pipeline.training.fsdp import ShardedTrainer
-from sft_pipeline.training.rank_failures import gave_up
-from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import share_weights
-from sft_pipeline.utils.progress import waiting
+from sft_pipeline.training.rank_failures import is_collective_timeout
+from sft_pipeline.utils.errors import SFTError, format_error
+from sft_pipeline.utils.files import copy_folder_permissions
+from sft_pipeline.utils.progress import show_elapsed_time
 
 
-class SavingTrainer(ShardedTrainer):
+class CheckpointingTrainer(ShardedTrainer):
     """Whatever is written is written aside, and moved when all of it is on the disk."""
 
     _aside = False  # while a checkpoint is being written
@@ -38,16 +44,16 @@ class SavingTrainer(ShardedTrainer):
         aside = run / SAVING_DIR / name
         try:
             self._aside = True
-            with saving(run / name, aside):
-                with waiting(f"saving {name}", bool(self.args.disable_tqdm)):
+            with report_save_failure(run / name, aside):
+                with show_elapsed_time(f"saving {name}", bool(self.args.disable_tqdm)):
                     super()._save_checkpoint(model, trial)
                 self._name_best(run, aside)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    with waiting(f"checking {name}", bool(self.args.disable_tqdm)):
-                        publish(aside, run / name)
-                    rotate(run / name, self.args.save_total_limit, self.state.best_model_checkpoint)
-                    clear(run)
+                    with show_elapsed_time(f"checking {name}", bool(self.args.disable_tqdm)):
+                        publish_checkpoint(aside, run / name)
+                    rotate_checkpoints(run / name, self.args.save_total_limit, self.state.best_model_checkpoint)
+                    clear_leftovers(run)
         finally:
             self._aside = False
         self.accelerator.wait_for_everyone()
@@ -60,21 +66,21 @@ class SavingTrainer(ShardedTrainer):
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
-        folder = output_folder(self.args)
+        folder = get_output_dir(self.args)
         aside = folder / SAVING_DIR / "model"
-        with saving(folder / "the trained model", aside):
+        with report_save_failure(folder / "the trained model", aside):
             super().save_model(str(aside), _internal_call)
             if self.args.should_save:
                 publish_files(aside, folder)
-                clear(folder)
+                clear_leftovers(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without the library's pickle of the arguments, which no one needs and which holds the hub's token."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir) if output_dir else output_folder(self.args)
+            folder = Path(output_dir) if output_dir else get_output_dir(self.args)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            share_weights(folder)
+            copy_folder_permissions(folder)
 
     def _name_best(self, run: Path, aside: Path) -> None:
         """The best checkpoint by the name that it will have."""
@@ -119,16 +125,16 @@ class SavingTrainer(ShardedTrainer):
 
 
 @contextmanager
-def saving(place: Path, aside: Path) -> Iterator[None]:
+def report_save_failure(place: Path, aside: Path) -> Iterator[None]:
     """Raises SFTError where the disk fails while `aside` is written, which then takes no more room there."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors have errors of their own for a disk that is full.
-        if gave_up(error):
+        if is_collective_timeout(error):
             raise
         shutil.rmtree(aside, ignore_errors=True)
-        why = " ".join(str(error).split())
         raise SFTError(
-            f"{place}: could not be saved ({why}); older checkpoints are kept, --resume_from_checkpoint auto goes on"
+            f"{place}: could not be saved ({format_error(error)}); older checkpoints are kept, "
+            "--resume_from_checkpoint auto goes on"
         ) from error

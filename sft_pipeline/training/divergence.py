@@ -14,7 +14,7 @@ ROWS_FILE = "diverged.jsonl"
 NAMED = 20  # rows whose numbers are in the message
 
 
-def divergence(loss: float, grad_norm: float, vocabulary: int) -> str | None:
+def detect_divergence(loss: float, grad_norm: float, vocabulary: int) -> str | None:
     """Why a step cannot be trained on from, or None. loss: nats a target, the mean over the step.
 
     A pretrained model that does twice as badly as one that guesses evenly (the logarithm of the vocabulary) does not
@@ -29,7 +29,7 @@ def divergence(loss: float, grad_norm: float, vocabulary: int) -> str | None:
     return None
 
 
-def described(folder: Path, step: int, reason: str, rows: list[int]) -> str:
+def describe_divergence(folder: Path, step: int, reason: str, rows: list[int]) -> str:
     """One line: what happened, in which rows, what is left, what to do."""
     numbers = ", ".join(map(str, rows[:NAMED])) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
     where = f"in training rows {numbers} (see {folder / ROWS_FILE})" if rows else "in rows of unknown numbers"
@@ -38,7 +38,9 @@ def described(folder: Path, step: int, reason: str, rows: list[int]) -> str:
     return f"step {step}: {reason}, {where}; {kept}; lower learning_rate or max_grad_norm, or look at these rows"
 
 
-def write_rows(folder: Path, rows: list[int], dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def write_diverged_rows(
+    folder: Path, rows: list[int], dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     """The step's rows, a line of JSON each: `row` (its number among the training rows), `text`, `input_ids`."""
     lines = []
     for row in rows:

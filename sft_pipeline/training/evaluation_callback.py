@@ -23,24 +23,25 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sft_pipeline.config import SFTArguments, output_folder
-from sft_pipeline.data.chat_templates import Template, with_system_prompt
+from sft_pipeline.config import SFTArguments, get_output_dir
+from sft_pipeline.data.chat_templates import Template
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
 from sft_pipeline.evaluation.metrics.likelihood import utf8_bytes
 from sft_pipeline.evaluation.step_results import (
     BEST_FILE,
-    Evaluation,
-    Question,
-    Row,
-    go_on_from,
-    held_out_figures,
-    step_file,
-    table_figures,
-    table_row,
+    AnswerRow,
+    EvalPrompt,
+    StepResults,
+    build_table_row,
+    compute_held_out_metrics,
+    compute_table_metrics,
+    get_step_file,
+    load_earlier_results,
 )
-from sft_pipeline.inference.answers import Answer, answer
+from sft_pipeline.inference.answers import Answer, answer_prompts
 from sft_pipeline.runs.output_dir import EVALUATION_DIR
-from sft_pipeline.training.trackers import send_table, told_until
+from sft_pipeline.training.trackers import read_last_tracked_step, send_table
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
@@ -57,14 +58,14 @@ class EvaluationCallback(TrainerCallback):
         """held_out: conversations (`messages`), each ending with the reference answer."""
         self.trainer, self.template, self.max_new_tokens = trainer, template, sft.max_new_tokens
         self.questions = build_questions(held_out, sft)
-        self.folder = output_folder(trainer.args) / EVALUATION_DIR
-        self.evaluations: list[Evaluation] = []
-        self._budget = Budget(sft.eval_answer_share)
+        self.folder = get_output_dir(trainer.args) / EVALUATION_DIR
+        self.evaluations: list[StepResults] = []
+        self._budget = AnswerBudget(sft.eval_answer_share)
         self._ended = False
         self._step_started = 0.0
 
     @property
-    def before(self) -> Evaluation | None:
+    def before(self) -> StepResults | None:
         """The evaluation at step 0."""
         return next((one for one in self.evaluations if one.step == 0), None)
 
@@ -76,10 +77,10 @@ class EvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A resumed run goes on from what was found up to its checkpoint."""
-        earlier = go_on_from(self.folder, state.global_step) if state.is_world_process_zero else None
+        earlier = load_earlier_results(self.folder, state.global_step) if state.is_world_process_zero else None
         [self.evaluations] = broadcast_object_list([earlier])
         self._ended = False
-        told = told_until(args)
+        told = read_last_tracked_step(args)
         for one in self.evaluations:
             self._budget.recall(one)
             if state.is_world_process_zero and one.step > told:
@@ -104,21 +105,21 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         """Called inside `trainer.evaluate`, so that the seconds count as evaluation, not as training."""
         whole = state.global_step == 0 or self._of_the_finished_model(args, state)
-        asked = self.questions if whole else first(self.questions, self._room())
+        asked = self.questions if whole else select_first(self.questions, self._room())
         started = time.perf_counter()
         answers = self._answers(model, asked)
         seconds = time.perf_counter() - started
         self._budget.pay(len(asked), seconds, on_the_way=not whole)
         best = state.best_global_step if self._ended and args.load_best_model_at_end else None
         step = state.global_step if best is None else best
-        found = self._evaluation(step, seconds, [table_row(*pair) for pair in zip(asked, answers)])
+        found = self._evaluation(step, seconds, [build_table_row(*pair) for pair in zip(asked, answers)])
         self.evaluations.append(found)
         self._log(found)
         if state.is_world_process_zero:
-            found.write(self.folder / (step_file(step) if best is None else BEST_FILE))
+            found.write(self.folder / (get_step_file(step) if best is None else BEST_FILE))
             send_table(found.table, args, state.global_step)
             if self.questions and not args.disable_tqdm:
-                tqdm.write(f"step {step}: {described(found, len(self.questions))}")
+                tqdm.write(f"step {step}: {describe_results(found, len(self.questions))}")
 
     def _of_the_finished_model(self, args: TrainingArguments, state: TrainerState) -> bool:
         """After the last step the model is finished, unless the best one is still to be brought back."""
@@ -129,13 +130,13 @@ class EvaluationCallback(TrainerCallback):
         [count] = broadcast_object_list([self._budget.questions()])
         return count
 
-    def _answers(self, model: PreTrainedModel, asked: list[Question]) -> list[Answer]:
+    def _answers(self, model: PreTrainedModel, asked: list[EvalPrompt]) -> list[Answer]:
         """Every process answers its share; all have all the answers, in the questions' order."""
         mine = range(self.trainer.args.process_index, len(asked), self.trainer.args.world_size)
         found = self._share(model, [asked[at] for at in mine])
         return [one for _, one in sorted(gather_object(list(zip(mine, found))), key=itemgetter(0))]
 
-    def _share(self, model: PreTrainedModel, asked: list[Question]) -> list[Answer]:
+    def _share(self, model: PreTrainedModel, asked: list[EvalPrompt]) -> list[Answer]:
         """A model that generation does not serve is trained all the same: the reason stands in every row."""
         if not asked:
             return []
@@ -144,32 +145,32 @@ class EvaluationCallback(TrainerCallback):
                 raise SFTError("parameters that are divided among processes (FSDP, ZeRO-3) are not generated with")
             prompts = [one.messages for one in asked]
             quiet = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
-            return answer(model, self.template, prompts, self.max_new_tokens, disable_tqdm=quiet)
+            return answer_prompts(model, self.template, prompts, self.max_new_tokens, disable_tqdm=quiet)
         except SFTError as refused:
             return [Answer("", False, 0, str(refused))] * len(asked)
 
-    def _evaluation(self, step: int, seconds: float, table: list[Row]) -> Evaluation:
-        held_out = dict(zip(("nll_nats", "tokens", "correct"), self.trainer.row_sums.T.tolist(), strict=True))
-        figures = held_out_figures(held_out, self._utf8_bytes) | table_figures(table)
+    def _evaluation(self, step: int, seconds: float, table: list[AnswerRow]) -> StepResults:
+        held_out = dict(zip(("nll_nats", "tokens", "correct"), self.trainer.row_loss_sums.T.tolist(), strict=True))
+        metrics = compute_held_out_metrics(held_out, self._utf8_bytes) | compute_table_metrics(table)
         complete = len(table) == len(self.questions)
-        return Evaluation(step, complete, seconds, figures, held_out, self._utf8_bytes, table)
+        return StepResults(step, complete, seconds, metrics, held_out, self._utf8_bytes, table)
 
     @cached_property
     def _utf8_bytes(self) -> int:
-        return sum(supervised_bytes(labels, self.template) for labels in self.trainer.eval_dataset["labels"])
+        return sum(count_supervised_bytes(labels, self.template) for labels in self.trainer.eval_dataset["labels"])
 
-    def _log(self, found: Evaluation) -> None:
+    def _log(self, found: StepResults) -> None:
         """To every tracker, beside the loss, perplexity and accuracy, which the trainer has logged already."""
-        logged = {"bits_per_byte": found.figures["bits_per_byte"], **table_figures(found.table)}
+        logged = {"bits_per_byte": found.metrics["bits_per_byte"], **compute_table_metrics(found.table)}
         logged["answer_seconds"] = round(found.seconds, 2)
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
 
 
-class Budget:
+class AnswerBudget:
     """How many questions an evaluation on the way may ask: seconds of answers / seconds of training is at most `share`.
 
     A question is taken to cost what it did in the evaluation before; what was taken wrongly is paid back later. The
-    number is set at the first evaluation on the way and never rises above that: figures are of the same questions.
+    number is set at the first evaluation on the way and never rises above that: metrics are of the same questions.
     """
 
     def __init__(self, share: float) -> None:
@@ -192,25 +193,25 @@ class Budget:
         if on_the_way:
             self.answer_seconds += seconds
 
-    def recall(self, earlier: Evaluation) -> None:
+    def recall(self, earlier: StepResults) -> None:
         """What an evaluation before the run was interrupted says about the costs, and how many were asked then."""
         self.pay(len(earlier.table), earlier.seconds, on_the_way=False)
         if not earlier.complete:
             self.planned = len(earlier.table) or self.planned
 
 
-def build_questions(held_out: Dataset | None, sft: SFTArguments) -> list[Question]:
+def build_questions(held_out: Dataset | None, sft: SFTArguments) -> list[EvalPrompt]:
     """The first `num_answers` held-out conversations, then `num_instructions` checkable instructions."""
     rows = [] if held_out is None else held_out[: sft.num_answers]["messages"]
-    rows = [with_system_prompt(messages, sft.system_prompt) for messages in rows]
-    questions = [Question(messages[:-1], reference=messages[-1]["content"]) for messages in rows]
+    rows = [add_system_prompt(messages, sft.system_prompt) for messages in rows]
+    questions = [EvalPrompt(messages[:-1], reference=messages[-1]["content"]) for messages in rows]
     for one in sample_instructions(sft.num_instructions):
-        messages = with_system_prompt([{"role": "user", "content": one.prompt}], sft.system_prompt)
-        questions.append(Question(messages, instruction=one.id))
+        messages = add_system_prompt([{"role": "user", "content": one.prompt}], sft.system_prompt)
+        questions.append(EvalPrompt(messages, instruction=one.id))
     return questions
 
 
-def first(questions: list[Question], count: int) -> list[Question]:
+def select_first(questions: list[EvalPrompt], count: int) -> list[EvalPrompt]:
     """`count` of the questions: the first held-out ones and the first instructions, in the proportion of the whole."""
     held_out = [one for one in questions if one.instruction is None]
     instructions = [one for one in questions if one.instruction is not None]
@@ -219,23 +220,23 @@ def first(questions: list[Question], count: int) -> list[Question]:
     return held_out[:rows] + instructions[: count - rows]
 
 
-def supervised_bytes(labels: Sequence[int], template: Template) -> int:
+def count_supervised_bytes(labels: Sequence[int], template: Template) -> int:
     """UTF-8 bytes of the text that a row's labels spell: its supervised answers, without their stop tokens."""
     outside = (IGNORED, template.stop_token_id)
     runs = [list(run) for is_text, run in itertools.groupby(labels, key=lambda label: label not in outside) if is_text]
     return sum(utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
 
 
-def described(found: Evaluation, questions: int) -> str:
+def describe_results(found: StepResults, questions: int) -> str:
     """One line: how many were asked and what came of it."""
-    figures, parts = found.figures, []
-    if figures["answers"]:
-        parts.append(f"{figures['answers']} answers, {figures['stop_rate']:.0%} stop, {figures['loop_rate']:.0%} loop")
-    if figures["instructions"]:
-        parts.append(f"{figures['instructions_followed_rate']:.0%} of {figures['instructions']} instructions followed")
-    if figures["answer_errors"]:
+    metrics, parts = found.metrics, []
+    if metrics["answers"]:
+        parts.append(f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop")
+    if metrics["instructions"]:
+        parts.append(f"{metrics['instructions_followed_rate']:.0%} of {metrics['instructions']} instructions followed")
+    if metrics["answer_errors"]:
         error = next(row["error"] for row in found.table if row["error"])
-        parts.append(f"{figures['answer_errors']} not answered ({error})")
+        parts.append(f"{metrics['answer_errors']} not answered ({error})")
     if not found.complete:
         parts.append(f"the first {len(found.table)} of {questions} questions")
     return "; ".join([*parts, f"{found.seconds:.0f} s"])

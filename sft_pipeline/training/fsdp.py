@@ -77,7 +77,7 @@ class ShardedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
-        saved = saved_as(checkpoint)
+        saved = detect_state_dict_type(checkpoint)
         if self.is_fsdp_enabled and saved != self._state_dict_type:
             has = f"has state_dict_type {saved}" if saved else "was saved without fsdp"
             remedy = "use the one it was saved with"
@@ -91,7 +91,7 @@ class ShardedTrainer(Trainer):
             load_whole_model(own, checkpoint, saved)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        saved = None if self.is_fsdp_enabled or checkpoint is None else saved_as(Path(checkpoint))
+        saved = None if self.is_fsdp_enabled or checkpoint is None else detect_state_dict_type(Path(checkpoint))
         if checkpoint is None or saved is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -117,7 +117,7 @@ def _check(plugin: FullyShardedDataParallelPlugin) -> None:
         )
 
 
-def whole_weights(model: nn.Module) -> AbstractContextManager:
+def gather_weights(model: nn.Module) -> AbstractContextManager:
     """Inside, the weights are whole that DeepSpeed's ZeRO-3 has divided while they were loaded."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
@@ -125,7 +125,7 @@ def whole_weights(model: nn.Module) -> AbstractContextManager:
     return zero.GatheredParameters(list(model.parameters()))
 
 
-def saved_as(checkpoint: Path) -> str | None:
+def detect_state_dict_type(checkpoint: Path) -> str | None:
     """The state_dict_type of a checkpoint that was saved with FSDP; None for any other."""
     if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
         return FULL

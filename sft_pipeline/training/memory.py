@@ -19,13 +19,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from sft_pipeline.data.batch_sampler import StepBatches
+from sft_pipeline.data.batch_sampler import StepBatchSampler
 from sft_pipeline.utils.errors import SFTError
 
 GIB = 2**30
 
 
-def peak_memory_gib() -> float:
+def measure_peak_memory_gib() -> float:
     """The most memory that was in use: of the device where it keeps count, else of the process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / GIB, 2)
@@ -33,16 +33,16 @@ def peak_memory_gib() -> float:
     return round(peak / (GIB if sys.platform == "darwin" else 2**20), 2)
 
 
-def taken_and_free_gib(device: torch.device) -> tuple[float, float]:
+def measure_memory_gib(device: torch.device) -> tuple[float, float]:
     """What the process has now, and what it could still get: of a GPU, else of memory under all limits."""
     if device.type == "cuda":
         taken = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
         return taken / GIB, free / GIB
-    return psutil.Process().memory_info().rss / GIB, min(psutil.virtual_memory().available, *left_in_groups()) / GIB
+    return psutil.Process().memory_info().rss / GIB, min(psutil.virtual_memory().available, *read_cgroup_limits()) / GIB
 
 
-def left_in_groups(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
+def read_cgroup_limits(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
     """Bytes under each limit of Slurm or a container (control groups, version 2), from the process' own group up."""
     yield float("inf")
     lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
@@ -53,14 +53,14 @@ def left_in_groups(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
             yield int(limit.read_text()) - int(used.read_text())
 
 
-def less_a_batch(size: str, args: TrainingArguments) -> str:
+def describe_batch_remedy(size: str, args: TrainingArguments) -> str:
     """What to lower, where a training step takes too much; `size` is the key that says how much a batch holds."""
     checkpointing = "" if args.activation_checkpointing else ", or set activation_checkpointing: true"
     return f"lower {size} (and raise gradient_accumulation_steps by as much) or max_length{checkpointing}"
 
 
 @contextmanager
-def enough_memory(where: str, remedy: str, args: TrainingArguments) -> Iterator[None]:
+def handle_out_of_memory(where: str, remedy: str, args: TrainingArguments) -> Iterator[None]:
     """Raises SFTError where memory runs out.
 
     With auto_find_batch_size the error passes: the library begins again with fewer rows.
@@ -70,7 +70,7 @@ def enough_memory(where: str, remedy: str, args: TrainingArguments) -> Iterator[
     except (MemoryError, RuntimeError) as error:
         if args.auto_find_batch_size or not _ran_out(error):
             raise
-        peak = f"{peak_memory_gib()} GiB at most until then"
+        peak = f"{measure_peak_memory_gib()} GiB at most until then"
         raise SFTError(f"memory ran out in {where} ({peak}): {remedy}; checkpoints are kept") from error
 
 
@@ -82,7 +82,7 @@ def _ran_out(error: BaseException) -> bool:
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
-def keep_freed_memory() -> bool:
+def set_malloc_options() -> bool:
     """Let freed memory stay with the process; returns whether the C library could be told so (glibc alone).
 
     A training step on the CPU allocates and frees some gigabytes of activations. By default glibc maps each large
@@ -100,8 +100,8 @@ logger = logging.getLogger(__name__)
 EPOCHS = 3  # the heaviest micro-batch is looked for in so many
 
 
-def rehearse(
-    trainer: Trainer, model: nn.Module, batches: StepBatches, step: Callable[..., Tensor], remedy: str
+def rehearse_heaviest_batch(
+    trainer: Trainer, model: nn.Module, batches: StepBatchSampler, step: Callable[..., Tensor], remedy: str
 ) -> None:
     """`step(model, inputs, targets)` with the same micro-batch in every process.
 
@@ -109,12 +109,12 @@ def rehearse(
     """
     if _steps_while_going_back(trainer):
         return
-    rows = heaviest(batches, longest_together=trainer.args.train_sampling_strategy == "group_by_length")
+    rows = find_heaviest_batch(batches, longest_together=trainer.args.train_sampling_strategy == "group_by_length")
     dataset: Any = trainer.train_dataset
     inputs = trainer.data_collator([dataset[row] for row in rows])
     what, device = f"{len(rows)} rows, {inputs['input_ids'].numel()} tokens", trainer.args.device
     targets, was_training = trainer._get_num_items_in_batch([inputs], device), model.training
-    with enough_memory(f"the heaviest batch ({what})", remedy, trainer.args), same_randomness(device):
+    with handle_out_of_memory(f"the heaviest batch ({what})", remedy, trainer.args), restore_random_states(device):
         kept = _optimizer_state(trainer)
         step(model, inputs, targets)
     model.zero_grad()
@@ -122,7 +122,7 @@ def rehearse(
     _say(what, sum(map(_local_bytes, kept)) / GIB, device)
 
 
-def heaviest(batches: StepBatches, longest_together: bool = False) -> list[int]:
+def find_heaviest_batch(batches: StepBatchSampler, longest_together: bool = False) -> list[int]:
     """The rows of the micro-batch with the most tokens, over all processes and the first epochs.
 
     Of packed rows, one of the step that has the most tokens a micro-batch, or the longest row.
@@ -130,11 +130,16 @@ def heaviest(batches: StepBatches, longest_together: bool = False) -> list[int]:
     lengths = batches.lengths
     if longest_together:
         return np.argsort(lengths, kind="stable")[-batches.rows :].tolist()
-    found = [step for epoch in range(min(batches.epochs, EPOCHS)) for step in batches.steps(epoch)]
+    found = [step for epoch in range(min(batches.epochs, EPOCHS)) for step in batches.split_epoch(epoch)]
     found = found[: batches.max_steps] if batches.max_steps > 0 else found
     if batches.packed:
-        found = [max(found, key=lambda step: max(lengths[step].sum() / batches._parts(step), lengths[step].max()))]
-    divided = [rows for step in found for rows in batches.divided(step) if rows]
+        found = [
+            max(
+                found,
+                key=lambda step: max(lengths[step].sum() / batches.count_micro_batches(step), lengths[step].max()),
+            )
+        ]
+    divided = [rows for step in found for rows in batches.split_step(step) if rows]
     return max(divided, key=lambda rows: lengths[rows].sum() if batches.packed else len(rows) * lengths[rows].max())
 
 
@@ -159,7 +164,7 @@ def _local_bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def same_randomness(device: torch.device) -> Iterator[None]:
+def restore_random_states(device: torch.device) -> Iterator[None]:
     """All random states are afterwards what they were."""
     generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     before, of_numpy, states = random.getstate(), np.random.get_state(), [one.get_rng_state() for one in generators]
@@ -174,8 +179,8 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 
 def _say(what: str, kept: float, device: torch.device) -> None:
     """kept: GiB of the optimizer to come. A GPU's peak holds them already; memory not yet written to is not taken."""
-    peak = peak_memory_gib() + (0 if device.type == "cuda" else kept)
-    taken, free = taken_and_free_gib(device)
+    peak = measure_peak_memory_gib() + (0 if device.type == "cuda" else kept)
+    taken, free = measure_memory_gib(device)
     left = taken + free - peak
     if left < 0:
         logger.warning(

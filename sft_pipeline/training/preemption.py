@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 
-class Termination:
+class SigtermHandler:
     """While it is entered, SIGTERM is `received` instead of obeyed, so that the step can be ended and saved.
 
     Signals reach the main thread alone: in another one nothing changes.

@@ -22,31 +22,31 @@ GRACE = timedelta(seconds=10)  # between the first process that gives up and the
 
 
 @contextmanager
-def naming_lost_processes() -> Iterator[None]:
+def report_lost_ranks() -> Iterator[None]:
     """Raises SFTError that names the ranks that did not arrive where the others had to."""
     try:
         yield
     except RuntimeError as error:
-        if not gave_up(error):
+        if not is_collective_timeout(error):
             raise
         raise SFTError(
             f"{_who()}; see its log; ddp_timeout says how long is waited, and checkpoints are kept"
         ) from error
 
 
-def gave_up(error: BaseException) -> bool:
+def is_collective_timeout(error: BaseException) -> bool:
     """Whether a collective waited in vain."""
     return isinstance(error, RuntimeError) and dist.is_initialized() and bool(GAVE_UP.search(str(error)))
 
 
 def _who() -> str:
-    ranks = [str(rank) for rank in missing(GRACE)]
+    ranks = [str(rank) for rank in find_missing_ranks(GRACE)]
     if not ranks:
         return "the processes lost each other, and all of them still answer: the network failed, or one was too slow"
     return f"rank {', '.join(ranks)} did not arrive where the other processes wait: it hangs or is gone"
 
 
-def missing(grace: timedelta) -> list[int]:
+def find_missing_ranks(grace: timedelta) -> list[int]:
     """The ranks that do not say within `grace` that they gave up too; rank 0 if the store, which it holds, is gone."""
     own, names = dist.get_rank(), [f"sft_pipeline/gave_up/{rank}" for rank in range(dist.get_world_size())]
     try:

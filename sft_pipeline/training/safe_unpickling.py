@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.errors import SFTError, format_error
 
 # What the metadata of a sharded checkpoint is made of.
 METADATA_NAMES = {
@@ -35,7 +35,7 @@ METADATA_NAMES = {
 
 
 @contextmanager
-def pickles_refused(checkpoint: str | bool | None) -> Iterator[None]:
+def raise_on_unsafe_pickles(checkpoint: str | bool | None) -> Iterator[None]:
     """What is read of the checkpoint meanwhile is read by torch's `weights_only` with transformers' list of NumPy's
     types: tensors, numbers, texts. Raises SFTError for a pickle that names anything else, of which nothing was run.
     """
@@ -88,7 +88,7 @@ def _check_entry(folder: Path, stored: Any) -> None:
 
 def _refused(place: object, error: Exception) -> SFTError:
     named = re.search(r"GLOBAL (\S+)", str(error))
-    reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:100] or "it is cut off"
+    reason = f"it names {named[1]}" if named else format_error(error, limit=100)
     return SFTError(
         f"{place}: holds a pickle that is more than data ({reason}); it was not run; go on with a checkpoint of yours"
     )

@@ -4,7 +4,7 @@
     with tracked(trainer, checkpoint, {"data": accounts}):
         trainer.train(resume_from_checkpoint=checkpoint)
 
-transformers' own callbacks log the figures. Here they are kept from ending the run when they fail, get the run's
+transformers' own callbacks log the metrics. Here they are kept from ending the run when they fail, get the run's
 name, which is kept in the output folder, and wandb is begun without ever asking for an account:
 
     trackers.json       the run's name (its id at wandb, and without a `run_name` its name at trackio), and the step
@@ -36,8 +36,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from sft_pipeline.config import output_folder
-from sft_pipeline.utils.errors import SFTError, said
+from sft_pipeline.config import get_output_dir
+from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ END_SECONDS = 120.0  # for what is not sent yet when the run ends; `wandb sync` 
 SECRET = re.compile(r"(--[\w-]*token)(=.*)?")
 
 
-def keep_usable(training: TrainingArguments) -> None:
+def drop_missing_trackers(training: TrainingArguments) -> None:
     """Take what is not installed out of `report_to`, in one line each; raises SFTError for what is no tracker."""
-    used = trackers_of(training)
+    used = get_trackers(training)
     for name in list(used):
         if name not in INTEGRATION_TO_CALLBACK:
             raise SFTError(f"report_to: {name} is no tracker; known are {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
@@ -66,14 +66,14 @@ def keep_usable(training: TrainingArguments) -> None:
 
 
 @contextmanager
-def tracked(trainer: Trainer, checkpoint: str | None, facts: dict[str, Any]) -> Iterator[None]:
+def start_trackers(trainer: Trainer, checkpoint: str | None, facts: dict[str, Any]) -> Iterator[None]:
     """While it is entered, the trackers follow the trainer; `facts` goes to their config beside the arguments."""
     args, run = trainer.args, _run_name(trainer.args, checkpoint)
     args.run_name = args.run_name or run
     guards = _guard(trainer, facts)
     begun = None
     if "wandb" in guards and trainer.is_world_process_zero():
-        begun = attempt("wandb", args, partial(_begin_wandb, run, args))
+        begun = call_tracker("wandb", args, partial(_begin_wandb, run, args))
     if "trackio" in guards:
         logger.info("trackio: %s, project %s; look at it: ./launch.sh dashboard", args.run_name, args.project)
     status = 1
@@ -84,36 +84,36 @@ def tracked(trainer: Trainer, checkpoint: str | None, facts: dict[str, Any]) -> 
         for one in guards.values():
             one.close()
         if begun is not None:
-            attempt("wandb", args, partial(_end_wandb, begun, status))
+            call_tracker("wandb", args, partial(_end_wandb, begun, status))
         _keep(args, run, trainer.state.global_step)
 
 
-def told_until(args: TrainingArguments) -> int:
+def read_last_tracked_step(args: TrainingArguments) -> int:
     """The step up to which the trackers have been told all, whatever was killed since."""
-    return _kept(output_folder(args))["told"]
+    return _kept(get_output_dir(args))["told"]
 
 
-def trackers_of(args: TrainingArguments) -> list[str]:
+def get_trackers(args: TrainingArguments) -> list[str]:
     """`report_to` as TrainingArguments leaves it: the list itself, which a tracker that fails is taken out of."""
     assert isinstance(args.report_to, list)
     return args.report_to
 
 
-def attempt(name: str, args: TrainingArguments, call: Callable[[], Any]) -> Any:
+def call_tracker(name: str, args: TrainingArguments, call: Callable[[], Any]) -> Any:
     """What the tracker's call returns; None if it fails, which takes the tracker out of use in one line."""
-    if name not in trackers_of(args):
+    if name not in get_trackers(args):
         return None
     try:
         # trackio prints in colour, to whatever it is; what it says is said here.
         with redirect_stdout(io.StringIO()) if name == "trackio" else nullcontext():
             return call()
     except Exception as error:
-        logger.warning("%s failed (%s); the run goes on without it", name, said(error))
-        trackers_of(args).remove(name)
+        logger.warning("%s failed (%s); the run goes on without it", name, format_error(error))
+        get_trackers(args).remove(name)
         return None
 
 
-class Guarded:
+class GuardedCallback:
     """A tracker's callback of transformers': called like it, through `attempt`.
 
     What it does at the end of training waits for `close`: the last evaluation comes after that.
@@ -125,17 +125,17 @@ class Guarded:
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         method = getattr(self.callback, event)
-        return lambda args, *rest, **kwargs: attempt(self.name, args, partial(method, args, *rest, **kwargs))
+        return lambda args, *rest, **kwargs: call_tracker(self.name, args, partial(method, args, *rest, **kwargs))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        attempt(self.name, args, partial(self.callback.on_train_begin, args, state, control, **kwargs))
+        call_tracker(self.name, args, partial(self.callback.on_train_begin, args, state, control, **kwargs))
         if not state.is_world_process_zero:
             return
         if self.name in ("wandb", "trackio"):
-            attempt(self.name, args, self._tell_facts)
-        told = told_until(args)
+            call_tracker(self.name, args, self._tell_facts)
+        told = read_last_tracked_step(args)
         for entry in state.log_history:
             if entry["step"] > told:
                 logs = {name: value for name, value in entry.items() if name != "step"}
@@ -145,26 +145,26 @@ class Guarded:
         importlib.import_module(self.name).config.update(self.facts, allow_val_change=True)
 
     def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        self._end = partial(attempt, self.name, args, partial(self.callback.on_train_end, args, *rest, **kwargs))
+        self._end = partial(call_tracker, self.name, args, partial(self.callback.on_train_end, args, *rest, **kwargs))
 
     def close(self) -> None:
         self._end()
 
 
-def _guard(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Guarded]:
+def _guard(trainer: Trainer, facts: dict[str, Any]) -> dict[str, GuardedCallback]:
     """Put a guard in the place of each tracker's callback."""
-    names = {INTEGRATION_TO_CALLBACK[name]: name for name in trackers_of(trainer.args)}
+    names = {INTEGRATION_TO_CALLBACK[name]: name for name in get_trackers(trainer.args)}
     callbacks = trainer.callback_handler.callbacks
     guards = {}
     for at, one in enumerate(callbacks):
         if name := names.get(type(one)):
-            guards[name] = callbacks[at] = Guarded(name, one, facts)
+            guards[name] = callbacks[at] = GuardedCallback(name, one, facts)
             if name == "trackio":
-                one._trackio = Stepped(one._trackio)
+                one._trackio = TrackioWithSteps(one._trackio)
     return guards
 
 
-class Stepped:
+class TrackioWithSteps:
     """The trackio module, but that a row stands at its training step, where trackio would count the rows."""
 
     def __init__(self, trackio: Any) -> None:
@@ -179,7 +179,7 @@ class Stepped:
 
 def _run_name(args: TrainingArguments, checkpoint: str | None) -> str:
     """The name of the run that the checkpoint is of, or a new one; kept in the output folder."""
-    folder = output_folder(args)
+    folder = get_output_dir(args)
     # Not drawn from a generator that training draws from.
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.name)[:60]}-{secrets.token_hex(3)}"
     kept = {"run": name} | _kept(Path(checkpoint).parent if checkpoint else None)
@@ -195,7 +195,7 @@ def _kept(folder: Path | None) -> dict[str, Any]:
 
 def _keep(args: TrainingArguments, run: str, told: int) -> None:
     if args.report_to and args.process_index == 0:
-        write_json(output_folder(args) / TRACKERS_FILE, {"run": run, "told": told})
+        write_json(get_output_dir(args) / TRACKERS_FILE, {"run": run, "told": told})
 
 
 def _begin_wandb(run: str, args: TrainingArguments) -> Any:
@@ -213,7 +213,7 @@ def _begin_wandb(run: str, args: TrainingArguments) -> Any:
     try:
         begun = _init_wandb(run, args, "offline" if reason else chosen)
     except (wandb.Error, OSError) as error:
-        reason = said(error)
+        reason = format_error(error)
         begun = _init_wandb(run, args, "offline")
     if begun.settings.mode in ("offline", "dryrun"):
         why = f"{reason}; " if reason else ""
@@ -249,7 +249,7 @@ def _why_not_online(wandb: Any) -> str | None:
     try:
         return None if wandb.login(prompt=False) else "no account here: set WANDB_API_KEY or run `wandb login`"
     except wandb.Error as error:
-        return said(error)
+        return format_error(error)
 
 
 def _hide_secrets(words: list[str]) -> None:
@@ -263,10 +263,10 @@ def _hide_secrets(words: list[str]) -> None:
 
 
 def send_table(rows: list[dict[str, Any]], args: TrainingArguments, step: int) -> None:
-    """To the trackers that take tables and are in use, under the step that transformers' own callbacks give figures."""
+    """To the trackers that take tables and are in use, under the step that transformers' own callbacks give metrics."""
     for name in ("wandb", "trackio"):
         if rows:
-            attempt(name, args, partial(_log_table, name, rows, step))
+            call_tracker(name, args, partial(_log_table, name, rows, step))
 
 
 def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:
@@ -274,4 +274,4 @@ def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:
     # As objects, for a column of texts or truth values would turn None into NaN.
     frame = pandas.DataFrame(rows, dtype=object)
     row = {"eval/table": tracker.Table(dataframe=frame), "train/global_step": step}
-    (Stepped(tracker) if name == "trackio" else tracker).log(row)
+    (TrackioWithSteps(tracker) if name == "trackio" else tracker).log(row)

@@ -22,20 +22,26 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.config import output_folder
-from sft_pipeline.data.batch_sampler import EpochLoader, StepBatches, row_lengths
+from sft_pipeline.config import get_output_dir
+from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens
 from sft_pipeline.data.packing import PackedCollator
-from sft_pipeline.runs.checkpoints import clear
-from sft_pipeline.training.checkpointing import SavingTrainer
-from sft_pipeline.training.divergence import described, divergence, write_rows
-from sft_pipeline.training.memory import enough_memory, less_a_batch, peak_memory_gib, rehearse, same_randomness
-from sft_pipeline.training.preemption import Termination
-from sft_pipeline.training.safe_unpickling import pickles_refused
-from sft_pipeline.utils.errors import Requeue, SFTError
+from sft_pipeline.runs.checkpoints import clear_leftovers
+from sft_pipeline.training.checkpointing import CheckpointingTrainer
+from sft_pipeline.training.divergence import describe_divergence, detect_divergence, write_diverged_rows
+from sft_pipeline.training.memory import (
+    describe_batch_remedy,
+    handle_out_of_memory,
+    measure_peak_memory_gib,
+    rehearse_heaviest_batch,
+    restore_random_states,
+)
+from sft_pipeline.training.preemption import SigtermHandler
+from sft_pipeline.training.safe_unpickling import raise_on_unsafe_pickles
+from sft_pipeline.utils.errors import RunPreempted, SFTError
 from sft_pipeline.utils.progress import TrainingProgress
 
 
-class SupervisedTrainer(SavingTrainer):
+class SupervisedTrainer(CheckpointingTrainer):
     """`Trainer` over rows of `input_ids` and shifted `labels`, for a model prepared by `supervise`.
 
     tokens_per_batch: most tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
@@ -49,14 +55,14 @@ class SupervisedTrainer(SavingTrainer):
 
     def __init__(self, *, tokens_per_batch: int = 0, **kwargs: Any) -> None:
         super().__init__(compute_metrics=self._held_out_figures, **kwargs)
-        self.row_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
+        self.row_loss_sums = np.zeros((0, 3))  # of the last evaluation: nll in nats, targets, hits of each held-out row
         self._tokens_per_batch = tokens_per_batch
         size = "tokens_per_batch" if tokens_per_batch else "per_device_train_batch_size"
-        self._memory_remedy = less_a_batch(size, self.args)
+        self._memory_remedy = describe_batch_remedy(size, self.args)
         self._tokens = 0
         self._paused_seconds = 0.0
         self._started = time.perf_counter()
-        self._termination = Termination()
+        self._termination = SigtermHandler()
         self._checked_step = -1
         self._step_loss: Tensor | float = 0.0  # this process' part of the step's loss
         if not self.args.disable_tqdm:
@@ -67,26 +73,26 @@ class SupervisedTrainer(SavingTrainer):
         self._tokens, self._paused_seconds = 0, 0.0  # the clock starts after the rehearsal
         self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
         if self.args.should_save:
-            clear(output_folder(self.args))
-        with self._termination, pickles_refused(resume_from_checkpoint):
+            clear_leftovers(get_output_dir(self.args))
+        with self._termination, raise_on_unsafe_pickles(resume_from_checkpoint):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """And a rehearsal, in which the heaviest batch has to fit."""
         model, loader = super()._prepare_for_training(*args, **kwargs)
-        rehearse(self, model, self.training_batches(), super().training_step, self._memory_remedy)
+        rehearse_heaviest_batch(self, model, self.training_batches(), super().training_step, self._memory_remedy)
         self._started = time.perf_counter()
         return model, loader
 
     @cached_property
     def _lengths(self) -> np.ndarray:
         """Tokens of each training row: start lines, rehearsal, loader and a lost loss all ask for them."""
-        return row_lengths(self.train_dataset)
+        return count_row_tokens(self.train_dataset)
 
-    def training_batches(self) -> StepBatches:
+    def training_batches(self) -> StepBatchSampler:
         """The row numbers of this process' micro-batches."""
         args = self.args
-        return StepBatches(
+        return StepBatchSampler(
             self._lengths,
             seed=args.seed if args.data_seed is None else args.data_seed,
             rows=self._train_batch_size,
@@ -104,7 +110,7 @@ class SupervisedTrainer(SavingTrainer):
         """Not prepared by accelerate, which would deal batches anew; `Trainer` itself moves them to the device."""
         if self.args.train_sampling_strategy not in ("random", "sequential"):
             return super().get_train_dataloader()
-        return EpochLoader(
+        return EpochDataLoader(
             self.train_dataset,
             batch_sampler=self.training_batches(),
             collate_fn=self.data_collator,
@@ -124,8 +130,8 @@ class SupervisedTrainer(SavingTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        self._tokens += real_tokens(inputs)
-        with enough_memory(f"step {self.state.global_step + 1}", self._memory_remedy, self.args):
+        self._tokens += count_tokens(inputs)
+        with handle_out_of_memory(f"step {self.state.global_step + 1}", self._memory_remedy, self.args):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss += loss
         return loss
@@ -143,8 +149,8 @@ class SupervisedTrainer(SavingTrainer):
         if told:
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
-            place = output_folder(self.args) / f"checkpoint-{self.state.global_step}"
-            raise Requeue(f"SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it")
+            place = get_output_dir(self.args) / f"checkpoint-{self.state.global_step}"
+            raise RunPreempted(f"SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it")
 
     def _check_step(self, grad_norm: Any, epoch: int) -> bool:
         """Whether any process got SIGTERM. Raises SFTError where the step's loss or its gradient is lost."""
@@ -156,25 +162,25 @@ class SupervisedTrainer(SavingTrainer):
         self._step_loss = 0.0
         # A gradient scaler (fp16) leaves out steps whose gradient overflows, and trains on.
         norm = 0.0 if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
-        reason = divergence(loss, norm, self.model.config.get_text_config().vocab_size)
+        reason = detect_divergence(loss, norm, self.model.config.get_text_config().vocab_size)
         if reason:
             raise self._diverged(reason, epoch)
         return told > 0
 
     def _diverged(self, reason: str, epoch: int) -> SFTError:
         """The error that names the step's rows, whose text is left in the output folder."""
-        folder, step, rows = output_folder(self.args), self.state.global_step, []
+        folder, step, rows = get_output_dir(self.args), self.state.global_step, []
         if self.args.train_sampling_strategy in ("random", "sequential"):
-            steps = self.training_batches().steps(epoch)
+            steps = self.training_batches().split_epoch(epoch)
             rows = steps[(step - 1) % len(steps)].tolist()
         if self.args.should_save:
-            write_rows(folder, rows, self.train_dataset, self.processing_class)
-        return SFTError(described(folder, step, reason, rows))
+            write_diverged_rows(folder, rows, self.train_dataset, self.processing_class)
+        return SFTError(describe_divergence(folder, step, reason, rows))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Nothing is drawn (a data loader draws where it begins), so that it does not matter when it comes."""
         started, remedy = time.perf_counter(), "lower per_device_eval_batch_size"
-        with enough_memory("an evaluation", remedy, self.args), same_randomness(self.args.device):
+        with handle_out_of_memory("an evaluation", remedy, self.args), restore_random_states(self.args.device):
             metrics = super().evaluate(*args, **kwargs)
         self._paused_seconds += time.perf_counter() - started
         return metrics
@@ -185,12 +191,12 @@ class SupervisedTrainer(SavingTrainer):
         """Sums a row in the place of logits, so that the library gathers them and drops the rows it repeated."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums = model(**inputs, row_figures=True).logits
+            sums = model(**inputs, return_row_losses=True).logits
         return None, sums, sums[:, 1]
 
     def _held_out_figures(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.row_sums = np.asarray(prediction.predictions)
-        return token_weighted(prediction)
+        self.row_loss_sums = np.asarray(prediction.predictions)
+        return compute_eval_metrics(prediction)
 
     def tokens_per_second(self) -> float:
         """Real tokens (no padding) of all processes over the seconds of training alone."""
@@ -200,11 +206,14 @@ class SupervisedTrainer(SavingTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {"tokens_per_second": round(self.tokens_per_second(), 1), "peak_memory_gib": peak_memory_gib()}
+            logs |= {
+                "tokens_per_second": round(self.tokens_per_second(), 1),
+                "peak_memory_gib": measure_peak_memory_gib(),
+            }
         super().log(logs, *args, **kwargs)
 
 
-def real_tokens(inputs: dict[str, Tensor]) -> int:
+def count_tokens(inputs: dict[str, Tensor]) -> int:
     """Tokens of the batch's rows, each row counted whole: no padding, and a shared prefix once a row."""
     if "row_lengths" in inputs:
         prefix, *own = inputs["row_lengths"].tolist()
@@ -212,7 +221,7 @@ def real_tokens(inputs: dict[str, Tensor]) -> int:
     return int(inputs["attention_mask"].sum())
 
 
-def token_weighted(prediction: EvalPrediction) -> dict[str, float]:
+def compute_eval_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Held-out loss in nats a target, its exponential, and the share of targets that were the likeliest id."""
     nll, targets, correct = np.asarray(prediction.predictions).sum(axis=0)
     loss = nll / targets

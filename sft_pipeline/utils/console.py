@@ -19,13 +19,13 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from sft_pipeline.utils.sanitize import VisibleLines
+from sft_pipeline.utils.sanitize import EscapingFormatter
 
 LOG_SECONDS = 30.0  # between two lines of bars in a log
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
-def prepare() -> None:
+def setup_console() -> None:
     """Our own lines and real warnings, nothing else; bars of the main process alone. Before libraries load."""
     main_process = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("TQDM_DELAY", "1")
@@ -34,9 +34,14 @@ def prepare() -> None:
     # The Rust threads of the tokenizer would warn when worker processes are forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = LineHandler()
-    handler.setFormatter(VisibleLines("%(message)s"))
+    handler.setFormatter(EscapingFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("sft_pipeline").setLevel(logging.INFO if main_process else logging.WARNING)
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print `text` as it is: no markup (a folder's name may hold brackets), no highlighting, unbroken in a file."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class LineHandler(logging.Handler):

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 
-def looked_for_once(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
+def run_on_main_process(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
     """What the first process finds, for all: it reads every byte of a checkpoint."""
     [found] = broadcast_object_list([look() if training.process_index == 0 else None])
     return found

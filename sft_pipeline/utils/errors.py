@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sft_pipeline.utils.sanitize import one_line
+from sft_pipeline.utils.sanitize import format_line
 
 FREE, ALLOWED = "free some space", "name one that may be written to: output_dir, SFT_PIPELINE_CACHE or HF_HOME"
 REMEDIES = {
@@ -30,22 +30,27 @@ class SFTError(ValueError):
     status = 2
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(str(message)))
+        super().__init__(format_line(str(message)))
 
 
-def said(error: Exception) -> str:
-    """What an error of a library says, in one line of at most 200 characters; its class where it says nothing."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def format_error(error: BaseException, limit: int = 200) -> str:
+    """The error message of a library in one line of at most `limit` characters; the class name if it is empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
-class Requeue(SFTError):
+def format_first_line(error: BaseException) -> str:
+    """The first line of a library's error message, where what follows are its internals; the class name if empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class RunPreempted(SFTError):
     """The run was told to end and has saved what it had: the same command, started again, goes on with it."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 @contextmanager
-def failures_of_files() -> Iterator[None]:
+def convert_file_errors() -> Iterator[None]:
     """Raises SFTError for a disk that is full and a folder that is not ours, whatever library met it."""
     try:
         yield

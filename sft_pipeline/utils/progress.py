@@ -14,7 +14,7 @@ TICK = 1.0  # seconds
 
 
 @contextmanager
-def waiting(what: str, disable: bool = False) -> Iterator[None]:
+def show_elapsed_time(what: str, disable: bool = False) -> Iterator[None]:
     """The seconds that go by while something is done whose share cannot be told, such as saving."""
     with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=disable) as bar, _ticking(bar):
         yield

@@ -20,23 +20,23 @@ IN_JSON = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0xD800
 PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
 
 
-def visible(text: str) -> str:
+def replace_control_characters(text: str) -> str:
     """`text` with its control characters as pictures; lines and tabs stay."""
     return text.translate(PICTURES)
 
 
-def one_line(text: str) -> str:
+def format_line(text: str) -> str:
     """As `visible`, in one line, and without the user and password that a URL may hold."""
     return PASSWORD.sub("***@", text.translate(IN_A_LINE))
 
 
-class VisibleLines(logging.Formatter):
+class EscapingFormatter(logging.Formatter):
     """Log lines as `visible`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return replace_control_characters(super().format(record))
 
 
-def json_line(content: Any) -> str:
+def format_json_line(content: Any) -> str:
     """JSON for a terminal or a pipe: the same content, every control character escaped."""
     return json.dumps(content, ensure_ascii=False).translate(IN_JSON)

@@ -9,14 +9,15 @@ import pytest
 
 from sft_pipeline.commands import chat as chat_module
 from sft_pipeline.commands.chat import HELP, Conversation, chat
-from sft_pipeline.data.chat_templates import build_template, with_system_prompt
-from sft_pipeline.inference.answers import complete
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.inference.answers import generate_answers
 from sft_pipeline.inference.engine import generate
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.runs.trained_model import load_template
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.sanitize import visible
+from sft_pipeline.utils.sanitize import replace_control_characters
 
 LIMIT = 5
 
@@ -38,7 +39,7 @@ def asked(monkeypatch) -> list[list[int]]:
 
     def spy(model, template, prompts, *args, **kwargs):
         seen.extend(prompts)
-        return complete(model, template, prompts, *args, **kwargs)
+        return generate_answers(model, template, prompts, *args, **kwargs)
 
     monkeypatch.setattr(chat_module, "complete", spy)
     return seen
@@ -46,8 +47,8 @@ def asked(monkeypatch) -> list[list[int]]:
 
 def greedy(conversation: Conversation, messages: list) -> str:
     template = conversation.template
-    prompt = template.prompt(with_system_prompt(messages, conversation.system_prompt))
-    [done] = generate(conversation.model, [prompt], [template.stop_token_id], Sampling(max_new_tokens=LIMIT))
+    prompt = template.encode_prompt(add_system_prompt(messages, conversation.system_prompt))
+    [done] = generate(conversation.model, [prompt], [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
     return template.parse(done.ids)
 
 
@@ -58,12 +59,12 @@ def user(text: str) -> dict[str, str]:
 def test_answers_are_printed_and_the_conversation_is_kept(conversation, asked, capsys):
     conversation.take("Hi")
     first = greedy(conversation, [user("Hi")])
-    assert capsys.readouterr().out.strip() == visible(first).strip() and first
+    assert capsys.readouterr().out.strip() == replace_control_characters(first).strip() and first
     conversation.take("And then?")
     history = [user("Hi"), {"role": "assistant", "content": first}, user("And then?")]
     assert conversation.messages[:3] == history
-    assert asked[1] == conversation.template.prompt([{"role": "system", "content": "You are 冬瓜."}, *history])
-    assert visible(conversation.messages[3]["content"]) == capsys.readouterr().out.strip()
+    assert asked[1] == conversation.template.encode_prompt([{"role": "system", "content": "You are 冬瓜."}, *history])
+    assert replace_control_characters(conversation.messages[3]["content"]) == capsys.readouterr().out.strip()
 
 
 def test_commands(conversation, asked, capsys):
@@ -76,10 +77,10 @@ def test_commands(conversation, asked, capsys):
     assert conversation.messages == []
     conversation.take("Hi")
     template = conversation.template
-    assert asked[2] == template.prompt([{"role": "system", "content": "Answer in verse."}, user("Hi")])
+    assert asked[2] == template.encode_prompt([{"role": "system", "content": "Answer in verse."}, user("Hi")])
     conversation.take("/system")
     conversation.take("Hi")
-    assert asked[3] == template.prompt([user("Hi")])
+    assert asked[3] == template.encode_prompt([user("Hi")])
     assert capsys.readouterr().err == ""
 
 

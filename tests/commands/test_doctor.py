@@ -18,13 +18,13 @@ from rich.console import Console
 
 from sft_pipeline.cli import main
 from sft_pipeline.commands import doctor
-from sft_pipeline.commands.doctor import Finding, attention, bf16
+from sft_pipeline.commands.doctor import Finding, check_bf16, describe_attention
 
 ROOT = Path(__file__).parents[2]
 
 
 def findings() -> dict[str, Finding]:
-    return {one.name: one for one in doctor.examine()}
+    return {one.name: one for one in doctor.list_findings()}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_it_loads_no_model_and_none_of_its_libraries():
 
 
 def test_a_reader_gets_a_line_a_finding(capsys):
-    doctor.doctor(False, Console(width=200))
+    doctor.run_doctor(False, Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*findings(), "ready"]
     assert lines[-1].split() == ["ready", "yes"]
@@ -89,21 +89,21 @@ def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypa
 
 
 def test_a_release_that_was_not_asked_for_is_fatal():
-    assert doctor._installed(Requirement("torch<1")) == Finding(
+    assert doctor._check_requirement(Requirement("torch<1")) == Finding(
         "torch", torch.__version__, "needs <1", "pip install -c constraints.txt -e .", fatal=True
     )
-    assert not doctor._installed(Requirement("torch>=2")).fatal
+    assert not doctor._check_requirement(Requirement("torch>=2")).fatal
 
 
 def test_a_package_that_was_never_installed_is_fatal(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGE", "no_such_package")
-    assert [doctor._installed(one).fatal for one in doctor._requirements()] == [True]
+    assert [doctor._check_requirement(one).fatal for one in doctor._list_requirements()] == [True]
 
 
 def test_extras_are_named_with_what_installs_them(monkeypatch):
-    assert doctor._optional("lora", ["peft"]).advice == ""
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "trackio" else "1.0")
-    found = doctor._optional("track", ["wandb", "trackio"])
+    assert doctor._check_extra("lora", ["peft"]).advice == ""
+    monkeypatch.setattr(doctor, "_find_version", lambda name: None if name == "trackio" else "1.0")
+    found = doctor._check_extra("track", ["wandb", "trackio"])
     assert (found.value, found.fatal) == ("wandb 1.0, trackio not installed", False)
     assert found.advice == 'pip install -c constraints.txt -e ".[track]"'
 
@@ -131,14 +131,18 @@ def fake_torch(capabilities: dict | None = None, cuda: bool = False, macos: bool
     ],
 )
 def test_bf16(machine, device, native, note):
-    found, said = bf16(machine, device)
+    found, said = check_bf16(machine, device)
     assert found is native and note in said
 
 
 def test_attention(monkeypatch):
-    assert {attention(device)[0] for device in ("cpu", "mps", "cuda")} == {"blocks of rows", "sdpa", "flex_attention"}
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    assert "pip install triton" in attention("cuda")[1]
+    assert {describe_attention(device)[0] for device in ("cpu", "mps", "cuda")} == {
+        "blocks of rows",
+        "sdpa",
+        "flex_attention",
+    }
+    monkeypatch.setattr(doctor, "_find_version", lambda name: None)
+    assert "pip install triton" in describe_attention("cuda")[1]
 
 
 def test_few_threads_are_pointed_out(monkeypatch):
@@ -156,7 +160,7 @@ def test_disk(free, writable, advice, monkeypatch, tmp_path):
     monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path / "not" / "there" / "yet"))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 2**30))
     monkeypatch.setattr(doctor.os, "access", lambda folder, mode: writable)
-    for one in doctor._disk():
+    for one in doctor._check_disks():
         assert (one.value, one.fatal) == (free, bool(advice)) and advice in one.advice
 
 
@@ -181,22 +185,22 @@ class Wandb(SimpleNamespace):
 def test_wandb(account, value, advice, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setitem(sys.modules, "wandb", Wandb(account=account))
-    found = doctor._wandb()
+    found = doctor._check_wandb()
     assert found.value == value and advice in found.advice
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    assert doctor._wandb().value == "not installed"
+    monkeypatch.setattr(doctor, "_find_version", lambda name: None)
+    assert doctor._check_wandb().value == "not installed"
 
 
 def test_the_hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(httpx, "head", lambda url, timeout: None)
-    assert doctor._hub().value == "reachable"
+    assert doctor._check_hub().value == "reachable"
 
     def fails(url: str, timeout: float) -> None:
         raise httpx.ConnectError("no route")
 
     monkeypatch.setattr(httpx, "head", fails)
-    assert (doctor._hub().value, doctor._hub().note[:12]) == ("not reachable", "ConnectError")
+    assert (doctor._check_hub().value, doctor._check_hub().note[:12]) == ("not reachable", "ConnectError")
 
 
 # The dashboard.

@@ -1,4 +1,4 @@
-"""Comparing models: figures equal plain forward passes and the answers' own, errors are one line, tables fit."""
+"""Comparing models: metrics equal plain forward passes and the answers' own, errors are one line, tables fit."""
 
 import json
 import logging
@@ -11,18 +11,24 @@ import torch
 from rich.console import Console
 
 from sft_pipeline.cli import main
-from sft_pipeline.commands.evaluate import Request, ask, evaluate, held_out_conversations, load_questions
+from sft_pipeline.commands.evaluate import (
+    EvaluateOptions,
+    evaluate_models,
+    load_eval_conversations,
+    load_prompt_set,
+    run_model,
+)
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.evaluation import plots, tables
-from sft_pipeline.evaluation.bootstrap import paired_difference
-from sft_pipeline.evaluation.comparison import INSTRUCTIONS, Comparison, compare
+from sft_pipeline.evaluation.bootstrap import compute_paired_difference
+from sft_pipeline.evaluation.comparison import INSTRUCTIONS, Comparison, compare_models
 from sft_pipeline.evaluation.eval_loss import RowLoss
 from sft_pipeline.evaluation.metrics.degeneration import loop_rate
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.metrics.reference_overlap import bleu_percent
-from sft_pipeline.evaluation.model_results import Record
-from sft_pipeline.evaluation.prompt_set import Questions, choose, with_examples
-from sft_pipeline.inference.answers import Answer, answer
+from sft_pipeline.evaluation.model_results import ModelResults
+from sft_pipeline.evaluation.prompt_set import PromptSet, add_examples, select_prompts
+from sft_pipeline.inference.answers import Answer, answer_prompts
 from sft_pipeline.model.loading import load_model, load_tokenizer
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.utils.errors import SFTError
@@ -65,18 +71,18 @@ def other_folder(model_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(data, model_folder, other_folder, few_instructions) -> tuple[Questions, list[Record]]:
+def asked(data, model_folder, other_folder, few_instructions) -> tuple[PromptSet, list[ModelResults]]:
     """Both models, without and with two examples."""
-    request = Request(data, num_prompts=5, max_new_tokens=8, few_shot=2)
-    questions = load_questions(request)
+    request = EvaluateOptions(data, num_prompts=5, max_new_tokens=8, few_shot=2)
+    questions = load_prompt_set(request)
     models = (model_folder, "first"), (other_folder, "second")
-    return questions, [one for path, name in models for one in ask(str(path), name, questions, request)]
+    return questions, [one for path, name in models for one in run_model(str(path), name, questions, request)]
 
 
 @pytest.fixture(scope="module")
 def comparison(asked) -> Comparison:
     questions, records = asked
-    return compare(records, questions)
+    return compare_models(records, questions)
 
 
 def row(text: str, reply: str, *before: dict) -> list[dict]:
@@ -89,29 +95,29 @@ def row(text: str, reply: str, *before: dict) -> list[dict]:
 def test_rows_are_asked_in_order_and_once_and_examples_are_others():
     system = {"role": "system", "content": "s"}
     rows = [row("a", "1"), row("b", "2"), row("a", "3"), row("c", "4"), row("b", "5", system)]
-    found = choose(rows, 2, 1)
+    found = select_prompts(rows, 2, 1)
     assert found.rows == rows[:2] and found.references == ["1", "2"] and found.texts == ["a", "b"]
     assert found.examples == [row("c", "4")]
-    assert choose(rows, 50, 0).rows == [rows[0], rows[1], rows[3], rows[4]]
+    assert select_prompts(rows, 50, 0).rows == [rows[0], rows[1], rows[3], rows[4]]
 
 
 def test_an_example_is_a_rows_first_exchange():
     system = {"role": "system", "content": "s"}
     long = row("more", "2", *row("first", "1", system))
-    assert choose([row("a", "0"), long], 1, 1).examples == [row("first", "1")]
+    assert select_prompts([row("a", "0"), long], 1, 1).examples == [row("first", "1")]
 
 
 def test_examples_stand_behind_the_system_message():
     system = {"role": "system", "content": "s"}
     examples = [row("x", "y"), row("z", "w")]
-    assert with_examples(row("a", "b", system), examples) == [system, *row("x", "y"), *row("z", "w"), *row("a", "b")]
-    assert with_examples(row("a", "b"), []) == row("a", "b")
+    assert add_examples(row("a", "b", system), examples) == [system, *row("x", "y"), *row("z", "w"), *row("a", "b")]
+    assert add_examples(row("a", "b"), []) == row("a", "b")
 
 
 @pytest.mark.parametrize("few_shot", [3, 5])
 def test_too_few_rows_for_the_examples(few_shot):
     with pytest.raises(SFTError, match=f"^few_shot {few_shot}: the data has 3 different rows, too few to ask any"):
-        choose([row(text, "1") for text in "abc"], 50, few_shot)
+        select_prompts([row(text, "1") for text in "abc"], 50, few_shot)
 
 
 # Figures.
@@ -123,7 +129,7 @@ def plain_losses(folder: Path, conversations: list[list[dict]], template_name: s
     found = []
     for runs, conversation in zip(template.render(conversations), conversations):
         ids = torch.tensor([token for run in runs for token in run.ids])
-        start = len(template.prompt(conversation[:-1]))
+        start = len(template.encode_prompt(conversation[:-1]))
         with torch.no_grad():
             logits = model(ids[None]).logits[0, start - 1 : -1].double()
         nll = -logits.log_softmax(-1).gather(1, ids[start:, None]).sum().item()
@@ -131,7 +137,7 @@ def plain_losses(folder: Path, conversations: list[list[dict]], template_name: s
     return found
 
 
-def as_asked(questions: Questions, at: int) -> list[list[dict]]:
+def as_asked(questions: PromptSet, at: int) -> list[list[dict]]:
     """The conversations of record `at` spelled out: plain, with examples, and both led by the system prompt."""
     examples = [message for example in questions.examples for message in example] if at % 2 else []
     system = [{"role": "system", "content": SYSTEM}] if at >= 2 else []
@@ -147,11 +153,11 @@ def test_losses_equal_plain_forward_passes(at, asked, comparison, model_folder, 
         assert found.nll_nats == pytest.approx(nll, rel=1e-4) and (found.tokens, found.correct) == (tokens, correct)
     nll, tokens, correct = map(sum, zip(*plain))
     size = sum(len(reference.encode()) for reference in questions.references)
-    figures = comparison.entries[at].figures
-    assert figures["nll_nats_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
-    assert figures["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-3)
-    assert figures["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
-    assert figures["token_accuracy"] == correct / tokens
+    metrics = comparison.entries[at].metrics
+    assert metrics["nll_nats_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-3)
+    assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
+    assert metrics["token_accuracy"] == correct / tokens
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -159,13 +165,13 @@ def test_answers_and_their_figures(at, asked, comparison, model_folder, other_fo
     questions, records = asked
     folder, name = (model_folder, "chat") if at < 2 else (other_folder, "role")
     model, template = load_model(str(folder)), build_template(name, load_tokenizer(str(folder)))
-    expected = answer(model, template, [one[:-1] for one in as_asked(questions, at)], 8)
+    expected = answer_prompts(model, template, [one[:-1] for one in as_asked(questions, at)], 8)
     assert [one.text for one in records[at].answers] == [one.text for one in expected]
-    figures, texts = comparison.entries[at].figures, [one.text for one in expected]
-    assert figures["stop_rate"] == sum(one.stopped for one in expected) / 5
-    assert figures["cap_rate"] == 1 - figures["stop_rate"]
-    assert figures["loop_rate"] == loop_rate(texts)
-    assert figures["bleu_percent"] == bleu_percent(texts, questions.references)
+    metrics, texts = comparison.entries[at].metrics, [one.text for one in expected]
+    assert metrics["stop_rate"] == sum(one.stopped for one in expected) / 5
+    assert metrics["cap_rate"] == 1 - metrics["stop_rate"]
+    assert metrics["loop_rate"] == loop_rate(texts)
+    assert metrics["bleu_percent"] == bleu_percent(texts, questions.references)
 
 
 def test_names_say_the_examples(comparison):
@@ -181,7 +187,7 @@ def test_differences_are_those_of_the_figures(comparison):
         assert known <= set(other.differences)
         for name, one in other.differences.items():
             assert one.low <= one.difference <= one.high
-            assert one.difference == pytest.approx(other.figures[name] - first.figures[name], abs=1e-9), name
+            assert one.difference == pytest.approx(other.metrics[name] - first.metrics[name], abs=1e-9), name
     assert others[1].differences["nll_nats_per_token"].difference != 0
 
 
@@ -189,59 +195,61 @@ def test_a_difference_is_paired_and_weighted(asked, comparison):
     _, records = asked
     sides = [[(loss.nll_nats, loss.tokens) for loss in records[at].losses] for at in (0, 2)]
     (a, a_weights), (b, b_weights) = (zip(*side) for side in sides)
-    expected = paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
+    expected = compute_paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
     assert comparison.entries[2].differences["nll_nats_per_token"] == expected
 
 
 def test_a_model_against_itself_differs_by_nothing(asked):
     questions, records = asked
-    _, same = compare([records[0], records[0]], questions).entries
+    _, same = compare_models([records[0], records[0]], questions).entries
     assert same.differences
     for one in same.differences.values():
         assert (one.difference, one.low, one.high) == (0, 0, 0)
 
 
-def made_up(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ...] = ()) -> Record:
+def made_up(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ...] = ()) -> ModelResults:
     """A record of two rows; rows in `errors` could not be asked."""
     answers = [Answer(text, True, 1, "too long" if at in errors else None) for at, text in enumerate(texts)]
     losses = [RowLoss(nll, 2, 1, 4) for _ in texts]
-    return Record(name, losses, answers, [Answer(one.good, True, 1) for one in load_instructions()[:6]])
+    return ModelResults(name, losses, answers, [Answer(one.good, True, 1) for one in load_instructions()[:6]])
 
 
 def test_what_one_model_could_not_be_asked_is_left_out_for_all():
-    questions = Questions([row(text, "yes", *[]) for text in "abc"], [])
-    found = compare([made_up("a", ["yes", "no", "no"]), made_up("b", ["no", "yes", "yes"], errors=(0,))], questions)
-    assert [one.figures["exact_match_rate"] for one in found.entries] == [0, 1]
-    assert (found.rows, found.left_out) == (2, 1) and found.entries[0].figures[INSTRUCTIONS] == 1
-    assert "2 held-out rows, 6 instructions, 1 left out" in tables.markdown(found)
+    questions = PromptSet([row(text, "yes", *[]) for text in "abc"], [])
+    found = compare_models(
+        [made_up("a", ["yes", "no", "no"]), made_up("b", ["no", "yes", "yes"], errors=(0,))], questions
+    )
+    assert [one.metrics["exact_match_rate"] for one in found.entries] == [0, 1]
+    assert (found.rows, found.left_out) == (2, 1) and found.entries[0].metrics[INSTRUCTIONS] == 1
+    assert "2 held-out rows, 6 instructions, 1 left out" in tables.format_markdown(found)
 
 
 def test_a_loss_that_is_missing_leaves_the_row_out():
-    questions = Questions([row(text, "yes") for text in "ab"], [])
+    questions = PromptSet([row(text, "yes") for text in "ab"], [])
     whole, cut = made_up("a", ["yes", "no"]), made_up("b", ["yes", "no"])
     cut.losses[0] = None
-    assert compare([whole, cut], questions).rows == 1
+    assert compare_models([whole, cut], questions).rows == 1
 
 
 def test_a_diverged_model_shows_its_nan_without_an_interval():
-    questions = Questions([row(text, "yes") for text in "ab"], [])
-    _, other = compare([made_up("a", ["yes", "no"]), made_up("b", ["yes", "no"], math.nan)], questions).entries
-    assert math.isnan(other.figures["nll_nats_per_token"]) and "nll_nats_per_token" not in other.differences
+    questions = PromptSet([row(text, "yes") for text in "ab"], [])
+    _, other = compare_models([made_up("a", ["yes", "no"]), made_up("b", ["yes", "no"], math.nan)], questions).entries
+    assert math.isnan(other.metrics["nll_nats_per_token"]) and "nll_nats_per_token" not in other.differences
     assert "word_f1" in other.differences
 
 
 def test_references_without_words_have_no_say_in_the_length_ratios_interval():
-    questions = Questions([row("a", "yes"), row("b", "!"), row("c", "yes")], [])
+    questions = PromptSet([row("a", "yes"), row("b", "!"), row("c", "yes")], [])
     records = [made_up("a", ["yes", "!", "yes"]), made_up("b", ["yes yes", "!", "yes yes"])]
-    assert compare(records, questions).entries[1].differences["answer_length_ratio"].difference == 1
+    assert compare_models(records, questions).entries[1].differences["answer_length_ratio"].difference == 1
 
 
 def test_records_survive_json(asked):
     for one in asked[1]:
-        assert Record.from_json(json.loads(json.dumps(one.as_json()))) == one
+        assert ModelResults.from_json(json.loads(json.dumps(one.as_json()))) == one
     cut = made_up("a", ["yes", "no"])
     cut.losses[0] = None
-    assert Record.from_json(json.loads(json.dumps(cut.as_json()))) == cut
+    assert ModelResults.from_json(json.loads(json.dumps(cut.as_json()))) == cut
 
 
 # Tables and pictures.
@@ -250,38 +258,40 @@ def test_records_survive_json(asked):
 def printed(content, width: int = 80) -> list[str]:
     console = Console(record=True, width=width, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        tables.show(content, console)
+        tables.print_table(content, console)
     return console.export_text().splitlines()
 
 
-@pytest.mark.parametrize("make", [tables.details, lambda one: tables.overview(one, ["12.3 min, 6.4 GiB"] * 4)])
+@pytest.mark.parametrize(
+    "make", [tables.format_details, lambda one: tables.format_overview(one, ["12.3 min, 6.4 GiB"] * 4)]
+)
 def test_tables_fit_80_columns_uncut(make, comparison):
     lines = printed(make(comparison))
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
 
 
 def test_every_figure_has_a_line(comparison):
-    text = "\n".join(printed(tables.details(comparison)))
+    text = "\n".join(printed(tables.format_details(comparison)))
     assert "second against first" in text and "first, 2 examples against first" in text
-    shown = set(comparison.entries[0].figures) - {name for name in comparison.entries[0].figures if "rate_" in name}
+    shown = set(comparison.entries[0].metrics) - {name for name in comparison.entries[0].metrics if "rate_" in name}
     assert shown == set(tables.FIGURES)
-    markdown = tables.markdown(comparison)
+    markdown = tables.format_markdown(comparison)
     for name, one in tables.FIGURES.items():
         assert text.count(one.title) == 3
-        assert f"| {one.title} | {one.value(comparison.entries[0].figures[name])} |" in markdown
+        assert f"| {one.title} | {one.value(comparison.entries[0].metrics[name])} |" in markdown
 
 
 def test_percent_and_intervals_are_spelled():
     shown = tables.Shown("x", percent=True, decimals=1)
     assert (shown.value(0.256), shown.value(0.5, "+")) == ("25.6", "+50.0")
     assert shown.value(None) == shown.interval(None) == ""
-    one = paired_difference([0, 0], [1, 1])
+    one = compute_paired_difference([0, 0], [1, 1])
     assert shown.interval(one) == "[+100.0, +100.0]"
 
 
 def test_one_model_alone(asked):
     questions, records = asked
-    text = "\n".join(printed(tables.details(compare(records[:1], questions))))
+    text = "\n".join(printed(tables.format_details(compare_models(records[:1], questions))))
     assert text.split()[:3] == ["first", "figure", "value"] and "95% interval" not in text and "stop rate, %" in text
 
 
@@ -291,13 +301,13 @@ def test_the_picture_has_a_panel_a_figure_and_a_bar_a_difference(comparison, tmp
 
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: kept.append(self))
-    plots.draw(comparison, tmp_path / "x.png")
+    plots.draw_comparison(comparison, tmp_path / "x.png")
     panels = kept[0].axes
     assert [one.get_title() for one in panels][:3] == ["held-out nll, nats/token", "stop rate, %", "loop rate, %"]
     for axes, name in zip(panels, plots.DRAWN, strict=True):
         scale = 100 if tables.FIGURES[name].percent else 1
         dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
-        assert dots == [scale * one.figures[name] for one in comparison.entries]
+        assert dots == [scale * one.metrics[name] for one in comparison.entries]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [one.name for one in comparison.entries]
 
 
@@ -308,8 +318,8 @@ def test_a_long_name_keeps_its_end():
 
 def test_without_matplotlib_the_rest_is_kept(data, model_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    request = Request(data, num_prompts=2, max_new_tokens=2)
-    evaluate([str(model_folder)], request, tmp_path / "out", False, Console(quiet=True))
+    request = EvaluateOptions(data, num_prompts=2, max_new_tokens=2)
+    evaluate_models([str(model_folder)], request, tmp_path / "out", False, Console(quiet=True))
     assert "no picture: it needs matplotlib; install it with `pip install 'sft_pipeline[plot]'`" in caplog.text
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"answers.jsonl", "evaluation.json", "evaluation.md"}
@@ -341,25 +351,25 @@ def test_without_data_only_instructions(model_folder, capsys):
 
 def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_folder):
     """It is asked as the run was: the other way round a run keeps its own."""
-    plain = Request(data, num_prompts=2, max_new_tokens=2, template="role", system_prompt=SYSTEM)
-    questions = load_questions(plain)
-    [found] = ask(str(model_folder), "x", questions, plain)
+    plain = EvaluateOptions(data, num_prompts=2, max_new_tokens=2, template="role", system_prompt=SYSTEM)
+    questions = load_prompt_set(plain)
+    [found] = run_model(str(model_folder), "x", questions, plain)
     conversations = [[{"role": "system", "content": SYSTEM}, *one] for one in questions.rows]
     expected = plain_losses(model_folder, conversations, "role")
     assert [one.nll_nats for one in found.losses] == pytest.approx([nll for nll, _, _ in expected], rel=1e-4)
-    by_run = [next(ask(str(other_folder), "x", questions, one)) for one in (plain, Request(data, 2, 2))]
+    by_run = [next(run_model(str(other_folder), "x", questions, one)) for one in (plain, EvaluateOptions(data, 2, 2))]
     assert by_run[0] == by_run[1]
 
 
 def test_a_runs_folder_stands_for_its_held_out_rows(data, model_folder, tmp_path):
     keys = {"model_name_or_path": str(model_folder), "train_data": [data], "held_out": 3}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
-    held = held_out_conversations(str(tmp_path))
+    held = load_eval_conversations(str(tmp_path))
     assert len(held) == 3 and {one[0]["content"] for one in held} < {one["instruction"] for one in ROWS}
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
     message = f"^{tmp_path}: this run held no rows out; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):
-        held_out_conversations(str(tmp_path))
+        load_eval_conversations(str(tmp_path))
 
 
 def refusal(capsys, *words: str) -> str:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from sft_pipeline.cli import main
-from sft_pipeline.commands.export import export
+from sft_pipeline.commands.export import export_model
 from sft_pipeline.config import parse_keys
-from sft_pipeline.data.chat_templates import Message, Template, with_system_prompt
+from sft_pipeline.data.chat_templates import Template
+from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.inference.engine import generate
-from sft_pipeline.inference.sampling import Sampling
-from sft_pipeline.reports.model_card import known_licence
+from sft_pipeline.inference.sampling import SamplingParams
+from sft_pipeline.reports.model_card import find_licence
 from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
@@ -85,8 +86,8 @@ def trained(model_folder, tmp_path_factory):
 
 def ours(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
     """Prompt and answer of each of ASKED, as `chat` has them, the stop token included where one came."""
-    prompts = [template.prompt(with_system_prompt(conversation(texts), system)) for texts in ASKED]
-    found = generate(model, prompts, [template.stop_token_id], Sampling(max_new_tokens=LIMIT))
+    prompts = [template.encode_prompt(add_system_prompt(conversation(texts), system)) for texts in ASKED]
+    found = generate(model, prompts, [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
     ends = {"stop": [template.stop_token_id], "length": []}
     return [prompt + done.ids + ends[done.finish_reason] for prompt, done in zip(prompts, found)]
 
@@ -125,7 +126,7 @@ def test_a_base_that_draws_and_penalizes_is_greedy_once_trained(model_folder, tr
 @pytest.mark.parametrize("keys", [{}, {"lora": True, "lora_rank": 4}], ids=["all parameters", "LoRA"])
 def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
     folder, exported = trained(**keys), tmp_path / "exported"
-    export(str(folder), exported)
+    export_model(str(folder), exported)
     expected = ours(*load_trained(str(folder)))
     assert ours(*load_trained(str(exported))) == expected == theirs(exported)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
@@ -140,7 +141,7 @@ def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
 
 
 def test_who_may_read_a_folder_may_read_its_weights(trained, tmp_path):
-    export(str(folder := trained()), tmp_path / "e")
+    export_model(str(folder := trained()), tmp_path / "e")
     for place in (folder, tmp_path / "e"):
         modes = {file.name: file.stat().st_mode & 0o777 for file in place.iterdir() if file.is_file()}
         assert modes["model.safetensors"] == modes["config.json"]
@@ -167,14 +168,14 @@ def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
 def test_what_cannot_be_exported(trained, tmp_path, prepare, error):
     folder, destination = prepare(trained(), tmp_path)
     with pytest.raises(SFTError, match=error):
-        export(str(folder), destination)
+        export_model(str(folder), destination)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("sft_pipeline.commands.export.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(str(trained()), tmp_path / "exported")
+        export_model(str(trained()), tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,17 +190,17 @@ def test_an_unknown_option_of_export(trained, tmp_path, capsys):
 
 def test_the_card_has_what_the_run_found(trained, tmp_path):
     folder = trained()
-    export(str(folder), tmp_path / "exported")
+    export_model(str(folder), tmp_path / "exported")
     card, results = (
         ModelCard.load(tmp_path / "exported" / "README.md"),
         json.loads((folder / "results.json").read_text()),
     )
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.license is None and card.data.base_model is None and card.data.datasets is None
-    figures = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    metrics = {one.metric_type: one.metric_value for one in card.data.eval_results}
     assert card.data.model_name == "exported"
-    assert figures["loss"] == round(results["eval_loss"]["after"], 4)
-    assert figures["stop_rate"] == results["figures"]["stop_rate"] and "instructions_followed_rate" in figures
+    assert metrics["loss"] == round(results["eval_loss"]["after"], 4)
+    assert metrics["stop_rate"] == results["metrics"]["stop_rate"] and "instructions_followed_rate" in metrics
     text = " ".join(card.text.split())
     assert "- `rows.jsonl`, licence: cc-by-4.0" in text and "/rows.jsonl" not in str(card)
     assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
@@ -213,24 +214,24 @@ def test_the_card_has_what_the_run_found(trained, tmp_path):
 
 
 def test_the_card_of_a_run_without_held_out_rows(trained, tmp_path):
-    export(str(trained(held_out=0, max_steps=1)), tmp_path / "exported")
+    export_model(str(trained(held_out=0, max_steps=1)), tmp_path / "exported")
     card = ModelCard.load(tmp_path / "exported" / "README.md")
-    assert card.data.eval_results is None and "No rows were held out, so there are no figures." in card.text
+    assert card.data.eval_results is None and "No rows were held out, so there are no metrics." in card.text
 
 
 def test_known_licences(tmp_path):
-    assert known_licence("smollm2-135m", "model") == "apache-2.0"
-    assert known_licence("nobody/nothing", "model") is None
-    assert known_licence(str(tmp_path), "model") is None
+    assert find_licence("smollm2-135m", "model") == "apache-2.0"
+    assert find_licence("nobody/nothing", "model") is None
+    assert find_licence(str(tmp_path), "model") is None
     for text, expected in (
         ("No front matter.", None),
         ("---\nlicense: mit\n---\n", "mit"),
         ("---\nlicense: [a]\n---\n", None),
     ):
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
-        assert known_licence(str(tmp_path), "model") == expected
+        assert find_licence(str(tmp_path), "model") == expected
         (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
-        assert known_licence(str(tmp_path / "rows.json"), "dataset") == expected
+        assert find_licence(str(tmp_path / "rows.json"), "dataset") == expected
 
 
 # ---- a server
@@ -262,7 +263,7 @@ def test_a_server_answers_as_chat_does(trained):
                 found = client.chat.completions.create(
                     model=str(folder), messages=conversation(texts), max_tokens=LIMIT
                 )
-                prompt = template.prompt(with_system_prompt(conversation(texts), system))
+                prompt = template.encode_prompt(add_system_prompt(conversation(texts), system))
                 answer = ids[len(prompt) :]
                 assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), len(answer))
                 assert found.choices[0].message.content == template.tokenizer.decode(answer, skip_special_tokens=True)

@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 from sft_pipeline import cli
 from sft_pipeline.commands import generate as verb
 from sft_pipeline.commands import resumable_jsonl
-from sft_pipeline.commands.generate import Request, generate_file, row_seed
+from sft_pipeline.commands.generate import GenerateOptions, compute_row_seed, generate_file
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.inference.answers import answer
+from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.inference.engine import generate
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.utils.errors import SFTError
 
 LINES = [f"What is {'the answer ' * (n % 4)}to {n}?" for n in range(9)]
-DRAWN = Sampling(max_new_tokens=8, do_sample=True, temperature=1.5, seed=3)
+DRAWN = SamplingParams(max_new_tokens=8, do_sample=True, temperature=1.5, seed=3)
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -52,11 +52,11 @@ def same(found: list[dict], expected: list[dict]) -> bool:
 
 
 @pytest.fixture
-def request_(model_folder, tmp_path) -> Request:
+def request_(model_folder, tmp_path) -> GenerateOptions:
     """Nine prompts, the last of them bad, two drawn answers each."""
     rows = [{"prompt": line} for line in LINES[:-1]] + [{"prompt": " "}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Request(
+    return GenerateOptions(
         str(tmp_path / "prompts.jsonl"), str(model_folder), tmp_path / "answers.jsonl", DRAWN, samples=2, batch_size=4
     )
 
@@ -64,13 +64,13 @@ def request_(model_folder, tmp_path) -> Request:
 def test_greedy_answers_are_those_of_the_evaluation(model_folder, tmp_path, tokenizer):
     (tmp_path / "prompts.txt").write_text("\n".join(LINES))
     output = tmp_path / "new" / "answers.jsonl"
-    request = Request(
-        str(tmp_path / "prompts.txt"), str(model_folder), output, Sampling(max_new_tokens=8), batch_size=4
+    request = GenerateOptions(
+        str(tmp_path / "prompts.txt"), str(model_folder), output, SamplingParams(max_new_tokens=8), batch_size=4
     )
     assert generate_file(request) == 0
     model, template = load_model(str(model_folder)), build_template("chat", tokenizer)
     conversations = [[{"role": "user", "content": line}] for line in LINES]
-    expected = answer(model, template, conversations, 8, batch_size=1)
+    expected = answer_prompts(model, template, conversations, 8, batch_size=1)
     rows = rows_of(output)
     assert [row["messages"] for row in rows] == [
         [*asked, {"role": "assistant", "content": one.text}] for asked, one in zip(conversations, expected)
@@ -101,8 +101,8 @@ def test_samples_differ_and_keep_their_seeds(request_, tokenizer):
     ]  # fmt: skip
     assert len({row["messages"][-1]["content"] for row in rows}) == 16
     for at, sample in ((0, 1), (5, 0)):
-        ids = template.prompt([{"role": "user", "content": LINES[at]}])
-        [alone] = generate(model, [ids], [template.stop_token_id], DRAWN, seeds=[row_seed(3, (at, sample))])
+        ids = template.encode_prompt([{"role": "user", "content": LINES[at]}])
+        [alone] = generate(model, [ids], [template.stop_token_id], DRAWN, seeds=[compute_row_seed(3, (at, sample))])
         assert rows[2 * at + sample]["messages"][-1]["content"] == template.parse(alone.ids)
     more = replace(request_, samples=3, batch_size=5, output=request_.output.with_name("three.jsonl"))
     generate_file(more)
@@ -110,8 +110,11 @@ def test_samples_differ_and_keep_their_seeds(request_, tokenizer):
 
 
 def test_seeds_lie_apart():
-    assert len({row_seed(seed, (at, sample)) for seed in range(3) for at in range(50) for sample in range(20)}) == 3000
-    assert row_seed(0, (1, 23)) != row_seed(0, (12, 3))
+    assert (
+        len({compute_row_seed(seed, (at, sample)) for seed in range(3) for at in range(50) for sample in range(20)})
+        == 3000
+    )
+    assert compute_row_seed(0, (1, 23)) != compute_row_seed(0, (12, 3))
 
 
 def test_stop_strings_end_an_answer(request_):
@@ -151,7 +154,9 @@ def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path,
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "answers.jsonl"
-    request = Request(str(tmp_path / "prompts.jsonl"), str(model_folder), output, Sampling(max_new_tokens=4))
+    request = GenerateOptions(
+        str(tmp_path / "prompts.jsonl"), str(model_folder), output, SamplingParams(max_new_tokens=4)
+    )
     with caplog.at_level("INFO", "sft_pipeline"):
         assert generate_file(request) == 4
     assert [row["origin"] for row in rows_of(output)] == ["prompts.jsonl line 1", "prompts.jsonl line 6"]
@@ -181,12 +186,12 @@ def test_errors_of_an_earlier_run_do_not_stay(request_):
 
 
 def test_an_empty_answer_and_a_refusing_template_are_errors(request_, monkeypatch, tokenizer):
-    empty = verb._row(verb.Prompt("a line 1", []), 0, verb.Answer("", True, 0))
+    empty = verb._build_record(verb.Prompt("a line 1", []), 0, verb.Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
     refused = SFTError("the chat template refuses it: no system role")
     monkeypatch.setattr(template, "prompt", lambda messages: (_ for _ in ()).throw(refused))
-    ready = verb._ready(verb.Prompt("a line 1", [{"role": "user", "content": "Hi"}]), template, "Sing.")
+    ready = verb._encode_prompt(verb.Prompt("a line 1", [{"role": "user", "content": "Hi"}]), template, "Sing.")
     assert ready.prompt.problem == "the chat template refuses it: no system role" and ready.ids == []
 
 
@@ -272,8 +277,10 @@ def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.exists() and not (tmp_path / "many.jsonl").exists()
-    sampling = Sampling(max_new_tokens=24, do_sample=True, temperature=1.5, seed=3)
-    request = Request(str(tmp_path / "many.txt"), str(model_folder), tmp_path / "many.jsonl", sampling, batch_size=7)
+    sampling = SamplingParams(max_new_tokens=24, do_sample=True, temperature=1.5, seed=3)
+    request = GenerateOptions(
+        str(tmp_path / "many.txt"), str(model_folder), tmp_path / "many.jsonl", sampling, batch_size=7
+    )
     kept = partial.read_bytes().count(b"\n") - 1
     assert 19 <= kept < 270
     generate_file(request)
@@ -340,14 +347,14 @@ def test_the_command(request_, monkeypatch, capsys):
     monkeypatch.setattr(verb, "generate_file", lambda request: seen.append(request) or len(seen) - 1)
     command = ["generate", "a.txt", "--model", "m", "--output", "o.jsonl"]
     cli.main(command)
-    assert seen[0] == Request("a.txt", "m", Path("o.jsonl"), Sampling())
+    assert seen[0] == GenerateOptions("a.txt", "m", Path("o.jsonl"), SamplingParams())
     options = "--samples 2 --top_k 5 --top_p 0.9 --min_p 0.1 --temperature 0.5 --repetition_penalty 1.1 --seed 3"
     options += " --max_new_tokens 9 --batch_size 4 --stop_strings a b --system_prompt Hi --max_length 99 --overwrite"
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, *options.split()])
     assert exit_.value.code == 1
-    sampling = Sampling(9, True, 0.5, 5, 0.9, 0.1, 1.1, 3)
-    assert seen[1] == Request("a.txt", "m", Path("o.jsonl"), sampling, 2, 4, 99, ["a", "b"], "Hi", True)
+    sampling = SamplingParams(9, True, 0.5, 5, 0.9, 0.1, 1.1, 3)
+    assert seen[1] == GenerateOptions("a.txt", "m", Path("o.jsonl"), sampling, 2, 4, 99, ["a", "b"], "Hi", True)
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--beams", "2"])
     assert exit_.value.code == 2
@@ -361,7 +368,10 @@ def test_the_command(request_, monkeypatch, capsys):
         ({"max_length": 0}, "max_length: 0 must be at least 1"),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"stop_strings": ("",)}, "stop_strings: give a list of strings, none of them empty"),
-        ({"sampling": Sampling()}, "samples: 2 greedy answers would be the same; add --temperature 1 to draw them"),
+        (
+            {"sampling": SamplingParams()},
+            "samples: 2 greedy answers would be the same; add --temperature 1 to draw them",
+        ),
         ({"output": Path("answers.txt")}, "output answers.txt: must end in .jsonl, by which train_data knows it"),
         ({"output": Path("folder")}, "output folder: is a folder; name a file in it"),
         ({"output": Path("file/a.jsonl")}, "output file/a.jsonl: its folder cannot be made (File exists)"),

@@ -15,14 +15,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sft_pipeline.commands import study as module
-from sft_pipeline.commands.evaluate import Request, ask
-from sft_pipeline.commands.study import read_plan, study
-from sft_pipeline.config import parse
-from sft_pipeline.data.pipeline import load_messages
-from sft_pipeline.data.splits import take
-from sft_pipeline.evaluation.comparison import compare
-from sft_pipeline.evaluation.prompt_set import choose
-from sft_pipeline.model.freezing import train_only
+from sft_pipeline.commands.evaluate import EvaluateOptions, run_model
+from sft_pipeline.commands.study import read_plan, run_study
+from sft_pipeline.config import parse_config
+from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.data.splits import select_rows
+from sft_pipeline.evaluation.comparison import compare_models
+from sft_pipeline.evaluation.prompt_set import select_prompts
+from sft_pipeline.model.freezing import freeze_except
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
 
@@ -78,7 +78,7 @@ def trained(monkeypatch) -> list[str]:
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
         assert command[1:4] == ["-m", "sft_pipeline", "train"]
-        train(*parse(command[4], command[5:]), Console(quiet=True))
+        train(*parse_config(command[4], command[5:]), Console(quiet=True))
         done.append(Path(command[4]).stem)
         return subprocess.CompletedProcess(command, 0)
 
@@ -86,26 +86,26 @@ def trained(monkeypatch) -> list[str]:
     return done
 
 
-def run_study(config: str, *overrides: str) -> dict:
-    study(config, list(overrides), Console(quiet=True))
+def study_results(config: str, *overrides: str) -> dict:
+    run_study(config, list(overrides), Console(quiet=True))
     return json.loads((Path(config).parent / "out" / "study.json").read_text())
 
 
 def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     config = write(few_shot=1)
-    found = run_study(config)
+    found = study_results(config)
     out = Path(config).parent / "out"
     names = ["untrained", "untrained, 1 examples", "4 rows", "4 rows, 1 examples", "attention", "attention, 1 examples"]
     assert [one["name"] for one in found["entries"]] == names and found["rows"] == 3
     assert trained == ["4_rows", "attention"]
 
     # The same as evaluating the folders.
-    _, held = load_messages(read_plan(config, []).base)
-    questions = choose(held["messages"], 3, 1)
-    request = Request("x", 3, 4, 1, "role")
+    _, held = load_conversations(read_plan(config, []).base)
+    questions = select_prompts(held["messages"], 3, 1)
+    request = EvaluateOptions("x", 3, 4, 1, "role")
     paths = {"untrained": model_folder, "4 rows": out / "4_rows", "attention": out / "attention"}
-    records = [one for name, path in paths.items() for one in ask(str(path), name, questions, request)]
-    assert json.loads(json.dumps(compare(records, questions).as_json()))["entries"] == found["entries"]
+    records = [one for name, path in paths.items() for one in run_model(str(path), name, questions, request)]
+    assert json.loads(json.dumps(compare_models(records, questions).as_json()))["entries"] == found["entries"]
 
     runs = [one for one in found["runs"] if one]
     assert [one["training_rows"] for one in runs] == [4, 10]
@@ -118,20 +118,20 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
 
     # Nothing is trained or asked again, though what was cut off is begun again.
     asked = []
-    monkeypatch.setattr(module, "ask", lambda path, *args: asked.append(path) or ask(path, *args))
-    assert run_study(config) == found and len(trained) == 2 and asked == []
+    monkeypatch.setattr(module, "ask", lambda path, *args: asked.append(path) or run_model(path, *args))
+    assert study_results(config) == found and len(trained) == 2 and asked == []
     (out / "4_rows" / "results.json").unlink()
-    assert run_study(config)["entries"] == found["entries"]
+    assert study_results(config)["entries"] == found["entries"]
     assert trained == ["4_rows", "attention", "4_rows"] and asked == [str(out / "4_rows")]
 
     with pytest.raises(SFTError, match="out/4_rows: holds a run of other settings; delete it or choose another"):
-        run_study(config, "--learning_rate", "0.02")
+        study_results(config, "--learning_rate", "0.02")
 
 
 def test_a_failed_training_is_named(write, monkeypatch):
     monkeypatch.setattr(module.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
     with pytest.raises(SFTError, match="^variant a: training ended with status 2, see above; what is done is kept$"):
-        run_study(write([{"name": "a"}]))
+        study_results(write([{"name": "a"}]))
 
 
 REFUSED = {
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(case, write):
     variants, more, message = REFUSED[case]
     config = write(variants, **more)
     with pytest.raises(SFTError, match=re.escape(message)) as raised:
-        run_study(config)
+        study_results(config)
     assert "\n" not in str(raised.value) and not (Path(config).parent / "out").exists()
 
 
@@ -171,7 +171,7 @@ def test_the_projects_studies_are_read(name):
 
 def test_fewer_rows_are_among_more():
     rows = Dataset.from_dict({"messages": [[{"role": "user", "content": str(n)}] for n in range(20)]})
-    sets = [[one[0]["content"] for one in take(rows, count)["messages"]] for count in (1, 5, 12, 20, 99)]
+    sets = [[one[0]["content"] for one in select_rows(rows, count)["messages"]] for count in (1, 5, 12, 20, 99)]
     assert [len(one) for one in sets] == [1, 5, 12, 20, 20]
     assert all(set(few) < set(many) for few, many in itertools.pairwise(sets[:4]))
     assert all(one == sorted(one, key=int) for one in sets) and sets[1] != sets[4][:5]
@@ -179,12 +179,14 @@ def test_fewer_rows_are_among_more():
 
 def test_the_held_out_rows_do_not_depend_on_max_train_rows(keys):
     words = [f"--{key}={value}" for key, value in keys.items()]
-    (all_rows, held), (few, same) = (load_messages(parse(None, [*words, f"--max_train_rows={n}"])[0]) for n in (0, 3))
+    (all_rows, held), (few, same) = (
+        load_conversations(parse_config(None, [*words, f"--max_train_rows={n}"])[0]) for n in (0, 3)
+    )
     assert held["messages"] == same["messages"] and len(all_rows) == 10 and len(few) == 3
 
 
 def test_only_what_matches_is_trained(tiny_model):
-    train_only(tiny_model, [r"layers\.1\.mlp", "lm_head"])
+    freeze_except(tiny_model, [r"layers\.1\.mlp", "lm_head"])
     trained = {name for name, weight in tiny_model.named_parameters() if weight.requires_grad}
     parts = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     assert trained == parts | {"lm_head.weight"}
@@ -192,9 +194,9 @@ def test_only_what_matches_is_trained(tiny_model):
 
 def test_names_that_no_parameter_has(tiny_model):
     with pytest.raises(SFTError, match="^trainable_modules attn2: no parameter has such a name; there are model.em"):
-        train_only(tiny_model, ["self_attn", "attn2"])
+        freeze_except(tiny_model, ["self_attn", "attn2"])
     with pytest.raises(SFTError, match=r"^trainable_modules \(: not a regular expression"):
-        train_only(tiny_model, ["("])
+        freeze_except(tiny_model, ["("])
     assert all(weight.requires_grad for weight in tiny_model.parameters())
 
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.data.batch_sampler import EpochLoader, StepBatches, divide, row_lengths
-from sft_pipeline.data.packing import PackedCollator, best_fit
+from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens, divide_rows
+from sft_pipeline.data.packing import PackedCollator, pack_best_fit
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.utils.constants import IGNORED
 
@@ -25,7 +25,7 @@ def shares(lengths, epoch, processes=1, **keys) -> list[list[list[int]]]:
     """The micro-batches of each process."""
     found = []
     for process in range(processes):
-        batches = StepBatches(lengths, processes=processes, process=process, **keys)
+        batches = StepBatchSampler(lengths, processes=processes, process=process, **keys)
         batches.set_epoch(epoch)
         found.append(list(batches))
         assert len(found[-1]) == len(batches)
@@ -56,12 +56,12 @@ def test_the_rows_of_a_step_are_the_same_for_any_spread(lengths, way, seed, epoc
         spreads = [(6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 6, 1)]
     else:
         spreads = [(6, 1, 1), (1, 2, 3), (2, 3, 1), (1, 1, 6), (6 // processes, processes, 1)]
-    plan = StepBatches(lengths, seed=seed, **way | {"accumulation": 6})
-    assert [row for step in plan.steps(epoch) for row in step] == plan.order(epoch).tolist()
+    plan = StepBatchSampler(lengths, seed=seed, **way | {"accumulation": 6})
+    assert [row for step in plan.split_epoch(epoch) for row in step] == plan.shuffle_rows(epoch).tolist()
     for accumulation, share_of, times in spreads:
         keys = way | {"rows": way["rows"] * times, "accumulation": accumulation, "seed": seed}
         found = as_trainer_takes_them(shares(lengths, epoch, share_of, **keys), accumulation)
-        assert found == [set(step) for step in plan.steps(epoch)]
+        assert found == [set(step) for step in plan.split_epoch(epoch)]
 
 
 @settings(deadline=None, max_examples=150)
@@ -70,26 +70,26 @@ def test_a_budget_holds_and_every_epoch_has_as_many_steps(lengths, way, **keys):
     for epoch in range(way["epochs"]):
         [found] = shares(lengths, epoch, **way, **keys | {"processes": 1})
         assert all(sum(lengths[row] for row in batch) <= way["tokens"] for batch in found)
-    plan = StepBatches(lengths, **way, **keys)
+    plan = StepBatchSampler(lengths, **way, **keys)
     needed = [len(plan._by_tokens(epoch)) for epoch in range(way["epochs"])]
-    assert {len(plan.steps(epoch)) for epoch in range(way["epochs"])} == {max(needed)}
+    assert {len(plan.split_epoch(epoch)) for epoch in range(way["epochs"])} == {max(needed)}
     assert len(plan) == max(needed) * keys["accumulation"]
 
 
 @settings(deadline=None, max_examples=60)
 @given(lengths=lengths_of_rows, way=budgeted, max_steps=st.integers(1, 40))
 def test_a_budget_plans_for_all_epochs_that_max_steps_reach(lengths, way, max_steps):
-    plan = StepBatches(lengths, seed=0, max_steps=max_steps, **way)
+    plan = StepBatchSampler(lengths, seed=0, max_steps=max_steps, **way)
     for epoch in range(math.ceil(max_steps / len(plan))):
-        assert len(plan.steps(epoch)) == len(plan)
+        assert len(plan.split_epoch(epoch)) == len(plan)
 
 
 def test_a_budgets_steps_are_full():
     """None could have the next one's first row too."""
     lengths = [(7 * row) % 23 + 5 for row in range(500)]
-    steps = StepBatches(lengths, seed=1, rows=1, accumulation=4, tokens=64).steps(0)
+    steps = StepBatchSampler(lengths, seed=1, rows=1, accumulation=4, tokens=64).split_epoch(0)
     for step, following in pairwise(steps):
-        assert len(best_fit([lengths[row] for row in [*step, following[0]]], 64)) > 4
+        assert len(pack_best_fit([lengths[row] for row in [*step, following[0]]], 64)) > 4
     assert sum(lengths) / (len(steps) * 4 * 64) > 0.9
 
 
@@ -105,17 +105,17 @@ def test_equal_seeds_give_equal_batches(lengths, way, epoch, **keys):
 
 
 def test_epochs_and_seeds_shuffle_differently():
-    plans = [StepBatches([1] * 50, seed=seed, rows=5) for seed in (0, 1)]
-    orders = [tuple(plan.order(epoch)) for plan in plans for epoch in range(3)]
+    plans = [StepBatchSampler([1] * 50, seed=seed, rows=5) for seed in (0, 1)]
+    orders = [tuple(plan.shuffle_rows(epoch)) for plan in plans for epoch in range(3)]
     assert len(set(orders)) == 6 and tuple(range(50)) not in orders
-    assert StepBatches([1] * 50, seed=0, rows=5, shuffle=False).steps(4)[1].tolist() == [5, 6, 7, 8, 9]
+    assert StepBatchSampler([1] * 50, seed=0, rows=5, shuffle=False).split_epoch(4)[1].tolist() == [5, 6, 7, 8, 9]
 
 
 def test_every_row_is_as_likely_in_every_step():
     """Row lengths must not decide when a row is trained: 400 epochs of long and short rows."""
     lengths = [40] * 4 + [4] * 12
-    plan = StepBatches(lengths, seed=0, rows=4)
-    first = [row for epoch in range(400) for row in plan.steps(epoch)[0]]
+    plan = StepBatchSampler(lengths, seed=0, rows=4)
+    first = [row for epoch in range(400) for row in plan.split_epoch(epoch)[0]]
     counts = torch.bincount(torch.tensor(first), minlength=16)
     assert counts.min() > 60 and counts.max() < 140  # 100 expected, 4.6 standard deviations on either side
 
@@ -123,7 +123,7 @@ def test_every_row_is_as_likely_in_every_step():
 @settings(deadline=None, max_examples=150)
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60), parts=st.integers(1, 12))
 def test_divided_rows_are_balanced(lengths, parts):
-    bins = divide(lengths, parts)
+    bins = divide_rows(lengths, parts)
     assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
     assert len(bins) == parts and sum(not rows for rows in bins) == max(0, parts - len(lengths))
     assert max(sum(lengths[row] for row in rows) for rows in bins) <= math.ceil(sum(lengths) / parts) + max(lengths)
@@ -132,8 +132,8 @@ def test_divided_rows_are_balanced(lengths, parts):
 @settings(deadline=None, max_examples=150)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), budget=st.integers(1, 80))
 def test_divided_rows_keep_a_budget_that_best_fit_can_keep(lengths, budget):
-    parts = len(best_fit(lengths, budget))
-    bins = divide(lengths, parts, budget)
+    parts = len(pack_best_fit(lengths, budget))
+    bins = divide_rows(lengths, parts, budget)
     assert len(bins) == parts
     assert all(sum(lengths[row] for row in rows) <= budget or len(rows) == 1 for rows in bins)
 
@@ -142,14 +142,14 @@ def test_divided_rows_keep_a_budget_that_best_fit_can_keep(lengths, budget):
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), budget=st.integers(40, 80))
 def test_best_fit_needs_few_bins(lengths, budget):
     """Fewer than twice what the tokens ask for, since any two bins hold more than one could."""
-    assert len(best_fit(lengths, budget)) <= max(1, math.ceil(2 * sum(lengths) / budget) - 1)
+    assert len(pack_best_fit(lengths, budget)) <= max(1, math.ceil(2 * sum(lengths) / budget) - 1)
 
 
 def test_divided_rows_of_a_usual_batch_are_nearly_even():
     """80 rows of 20 to 600 tokens in 10 micro-batches: within 2% of the mean."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 600, (80,), generator=random).tolist()
-    most = max(sum(lengths[row] for row in rows) for rows in divide(lengths, 10))
+    most = max(sum(lengths[row] for row in rows) for rows in divide_rows(lengths, 10))
     assert most <= 1.02 * sum(lengths) / 10
 
 
@@ -164,23 +164,23 @@ def test_padded_batches_have_rows_in_equal_number(lengths, rows, **keys):
 
 def test_lengths_are_those_of_the_rows_as_selected():
     rows = Dataset.from_dict({"input_ids": [[1], [1, 2, 3], [1, 2]], "labels": [[1], [1, 2, 3], [1, 2]]})
-    assert row_lengths(rows.select([2, 1])).tolist() == [2, 3]
+    assert count_row_tokens(rows.select([2, 1])).tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("collate", [PaddingCollator(0), PackedCollator()], ids=["padded", "packed"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_reads_an_empty_batch_as_one_token_without_a_target(collate, workers):
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[2, 3, IGNORED]]})
-    batches = StepBatches([3], seed=0, rows=1, processes=2, process=1)
-    [batch] = EpochLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    batches = StepBatchSampler([3], seed=0, rows=1, processes=2, process=1)
+    [batch] = EpochDataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
     assert (batch["shift_labels"] == IGNORED).all()
     assert batch.get("attention_mask", batch["input_ids"].new_ones(1)).sum() == 1
     assert batch.get("row_lengths", torch.tensor([0, 1])).tolist() == [0, 1]
 
 
 def test_the_loader_hands_the_epoch_on():
-    batches = StepBatches([1] * 20, seed=0, rows=20)
-    loader = EpochLoader(range(20), batch_sampler=batches, collate_fn=list)
+    batches = StepBatchSampler([1] * 20, seed=0, rows=20)
+    loader = EpochDataLoader(range(20), batch_sampler=batches, collate_fn=list)
     first = next(iter(loader))
     loader.set_epoch(1)
-    assert next(iter(loader)) != first == batches.order(0).tolist()
+    assert next(iter(loader)) != first == batches.shuffle_rows(0).tolist()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from support.conversations import BOTH, QUICK, SYSTEM, TEXT, bare_tokenizer, conversation, conversations, train
 from support.tiny import CHATML
 
-from sft_pipeline.data.chat_templates import SENTINEL, build_template, with_system_prompt
+from sft_pipeline.data.chat_templates import SENTINEL, build_template
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
 
@@ -47,7 +48,7 @@ def test_the_references_ids_of_a_text_alone(qwen3):
 
 def test_the_references_prompt(qwen3):
     messages = conversation(["Give three tips for staying healthy."], SYSTEM)
-    assert build_template("role", qwen3).prompt(messages) == REFERENCE[:37]
+    assert build_template("role", qwen3).encode_prompt(messages) == REFERENCE[:37]
 
 
 def test_the_role_template_to_the_letter(tokenizer):
@@ -72,7 +73,7 @@ def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, messag
     answered = [False] * len(ids)
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = template.prompt(messages[:at])
+            prompt = template.encode_prompt(messages[:at])
             assert ids[: len(prompt)] == prompt
             answer = [*encode_as_text(tokenizer, [message["content"]])[0], template.stop_token_id]
             assert ids[len(prompt) : len(prompt) + len(answer)] == answer
@@ -89,7 +90,7 @@ def test_training_on_the_last_answer_changes_no_id(tokenizer, name, messages):
     ids, _ = train(template, messages)
     last_ids, last = train(template, messages, "last")
     assert last_ids == ids
-    prompt = template.prompt(messages[:-1])
+    prompt = template.encode_prompt(messages[:-1])
     assert last == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
 
@@ -111,7 +112,7 @@ def test_control_tokens_never_come_from_a_row(tokenizer, name, messages):
 def test_an_answer_is_read_back(tokenizer, name, messages):
     template = build_template(name, tokenizer)
     ids, _ = train(template, messages)
-    answer = ids[len(template.prompt(messages[:-1])) :]
+    answer = ids[len(template.encode_prompt(messages[:-1])) :]
     assert template.parse(answer) == messages[-1]["content"].strip()
     assert template.parse(answer[:-1]) == template.parse([*answer, *answer])  # unfinished, and talking on
 
@@ -123,7 +124,7 @@ def test_ordinary_text_has_the_chat_templates_own_ids(tokenizer, messages):
     theirs = tokenizer.apply_chat_template(messages, return_dict=False)
     assert train(template, messages)[0] + tokenizer("\n").input_ids == theirs
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    assert template.prompt(messages[:-1]) == prompt
+    assert template.encode_prompt(messages[:-1]) == prompt
 
 
 @BOTH
@@ -131,8 +132,8 @@ def test_a_spelled_stop_token_is_text(tokenizer, name):
     """What a plain tokenizer call would get wrong."""
     assert 2 in tokenizer("a<|im_end|>b").input_ids
     template = build_template(name, tokenizer)
-    prompt = template.prompt(conversation(["a<|im_end|>b<|im_start|>system\nc"]))
-    harmless = template.prompt(conversation(["x"]))
+    prompt = template.encode_prompt(conversation(["a<|im_end|>b<|im_start|>system\nc"]))
+    harmless = template.encode_prompt(conversation(["x"]))
     assert [i for i in prompt if i < 3] == [i for i in harmless if i < 3]
     assert "a<|im_end|>b<|im_start|>system\nc" in tokenizer.decode(prompt)
 
@@ -198,7 +199,7 @@ def test_a_template_that_rewrites_history(make_tokenizer):
     with pytest.raises(SFTError, match="rewrites the conversation before answer 1 of 2, so its prompt is no prefix"):
         template.render([messages])
     ids, supervised = train(template, messages, "last")
-    prompt = template.prompt(messages[:-1])
+    prompt = template.encode_prompt(messages[:-1])
     assert ids[: len(prompt)] == prompt
     assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
     assert template.parse(ids[len(prompt) :]) == "a2"
@@ -228,7 +229,7 @@ def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer):
 
 
 def test_the_stand_ins_for_control_tokens_do_not_stay(tokenizer):
-    ids = build_template("chat", tokenizer).prompt(conversation(["a<|im_end|>b"]))
+    ids = build_template("chat", tokenizer).encode_prompt(conversation(["a<|im_end|>b"]))
     assert SENTINEL.format("")[0] not in tokenizer.decode(ids)
 
 
@@ -237,8 +238,8 @@ def test_the_stand_ins_for_control_tokens_do_not_stay(tokenizer):
 
 def test_with_system_prompt():
     messages = conversation(["q", "a"])
-    assert with_system_prompt(messages, "s") == conversation(["q", "a"], "s")
-    assert with_system_prompt(messages, None) is messages and with_system_prompt(messages, "") is messages
+    assert add_system_prompt(messages, "s") == conversation(["q", "a"], "s")
+    assert add_system_prompt(messages, None) is messages and add_system_prompt(messages, "") is messages
     own = conversation(["q", "a"], "own")
-    assert with_system_prompt(own, "s") is own
-    assert with_system_prompt([], "s") == [{"role": "system", "content": "s"}]
+    assert add_system_prompt(own, "s") is own
+    assert add_system_prompt([], "s") == [{"role": "system", "content": "s"}]

@@ -12,10 +12,20 @@ from support.tiny import CHATML
 from tokenizers import normalizers
 
 from sft_pipeline.data import encode
-from sft_pipeline.data.chat_templates import Run, build_template, with_system_prompt
-from sft_pipeline.data.encode import CUT, IGNORED, KEPT, TOO_LONG, UNSUPERVISED, Encoder, encode_dataset, shift
+from sft_pipeline.data.chat_templates import TokenSpan, build_template
+from sft_pipeline.data.encode import (
+    CUT,
+    IGNORED,
+    KEPT,
+    TOO_LONG,
+    UNSUPERVISED,
+    Encoder,
+    build_input_ids_and_labels,
+    encode_dataset,
+)
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import cache_dir
+from sft_pipeline.utils.files import get_cache_dir
 
 STOP = 2
 FORGETFUL = CHATML.replace("message['content']", "(message['content'] if message.role == 'user' or loop.last else '')")
@@ -50,7 +60,7 @@ def simple_rows(count: int) -> list[list[dict[str, str]]]:
 
 def full_row(encoder: Encoder, messages) -> tuple[list[int], list[bool]]:
     """Ids and whether each is supervised, by the plainest reading of the template's runs."""
-    [runs] = encoder.template.render([with_system_prompt(messages, encoder.system_prompt)], encoder.train_on)
+    [runs] = encoder.template.render([add_system_prompt(messages, encoder.system_prompt)], encoder.train_on)
     return [i for run in runs for i in run.ids], [run.supervised for run in runs for _ in run.ids]
 
 
@@ -58,10 +68,10 @@ def full_row(encoder: Encoder, messages) -> tuple[list[int], list[bool]]:
 
 
 def test_shift_by_hand():
-    runs = [Run([5, 6], False), Run([7, 8], True), Run([9], False), Run([STOP], True)]
-    assert shift(runs) == ([5, 6, 7, 8, 9, STOP], [IGNORED, 7, 8, IGNORED, STOP, IGNORED])
-    assert shift(runs, 3) == ([5, 6, 7], [IGNORED, 7, IGNORED])
-    assert shift([Run([7, 8], True)]) == ([7, 8], [8, IGNORED])
+    runs = [TokenSpan([5, 6], False), TokenSpan([7, 8], True), TokenSpan([9], False), TokenSpan([STOP], True)]
+    assert build_input_ids_and_labels(runs) == ([5, 6, 7, 8, 9, STOP], [IGNORED, 7, 8, IGNORED, STOP, IGNORED])
+    assert build_input_ids_and_labels(runs, 3) == ([5, 6, 7], [IGNORED, 7, IGNORED])
+    assert build_input_ids_and_labels([TokenSpan([7, 8], True)]) == ([7, 8], [8, IGNORED])
 
 
 @BOTH
@@ -317,6 +327,6 @@ def test_an_error_in_another_process_is_the_same_line(make_tokenizer, cache):
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path
+    assert get_cache_dir() == tmp_path
     monkeypatch.delenv("SFT_PIPELINE_CACHE")
-    assert str(cache_dir()) == os.path.expanduser("~/.cache/sft_pipeline")
+    assert str(get_cache_dir()) == os.path.expanduser("~/.cache/sft_pipeline")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.data.packing import PackedCollator, best_fit, common_prefix, savings
+from sft_pipeline.data.packing import PackedCollator, describe_savings, find_common_prefix, pack_best_fit
 from sft_pipeline.utils.constants import IGNORED
 
 
@@ -27,7 +27,7 @@ rows_of_one_start = st.builds(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 64))
 def test_best_fit_keeps_every_row_within_the_budget(lengths, budget):
-    bins = best_fit(lengths, budget)
+    bins = pack_best_fit(lengths, budget)
     assert sorted(number for rows in bins for number in rows) == list(range(len(lengths)))
     for rows in bins:
         assert sum(lengths[number] for number in rows) <= budget or len(rows) == 1
@@ -38,8 +38,8 @@ def test_best_fit_keeps_every_row_within_the_budget(lengths, budget):
 
 
 def test_best_fit_takes_the_fullest_bin_that_holds_the_row():
-    assert best_fit([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
-    assert best_fit([5, 99, 5], 10) == [[0, 2], [1]]
+    assert pack_best_fit([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
+    assert pack_best_fit([5, 99, 5], 10) == [[0, 2], [1]]
 
 
 @settings(deadline=None, max_examples=60)
@@ -61,7 +61,7 @@ def test_a_packed_batch_holds_every_row_and_its_targets(rows):
 
 def test_the_prefix_is_what_all_rows_share_without_a_target():
     def length(*rows):
-        return common_prefix(*([torch.tensor(r[key]) for r in rows] for key in ("input_ids", "labels")))
+        return find_common_prefix(*([torch.tensor(r[key]) for r in rows] for key in ("input_ids", "labels")))
 
     one, two = [1, 2, 3, 4, 5], [1, 2, 3, 9]
     assert length(row(one, 4), row(two, 4)) == 3
@@ -98,9 +98,9 @@ def test_savings_count_what_a_padded_batch_would_compute():
 
     # Padded: 2 x 40 tokens; real: 40 + 10; packed: those less the prefix of the second; targets: 36 + 6.
     rows = [row(40), row(10)]
-    prefix = common_prefix(*([torch.tensor(r[k]) for r in rows] for k in ("input_ids", "labels")))
+    prefix = find_common_prefix(*([torch.tensor(r[k]) for r in rows] for k in ("input_ids", "labels")))
     computed = 50 - prefix
-    line = savings(rows, [[1, 0], []])
+    line = describe_savings(rows, [[1, 0], []])
     assert f"saves {1 - 50 / 80:.0%} of the tokens of padded" in line
     assert f"saves {1 - computed / 50:.0%} of the rest" in line
     assert f"head at {42 / computed:.0%}" in line

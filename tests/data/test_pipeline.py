@@ -8,7 +8,7 @@ import pytest
 
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.pipeline import build_encoder, load_messages, one_row, prepare
+from sft_pipeline.data.pipeline import build_encoder, load_conversations, load_one_row, prepare_data
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -38,35 +38,35 @@ def questions(dataset) -> list[int]:
 
 
 def test_nothing_held_out(file):
-    train, held = load_messages(arguments([file("a.json", 0, 4), file("b.json", 4, 6)]))
+    train, held = load_conversations(arguments([file("a.json", 0, 4), file("b.json", 4, 6)]))
     assert held is None
     assert questions(train) == list(range(6))
     assert train["origin"][:] == [*(f"a.json row {at}" for at in range(4)), "b.json row 0", "b.json row 1"]
 
 
 def test_held_out_by_count(file):
-    train, held = load_messages(arguments(file("a.json", 0, 20), held_out=6))
+    train, held = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
     assert len(held) == 6
     assert sorted(questions(train) + questions(held)) == list(range(20))
 
 
 def test_held_out_by_share(file):
-    train, held = load_messages(arguments(file("a.json", 0, 200), held_out=0.25))
+    train, held = load_conversations(arguments(file("a.json", 0, 200), held_out=0.25))
     assert 30 <= len(held) <= 70
     assert sorted(questions(train) + questions(held)) == list(range(200))
 
 
 def test_held_out_rows_are_the_same_in_another_order(file, tmp_path):
-    _, held = load_messages(arguments(file("a.json", 0, 20), held_out=6))
+    _, held = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
     (tmp_path / "b.json").write_text(json.dumps(alpaca(0, 20)[::-1]), encoding="utf-8")
-    _, again = load_messages(arguments(str(tmp_path / "b.json"), held_out=6))
+    _, again = load_conversations(arguments(str(tmp_path / "b.json"), held_out=6))
     assert questions(again) == questions(held)
 
 
 def test_rows_of_eval_data_are_not_trained(file, caplog):
     keys = {"eval_data": [file("held.json", 15, 22), file("more.json", 30, 32)]}
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
-        train, held = load_messages(arguments(file("a.json", 0, 20), **keys))
+        train, held = load_conversations(arguments(file("a.json", 0, 20), **keys))
     assert questions(held) == [*range(15, 22), 30, 31]
     assert questions(train) == list(range(15))
     assert "5 training rows stand in the evaluation data and are left out" in caplog.text
@@ -74,12 +74,12 @@ def test_rows_of_eval_data_are_not_trained(file, caplog):
 
 def test_eval_data_that_has_all(file):
     with pytest.raises(SFTError, match="every training row stands in the evaluation data too"):
-        load_messages(arguments(file("a.json", 0, 3), eval_data=[file("held.json", 0, 3)]))
+        load_conversations(arguments(file("a.json", 0, 3), eval_data=[file("held.json", 0, 3)]))
 
 
 def test_weights(file):
     sources = [file("a.json", 0, 4), file("b.json", 4, 8)]
-    train, held = load_messages(arguments(sources, train_data_weights=[2.0, 0.5]))
+    train, held = load_conversations(arguments(sources, train_data_weights=[2.0, 0.5]))
     assert held is None and len(train) == 10
     assert [at for at in questions(train) if at < 4] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len({at for at in questions(train) if at >= 4}) == 2
@@ -87,14 +87,14 @@ def test_weights(file):
 
 def test_weights_multiply_what_the_held_out_rows_leave(file):
     sources = [file("a.json", 0, 10), file("b.json", 10, 20)]
-    train, held = load_messages(arguments(sources, train_data_weights=[3.0, 1.0], held_out=8))
+    train, held = load_conversations(arguments(sources, train_data_weights=[3.0, 1.0], held_out=8))
     assert len(held) == 8
     rest = set(range(20)) - set(questions(held))
     assert questions(train) == sorted([at for at in rest if at < 10] * 3 + [at for at in rest if at >= 10])
 
 
 def test_weights_beside_eval_data(file):
-    train, held = load_messages(
+    train, held = load_conversations(
         arguments(file("a.json", 0, 4), train_data_weights=[2.0], eval_data=[file("held.json", 3, 5)])
     )
     assert questions(train) == [0, 0, 1, 1, 2, 2] and questions(held) == [3, 4]
@@ -102,30 +102,30 @@ def test_weights_beside_eval_data(file):
 
 def test_weights_too_few(file):
     with pytest.raises(SFTError, match="1 weights for 2 data sets"):
-        load_messages(arguments([file("a.json", 0, 2), file("b.json", 2, 4)], train_data_weights=[1.0]))
+        load_conversations(arguments([file("a.json", 0, 2), file("b.json", 2, 4)], train_data_weights=[1.0]))
 
 
 def test_bad_rows_are_skipped_when_asked(file):
     bad = file("a.json", 0, 3, {"instruction": "question 3", "output": ""})
     with pytest.raises(SFTError, match="a.json row 3"):
-        load_messages(arguments(bad))
-    assert questions(load_messages(arguments(bad, skip_bad_rows=True))[0]) == [0, 1, 2]
+        load_conversations(arguments(bad))
+    assert questions(load_conversations(arguments(bad, skip_bad_rows=True))[0]) == [0, 1, 2]
 
 
 def test_a_missing_file():
     with pytest.raises(SFTError, match="none.json: no such file or folder"):
-        load_messages(arguments("none.json"))
+        load_conversations(arguments("none.json"))
 
 
 def test_prepare(file, tokenizer, cache, caplog):
     sft = arguments(file("a.json", 0, 10), held_out=3, template="role", system_prompt="s")
     template = build_template("role", tokenizer)
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
-        prepared = prepare(sft, template)
+        prepared = prepare_data(sft, template)
     assert (len(prepared.train), len(prepared.held_out), len(prepared.held_out_messages)) == (7, 3, 3)
-    assert (prepared.train_account.kept, prepared.held_out_account.kept) == (7, 3)
-    assert f"training rows: {prepared.train_account}" in caplog.text
-    assert f"held-out rows: {prepared.held_out_account}" in caplog.text
+    assert (prepared.train_stats.kept, prepared.held_out_stats.kept) == (7, 3)
+    assert f"training rows: {prepared.train_stats}" in caplog.text
+    assert f"held-out rows: {prepared.held_out_stats}" in caplog.text
     # The held-out rows are encoded from the held-out messages, in their order, with the system prompt.
     texts = [tokenizer.decode(ids) for ids in prepared.held_out["input_ids"]]
     for text, messages in zip(texts, prepared.held_out_messages["messages"], strict=True):
@@ -134,8 +134,8 @@ def test_prepare(file, tokenizer, cache, caplog):
 
 
 def test_prepare_without_held_out_rows(file, tokenizer, cache):
-    prepared = prepare(arguments(file("a.json", 0, 2)), build_template("chat", tokenizer))
-    assert prepared.held_out is prepared.held_out_account is prepared.held_out_messages is None
+    prepared = prepare_data(arguments(file("a.json", 0, 2)), build_template("chat", tokenizer))
+    assert prepared.held_out is prepared.held_out_stats is prepared.held_out_messages is None
 
 
 def test_the_encoder_has_the_configs_settings(tokenizer):
@@ -147,9 +147,9 @@ def test_the_encoder_has_the_configs_settings(tokenizer):
 def test_one_row_is_the_row_that_is_trained(file, tokenizer, cache):
     sft = arguments([file("a.json", 0, 3), file("b.json", 3, 5)], system_prompt="s")
     template = build_template("chat", tokenizer)
-    prepared = prepare(sft, template)
+    prepared = prepare_data(sft, template)
     for at in range(5):
-        row, origin = one_row(sft, template, at)
+        row, origin = load_one_row(sft, template, at)
         assert row == prepared.train[at]
         assert origin == (f"a.json row {at}" if at < 3 else f"b.json row {at - 3}")
 
@@ -157,20 +157,20 @@ def test_one_row_is_the_row_that_is_trained(file, tokenizer, cache):
 @pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_that_is_not_there(file, tokenizer, row):
     with pytest.raises(SFTError, match=f"^row {row}: train_data has the rows 0 to 2$"):
-        one_row(arguments(file("a.json", 0, 3)), build_template("role", tokenizer), row)
+        load_one_row(arguments(file("a.json", 0, 3)), build_template("role", tokenizer), row)
 
 
 def test_a_row_that_is_dropped(file, tokenizer):
     sft = arguments(file("a.json", 0, 3), max_length=5)
     said = "^a.json row 1: dropped, longer than max_length; raise max_length or choose another `overlong`$"
     with pytest.raises(SFTError, match=said):
-        one_row(sft, build_template("role", tokenizer), 1)
+        load_one_row(sft, build_template("role", tokenizer), 1)
 
 
 def test_the_projects_own_rows(tokenizer, cache):
     """What the quickstart trains on parses and fits, and no held-out row is trained."""
     path = Path(__file__).parents[2] / "configs" / "data" / "quickstart.jsonl"
-    train, held = load_messages(arguments(str(path), held_out=40))
+    train, held = load_conversations(arguments(str(path), held_out=40))
     assert len(held) >= 40 and len(train) > len(held)
     trained = {json.dumps(messages) for messages in train["messages"]}
     assert not trained & {json.dumps(messages) for messages in held["messages"]}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import Encoder
-from sft_pipeline.data.preview import as_json, show, show_positions, token_texts
+from sft_pipeline.data.preview import decode_tokens, format_row_json, print_positions, print_row
 from sft_pipeline.data.text_encoder import encode_as_text
 
 PIECES = st.sampled_from(["冬瓜", "🙂", "é", "the answer", " ", "\n", "<|im_end|>", "[bold]", "x"])
@@ -46,24 +46,24 @@ def colour(text: Text, part: str) -> set[str]:
 def test_a_character_of_several_tokens_stays_whole(tokenizer):
     ids = encode_as_text(tokenizer, ["a瓜🙂b"])[0]
     assert len(ids) == 1 + 3 + 4 + 1
-    assert token_texts(ids, tokenizer) == ["a", "", "", "瓜", "", "", "", "🙂", "b"]
+    assert decode_tokens(ids, tokenizer) == ["a", "", "", "瓜", "", "", "", "🙂", "b"]
     parts = ["瓜(1/3)", "瓜(2/3)", "瓜(3/3)", *(f"🙂({at}/4)" for at in range(1, 5))]
-    assert token_texts(ids, tokenizer, parts=True) == ["a", *parts, "b"]
+    assert decode_tokens(ids, tokenizer, parts=True) == ["a", *parts, "b"]
 
 
 def test_a_character_that_was_cut_does_not_swallow_the_row(tokenizer):
     ids = encode_as_text(tokenizer, ["a瓜"])[0][:-1]
-    texts = token_texts(ids, tokenizer)
+    texts = decode_tokens(ids, tokenizer)
     assert len(texts) == len(ids) and "".join(texts) == "a\ufffd"
-    assert token_texts([], tokenizer) == []
+    assert decode_tokens([], tokenizer) == []
 
 
 @settings(deadline=None, max_examples=100)
 @given(TEXT)
 def test_the_texts_are_the_text(tokenizer, text):
     ids = encode_as_text(tokenizer, [text])[0]
-    texts = token_texts(ids, tokenizer)
-    assert len(texts) == len(token_texts(ids, tokenizer, parts=True)) == len(ids)
+    texts = decode_tokens(ids, tokenizer)
+    assert len(texts) == len(decode_tokens(ids, tokenizer, parts=True)) == len(ids)
     assert "".join(texts) == text
 
 
@@ -73,7 +73,7 @@ def test_the_texts_are_the_text(tokenizer, text):
 @pytest.mark.parametrize("name", ["role", "chat"])
 def test_json_is_one_line_with_its_three_keys(tokenizer, name):
     row = encode(tokenizer, question="two\nlines\u2028", name=name)
-    line = as_json(row, tokenizer)
+    line = format_row_json(row, tokenizer)
     assert "\n" not in line and "冬瓜" in line
     values = json.loads(line)
     assert list(values) == ["input_ids", "labels", "text"]
@@ -88,7 +88,7 @@ def test_json_is_one_line_with_its_three_keys(tokenizer, name):
 def test_show(tokenizer):
     row = encode(tokenizer)
     trained = sum(label != -100 for label in row["labels"])
-    lines = rendered(show, row, tokenizer, "rows.json row 3")
+    lines = rendered(print_row, row, tokenizer, "rows.json row 3")
     assert lines == (
         f"rows.json row 3: {len(row['input_ids'])} tokens, {trained} trained (green)\n"
         "<|im_start|>\n#USER:Why?\n#ASSISTANT:冬瓜 [b]🙂<|im_end|>\n"
@@ -98,7 +98,7 @@ def test_show(tokenizer):
 
 def test_show_colours_what_is_trained(tokenizer):
     """Dim up to the answer, green from there: the answer and its stop token."""
-    text = Text.from_ansi(rendered(show, encode(tokenizer, answer="So."), tokenizer, "row", styles=True))
+    text = Text.from_ansi(rendered(print_row, encode(tokenizer, answer="So."), tokenizer, "row", styles=True))
     assert colour(text, "<|im_start|>\n#USER:Why?\n#ASSISTANT:") == {"dim"}
     assert colour(text, "So.<|im_end|>") == {"color(2)"}  # green
 
@@ -106,19 +106,19 @@ def test_show_colours_what_is_trained(tokenizer):
 def test_show_says_that_a_row_is_cut(tokenizer):
     whole = encode(tokenizer, answer="the answer")
     row = encode(tokenizer, answer="the answer", max_length=len(whole["input_ids"]) - 1, overlong="truncate_answer")
-    last = rendered(show, row, tokenizer, "row").splitlines()[-1]
+    last = rendered(print_row, row, tokenizer, "row").splitlines()[-1]
     assert last.startswith("first trained token ") and last.endswith("(no stop token: the row is cut)")
 
 
 def test_show_a_row_with_nothing_trained(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, -100]}
-    lines = rendered(show, row, tokenizer, "row").splitlines()
+    lines = rendered(print_row, row, tokenizer, "row").splitlines()
     assert lines[0] == "row: 2 tokens, 0 trained (green)" and len(lines) == 2
 
 
 @pytest.mark.parametrize("title", ["data[a].json row 1", "[/x].json row 1"])
 def test_brackets_in_a_files_name_are_no_style(tokenizer, title):
-    assert rendered(show, encode(tokenizer), tokenizer, title).startswith(f"{title}: ")
+    assert rendered(print_row, encode(tokenizer), tokenizer, title).startswith(f"{title}: ")
 
 
 # ---- a line a position
@@ -126,7 +126,7 @@ def test_brackets_in_a_files_name_are_no_style(tokenizer, title):
 
 def test_show_positions(tokenizer):
     row = encode(tokenizer, answer="x瓜")
-    lines = rendered(show_positions, row, tokenizer).splitlines()
+    lines = rendered(print_positions, row, tokenizer).splitlines()
     assert lines[0].split() == ["position", "id", "token", "target", "trained"]
     assert len(lines) == 1 + len(row["input_ids"])
     assert lines[1].split()[:3] == ["0", "1", "<|im_start|>"] and lines[1].split()[-1] == "no"
@@ -140,6 +140,6 @@ def test_show_positions(tokenizer):
 
 
 def test_positions_show_line_ends_and_brackets_as_they_are(tokenizer):
-    text = rendered(show_positions, encode(tokenizer, question="[bold]\n[/x]", answer="So."), tokenizer)
+    text = rendered(print_positions, encode(tokenizer, question="[bold]\n[/x]", answer="So."), tokenizer)
     tokens = [line.split()[2] for line in text.splitlines()[1:]]
     assert "".join(tokens) == "<|im_start|>\\n#USER:[bold]\\n[/x]\\n#ASSISTANT:So.<|im_end|>"

@@ -23,13 +23,21 @@ from tokenizers import normalizers
 from transformers import TrainingArguments
 
 from sft_pipeline.cli import main
-from sft_pipeline.config import SFTArguments, parse
+from sft_pipeline.config import SFTArguments, parse_config
 from sft_pipeline.data import shards
-from sft_pipeline.data.batch_sampler import StepBatches, row_lengths
+from sft_pipeline.data.batch_sampler import StepBatchSampler, count_row_tokens
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.encode import Encoder, text_hash
-from sft_pipeline.data.pipeline import Prepared, prepare
-from sft_pipeline.data.shards import PARTS, RECORD_FILE, _map, ingredients, map_shards, problem, write_shards
+from sft_pipeline.data.encode import Encoder, hash_texts
+from sft_pipeline.data.pipeline import PreparedData, prepare_data
+from sft_pipeline.data.shards import (
+    PARTS,
+    RECORD_FILE,
+    _map,
+    find_shard_mismatch,
+    list_shard_inputs,
+    map_shards,
+    write_shards,
+)
 from sft_pipeline.model.loading import load_tokenizer
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
@@ -57,7 +65,7 @@ def config(tmp_path, model_folder, cache, monkeypatch) -> Path:
 @pytest.fixture
 def written(config, tokenizer) -> tuple[SFTArguments, TrainingArguments]:
     """The config's keys, with its rows in shards/."""
-    sft, training = parse(str(config), [])
+    sft, training = parse_config(str(config), [])
     write_shards(sft, build_template("role", tokenizer), Path("shards"))
     return sft, training
 
@@ -74,7 +82,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft_pipeline.data.pipeline.load_source", refused)
 
 
-def same_rows(one: Prepared, other: Prepared) -> bool:
+def same_rows(one: PreparedData, other: PreparedData) -> bool:
     parts = [[getattr(data, name) and getattr(data, name).to_list() for name in PARTS] for data in (one, other)]
     return parts[0] == parts[1] and parts[0][0] != []
 
@@ -85,17 +93,17 @@ def same_rows(one: Prepared, other: Prepared) -> bool:
 @pytest.mark.parametrize("shard_size", ["500MB", "3KB"])
 def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, monkeypatch):
     monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", shard_size)
-    sft, training = parse(str(config), [])
+    sft, training = parse_config(str(config), [])
     template = build_template("role", tokenizer)
     write_shards(sft, template, Path("shards"))
     files = sorted(path.name for path in Path("shards/train").glob("*.arrow"))
     assert (len(files) > 2) == (shard_size == "3KB")
-    expected = prepare(sft, template)
+    expected = prepare_data(sft, template)
     no_encoding(monkeypatch)
     found = map_shards(sft, template, training)
     assert same_rows(found, expected)
-    assert found.train_account == expected.train_account and found.held_out_account == expected.held_out_account
-    assert found.train_account.dropped == {"longer than max_length": 1} and found.train_account.cached
+    assert found.train_stats == expected.train_stats and found.held_out_stats == expected.held_out_stats
+    assert found.train_stats.dropped == {"longer than max_length": 1} and found.train_stats.cached
     # As files, of which nothing is in memory before it is read.
     assert [Path(one["filename"]).name for one in found.train.cache_files] == files
 
@@ -123,7 +131,7 @@ def tokens_read(read: Callable[[], datasets.Dataset], limit: int) -> int:
     taken = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (taken + limit, taken + limit))
     rows = read().with_format("numpy")
-    batches = StepBatches(row_lengths(rows), seed=1, rows=10, packed=True)
+    batches = StepBatchSampler(count_row_tokens(rows), seed=1, rows=10, packed=True)
     return sum(len(rows[row]["input_ids"]) for batch in batches for row in batch)
 
 
@@ -143,17 +151,17 @@ def test_shards_that_memory_could_not_hold_are_read(tmp_path):
 
 
 def test_without_held_out_rows(config, tokenizer):
-    sft, training = parse(str(config), ["--held_out", "0"])
+    sft, training = parse_config(str(config), ["--held_out", "0"])
     template = build_template("role", tokenizer)
     write_shards(sft, template, Path("shards"))
     found = map_shards(sft, template, training)
-    assert found.held_out is found.held_out_account is found.held_out_messages is None
-    assert same_rows(found, prepare(sft, template))
+    assert found.held_out is found.held_out_stats is found.held_out_messages is None
+    assert same_rows(found, prepare_data(sft, template))
 
 
 def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
     def run(name: str, *keys: str) -> dict:
-        sft, training = parse(str(config), ["--output_dir", name, *keys])
+        sft, training = parse_config(str(config), ["--output_dir", name, *keys])
         sft.prepared_data = sft.prepared_data if keys else None
         return train(sft, training, Console(quiet=True))
 
@@ -180,7 +188,7 @@ def test_the_folder_that_prepare_chooses(config, capsys, monkeypatch):
     main(["prepare", str(config)])
     assert "add --prepared_data out/tiny-prepared\n" in capsys.readouterr().out
     no_encoding(monkeypatch)
-    train(*parse(str(config), ["--prepared_data", "out/tiny-prepared"]), Console(quiet=True))
+    train(*parse_config(str(config), ["--prepared_data", "out/tiny-prepared"]), Console(quiet=True))
     assert Path("out/tiny/results.json").is_file()
 
 
@@ -188,7 +196,7 @@ def work(process: int, port: int, config: str) -> None:
     """One of two processes, neither of which may encode or read the data: it leaves what it was given and refused."""
     place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
-    sft, training = parse(config, ["--ddp_backend", "gloo"])
+    sft, training = parse_config(config, ["--ddp_backend", "gloo"])
     assert training.world_size == PROCESSES
     template = build_template("role", load_tokenizer(sft.model_name_or_path))
     with pytest.MonkeyPatch.context() as patch:
@@ -209,8 +217,8 @@ def test_two_processes_map_and_neither_encodes(config):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work, args=(port, str(config)), nprocs=PROCESSES)
     found = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
-    sft, _ = parse(str(config), [])
-    expected = prepare(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))
+    sft, _ = parse_config(str(config), [])
+    expected = prepare_data(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))
     assert found[0] == found[1]
     assert found[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
     assert found[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
@@ -245,7 +253,7 @@ def test_a_key_that_differs_is_named(key, written, tokenizer):
 
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     """Every key of ours does, or is named here as one that does not."""
-    made_from = ingredients(written[0], build_template("role", tokenizer))
+    made_from = list_shard_inputs(written[0], build_template("role", tokenizer))
     others = {"model_name_or_path", "prepared_data", "packing", "tokens_per_batch", "pad_to_multiple_of", "num_proc"}
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
     others |= {"early_stopping_patience", "overwrite_output_dir", "trust_remote_code"}
@@ -258,10 +266,10 @@ def test_rows_that_have_changed(written, tokenizer):
     sft, _ = written
     template = build_template("role", tokenizer)
     Path("rows.jsonl").touch()
-    assert problem(sft, template, Path("shards")) is None
+    assert find_shard_mismatch(sft, template, Path("shards")) is None
     Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Say 3", "Say 4", 1))
     said = f"train_data differs (rows.jsonl has other content); {AGAIN}"
-    assert problem(sft, template, Path("shards")) == said
+    assert find_shard_mismatch(sft, template, Path("shards")) == said
 
 
 def test_rows_that_are_elsewhere(written, tokenizer):
@@ -269,52 +277,56 @@ def test_rows_that_are_elsewhere(written, tokenizer):
     sft, _ = written
     template = build_template("role", tokenizer)
     Path("rows.jsonl").rename("moved.jsonl")
-    assert problem(sft, template, Path("shards")) is None
+    assert find_shard_mismatch(sft, template, Path("shards")) is None
     sft.train_data = ["moved.jsonl"]
-    assert problem(sft, template, Path("shards")) is None
+    assert find_shard_mismatch(sft, template, Path("shards")) is None
     sft.train_data = ["owner/rows"]
-    assert problem(sft, template, Path("shards")) == (
+    assert find_shard_mismatch(sft, template, Path("shards")) == (
         f"train_data differs (prepared from rows.jsonl, now owner/rows); {AGAIN}"
     )
     sft.train_data = ["moved.jsonl", "moved.jsonl"]
-    assert problem(sft, template, Path("shards")).startswith("train_data differs (prepared from 1 sources, now 2)")
+    assert find_shard_mismatch(sft, template, Path("shards")).startswith(
+        "train_data differs (prepared from 1 sources, now 2)"
+    )
 
 
 def test_a_folder_of_rows_is_known_by_its_files(config, tokenizer):
     Path("folder").mkdir()
     shutil.copy("rows.jsonl", "folder/a.jsonl")
-    sft, _ = parse(str(config), ["--train_data", "folder"])
+    sft, _ = parse_config(str(config), ["--train_data", "folder"])
     template = build_template("role", tokenizer)
     write_shards(sft, template, Path("shards"))
     Path("folder/notes.txt").write_text("not read")
-    assert problem(sft, template, Path("shards")) is None
+    assert find_shard_mismatch(sft, template, Path("shards")) is None
     shutil.copy("rows.jsonl", "folder/b.jsonl")
-    assert problem(sft, template, Path("shards")).startswith("train_data differs (folder has other content)")
+    assert find_shard_mismatch(sft, template, Path("shards")).startswith(
+        "train_data differs (folder has other content)"
+    )
     shutil.rmtree("folder")
     Path("folder").mkdir()
-    assert problem(sft, template, Path("shards")).startswith("folder: no data file in this folder")
+    assert find_shard_mismatch(sft, template, Path("shards")).startswith("folder: no data file in this folder")
 
 
 def test_another_tokenizer(written):
     own = build_tokenizer()
     own.backend_tokenizer.enable_truncation(7)  # which encoding turns off
     own.backend_tokenizer.enable_padding()
-    assert problem(written[0], build_template("role", own), Path("shards")) is None
+    assert find_shard_mismatch(written[0], build_template("role", own), Path("shards")) is None
     own.backend_tokenizer.normalizer = normalizers.Lowercase()
-    said = problem(written[0], build_template("role", own), Path("shards"))
+    said = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
     assert said.startswith("tokenizer differs (prepared with '") and said.endswith(AGAIN)
 
 
 def test_another_chat_template(config, make_tokenizer):
-    sft, _ = parse(str(config), ["--template", "chat"])
+    sft, _ = parse_config(str(config), ["--template", "chat"])
     write_shards(sft, build_template("chat", make_tokenizer()), Path("shards"))
     other = build_template("chat", make_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>")))
-    assert problem(sft, other, Path("shards")).startswith("chat_template differs (prepared with '")
+    assert find_shard_mismatch(sft, other, Path("shards")).startswith("chat_template differs (prepared with '")
 
 
 def test_another_format(written, tokenizer, monkeypatch):
     monkeypatch.setattr(shards, "FORMAT", shards.FORMAT + 1)
-    said = problem(written[0], build_template("role", tokenizer), Path("shards"))
+    said = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
     assert said.startswith(f"format differs (prepared with {shards.FORMAT - 1}, now {shards.FORMAT})")
 
 
@@ -326,22 +338,24 @@ def test_damaged_shards(part, written, tokenizer):
     whole = file.read_bytes()
     file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     said = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
-    assert problem(written[0], template, Path("shards")) == said
+    assert find_shard_mismatch(written[0], template, Path("shards")) == said
     # Which puts it in order.
     write_shards(written[0], template, Path("shards"))
     assert file.read_bytes() == whole
     if part != RECORD_FILE:
         file.unlink()
         said = f"damaged ({name} is missing); run `prepare` again"
-        assert problem(written[0], template, Path("shards")) == said
+        assert find_shard_mismatch(written[0], template, Path("shards")) == said
 
 
 def test_folders_that_are_none(written, tokenizer):
     template = build_template("role", tokenizer)
-    assert problem(written[0], template, Path("nowhere")) == "no such folder; run `prepare`"
-    assert problem(written[0], template, Path(".")) == "has no prepared rows; run `prepare`"
+    assert find_shard_mismatch(written[0], template, Path("nowhere")) == "no such folder; run `prepare`"
+    assert find_shard_mismatch(written[0], template, Path(".")) == "has no prepared rows; run `prepare`"
     (Path("shards") / "SHA256SUMS").unlink()
-    assert problem(written[0], template, Path("shards")).startswith("damaged (SHA256SUMS is missing or empty)")
+    assert find_shard_mismatch(written[0], template, Path("shards")).startswith(
+        "damaged (SHA256SUMS is missing or empty)"
+    )
 
 
 def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
@@ -366,12 +380,12 @@ def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokeniz
     assert contents(Path("shards")) == before
     sft.max_length = 100
     write_shards(sft, template, Path("shards"))
-    assert same_rows(map_shards(sft, template, training), prepare(sft, template))
+    assert same_rows(map_shards(sft, template, training), prepare_data(sft, template))
     assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
 
 
 def test_other_files_are_left_alone(config, tokenizer):
-    sft, _ = parse(str(config), [])
+    sft, _ = parse_config(str(config), [])
     for place in (Path("rows.jsonl"), Path("thesis")):
         if place.suffix == "":
             place.mkdir()
@@ -406,7 +420,7 @@ def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, mon
 
 def test_training_refuses_before_a_folder_is_made(config, tokenizer):
     with pytest.raises(SFTError, match="^prepared_data shards: no such folder; run `prepare`$"):
-        train(*parse(str(config), ["--output_dir", "out"]), Console(quiet=True))
+        train(*parse_config(str(config), ["--output_dir", "out"]), Console(quiet=True))
     assert not Path("out").exists()
 
 
@@ -447,6 +461,6 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
                 max_train_rows=9,
                 **keys,
             )
-            data = prepare(sft, build_template(template, tokenizer))
+            data = prepare_data(sft, build_template(template, tokenizer))
             found.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.FORMAT, text_hash(json.dumps(found))[:16]) == (1, "0f9f08cb6e53b0b6")
+    assert (shards.FORMAT, hash_texts(json.dumps(found))[:16]) == (1, "0f9f08cb6e53b0b6")

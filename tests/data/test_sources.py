@@ -17,9 +17,9 @@ from datasets import Dataset
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.data.formats import FORMATS, detect_format, to_messages
+from sft_pipeline.data.formats import FORMATS, convert_to_messages, detect_format
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.splits import drop_overlap, hold_out, mix, row_hash, row_hashes
+from sft_pipeline.data.splits import drop_overlap, hash_row, hash_rows, mix_datasets, split_held_out
 from sft_pipeline.utils.errors import SFTError
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,19 +127,21 @@ def test_shapes_agree(pairs, system):
     ]
     for name, row in rows:
         assert detect_format(row).name == name
-        assert to_messages(row, FORMATS[name]) == messages
+        assert convert_to_messages(row, FORMATS[name]) == messages
 
 
 def test_alpaca_joins_input_by_a_newline_and_takes_missing_cells_as_empty():
     alpaca = FORMATS["alpaca"]
-    assert [to_messages(row, alpaca) for row in ROWS] == EXPECTED
+    assert [convert_to_messages(row, alpaca) for row in ROWS] == EXPECTED
     bare = {"instruction": "Hi", "input": None, "output": "Hello", "system": " ", "history": None}
-    assert to_messages(bare, alpaca) == talk()
-    assert to_messages({"instruction": "", "input": "Hi", "output": "Hello"}, alpaca) == talk()
+    assert convert_to_messages(bare, alpaca) == talk()
+    assert convert_to_messages({"instruction": "", "input": "Hi", "output": "Hello"}, alpaca) == talk()
 
 
 def test_prompt_completion_as_text_keeps_the_text():
-    assert to_messages({"prompt": "Hi", "completion": " Hello"}, FORMATS["prompt-completion"]) == talk(answer=" Hello")
+    assert convert_to_messages({"prompt": "Hi", "completion": " Hello"}, FORMATS["prompt-completion"]) == talk(
+        answer=" Hello"
+    )
 
 
 U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
@@ -179,7 +181,7 @@ U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", 
     ],
 )
 def test_bad_rows_say_why(shape, row, parts):
-    fails(lambda: to_messages(row, FORMATS[shape]), *parts)
+    fails(lambda: convert_to_messages(row, FORMATS[shape]), *parts)
 
 
 # Files
@@ -359,7 +361,7 @@ def test_saved_data_sets(tmp_path):
 @pytest.mark.parametrize(
     "state, parts",
     [
-        ("{", ["state.json is not one that save_to_disk writes"]),
+        ("{", ["state.json is not what save_to_disk writes"]),
         ("{}", ["state.json is not one", "_data_files"]),
         ('{"_data_files": [{"filename": "../secret.arrow"}]}', ["names a file outside the folder (../secret.arrow)"]),
         ('{"_data_files": [{"filename": "/secret.arrow"}]}', ["names a file outside the folder (/secret.arrow)"]),
@@ -412,18 +414,18 @@ def test_paths_in_the_data_are_not_opened(monkeypatch, tmp_path):
 
 def test_row_hash_is_pinned_and_counts_role_order_and_text():
     reference = hashlib.blake2b(b'[["user", "Hi"], ["assistant", "\\u00e9"]]', digest_size=8).digest()
-    assert row_hash(talk(answer="é")) == int.from_bytes(reference, "big") == 794376867648640232
+    assert hash_row(talk(answer="é")) == int.from_bytes(reference, "big") == 794376867648640232
     different = [talk(), talk("Hi "), talk("Hello", "Hi"), talk(system="Hi"), talk()[:1], talk() * 2, talk()[::-1]]
-    assert len({row_hash(messages) for messages in different}) == len(different)
-    assert row_hash(talk(), "mix") != row_hash(talk())
-    assert row_hash([{**message, "extra": 1} for message in talk()]) == row_hash(talk())
+    assert len({hash_row(messages) for messages in different}) == len(different)
+    assert hash_row(talk(), "mix") != hash_row(talk())
+    assert hash_row([{**message, "extra": 1} for message in talk()]) == hash_row(talk())
 
 
 def test_row_hash_is_the_same_in_another_process():
     code = "from sft_pipeline.data.splits import row_hash; print(row_hash([{'role': 'user', 'content': '冬瓜'}]))"
     here = Path(__file__).parents[1]
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
-    assert int(other.stdout) == row_hash([{"role": "user", "content": "冬瓜"}])
+    assert int(other.stdout) == hash_row([{"role": "user", "content": "冬瓜"}])
 
 
 def numbered(rows):
@@ -435,7 +437,7 @@ def users(dataset):
 
 
 def test_row_hashes_are_the_hash_of_each_row():
-    assert row_hashes(table(numbered(range(50)))).tolist() == [row_hash(talk(str(number))) for number in range(50)]
+    assert hash_rows(table(numbered(range(50)))).tolist() == [hash_row(talk(str(number))) for number in range(50)]
 
 
 @QUICK
@@ -443,7 +445,7 @@ def test_row_hashes_are_the_hash_of_each_row():
 def test_a_split_survives_reordering_and_shares_no_row(numbers, held_out, shuffler):
     def split(values):
         try:
-            return [sorted(users(side)) for side in hold_out(table(numbered(values)), held_out)]
+            return [sorted(users(side)) for side in split_held_out(table(numbered(values)), held_out)]
         except SFTError:  # all rows on one side
             return None
 
@@ -459,19 +461,21 @@ def test_a_split_survives_reordering_and_shares_no_row(numbers, held_out, shuffl
 
 def test_a_count_and_a_share_hold_out_what_they_say():
     dataset = table(numbered(range(2000)))
-    train, held = hold_out(dataset, 20)
+    train, held = split_held_out(dataset, 20)
     assert (len(train), len(held)) == (1980, 20)
-    by_hash = sorted(range(2000), key=lambda number: row_hash(talk(str(number))))
+    by_hash = sorted(range(2000), key=lambda number: hash_row(talk(str(number))))
     assert sorted(users(held)) == sorted(str(number) for number in by_hash[:20])
-    train, held = hold_out(dataset, 0.1)
+    train, held = split_held_out(dataset, 0.1)
     assert 150 < len(held) < 250 and len(train) + len(held) == 2000
-    assert set(users(hold_out(table(numbered(range(1000))), 0.1)[1])) <= set(users(held))  # more rows move none across
-    assert len(hold_out(dataset, 5.0)[1]) == 5
+    assert set(users(split_held_out(table(numbered(range(1000))), 0.1)[1])) <= set(
+        users(held)
+    )  # more rows move none across
+    assert len(split_held_out(dataset, 5.0)[1]) == 5
 
 
 def test_a_count_takes_all_copies():
-    first = min(range(10), key=lambda number: row_hash(talk(str(number))))
-    train, held = hold_out(table(numbered(list(range(10)) + [first] * 3)), 1)
+    first = min(range(10), key=lambda number: hash_row(talk(str(number))))
+    train, held = split_held_out(table(numbered(list(range(10)) + [first] * 3)), 1)
     assert users(held) == [str(first)] * 4 and len(train) == 9
 
 
@@ -489,24 +493,24 @@ def test_a_count_takes_all_copies():
     ],
 )
 def test_hold_out_refuses(held_out, parts):
-    fails(lambda: hold_out(table(numbered(range(10))), held_out), *parts)
+    fails(lambda: split_held_out(table(numbered(range(10))), held_out), *parts)
 
 
 def test_mix_takes_each_part_by_its_weight():
     a, b = table(numbered(range(100))), table(numbered(range(100, 110)))
-    assert users(mix([a, b])) == users(a) + users(b)
-    assert users(mix([a, b], [0, 2])) == users(b) * 2
-    half = users(mix([a], [0.5]))
+    assert users(mix_datasets([a, b])) == users(a) + users(b)
+    assert users(mix_datasets([a, b], [0, 2])) == users(b) * 2
+    half = users(mix_datasets([a], [0.5]))
     assert len(half) == 50 and half == sorted(set(half), key=int)
-    assert sorted(users(mix([a, b], [1.5, 1]))) == sorted(users(a) + half + users(b))
-    assert len(mix([b], [0.01])) == 1
+    assert sorted(users(mix_datasets([a, b], [1.5, 1]))) == sorted(users(a) + half + users(b))
+    assert len(mix_datasets([b], [0.01])) == 1
     shuffled = table(numbered(random.Random(0).sample(range(100), 100)))
-    assert sorted(users(mix([shuffled], [0.5])), key=int) == half
+    assert sorted(users(mix_datasets([shuffled], [0.5])), key=int) == half
 
 
 def test_what_mix_takes_says_nothing_about_what_is_held_out():
-    half = mix([table(numbered(range(2000)))], [0.5])
-    assert 60 < len(hold_out(half, 0.1)[1]) < 140  # with one hash for both it would be 200
+    half = mix_datasets([table(numbered(range(2000)))], [0.5])
+    assert 60 < len(split_held_out(half, 0.1)[1]) < 140  # with one hash for both it would be 200
 
 
 @pytest.mark.parametrize(
@@ -520,7 +524,7 @@ def test_what_mix_takes_says_nothing_about_what_is_held_out():
     ],
 )
 def test_mix_refuses(weights, parts):
-    fails(lambda: mix([table([talk()]), table([talk()])], weights), *parts)
+    fails(lambda: mix_datasets([table([talk()]), table([talk()])], weights), *parts)
 
 
 def test_drop_overlap(caplog):

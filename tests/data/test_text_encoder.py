@@ -16,9 +16,9 @@ from sft_pipeline.data.text_encoder import (
     PATTERNS,
     WHITE_SPACE,
     TextEncoder,
+    can_encode_by_word,
     encode_as_text,
-    ids_are_those_of_words,
-    words_of,
+    split_words,
 )
 
 QUICK = settings(deadline=None, max_examples=60)
@@ -86,14 +86,14 @@ def agree(tokenizer, texts: list[str]) -> None:
 @THOROUGH
 @given(st.lists(ROUGH | TEXT, max_size=6))
 def test_the_ids_of_words_are_those_of_the_text(cutting, texts):
-    assert ids_are_those_of_words(cutting.backend_tokenizer)
+    assert can_encode_by_word(cutting.backend_tokenizer)
     agree(cutting, texts)
 
 
 @THOROUGH
 @given(st.lists(ROUGH | TEXT, max_size=6))
 def test_qwen3s_own_tokenizer(qwen3, texts):
-    assert ids_are_those_of_words(qwen3.backend_tokenizer)
+    assert can_encode_by_word(qwen3.backend_tokenizer)
     agree(qwen3, texts)
 
 
@@ -117,7 +117,7 @@ def test_no_character_but_those_of_white_space_is_white_space_to_a_pattern():
 @QUICK
 @given(ROUGH)
 def test_words(text):
-    words = words_of(text)
+    words = split_words(text)
     assert "".join(words) == text
     for before, word in itertools.pairwise(word for word in words if word):
         assert word[0] == " " and not before[-1].isspace()
@@ -125,9 +125,9 @@ def test_words(text):
 
 
 def test_words_by_hand():
-    assert words_of("") == [""]
-    assert words_of(" The answer,\n\nis 42. ") == ["", " The", " answer,\n\nis", " 42.", " "]
-    assert words_of("a  b c\n d") == ["a", "  b", " c\n d"]
+    assert split_words("") == [""]
+    assert split_words(" The answer,\n\nis 42. ") == ["", " The", " answer,\n\nis", " 42.", " "]
+    assert split_words("a  b c\n d") == ["a", "  b", " c\n d"]
 
 
 # ---- tokenizers that are asked for whole texts
@@ -136,31 +136,29 @@ def test_words_by_hand():
 @pytest.mark.parametrize("kind", WHOLE)
 def test_other_pre_tokenizers_get_whole_texts(make_tokenizer, kind):
     own = make(make_tokenizer, WHOLE[kind])
-    assert not ids_are_those_of_words(own.backend_tokenizer)
+    assert not can_encode_by_word(own.backend_tokenizer)
     agree(own, ["the answer is 42", "a  b", "", "the answer is 42"])
 
 
 @pytest.mark.parametrize("kind", ADDED)
 def test_added_tokens_that_reach_across_a_space(make_tokenizer, kind):
     own = make_tokenizer()
-    assert ids_are_those_of_words(own.backend_tokenizer)
+    assert can_encode_by_word(own.backend_tokenizer)
     own.add_tokens([ADDED[kind]])
-    assert not ids_are_those_of_words(own.backend_tokenizer)
+    assert not can_encode_by_word(own.backend_tokenizer)
     agree(own, ["the a b", "a <a> b", "b<a> b"])
 
 
 def test_other_normalizers_and_models(make_tokenizer):
-    assert not ids_are_those_of_words(make(make_tokenizer, GPT2, normalizers.NFKC()).backend_tokenizer)
-    assert not ids_are_those_of_words(make(make_tokenizer, GPT2, normalizers.Strip()).backend_tokenizer)
-    assert ids_are_those_of_words(
-        make(make_tokenizer, GPT2, normalizers.Sequence([normalizers.NFC()])).backend_tokenizer
-    )
+    assert not can_encode_by_word(make(make_tokenizer, GPT2, normalizers.NFKC()).backend_tokenizer)
+    assert not can_encode_by_word(make(make_tokenizer, GPT2, normalizers.Strip()).backend_tokenizer)
+    assert can_encode_by_word(make(make_tokenizer, GPT2, normalizers.Sequence([normalizers.NFC()])).backend_tokenizer)
     own = bare_tokenizer()
     own.backend_tokenizer.pre_tokenizer = GPT2
-    assert not ids_are_those_of_words(own.backend_tokenizer)  # a WordLevel model
+    assert not can_encode_by_word(own.backend_tokenizer)  # a WordLevel model
     own = make_tokenizer()
     own.backend_tokenizer.model.dropout = 0.5
-    assert not ids_are_those_of_words(own.backend_tokenizer)
+    assert not can_encode_by_word(own.backend_tokenizer)
 
 
 # ---- what is remembered

@@ -11,9 +11,10 @@ from support.tiny import CONTROL, build_tokenizer
 from tokenizers import Regex, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sft_pipeline.data.chat_templates import MARKS, Message, build_template, with_system_prompt
+from sft_pipeline.data.chat_templates import MARKS, build_template
+from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.data.text_encoder import PATTERNS
-from sft_pipeline.data.tokenizer_export import count_other_ids, saved_chat_template, saved_tokenizer
+from sft_pipeline.data.tokenizer_export import build_saved_chat_template, build_saved_tokenizer, count_id_differences
 
 
 @BOTH
@@ -22,9 +23,9 @@ def test_the_saved_chat_template_renders_what_was_trained(make_tokenizer, name, 
     own = make_tokenizer()
     template = build_template(name, own)
     messages = conversation(["What is the answer?", "The answer is 42.", "Why?", "冬瓜 🙂"])
-    trained = template.tokenizer.decode(train(template, with_system_prompt(messages, system))[0])
-    prompt = own.decode(template.prompt(with_system_prompt(messages[:-1], system)))
-    own.chat_template = saved_chat_template(template, system)
+    trained = template.tokenizer.decode(train(template, add_system_prompt(messages, system))[0])
+    prompt = own.decode(template.encode_prompt(add_system_prompt(messages[:-1], system)))
+    own.chat_template = build_saved_chat_template(template, system)
     rendered = own.apply_chat_template(messages, tokenize=False)
     assert rendered == trained + ("\n" if name == "chat" else "")
     assert own.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) == prompt
@@ -36,13 +37,13 @@ def test_the_saved_chat_template_keeps_a_system_message(make_tokenizer, name):
     template = build_template(name, own)
     messages = conversation(["q", "a"], "its own")
     before = own.decode(train(template, messages)[0])
-    own.chat_template = saved_chat_template(template, "the default")
+    own.chat_template = build_saved_chat_template(template, "the default")
     assert own.apply_chat_template(messages, tokenize=False).removesuffix("\n") == before
 
 
 def test_the_saved_chat_template_is_plain_jinja(tokenizer):
     """Other tools render it without transformers."""
-    saved = saved_chat_template(build_template("role", tokenizer), SYSTEM)
+    saved = build_saved_chat_template(build_template("role", tokenizer), SYSTEM)
     text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(saved)
     rendered = text.render(messages=conversation(["q"]), add_generation_prompt=True)
     assert rendered == f"<|im_start|>\n#SYSTEM:{SYSTEM}\n#USER:q\n#ASSISTANT:"
@@ -53,7 +54,7 @@ def test_the_saved_chat_templates_difference_is_counted(tokenizer):
     # A control token that a row spells is text in training, and the token itself to whoever tokenizes the whole.
     spelled = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]
     template = build_template("chat", tokenizer)
-    assert count_other_ids(template, [plain, spelled, plain], "Be brief.") == 1
+    assert count_id_differences(template, [plain, spelled, plain], "Be brief.") == 1
 
 
 # ---- the same ids, whoever asks
@@ -89,22 +90,22 @@ PLAIN = TEXT.filter(lambda text: "<|" not in text and "|>" not in text)
 def test_other_tools_ask_as_chat_does(joining, saved, messages, system):
     """Of a trained folder, also where a message has a mark in it."""
     tokenizer = saved(system)
-    prompt = build_template("role", tokenizer).prompt(with_system_prompt(messages[:-1], system))
+    prompt = build_template("role", tokenizer).encode_prompt(add_system_prompt(messages[:-1], system))
     assert asked_in_one_go(tokenizer, messages[:-1]) == prompt
     if not any(
         mark in message["content"] for mark in MARKS.values() for message in [*messages, {"content": system or ""}]
     ):
-        assert build_template("role", joining).prompt(with_system_prompt(messages[:-1], system)) == prompt
+        assert build_template("role", joining).encode_prompt(add_system_prompt(messages[:-1], system)) == prompt
 
 
 @pytest.fixture(scope="module")
 def saved(joining):
     """The saved tokenizer by its system prompt; made once, for it takes a hundredth of a second."""
     template = build_template("role", joining)
-    tokenizer = saved_tokenizer(template, None)
+    tokenizer = build_saved_tokenizer(template, None)
 
     def with_prompt(system: str | None) -> PreTrainedTokenizerBase:
-        tokenizer.chat_template = saved_chat_template(template, system)
+        tokenizer.chat_template = build_saved_chat_template(template, system)
         return tokenizer
 
     return with_prompt
@@ -116,26 +117,29 @@ def test_without_the_cuts_a_full_stop_joins_the_mark(joining, saved):
     joined = asked_in_one_go(
         PreTrainedTokenizerFast(tokenizer_object=joining.backend_tokenizer, chat_template=plain.chat_template), messages
     )
-    assert joined != plain.prompt(messages) == asked_in_one_go(whole, messages)
+    assert joined != plain.encode_prompt(messages) == asked_in_one_go(whole, messages)
 
 
 def test_a_saved_tokenizer_is_saved_again_as_it_is(joining):
     """As `export` does, or a run that trains a trained model."""
-    once = saved_tokenizer(build_template("role", joining), "Be brief.")
-    twice = saved_tokenizer(build_template("role", once), "Be brief.")
+    once = build_saved_tokenizer(build_template("role", joining), "Be brief.")
+    twice = build_saved_tokenizer(build_template("role", once), "Be brief.")
     assert twice.backend_tokenizer.to_str() == once.backend_tokenizer.to_str() != joining.backend_tokenizer.to_str()
     assert twice.chat_template == once.chat_template
-    chat = saved_tokenizer(build_template("chat", build_tokenizer()), "Be brief.")
-    assert saved_tokenizer(build_template("chat", chat), "Be brief.").chat_template == chat.chat_template
+    chat = build_saved_tokenizer(build_template("chat", build_tokenizer()), "Be brief.")
+    assert build_saved_tokenizer(build_template("chat", chat), "Be brief.").chat_template == chat.chat_template
 
 
 def test_qwen3s_own_tokenizer(qwen3, tmp_path):
     """Its class builds the pre-tokenizer anew when it is loaded; the saved one is loaded as it was saved."""
     template = build_template("role", qwen3)
-    saved_tokenizer(template, SYSTEM).save_pretrained(tmp_path)
+    build_saved_tokenizer(template, SYSTEM).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     messages = conversation(["如何学习python?", "Read.", "Give three tips for staying healthy."])
-    prompt = template.prompt(with_system_prompt(messages, SYSTEM))
+    prompt = template.encode_prompt(add_system_prompt(messages, SYSTEM))
     assert asked_in_one_go(AutoTokenizer.from_pretrained(tmp_path), messages) == prompt
     options = {"add_generation_prompt": True, "return_dict": False}
-    assert qwen3.apply_chat_template(messages, chat_template=saved_chat_template(template, SYSTEM), **options) != prompt
+    assert (
+        qwen3.apply_chat_template(messages, chat_template=build_saved_chat_template(template, SYSTEM), **options)
+        != prompt
+    )

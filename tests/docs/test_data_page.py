@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_pipeline.config import parse
+from sft_pipeline.config import parse_config
 from sft_pipeline.data.formats import FORMATS
 from sft_pipeline.data.shards import SETTINGS
 from sft_pipeline.data.sources import load_source
@@ -50,7 +50,7 @@ def test_the_commands_parse(monkeypatch):
     assert [verb for verb, _ in commands] == ["preview", "prepare", "train"]
     for _, words in commands:
         config, *keys = shlex.split(words.replace("--row 3", ""))
-        parse(config, keys)
+        parse_config(config, keys)
 
 
 def test_what_is_compared_is_named():

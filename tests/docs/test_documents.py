@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("configs/**/*.md"))]
 # Verbs of launch.sh itself: ruff, pytest and the like read what follows them.
 LAUNCHERS = set(re.findall(r"\$verb == ([\w-]+)", (ROOT / "launch.sh").read_text(encoding="utf-8")))
-VERBS = set(cli.VERBS)
+VERBS = set(cli.COMMANDS)
 CONFIG_VERBS = {"train", "preview", "prepare", "study", "verify-resume"}
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # CONFIG, OUTPUT_DIR
 MADE_BY_RUNS = "outputs/"
@@ -90,11 +90,11 @@ def problem(words: list[str]) -> str | None:
         return f"does not parse: {words}"
     if words[0] not in CONFIG_VERBS:
         return f"unknown: {rest}" if rest else None
-    file, keys = cli._config(rest)
+    file, keys = cli._split_config_path(rest)
     if file and not (PLACEHOLDER.fullmatch(file) or file.startswith(MADE_BY_RUNS) or (ROOT / file).is_file()):
         return f"no config file {file}"
     try:
-        config._parser().parse_args(["--model_name_or_path=m", "--train_data=d", *keys])
+        config._build_parser().parse_args(["--model_name_or_path=m", "--train_data=d", *keys])
     except (SFTError, ValueError) as error:
         return str(error)
     return None
@@ -175,7 +175,7 @@ def test_the_tree_of_the_readme_is_that_of_the_files():
 
 
 def test_the_configs_in_the_documents_have_known_keys():
-    known = set(config._hints(config._parser()))
+    known = set(config._resolve_field_types(config._build_parser()))
     for path in DOCUMENTS:
         for block in re.findall(r"```yaml\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             keys = set(re.findall(r"^(\w+):", block, re.MULTILINE))

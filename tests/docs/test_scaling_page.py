@@ -1,4 +1,4 @@
-"""The figures on paper: docs/scaling.md has the script's own tables, and its counts are those of real models."""
+"""The metrics on paper: docs/scaling.md has the script's own tables, and its counts are those of real models."""
 
 import importlib
 import sys

@@ -24,18 +24,19 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoTokenizer
 
 from sft_pipeline import cli
-from sft_pipeline.commands.chat import Conversation, Streamer, chat
-from sft_pipeline.commands.generate import _ready
+from sft_pipeline.commands.chat import AnswerStreamer, Conversation, chat
+from sft_pipeline.commands.generate import _encode_prompt
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
-from sft_pipeline.config import config_record, parse
+from sft_pipeline.config import build_config_record, parse_config
 from sft_pipeline.data import preview
-from sft_pipeline.data.chat_templates import build_template, with_system_prompt
-from sft_pipeline.data.preview import as_json
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.preview import format_row_json
 from sft_pipeline.data.prompts import Prompt, load_prompts
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.tokenizer_export import saved_chat_template
+from sft_pipeline.data.tokenizer_export import build_saved_chat_template
 from sft_pipeline.evaluation.judge import Judge
-from sft_pipeline.evaluation.prompt_set import with_examples
+from sft_pipeline.evaluation.prompt_set import add_examples
 from sft_pipeline.model.loading import load_model, load_tokenizer
 from sft_pipeline.model.lora import add_lora
 from sft_pipeline.reports.console_summary import print_results
@@ -43,8 +44,8 @@ from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.runs.trained_model import load_template
 from sft_pipeline.training import safe_unpickling
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import damage, seal
-from sft_pipeline.utils.sanitize import VisibleLines, one_line
+from sft_pipeline.utils.files import find_damage, write_checksums
+from sft_pipeline.utils.sanitize import EscapingFormatter, format_line
 
 PACKAGE = Path(__file__).parents[2] / "sft_pipeline"
 SECRET = "s3cret-7f81d0"
@@ -136,7 +137,9 @@ def test_code_that_a_model_brings_is_not_run_unless_asked_for(load, name, model_
         load(str(folder))
     except SFTError as error:
         assert len(str(error).splitlines()) == 1 and "trust_remote_code" in str(error)
-    assert parse(None, ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"])[0].trust_remote_code is False
+    assert (
+        parse_config(None, ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"])[0].trust_remote_code is False
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -176,10 +179,10 @@ def resume(checkpoint: Path, folder: Path):
 def test_a_checkpoints_pickles_are_data_or_refused(name, checkpoint, tmp_path, trap):
     copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
     torch.save({"state": trap}, copied / name)
-    assert damage(copied) == f"{name} differs from SHA256SUMS"
+    assert find_damage(copied) == f"{name} differs from SHA256SUMS"
     (copied / "SHA256SUMS").unlink()
-    seal(copied)  # whoever can change a file can change its sum
-    assert damage(copied) is None
+    write_checksums(copied)  # whoever can change a file can change its sum
+    assert find_damage(copied) is None
     refusal(lambda: resume(copied, tmp_path / "out"), str(copied), "it names posix.mkdir", "it was not run")
 
 
@@ -256,18 +259,22 @@ def test_nothing_that_a_run_leaves_is_a_pickle_of_its_arguments_or_holds_a_secre
 
 def test_a_config_and_its_record_hold_no_token(tmp_path):
     needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
-    said = refusal(lambda: parse(None, [*needed, f"--hub_token={SECRET}"]), "set HF_TOKEN or call `hf auth login`")
+    said = refusal(
+        lambda: parse_config(None, [*needed, f"--hub_token={SECRET}"]), "set HF_TOKEN or call `hf auth login`"
+    )
     (tmp_path / "mine.yaml").write_text(f"hub_token: {SECRET}\n")
-    assert SECRET not in said + refusal(lambda: parse(str(tmp_path / "mine.yaml"), needed), "hub_token")
-    sft, training = parse(None, needed)
+    assert SECRET not in said + refusal(lambda: parse_config(str(tmp_path / "mine.yaml"), needed), "hub_token")
+    sft, training = parse_config(None, needed)
     training.hub_token = SECRET
-    assert "hub_token" not in config_record(sft, training) and SECRET not in repr(config_record(sft, training))
+    assert "hub_token" not in build_config_record(sft, training) and SECRET not in repr(
+        build_config_record(sft, training)
+    )
 
 
 def test_the_library_pushes_no_pickle_on_the_way():
     needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true", "--push_to_hub=true"]
-    refusal(lambda: parse(None, needed), "push_to_hub needs hub_strategy: end, it is every_save")
-    assert parse(None, [*needed, "--hub_strategy=end"])[1].push_to_hub
+    refusal(lambda: parse_config(None, needed), "push_to_hub needs hub_strategy: end, it is every_save")
+    assert parse_config(None, [*needed, "--hub_strategy=end"])[1].push_to_hub
 
 
 def test_a_password_in_a_url_is_not_repeated():
@@ -346,8 +353,8 @@ def test_a_chat_template_that_fails_is_one_line(text, make_tokenizer):
 @pytest.mark.parametrize("system", ["{{ 7*7 }} {% raw %} %} \" ' \\ \n", "\\u007b\\x7b{#", "冬瓜🙂\u2028"])
 def test_a_system_prompt_is_text_in_the_saved_template(system, tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
-    saved = saved_chat_template(build_template("chat", tokenizer), system)
-    told = with_system_prompt(messages, system)
+    saved = build_saved_chat_template(build_template("chat", tokenizer), system)
+    told = add_system_prompt(messages, system)
     render = tokenizer.apply_chat_template
     assert render(messages, chat_template=saved, tokenize=False) == render(told, tokenize=False)
 
@@ -357,7 +364,7 @@ def test_a_system_prompt_is_text_in_the_saved_template(system, tokenizer):
 )
 def test_yaml_makes_no_objects(tag, tmp_path, trap):
     (tmp_path / "mine.yaml").write_text(f"model_name_or_path: {tag} [{trap.file}]\n")
-    refusal(lambda: parse(str(tmp_path / "mine.yaml"), []), "mine.yaml: not readable as YAML", "python/")
+    refusal(lambda: parse_config(str(tmp_path / "mine.yaml"), []), "mine.yaml: not readable as YAML", "python/")
 
 
 # ---- control tokens
@@ -392,9 +399,9 @@ def ways(template, text: str) -> dict[str, list[int]]:
     said.messages = [*row[1:], {"role": "user", "content": text}]
     return {
         "train": [i for run in trained for i in run.ids],
-        "held out": template.prompt(row[:-1]),
-        "few-shot": template.prompt(with_examples(row[:-1], [row[1:]])),
-        "generate": _ready(Prompt("a line", row[1:2]), template, text).ids,
+        "held out": template.encode_prompt(row[:-1]),
+        "few-shot": template.encode_prompt(add_examples(row[:-1], [row[1:]])),
+        "generate": _encode_prompt(Prompt("a line", row[1:2]), template, text).ids,
         "chat": said._prompt(),
     }
 
@@ -417,10 +424,10 @@ def shown(print_it) -> str:
 def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
     ids = tokenizer(f"say {ESCAPES} now").input_ids
     row = {"input_ids": ids, "labels": [*ids[1:], -100]}
-    assert json.loads(as_json(row, tokenizer))["text"] == f"say {ESCAPES} now"
-    assert not set(as_json(row, tokenizer)) & set(ESCAPES[0] + "\x9b\x07\r")
-    said = [shown(lambda console: preview.show(row, tokenizer, f"a{ESCAPES}.jsonl row 0", console))]
-    said += [shown(lambda console: preview.show_positions(row, tokenizer, console))]
+    assert json.loads(format_row_json(row, tokenizer))["text"] == f"say {ESCAPES} now"
+    assert not set(format_row_json(row, tokenizer)) & set(ESCAPES[0] + "\x9b\x07\r")
+    said = [shown(lambda console: preview.print_row(row, tokenizer, f"a{ESCAPES}.jsonl row 0", console))]
+    said += [shown(lambda console: preview.print_positions(row, tokenizer, console))]
     answer = {
         "prompt": ESCAPES,
         "before": ESCAPES,
@@ -433,7 +440,7 @@ def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
     results |= {"tokens_per_second": 1.0, "peak_memory_gib": 1.0}
     said += [shown(lambda console: print_results(results, "out[/x]", console))]
     assert "saved in out[/x]" in said[2] and said[2].count(SEEN) == 6 and SEEN in said[0]
-    streamer = Streamer(tokenizer)
+    streamer = AnswerStreamer(tokenizer)
     for token in ids:
         streamer.put(torch.tensor([token]))
     streamer.end()
@@ -445,8 +452,8 @@ def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
 
 def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
     record = logging.LogRecord("a", logging.INFO, "a.py", 1, "%s", (f"x{ESCAPES}\ny",), None)
-    assert VisibleLines("%(message)s").format(record) == f"x{SEEN}\ny"
-    assert str(SFTError(f"x{ESCAPES}\n\ty")) == f"x{SEEN}\u240a\u2409y" == one_line(one_line(f"x{ESCAPES}\n\ty"))
+    assert EscapingFormatter("%(message)s").format(record) == f"x{SEEN}\ny"
+    assert str(SFTError(f"x{ESCAPES}\n\ty")) == f"x{SEEN}\u240a\u2409y" == format_line(format_line(f"x{ESCAPES}\n\ty"))
     file = tmp_path / "a\x1b[2J\n.jsonl"
     file.write_text(json.dumps({"prompt": "Hi", "completion": "Yes?", "more\n\x1b[2J": 1}))
     with caplog.at_level(logging.INFO):
@@ -469,7 +476,7 @@ def test_the_commands_errors_are_one_visible_line(capsys, tmp_path):
 def test_text_that_no_tokenizer_takes_is_refused(tokenizer):
     for name in ("role", "chat"):
         template = build_template(name, tokenizer)
-        refusal(lambda t=template: t.prompt([{"role": "user", "content": "a\udcff"}]), "half a character")
+        refusal(lambda t=template: t.encode_prompt([{"role": "user", "content": "a\udcff"}]), "half a character")
 
 
 def test_standard_input_that_is_not_utf8_is_one_line(model_folder, monkeypatch):
@@ -503,7 +510,7 @@ def test_columns_of_one_name_are_refused_not_lost(kind, tmp_path):
 def test_a_row_that_spells_a_stand_in_keeps_its_text(tokenizer):
     template = build_template("chat", tokenizer)
     text = "\ue000sft0\ue001 \ue000 <|im_end|> \ue000sft3\ue001"
-    assert text in tokenizer.decode(template.prompt([{"role": "user", "content": text}]))
+    assert text in tokenizer.decode(template.encode_prompt([{"role": "user", "content": text}]))
 
 
 @pytest.mark.parametrize(
@@ -511,7 +518,7 @@ def test_a_row_that_spells_a_stand_in_keeps_its_text(tokenizer):
 )
 def test_yaml_that_is_no_value_is_one_line(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    refusal(lambda: parse(str(tmp_path / "mine.yaml"), []), "not readable as YAML")
+    refusal(lambda: parse_config(str(tmp_path / "mine.yaml"), []), "not readable as YAML")
 
 
 def test_a_role_of_any_depth_is_one_short_line():
@@ -522,9 +529,9 @@ def test_a_role_of_any_depth_is_one_short_line():
 
 
 def load_prompts_row(row):
-    from sft_pipeline.data.formats import FORMATS, to_messages
+    from sft_pipeline.data.formats import FORMATS, convert_to_messages
 
-    return to_messages(row, FORMATS["messages"])
+    return convert_to_messages(row, FORMATS["messages"])
 
 
 @pytest.mark.parametrize("line", ["[0, 0, 5]", '["0", 0, {}]', "[true, 0, {}]", "[[], 0, {}]", "[0, 0]", "[" * 9000])
@@ -540,7 +547,7 @@ def test_a_partial_file_that_was_changed_is_gone_on_with(line, tmp_path):
 
 def test_a_value_that_the_library_takes_for_a_file_is_one_line():
     needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
-    refusal(lambda: parse(None, [*needed, "--accelerator_config=/no/such.json"]))
+    refusal(lambda: parse_config(None, [*needed, "--accelerator_config=/no/such.json"]))
 
 
 def test_line_ends_of_other_kinds_make_no_second_line():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.evaluation import bootstrap
-from sft_pipeline.evaluation.bootstrap import paired_difference
+from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.utils.errors import SFTError
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30)
@@ -20,7 +20,7 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30)
 def test_identical_inputs_differ_by_exactly_nothing(a, seed):
     weights = [abs(x) + 1 for x in a]
     for extra in ({}, {"a_weights": weights, "b_weights": weights}):
-        found = paired_difference(a, list(a), resamples=50, seed=seed, **extra)
+        found = compute_paired_difference(a, list(a), resamples=50, seed=seed, **extra)
         assert (found.difference, found.low, found.high) == (0, 0, 0)
         assert not found.excludes_zero
         assert found.mean_a == found.mean_b
@@ -29,7 +29,7 @@ def test_identical_inputs_differ_by_exactly_nothing(a, seed):
 @settings(deadline=None, max_examples=50)
 @given(values)
 def test_a_constant_shift_is_found_with_no_width(a):
-    found = paired_difference(a, [x + 1024 for x in a], resamples=50)
+    found = compute_paired_difference(a, [x + 1024 for x in a], resamples=50)
     assert found.difference == pytest.approx(1024, abs=1e-6)
     assert found.low == pytest.approx(1024, abs=1e-6) and found.high == pytest.approx(1024, abs=1e-6)
     assert found.excludes_zero
@@ -58,7 +58,7 @@ def test_agrees_with_the_definition(weighted):
     a, b = generator.gamma(2, 20, 40), generator.gamma(2, 15, 40)
     weights = [tokens, tokens + 3] if weighted else [np.ones(40)] * 2
     extra = {"a_weights": weights[0], "b_weights": weights[1]} if weighted else {}
-    found = paired_difference(a, b, confidence=0.9, **extra)
+    found = compute_paired_difference(a, b, confidence=0.9, **extra)
     low, high = plain_interval([a, b], weights, 4000, 0.9)
     assert found.mean_a == pytest.approx(a.sum() / weights[0].sum())
     assert found.difference == pytest.approx(b.sum() / weights[1].sum() - a.sum() / weights[0].sum())
@@ -67,7 +67,7 @@ def test_agrees_with_the_definition(weighted):
 
 def test_interval_of_a_mean_agrees_with_the_normal_one():
     difference = np.random.default_rng(3).normal(0.3, 1, 2000)
-    found = paired_difference(np.zeros(2000), difference, resamples=4000)
+    found = compute_paired_difference(np.zeros(2000), difference, resamples=4000)
     half = NormalDist().inv_cdf(0.975) * difference.std() / 2000**0.5
     assert found.low == pytest.approx(difference.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(difference.mean() + half, abs=0.1 * half)
@@ -79,7 +79,7 @@ def test_coverage():
     inside = 0
     for seed in range(400):
         item = generator.normal(size=50)  # shared by both sides: pairing takes it out
-        found = paired_difference(
+        found = compute_paired_difference(
             item + generator.normal(0, 0.2, 50), item + generator.normal(0.5, 0.2, 50),
             resamples=400, seed=seed, confidence=0.9,
         )  # fmt: skip
@@ -89,14 +89,14 @@ def test_coverage():
 
 def test_same_seed_same_interval_and_blocks_cover_all_resamples(monkeypatch):
     a, b = np.random.default_rng(0).normal(size=(2, 30))
-    first = paired_difference(a, b, seed=4, resamples=1000)
-    assert first == paired_difference(a, b, seed=4, resamples=1000)
-    assert first != paired_difference(a, b, seed=5, resamples=1000)
+    first = compute_paired_difference(a, b, seed=4, resamples=1000)
+    assert first == compute_paired_difference(a, b, seed=4, resamples=1000)
+    assert first != compute_paired_difference(a, b, seed=5, resamples=1000)
     drawn = []
     means = bootstrap._means
     monkeypatch.setattr(bootstrap, "_means", lambda table, rows: drawn.append(rows.shape) or means(table, rows))
     monkeypatch.setattr(bootstrap, "_CELLS_AT_A_TIME", 300)
-    paired_difference(a, b, seed=4, resamples=25)
+    compute_paired_difference(a, b, seed=4, resamples=25)
     assert drawn == [(30,), (10, 30), (10, 30), (5, 30)]
 
 
@@ -117,4 +117,4 @@ def test_same_seed_same_interval_and_blocks_cover_all_resamples(monkeypatch):
 )
 def test_errors(call, message):
     with pytest.raises(SFTError, match=message):
-        paired_difference(**call)
+        compute_paired_difference(**call)

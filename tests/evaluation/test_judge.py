@@ -13,8 +13,8 @@ import pytest
 
 from sft_pipeline.cli import main
 from sft_pipeline.evaluation import judge as module
-from sft_pipeline.evaluation.bootstrap import paired_difference
-from sft_pipeline.evaluation.judge import Judge, judge_pairs, summarize, verdict
+from sft_pipeline.evaluation.bootstrap import compute_paired_difference
+from sft_pipeline.evaluation.judge import Judge, count_outcomes, judge_pairs, parse_verdict
 from sft_pipeline.utils.errors import SFTError
 
 KEY = "sk-secret-key"
@@ -95,7 +95,7 @@ def test_wins_ties_and_losses(serve):
     found, waits = judged(server, ["aa", "a", "aa", "a"], ["b", "bb", "bb", "bbb"])
     assert found.outcomes == ["loss", "win", "tie", "win"] and waits == []
     assert (found.wins, found.ties, found.losses, found.malformed) == (2, 1, 1, 0)
-    assert found.balance == paired_difference([1, 0, 0, 0], [0, 1, 0, 1])
+    assert found.balance == compute_paired_difference([1, 0, 0, 0], [0, 1, 0, 1])
     assert str(found).startswith("tuned against base: 2 wins, 1 ties, 1 losses, balance +0.25 [")
     assert len(server.seen) == 8
 
@@ -135,12 +135,12 @@ def test_malformed_verdicts_are_counted_and_left_out(serve):
     found, _ = judged(server, ["x", "a", "a"], ["bb", "bb", "bb"])
     assert found.outcomes == ["malformed", "win", "win"] and found.malformed == 1 and found.balance.items == 2
     assert str(found).endswith("; 1 pairs without a readable verdict are left out")
-    assert summarize(["malformed", "win"], NAMES).balance is None
+    assert count_outcomes(["malformed", "win"], NAMES).balance is None
 
 
 def test_the_last_verdict_counts():
-    assert verdict("[[A]] at first, but [[B]]") == "B"
-    assert verdict("[[D]] [A] A") is None
+    assert parse_verdict("[[A]] at first, but [[B]]") == "B"
+    assert parse_verdict("[[D]] [A] A") is None
 
 
 @pytest.mark.parametrize("failure", [429, 500, 503, "hang up"])

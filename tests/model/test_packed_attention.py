@@ -24,7 +24,12 @@ from transformers import (
 from sft_pipeline.kernels import cpu_attention
 from sft_pipeline.kernels.cpu_attention import PackedRows
 from sft_pipeline.model import packed_attention
-from sft_pipeline.model.packed_attention import NAME, packed_arguments, use_packed_attention, why_not_packable
+from sft_pipeline.model.packed_attention import (
+    NAME,
+    build_packed_arguments,
+    find_packing_obstacle,
+    use_packed_attention,
+)
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,7 +56,7 @@ def packed(model, rows, prefix):
     ids = torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in own)])[None]
     output = model(
-        input_ids=ids, position_ids=positions, use_cache=False, **packed_arguments(torch.tensor([prefix, *own]))
+        input_ids=ids, position_ids=positions, use_cache=False, **build_packed_arguments(torch.tensor([prefix, *own]))
     )
     return output.logits[0, prefix:].split(own)
 
@@ -193,15 +198,15 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok":
 )
 def test_models_that_can_be_packed(config, extra):
     model = tiny(config, **extra)
-    assert why_not_packable(model) is None
+    assert find_packing_obstacle(model) is None
     assert model.config._attn_implementation == "sdpa" and model.training, "asking changes nothing"
 
 
 def test_a_window_is_refused_unless_every_row_fits_it():
     model = tiny(MistralConfig, sliding_window=16)
-    assert why_not_packable(model) == "MistralForCausalLM attends within a window of 16 tokens"
-    assert why_not_packable(model, longest=17) is not None
-    assert why_not_packable(model, longest=16) is None
+    assert find_packing_obstacle(model) == "MistralForCausalLM attends within a window of 16 tokens"
+    assert find_packing_obstacle(model, longest=17) is not None
+    assert find_packing_obstacle(model, longest=16) is None
 
 
 REFUSED = [
@@ -214,19 +219,19 @@ REFUSED = [
 
 @pytest.mark.parametrize(("config", "extra", "reason"), REFUSED)
 def test_models_that_are_refused(config, extra, reason):
-    assert re.search(reason, why_not_packable(tiny(config, **extra)))
+    assert re.search(reason, find_packing_obstacle(tiny(config, **extra)))
 
 
 def test_an_encoder_decoder_is_refused():
     model = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=64))
-    assert why_not_packable(model) == "T5ForConditionalGeneration is an encoder-decoder"
+    assert find_packing_obstacle(model) == "T5ForConditionalGeneration is an encoder-decoder"
 
 
 def test_a_model_that_ignores_positions_is_refused():
     model = tiny(LlamaConfig)
     rotate = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda x, position_ids: rotate(x, torch.arange(x.shape[1])[None])
-    assert "packing changes what LlamaForCausalLM computes" in why_not_packable(model)
+    assert "packing changes what LlamaForCausalLM computes" in find_packing_obstacle(model)
 
 
 # The warning is of peft itself, which reads a name that transformers has renamed.
@@ -234,4 +239,4 @@ def test_a_model_that_ignores_positions_is_refused():
 def test_a_lora_model_can_be_packed():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    assert why_not_packable(peft.get_peft_model(tiny(LlamaConfig), config)) is None
+    assert find_packing_obstacle(peft.get_peft_model(tiny(LlamaConfig), config)) is None

@@ -24,15 +24,15 @@ from PIL import Image
 from rich.console import Console
 
 from sft_pipeline.cli import main
-from sft_pipeline.config import config_record, parse
-from sft_pipeline.data.pipeline import load_messages
-from sft_pipeline.data.preview import BARS, record
-from sft_pipeline.evaluation.step_results import changes
+from sft_pipeline.config import build_config_record, parse_config
+from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.data.preview import BARS, build_preview
+from sft_pipeline.evaluation.step_results import compute_changes
 from sft_pipeline.reports import charts, svg
 from sft_pipeline.reports.html import write_report
-from sft_pipeline.reports.run_results import Run, read_run
+from sft_pipeline.reports.run_results import RunResults, read_run
 from sft_pipeline.train import train
-from sft_pipeline.utils.sanitize import visible
+from sft_pipeline.utils.sanitize import replace_control_characters
 
 HOSTILE = '</pre></title></style><script>alert(1)</script><img src="http://x.test/" onerror=alert(1)>&amp;{{ 7*7 }}'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -77,7 +77,7 @@ def trained(config, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run") / "out"
     shown = tmp_path_factory.mktemp("shown") / "text"
     with shown.open("w") as file:
-        train(*parse(str(config), ["--output_dir", str(folder)]), Console(file=file, width=100))
+        train(*parse_config(str(config), ["--output_dir", str(folder)]), Console(file=file, width=100))
     return folder, shown.read_text()
 
 
@@ -211,14 +211,14 @@ def test_answers_stand_before_and_after_in_their_order(trained):
     folder, _ = trained
     results = json.loads((folder / "results.json").read_text())
     names = ("prompt", "before", "after", "reference")
-    expected = [visible(one[name]) for one in results["answers"] for name in names]
+    expected = [replace_control_characters(one[name]) for one in results["answers"] for name in names]
     page = Page(folder / "report.html")
     assert page.texts["pre"][: len(expected)] == expected and len(results["answers"]) == 3
     ended = sum(one["stopped"] + one["stopped_before"] for one in results["answers"])
     both = [json.loads((folder / "evaluation" / f"step_00000{step}.json").read_text()) for step in (0, 4)]
     told = [row for one in both for row in one["table"] if row["instruction"]]
     tags = [attrs["class"] for tag, attrs in page.elements if attrs.get("class") in ("tag good", "tag bad")]
-    assert len(told) == 4 and all(visible(row["answer"]) in page.texts["pre"] for row in told)
+    assert len(told) == 4 and all(replace_control_characters(row["answer"]) in page.texts["pre"] for row in told)
     # Whether an instruction was followed stands at its answer and, to be seen while that is closed, at the question.
     good = ended + sum(row["stopped"] + 2 * row["followed"] for row in told) + 1  # the heading of the first row
     assert tags.count("tag good") == good and len(tags) == 6 + 3 * 4 + 1
@@ -226,7 +226,7 @@ def test_answers_stand_before_and_after_in_their_order(trained):
 
 def test_the_first_row_shows_what_is_trained(trained, config):
     folder, _ = trained
-    conversation = load_messages(parse(str(config), [])[0])[0][0]["messages"]
+    conversation = load_conversations(parse_config(str(config), [])[0])[0][0]["messages"]
     page = Page(folder / "report.html")
     assert "".join(page.texts["trained"]) == conversation[-1]["content"] + "<|im_end|>"
     [row] = [text for text in page.texts["pre"] if text.startswith("<|im_start|>")]
@@ -237,7 +237,7 @@ def test_the_first_row_shows_what_is_trained(trained, config):
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30))
 def test_the_histogram_counts_every_row_once(lengths, tokenizer):
     rows = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "labels": [[-100] * n for n in lengths]})
-    found = record(rows, tokenizer)["lengths"]
+    found = build_preview(rows, tokenizer)["lengths"]
     edges = found["edges"]
     assert found["rows"] == [sum(a <= n < b for n in lengths) for a, b in pairwise(edges)]
     assert sum(found["rows"]) == len(lengths) and 1 <= len(found["rows"]) <= BARS
@@ -253,7 +253,7 @@ def test_the_config_the_versions_and_the_command_that_repeats_the_run(trained):
     assert run.command in page.texts["pre"]
     launch, verb, file, *overrides = shlex.split(run.command)
     assert (launch, verb) == ("./launch.sh", "train")
-    again = config_record(*parse(file, overrides))
+    again = build_config_record(*parse_config(file, overrides))
     assert again == yaml.safe_load((folder / "run.yaml").read_text()) | {"output_dir": f"{folder}-again"}
 
 
@@ -265,13 +265,13 @@ def chart(found: list[charts.Chart], title: str) -> dict[str, charts.Points]:
     return {series.label: series.points for series in one.series}
 
 
-def logged(run: Run, key: str) -> charts.Points:
+def logged(run: RunResults, key: str) -> charts.Points:
     return [(entry["step"], entry[key]) for entry in run.results["loss_curve"] if key in entry]
 
 
 def test_the_charts_have_the_points_of_the_results(trained):
     run = read_run(trained[0])
-    found = charts.of_one_run(run)
+    found = charts.build_run_charts(run)
     assert chart(found, "Loss, nats a token") == {"training": logged(run, "loss"), "held out": logged(run, "eval_loss")}
     assert len(logged(run, "loss")) == 4 and [step for step, _ in logged(run, "eval_loss")] == [0, 2, 4]
     assert chart(found, "Tokens a second") == {"": logged(run, "tokens_per_second")}
@@ -280,17 +280,17 @@ def test_the_charts_have_the_points_of_the_results(trained):
     stops = chart(found, "Answers")["answers that end by themselves"]
     assert stops[0] == (0, run.results["before_and_after"]["stop_rate"]["before"])
     assert stops[-1] == (4, run.results["before_and_after"]["stop_rate"]["after"])
-    lengths = chart(charts.of_lengths(run), "Training rows by length")[""]
+    lengths = chart(charts.build_length_charts(run), "Training rows by length")[""]
     assert sum(rows for _, rows in lengths) == run.results["rows"]["train"]["kept"]
 
 
 def test_the_drawings_have_the_points_of_the_charts(trained):
     run = read_run(trained[0])
-    for one in charts.of_one_run(run):
-        lines = svg.figure(one).axes[0].lines
+    for one in charts.build_run_charts(run):
+        lines = svg.draw_figure(one).axes[0].lines
         assert [[tuple(point) for point in line.get_xydata()] for line in lines] == [s.points for s in one.series]
-    [lengths] = charts.of_lengths(run)
-    [bars] = svg.figure(lengths).axes[0].patches
+    [lengths] = charts.build_length_charts(run)
+    [bars] = svg.draw_figure(lengths).axes[0].patches
     assert list(bars.get_data().values) == run.preview["lengths"]["rows"]
     assert list(bars.get_data().edges) == run.preview["lengths"]["edges"]
 
@@ -298,7 +298,7 @@ def test_the_drawings_have_the_points_of_the_charts(trained):
 @pytest.mark.parametrize(("low", "high"), [(0.39, 0.49), (0.0, 1.0), (0.571, 0.573)])
 def test_a_share_says_at_its_axis_what_it_is(low, high):
     series = charts.Series("", [(0, low), (90, high)], 0, "dots")
-    axis = svg.figure(charts.Chart("Share", "step", [series], percent=True)).axes[0].yaxis
+    axis = svg.draw_figure(charts.Chart("Share", "step", [series], percent=True)).axes[0].yaxis
     ticks = axis.get_majorticklocs()
     labels = [label.replace("\N{MINUS SIGN}", "-") for label in axis.get_major_formatter().format_ticks(ticks)]
     assert [float(label.removesuffix("%")) / 100 for label in labels] == pytest.approx(list(ticks), abs=1e-9)
@@ -320,18 +320,20 @@ def test_a_run_that_diverged_has_a_page(folder):
         for entry in results["loss_curve"][-3:]:
             entry |= {key: math.nan for key in entry if key in ("loss", "eval_loss")}
         results["eval_loss"]["after"] = math.nan
-        results["figures"]["perplexity"] = math.inf
+        results["metrics"]["perplexity"] = math.inf
         results["before_and_after"]["nll_nats_per_token"] |= {"after": math.nan, "low": None, "high": None}
 
     edit(folder / "results.json", diverge)
     page = Page(write_report([folder]))
     assert [text for source, _, text in page.numbers if source.endswith("#/eval_loss/after")] == ["nan"]
-    assert all(math.isfinite(y) for one in charts.of_one_run(read_run(folder)) for s in one.series for _, y in s.points)
+    assert all(
+        math.isfinite(y) for one in charts.build_run_charts(read_run(folder)) for s in one.series for _, y in s.points
+    )
 
 
 def test_without_held_out_rows_and_without_a_preview(folder):
     def forget(results):
-        results |= {"figures": None, "before_and_after": {}, "answers": []}
+        results |= {"metrics": None, "before_and_after": {}, "answers": []}
         results["eval_loss"] = {"before": None, "after": None}
         results["rows"]["held_out"] = None
         results["loss_curve"] = [entry for entry in results["loss_curve"] if "loss" in entry]
@@ -349,11 +351,11 @@ def test_without_held_out_rows_and_without_a_preview(folder):
 def test_the_best_model_stands_for_its_step(folder):
     """best.json is of the saved model, and its step has an evaluation of fewer questions."""
     best = json.loads((folder / "evaluation" / "step_000002.json").read_text())
-    best["figures"]["stop_rate"] = 0.625
+    best["metrics"]["stop_rate"] = 0.625
     (folder / "evaluation" / "best.json").write_text(json.dumps(best))
     run = read_run(folder)
-    assert run.after.figures["stop_rate"] == 0.625
-    assert dict(chart(charts.of_one_run(run), "Answers")["answers that end by themselves"])[2] == 0.625
+    assert run.after.metrics["stop_rate"] == 0.625
+    assert dict(chart(charts.build_run_charts(run), "Answers")["answers that end by themselves"])[2] == 0.625
 
 
 def test_without_matplotlib_the_page_says_so_once(folder, monkeypatch, caplog):
@@ -411,7 +413,7 @@ def test_nothing_is_fetched(trained, hostile):
 
 @pytest.fixture
 def other(folder) -> Path:
-    """The run with other figures, as another one."""
+    """The run with other metrics, as another one."""
     other = shutil.copytree(folder, folder.parent / "other")
 
     def change(results):
@@ -434,22 +436,22 @@ def test_runs_are_compared(folder, other, capsys):
     for one in (folder, other):
         assert (
             f"{one / 'results.json'}#/eval_loss/after" in sources
-            and f"{one / 'results.json'}#/figures/loop_rate" in sources
+            and f"{one / 'results.json'}#/metrics/loop_rate" in sources
         )
     runs = [read_run(folder), read_run(other)]
-    found = changes(runs[0].after, runs[1].after)["nll_nats_per_token"]
+    found = compute_changes(runs[0].after, runs[1].after)["nll_nats_per_token"]
     assert found["after"] == pytest.approx(found["before"] / 2)
     assert f"{found['difference']:+.3f}" in page.text and f"{found['low']:+.3f} to {found['high']:+.3f}" in page.text
     assert "learning_rate" in page.text and "max_length" not in page.text and "held out different rows" not in page.text
     answers = [row["answer"] for row in runs[0].after.table if row["instruction"] is None]
-    expected = [text for one in answers for text in (visible(one), "other")]
+    expected = [text for one in answers for text in (replace_control_characters(one), "other")]
     assert [text for text in page.texts["pre"] if text in expected] == expected
     assert all(run.command in page.texts["pre"][-1].splitlines() for run in runs)
 
 
 def test_their_loss_curves_are_laid_over_each_other(folder, other):
     runs = [read_run(folder), read_run(other)]
-    found = chart(charts.of_several(runs, ["a", "b"]), "Loss, nats a token")
+    found = chart(charts.build_comparison_charts(runs, ["a", "b"]), "Loss, nats a token")
     assert found["b: training"] == logged(runs[1], "loss") == [(x, y + 1) for x, y in found["a: training"]]
     assert found["a: held out"] == found["b: held out"] == logged(runs[0], "eval_loss")
 
@@ -475,8 +477,8 @@ REFUSALS = {
     "cut off": (lambda folder: (folder / "results.json").write_text('{"a'), "{0}/results.json: not readable as JSON ("),
     "a list": (lambda folder: (folder / "results.json").write_text("[]"), "{0}/results.json: holds no JSON object"),
     "older": (
-        lambda folder: edit(folder / "results.json", lambda results: results.pop("figures")),
-        "{0}/results.json: no figures; it is of another release",
+        lambda folder: edit(folder / "results.json", lambda results: results.pop("metrics")),
+        "{0}/results.json: no metrics; it is of another release",
     ),
     "no evaluation": (
         lambda folder: (folder / "evaluation" / "step_000002.json").write_text('{"a": 1}'),

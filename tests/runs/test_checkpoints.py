@@ -20,16 +20,22 @@ import torch.multiprocessing
 from support.resuming import HELD_OUT, ROWS, STEPS, Killed, assert_same_end, build, cut_off, names
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
-from sft_pipeline.commands.verify_resume import _kill_after, compare, verify_resume
-from sft_pipeline.config import parse
-from sft_pipeline.runs.checkpoints import clear, newest_whole, publish, rotate, set_aside
+from sft_pipeline.commands.verify_resume import _wait_and_kill, compare_checkpoints, verify_resume
+from sft_pipeline.config import parse_config
+from sft_pipeline.runs.checkpoints import (
+    clear_leftovers,
+    find_newest_checkpoint,
+    move_aside,
+    publish_checkpoint,
+    rotate_checkpoints,
+)
 from sft_pipeline.runs.output_dir import RESULTS_FILE, RUN_FILE, check_output_dir
-from sft_pipeline.train import lacks_evaluation
-from sft_pipeline.training.divergence import described, divergence
-from sft_pipeline.training.preemption import Termination
+from sft_pipeline.train import needs_evaluation
+from sft_pipeline.training.divergence import describe_divergence, detect_divergence
+from sft_pipeline.training.preemption import SigtermHandler
 from sft_pipeline.training.trackers import TRACKERS_FILE
-from sft_pipeline.utils.errors import Requeue, SFTError
-from sft_pipeline.utils.files import damage
+from sft_pipeline.utils.errors import RunPreempted, SFTError
+from sft_pipeline.utils.files import find_damage
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,9 +53,9 @@ def write_checkpoint(folder: Path, step: int, text: str = "weights") -> Path:
 def save_checkpoint(folder: Path, step: int, limit: int | None = None, text: str = "weights") -> Path:
     """As the trainer does it."""
     place = folder / f"checkpoint-{step}"
-    publish(write_checkpoint(folder, step, text), place)
-    rotate(place, limit, None)
-    clear(folder)
+    publish_checkpoint(write_checkpoint(folder, step, text), place)
+    rotate_checkpoints(place, limit, None)
+    clear_leftovers(folder)
     return place
 
 
@@ -75,9 +81,9 @@ def test_a_save_cut_off_anywhere_leaves_the_newest_whole_one(tmp_path):
             cut_off(patch, at)
             save_checkpoint(folder, 2, limit=1)
         seen = [path for path in folder.iterdir() if path.name.startswith("checkpoint-")]
-        assert seen and [damage(path) for path in seen] == [None] * len(seen), at
-        found.add(Path(newest_whole(folder)).name)
-        clear(folder)
+        assert seen and [find_damage(path) for path in seen] == [None] * len(seen), at
+        found.add(Path(find_newest_checkpoint(folder)).name)
+        clear_leftovers(folder)
         assert names(folder) == sorted(path.name for path in seen)
     assert found == {"checkpoint-1", "checkpoint-2"}
 
@@ -93,7 +99,7 @@ def test_older_ones_go_when_the_new_one_is_on_the_disk(tmp_path):
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save_checkpoint(tmp_path, 3, text="old")
     place = save_checkpoint(tmp_path, 3, text="new")
-    assert (place / "model.safetensors").read_text() == "new" and damage(place) is None
+    assert (place / "model.safetensors").read_text() == "new" and find_damage(place) is None
     assert names(tmp_path) == ["checkpoint-3"]
 
 
@@ -116,17 +122,17 @@ def test_a_damaged_one_is_named_and_passed_over(reason, tmp_path, caplog):
     save_checkpoint(tmp_path, 9)
     DAMAGES[reason](save_checkpoint(tmp_path, 10))
     with caplog.at_level(logging.WARNING):
-        assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-9")
+        assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
     assert caplog.messages == [f"{tmp_path / 'checkpoint-10'}: damaged ({reason}); passed over"]
     DAMAGES[reason](tmp_path / "checkpoint-9")
     with pytest.raises(
         SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to begin"
     ):
-        newest_whole(tmp_path)
+        find_newest_checkpoint(tmp_path)
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "missing") is None
+    assert find_newest_checkpoint(tmp_path) is None and find_newest_checkpoint(tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize(
@@ -146,14 +152,14 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_rotation(there, saved, limit, best, left, tmp_path):
     for step in there:
         save_checkpoint(tmp_path, step)
-    rotate(tmp_path / f"checkpoint-{saved}", limit, best and str(tmp_path / f"checkpoint-{best}"))
-    clear(tmp_path)
+    rotate_checkpoints(tmp_path / f"checkpoint-{saved}", limit, best and str(tmp_path / f"checkpoint-{best}"))
+    clear_leftovers(tmp_path)
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
 
 
 def test_what_is_set_aside_is_no_checkpoint(tmp_path):
-    set_aside(save_checkpoint(tmp_path, 3))
-    assert newest_whole(tmp_path) is None
+    move_aside(save_checkpoint(tmp_path, 3))
+    assert find_newest_checkpoint(tmp_path) is None
 
 
 # The trainer's.
@@ -169,7 +175,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_the_trainers_checkpoints_are_whole(whole):
     assert names(whole) == [f"checkpoint-{step}" for step in range(1, STEPS + 1)]
-    assert [damage(place) for place in whole.iterdir()] == [None] * STEPS
+    assert [find_damage(place) for place in whole.iterdir()] == [None] * STEPS
     listed = (whole / "checkpoint-2" / "SHA256SUMS").read_text()
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         assert name in listed
@@ -195,7 +201,7 @@ def test_best_checkpoints_are_known_by_their_own_names(tmp_path):
     trainer = build(tmp_path, held_out=HELD_OUT, learning_rate=0.05, **best)
     trainer.train()
     kept = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
-    assert trainer.state.best_model_checkpoint == str(kept) and damage(kept) is None
+    assert trainer.state.best_model_checkpoint == str(kept) and find_damage(kept) is None
     state = json.loads((kept / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(kept)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
@@ -242,8 +248,8 @@ def test_a_save_that_fails_is_one_line_and_costs_no_older_checkpoint(failure, wh
         said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept, --resume_from_checkpoint auto"
         with pytest.raises(SFTError, match=said):
             build(tmp_path, [FailAt(patch, target, function)], save_total_limit=1).train()
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and not place.exists()
-    build(tmp_path, save_total_limit=1, save_steps=STEPS).train(resume_from_checkpoint=newest_whole(tmp_path))
+    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not place.exists()
+    build(tmp_path, save_total_limit=1, save_steps=STEPS).train(resume_from_checkpoint=find_newest_checkpoint(tmp_path))
     assert_same_end(whole, tmp_path)
     assert names(tmp_path) == [f"checkpoint-{STEPS}"]
 
@@ -267,12 +273,12 @@ def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole,
     before = signal.getsignal(signal.SIGTERM)
     place = tmp_path / "checkpoint-3"
     with pytest.raises(
-        Requeue, match=f"^SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it$"
+        RunPreempted, match=f"^SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it$"
     ) as told:
         build(tmp_path, [Terminate(3)], save_steps=save_steps).train()
     assert told.value.status == 75 == os.EX_TEMPFAIL
     assert signal.getsignal(signal.SIGTERM) is before
-    assert newest_whole(tmp_path) == str(place)
+    assert find_newest_checkpoint(tmp_path) == str(place)
     build(tmp_path, save_steps=STEPS).train(resume_from_checkpoint=str(place))
     assert_same_end(whole, tmp_path)
 
@@ -280,12 +286,12 @@ def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole,
 @pytest.mark.parametrize("best", [False, True])
 def test_sigterm_leaves_an_evaluation_to_the_run_that_goes_on_unless_it_tells_the_best(best, tmp_path):
     keys = {"held_out": HELD_OUT, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
-    with pytest.raises(Requeue):
+    with pytest.raises(RunPreempted):
         build(tmp_path, [Terminate(3)], load_best_model_at_end=best, **keys).train()
     checkpoint = tmp_path / "checkpoint-3"
     entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in entry for entry in entries) == best
-    assert lacks_evaluation(str(checkpoint), build(tmp_path / "other", **keys).args) != best
+    assert needs_evaluation(str(checkpoint), build(tmp_path / "other", **keys).args) != best
 
 
 @pytest.mark.parametrize(
@@ -306,14 +312,14 @@ def test_an_evaluation_that_a_kill_prevented_is_made_first(step, epoch, evaluate
     state = TrainerState(epoch=epoch, global_step=step, eval_steps=2, log_history=history)
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     training = build(tmp_path / "out", held_out=HELD_OUT, eval_steps=2, **arguments).args
-    assert lacks_evaluation(str(tmp_path), training) is lacks
+    assert needs_evaluation(str(tmp_path), training) is lacks
 
 
 def test_in_another_thread_signals_are_left_alone():
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def enter():
-        with Termination():
+        with SigtermHandler():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)
@@ -329,7 +335,7 @@ def work(process: int, port: int, folder: str) -> None:
     callbacks = [Terminate(3)] if process == 1 else []
     try:
         build(Path(folder), callbacks, gradient_accumulation_steps=1, save_steps=100, ddp_backend="gloo").train()
-    except Requeue as told:
+    except RunPreempted as told:
         (Path(folder) / f"told_{process}").write_text(str(told))
     torch.distributed.destroy_process_group()
 
@@ -342,7 +348,7 @@ def test_all_processes_stop_at_the_same_step_and_one_names_the_checkpoint(tmp_pa
     place = tmp_path / "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-3", "told_0", "told_1"]
     assert (tmp_path / "told_0").read_text() == (tmp_path / "told_1").read_text()
-    assert damage(place) is None
+    assert find_damage(place) is None
     assert {"rng_state_0.pth", "rng_state_1.pth", "running_loss_0.json", "running_loss_1.json"} <= set(names(place))
 
 
@@ -358,7 +364,7 @@ class Poison(TrainerCallback):
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_checkpoint(saved, tmp_path):
     trainer = build(tmp_path, [Poison()], save_strategy="steps" if saved else "no", save_total_limit=1)
-    rows = trainer.training_batches().steps(1)[1].tolist()
+    rows = trainer.training_batches().split_epoch(1)[1].tolist()
     numbers = ", ".join(map(str, rows))
     kept = f"{tmp_path / 'checkpoint-4'} is from before" if saved else "no checkpoint was saved before"
     with pytest.raises(SFTError) as told:
@@ -371,7 +377,7 @@ def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_c
     lines = [json.loads(line) for line in (tmp_path / "diverged.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == rows
     assert [line["input_ids"] for line in lines] == [ROWS[row]["input_ids"] for row in rows]
-    assert newest_whole(tmp_path) == (str(tmp_path / "checkpoint-4") if saved else None)
+    assert find_newest_checkpoint(tmp_path) == (str(tmp_path / "checkpoint-4") if saved else None)
 
 
 def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
@@ -383,7 +389,9 @@ def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
     said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows \d+, "
     with pytest.raises(SFTError, match=said):
         build(tmp_path, [Explode()]).train()
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2") and (tmp_path / "diverged.jsonl").is_file()
+    assert (
+        find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and (tmp_path / "diverged.jsonl").is_file()
+    )
 
 
 def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
@@ -395,19 +403,19 @@ def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
     said = r"^step 2: the loss is \d+\.\d{3}, but the norm of its gradient is nan, in training rows"
     with pytest.raises(SFTError, match=said):
         build(tmp_path, [Hook()]).train()
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_what_counts_as_lost():
-    assert divergence(9.0, 1e9, vocabulary=100) is None
-    assert divergence(float("inf"), 1.0, 100) == "the loss is inf"
-    assert divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the norm of its gradient is inf"
-    assert divergence(9.3, 1.0, 100) == "the loss exploded: 9.3 nats a token, where guessing evenly has 4.6"
+    assert detect_divergence(9.0, 1e9, vocabulary=100) is None
+    assert detect_divergence(float("inf"), 1.0, 100) == "the loss is inf"
+    assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the norm of its gradient is inf"
+    assert detect_divergence(9.3, 1.0, 100) == "the loss exploded: 9.3 nats a token, where guessing evenly has 4.6"
 
 
 def test_many_rows_are_not_all_named(tmp_path):
-    assert ", 18, 19 and 5 more (see " in described(tmp_path, 1, "the loss is nan", list(range(25)))
-    assert "the loss is nan, in rows of unknown numbers; no" in described(tmp_path, 1, "the loss is nan", [])
+    assert ", 18, 19 and 5 more (see " in describe_divergence(tmp_path, 1, "the loss is nan", list(range(25)))
+    assert "the loss is nan, in rows of unknown numbers; no" in describe_divergence(tmp_path, 1, "the loss is nan", [])
 
 
 # What is gone on with.
@@ -419,7 +427,7 @@ def check(tmp_path):
 
     def found(asked: str, *keys: str):
         words = ["--model_name_or_path=m", "--train_data=d", "--use_cpu=true", f"--output_dir={tmp_path / 'out'}"]
-        sft, training = parse(None, [*words, f"--resume_from_checkpoint={asked}", *keys])
+        sft, training = parse_config(None, [*words, f"--resume_from_checkpoint={asked}", *keys])
         checkpoint = check_output_dir(sft, training)
         assert (training.resume_from_checkpoint is None) == (checkpoint is None)
         return checkpoint
@@ -495,7 +503,7 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
     found = re.fullmatch(
         r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last
     )
-    assert found and newest_whole(tmp_path / "out") == found[1] and "Traceback" not in errors
+    assert found and find_newest_checkpoint(tmp_path / "out") == found[1] and "Traceback" not in errors
     again = command("train", config, *keys, f"--max_steps={int(found[2]) + 2}")
     subprocess.run(again, cwd=ROOT, capture_output=True, check=True)
     results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
@@ -522,12 +530,12 @@ def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplo
 def test_what_differs_is_named(whole, tmp_path):
     one, other = whole / "checkpoint-2", tmp_path / "checkpoint-2"
     shutil.copytree(one, other)
-    assert compare(one, other)[1] == []
+    assert compare_checkpoints(one, other)[1] == []
     state = torch.load(other / "optimizer.pt")
     state["state"][1]["exp_avg"][0] += 1e-7
     torch.save(state, other / "optimizer.pt")
     (other / "scheduler.pt").unlink()
-    found = compare(one, other)[1]
+    found = compare_checkpoints(one, other)[1]
     assert found[0] == "optimizer.pt: state: 1: exp_avg" and all("scheduler.pt" in name for name in found[1:])
 
 
@@ -535,7 +543,7 @@ def test_verify_resume_says_when_the_kill_came_too_late_or_training_failed(tmp_p
     for status, said in ((0, "could be killed; give more --steps$"), (3, "training ended with status 3, see above$")):
         run = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
         with pytest.raises(SFTError, match=said):
-            _kill_after(run, tmp_path / "never")
+            _wait_and_kill(run, tmp_path / "never")
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,14 @@ from transformers import AutoTokenizer, TrainingArguments
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
-from sft_pipeline.config import SFTArguments, parse
-from sft_pipeline.data.chat_templates import build_template, with_system_prompt
+from sft_pipeline.config import SFTArguments, parse_config
+from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import IGNORED, Encoder
-from sft_pipeline.data.formats import FORMATS, detect_format, to_messages
+from sft_pipeline.data.formats import FORMATS, convert_to_messages, detect_format
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.prompts import load_prompts
 from sft_pipeline.data.readers import read_rows
-from sft_pipeline.data.sources import load_source, raw_rows
+from sft_pipeline.data.sources import load_source, read_raw_rows
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
 
@@ -71,7 +72,7 @@ def text(random: Random) -> str:
 
 
 def good_text(random: Random) -> str:
-    """That `to_messages` takes."""
+    """That `convert_to_messages` takes."""
     return text(random).encode("utf-8", "ignore").decode() + random.choice("x.瓜")
 
 
@@ -263,13 +264,13 @@ def readers(file: tuple[str, bytes, list[Any] | None]) -> None:
     shape = one_line(lambda: detect_format(placed[0][1]) if placed and isinstance(placed[0][1], dict) else None)
     for _, row in placed:
         if shape and not isinstance(shape, SFTError):
-            check_messages(one_line(lambda row=row: to_messages(row, shape)))
+            check_messages(one_line(lambda row=row: convert_to_messages(row, shape)))
 
 
 @target(row, lambda random: random.choice(list(FORMATS)))
 def formats(row: Any, shape: str) -> None:
     """A row is well-formed messages whose every text stood in the row, or is refused."""
-    messages = one_line(lambda: to_messages(row, FORMATS[shape]))
+    messages = one_line(lambda: convert_to_messages(row, FORMATS[shape]))
     check_messages(messages)
     if not isinstance(messages, SFTError):
         texts = list(leaves(row))
@@ -299,7 +300,7 @@ def sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None:
     suffix, content, _ = file
     path = put(f"source{suffix}", content)
     loaded = one_line(lambda: load_source(str(path), skip_bad_rows=skip))
-    placed = one_line(lambda: list(raw_rows(str(path))))
+    placed = one_line(lambda: list(read_raw_rows(str(path))))
     if isinstance(placed, SFTError) or not placed or not isinstance(placed[0][1], dict):
         assert isinstance(loaded, SFTError)
         return
@@ -307,7 +308,7 @@ def sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None:
     if isinstance(shape, SFTError):
         assert isinstance(loaded, SFTError)
         return
-    examined = [(place, one_line(lambda row=row: to_messages(row, shape))) for place, row in placed]
+    examined = [(place, one_line(lambda row=row: convert_to_messages(row, shape))) for place, row in placed]
     good = [(place, messages) for place, messages in examined if not isinstance(messages, SFTError)]
     if not good or (len(good) < len(placed) and not skip):
         assert isinstance(loaded, SFTError) and any(place in str(loaded) for place, _ in examined)
@@ -330,11 +331,11 @@ def prompts(file: tuple[str, bytes, list[Any] | None], text: bool) -> None:
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
         assert len(found) == sum(bool(line.strip()) for line in lines)
     else:
-        assert [one.origin for one in found] == [place for place, _ in raw_rows(str(path))]
+        assert [one.origin for one in found] == [place for place, _ in read_raw_rows(str(path))]
 
 
 def conversations(random: Random) -> list[dict[str, str]]:
-    """As `to_messages` lets them through: every text has something that is no white space."""
+    """As `convert_to_messages` lets them through: every text has something that is no white space."""
     said = [good_text(random) for _ in range(random.choice([2, 2, 4, 6]))]
     start = [{"role": "system", "content": good_text(random)}] if random.random() < 0.4 else []
     return start + [{"role": ("user", "assistant")[at % 2], "content": one} for at, one in enumerate(said)]
@@ -362,14 +363,14 @@ def templates(
     control token comes from a text, and every row has an outcome."""
     known = tokenizers()[name]
     tokenizer, template = known[int(which * len(known))]
-    told = with_system_prompt(messages, system)
+    told = add_system_prompt(messages, system)
     [runs] = template.render([told], train_on)
     ids = [i for run in runs for i in run.ids]
     supervised = [run.supervised for run in runs for _ in run.ids]
     answered = [False] * len(ids)
     for at, message in enumerate(told):
         if message["role"] == "assistant" and (train_on == "all" or at == len(told) - 1):
-            prompt = template.prompt(told[:at])
+            prompt = template.encode_prompt(told[:at])
             assert ids[: len(prompt)] == prompt
             answer = encode_as_text(tokenizer, [message["content"]])[0]
             end = len(prompt) + len(answer) + 1
@@ -380,7 +381,8 @@ def templates(
     [plain] = template.render([[{**message, "content": "x"} for message in told]], train_on)
     assert [i for i in ids if i in control] == [i for run in plain for i in run.ids if i in control]
     pieces = [
-        piece.text or tokenizer.convert_ids_to_tokens(piece.token_id) for piece in template.pieces(told, train_on)
+        piece.text or tokenizer.convert_ids_to_tokens(piece.token_id)
+        for piece in template.split_conversation(told, train_on)
     ]
     if can_spell(tokenizer, "".join(pieces)):
         assert tokenizer.decode(ids) == "".join(normal(tokenizer, text) for text in pieces)
@@ -513,7 +515,7 @@ def config(content: bytes, overrides: list[tuple[str, Any]]) -> None:
     """A config and a command line are arguments whose checks hold, or one line."""
     path = put("config.yaml", content)
     words = [f"--{key}={value}" for key, value in overrides]
-    parsed = one_line(lambda: parse(str(path), words))
+    parsed = one_line(lambda: parse_config(str(path), words))
     if not isinstance(parsed, SFTError):
         sft, training = parsed
         assert isinstance(sft.max_length, int) and sft.max_length >= 1 and sft.train_data and training.output_dir

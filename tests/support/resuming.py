@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.trainers import make_rows, make_trainer
 
-from sft_pipeline.commands.verify_resume import compare
+from sft_pipeline.commands.verify_resume import compare_checkpoints
 
 ROWS = make_rows([(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6, 5), (9, 1), (1, 1)])
 
@@ -52,7 +52,7 @@ def build(folder: Path, callbacks=(), **arguments):
 
 
 def assert_same_end(whole: Path, other: Path) -> None:
-    compared, differ = compare(whole / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}")
+    compared, differ = compare_checkpoints(whole / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}")
     # save_steps is a setting, and one whole checkpoint goes on with another's.
     assert [name for name in differ if "save_steps" not in name] == [] and compared > 100
     history = json.loads((other / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]

@@ -10,7 +10,7 @@ from transformers import (
 
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.data.padding import PaddingCollator
-from sft_pipeline.model.loss_forward import supervise
+from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.packed_attention import use_packed_attention
 from sft_pipeline.training.trainer import SupervisedTrainer
 
@@ -24,7 +24,7 @@ def make_model(**more) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **sizes, **ends, **more))
-    supervise(model)
+    patch_loss_forward(model)
     use_packed_attention(model)
     return model
 

@@ -22,15 +22,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sft_pipeline.config import parse
-from sft_pipeline.data.chat_templates import build_template, with_system_prompt
-from sft_pipeline.data.encode import shift
-from sft_pipeline.data.pipeline import load_messages, prepare
-from sft_pipeline.evaluation.bootstrap import paired_difference
+from sft_pipeline.config import parse_config
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.encode import build_input_ids_and_labels
+from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.pipeline import load_conversations, prepare_data
+from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
 from sft_pipeline.evaluation.metrics.instruction_following import follows, load_instructions, sample_instructions
-from sft_pipeline.evaluation.step_results import Evaluation, Question, answers_before_and_after, changes
-from sft_pipeline.inference.answers import answer
+from sft_pipeline.evaluation.step_results import EvalPrompt, StepResults, compute_changes, join_answers
+from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, RUN_FILE
 from sft_pipeline.train import train
@@ -38,12 +39,12 @@ from sft_pipeline.training import evaluation_callback as callback_module
 from sft_pipeline.training.builder import build_trainer
 from sft_pipeline.training.evaluation_callback import (
     UNMEASURED,
-    Budget,
+    AnswerBudget,
     EvaluationCallback,
     build_questions,
-    described,
-    first,
-    supervised_bytes,
+    count_supervised_bytes,
+    describe_results,
+    select_first,
 )
 from sft_pipeline.utils.errors import SFTError
 
@@ -90,7 +91,7 @@ def config(model_folder, tmp_path_factory) -> Path:
 
 
 def run_train(config: Path, folder: Path, *overrides: str) -> dict:
-    return train(*parse(str(config), ["--output_dir", str(folder), *overrides]), Console(quiet=True))
+    return train(*parse_config(str(config), ["--output_dir", str(folder), *overrides]), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +118,12 @@ def test_a_file_an_evaluation(run):
 
 def test_the_table_asks_held_out_prompts_and_instructions_and_has_the_models_answers(run, config):
     folder, _ = run
-    _, held_out = load_messages(parse(str(config), [])[0])
+    _, held_out = load_conversations(parse_config(str(config), [])[0])
     rows, told = held_out["messages"][:ASKED], sample_instructions(INSTRUCTIONS)
     prompts = [row[-2]["content"] for row in rows] + [one.prompt for one in told]
     template = build_template("role", AutoTokenizer.from_pretrained(folder))
-    asked = [with_system_prompt([{"role": "user", "content": prompt}], SYSTEM) for prompt in prompts]
-    expected = answer(AutoModelForCausalLM.from_pretrained(folder), template, asked, 6)
+    asked = [add_system_prompt([{"role": "user", "content": prompt}], SYSTEM) for prompt in prompts]
+    expected = answer_prompts(AutoModelForCausalLM.from_pretrained(folder), template, asked, 6)
     table = evaluations(folder)["step_000004"]["table"]
     assert [row["prompt"] for row in table] == prompts
     assert [row["reference"] for row in table] == [row[-1]["content"] for row in rows] + [None] * INSTRUCTIONS
@@ -136,7 +137,7 @@ def test_the_table_asks_held_out_prompts_and_instructions_and_has_the_models_ans
 
 
 def plain_figures(one: dict) -> dict[str, float]:
-    """From the file alone, by the definitions; the figures left out here have their own tests with their functions."""
+    """From the file alone, by the definitions; the metrics left out here have their own tests with their functions."""
     rows = [row for row in one["table"] if row["instruction"] is None]
     told = [row for row in one["table"] if row["instruction"]]
     nll, tokens, correct = (sum(one["held_out"][name]) for name in ("nll_nats", "tokens", "correct"))
@@ -161,10 +162,10 @@ def plain_figures(one: dict) -> dict[str, float]:
 def test_every_figure_can_be_computed_again_from_the_file(run):
     for one in evaluations(run[0]).values():
         for name, value in plain_figures(one).items():
-            assert one["figures"][name] == pytest.approx(value, rel=1e-12), name
-        assert callback_module.table_figures(one["table"]).items() <= one["figures"].items()
-        assert one["figures"].keys() >= {"rep_4_share", "distinct_2_share", "prompt_echo_share", "answer_length_ratio"}
-        assert one["figures"].keys() >= {
+            assert one["metrics"][name] == pytest.approx(value, rel=1e-12), name
+        assert callback_module.table_figures(one["table"]).items() <= one["metrics"].items()
+        assert one["metrics"].keys() >= {"rep_4_share", "distinct_2_share", "prompt_echo_share", "answer_length_ratio"}
+        assert one["metrics"].keys() >= {
             "rouge_l_f1",
             "exact_match_rate",
             "word_f1",
@@ -180,14 +181,14 @@ def test_the_figures_are_logged_at_their_step_beside_the_loss(run):
     for one in evaluations(folder).values():
         entry, loss = logged[one["step"]], losses[one["step"]]
         beside = {"nll_nats_per_token": "loss", "perplexity": "perplexity", "token_accuracy": "token_accuracy"}
-        for name, value in one["figures"].items():
+        for name, value in one["metrics"].items():
             if name in beside:
                 assert loss[f"eval_{beside[name]}"] == pytest.approx(value, rel=1e-12)
             else:
                 assert entry[f"eval_{name}"] == value
         assert entry["eval_answer_seconds"] == pytest.approx(one["seconds"], abs=0.006)
     assert len(logged) == len(losses) == 3
-    assert results["figures"] == evaluations(folder)["step_000004"]["figures"]
+    assert results["metrics"] == evaluations(folder)["step_000004"]["metrics"]
 
 
 @pytest.mark.parametrize("train_on", ["all", "last"])
@@ -196,12 +197,12 @@ def test_bytes_are_those_of_the_supervised_answers(name, train_on, tokenizer):
     template = build_template(name, tokenizer)
     talk = ["Hi", "Hello, 你好!", "Spell the stop token", "It is <|im_end|>.", "Bye", "再见"]
     messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(talk)]
-    _, labels = shift(template.render([messages], train_on)[0])
+    _, labels = build_input_ids_and_labels(template.render([messages], train_on)[0])
     answers = talk[1::2] if train_on == "all" else talk[-1:]
-    assert supervised_bytes(labels, template) == sum(len(text.encode()) for text in answers)
+    assert count_supervised_bytes(labels, template) == sum(len(text.encode()) for text in answers)
     # An answer cut by the length limit has no stop token.
     cut = labels[: max(at for at, label in enumerate(labels) if label == template.stop_token_id)]
-    assert supervised_bytes(cut, template) == supervised_bytes(labels, template)
+    assert count_supervised_bytes(cut, template) == count_supervised_bytes(labels, template)
 
 
 def test_instructions_are_sampled_fairly():
@@ -231,9 +232,9 @@ def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tm
     template = build_template(
         "role", AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["model_name_or_path"])
     )
-    sft = parse(str(config), [])[0]
-    for question in build_questions(load_messages(sft)[1], sft):
-        lengths.append(len(template.prompt(question.messages)))
+    sft = parse_config(str(config), [])[0]
+    for question in build_questions(load_conversations(sft)[1], sft):
+        lengths.append(len(template.encode_prompt(question.messages)))
     limit = sorted(lengths)[len(lengths) // 2] + 6
     results = run_train(config, tmp_path / "out", *with_positions(config, tmp_path / "model", limit))
     one = evaluations(tmp_path / "out")["step_000001"]
@@ -243,8 +244,8 @@ def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tm
     for row in one["table"]:
         if row["error"]:
             assert row["error"].endswith(f"new ones exceed {limit}: shorten either") and row["answer"] == ""
-    assert one["figures"]["answer_errors"] == sum(refused)
-    assert one["figures"]["answers"] == ASKED - sum(refused[:ASKED])
+    assert one["metrics"]["answer_errors"] == sum(refused)
+    assert one["metrics"]["answers"] == ASKED - sum(refused[:ASKED])
     assert results["before_and_after"]["stop_rate"]["items"] == ASKED - sum(refused[:ASKED])
     assert [bool(one["error"]) for one in results["answers"]] == refused[:ASKED]
 
@@ -257,7 +258,7 @@ def test_a_model_that_cannot_generate_is_trained_all_the_same(config, tmp_path, 
     results = run_train(config, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
     one = evaluations(tmp_path / "out")["step_000001"]
     assert [row["error"] for row in one["table"]] == ["Mamba: no"] * (ASKED + INSTRUCTIONS)
-    assert one["figures"]["answers"] == 0 and one["figures"]["bits_per_byte"] > 0
+    assert one["metrics"]["answers"] == 0 and one["metrics"]["bits_per_byte"] > 0
     assert list(results["before_and_after"]) == ["nll_nats_per_token"]
 
 
@@ -271,8 +272,8 @@ def test_parameters_in_parts_are_not_generated_with(trainer):
 
 def test_references_without_words_cost_no_run():
     rows = [{"instruction": None, "prompt": "p", "reference": "?!", "answer": "a", "stopped": True, "error": None}]
-    figures = callback_module.table_figures(rows)
-    assert figures["stop_rate"] == 1 and "bleu_percent" not in figures
+    metrics = callback_module.table_figures(rows)
+    assert metrics["stop_rate"] == 1 and "bleu_percent" not in metrics
 
 
 # Training does not notice.
@@ -303,9 +304,9 @@ def test_training_gives_the_same_bits_without_it(dropout, packing, config, tmp_p
 @pytest.fixture
 def trainer(config, tmp_path, tiny_model, make_tokenizer):
     """A trainer with the callback as its `answering`, evaluated once."""
-    sft, training = parse(str(config), ["--output_dir", str(tmp_path / "out"), "--report_to", "none"])
+    sft, training = parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--report_to", "none"])
     template = build_template("role", make_tokenizer())
-    data = prepare(sft, template)
+    data = prepare_data(sft, template)
     trainer = build_trainer(sft, training, tiny_model, template, data)
     trainer.answering = EvaluationCallback(trainer, template, data.held_out_messages, sft)
     trainer.add_callback(trainer.answering)
@@ -391,18 +392,18 @@ def test_the_best_model_has_a_file_of_its_own(config, tmp_path):
     keys = ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
     results = run_train(config, tmp_path / "out", *keys)
     kept = evaluations(tmp_path / "out")
-    losses = {one["step"]: one["figures"]["nll_nats_per_token"] for name, one in kept.items() if name != "best"}
+    losses = {one["step"]: one["metrics"]["nll_nats_per_token"] for name, one in kept.items() if name != "best"}
     best = max(list(losses)[1:], key=losses.get)
     assert list(losses) == [0, 2, 4] and best == 2
     assert kept["best"]["step"] == best and kept["best"]["table"] == kept["step_000002"]["table"]
-    assert results["figures"] == kept["best"]["figures"]
+    assert results["metrics"] == kept["best"]["metrics"]
     assert results["before_and_after"]["nll_nats_per_token"]["after"] == pytest.approx(losses[best], rel=1e-12)
 
 
 def test_without_an_evaluation_at_step_0_there_is_no_before(config, tmp_path, capsys):
     results = run_train(config, tmp_path / "out", "--eval_on_start", "false", "--max_steps", "2")
     assert list(evaluations(tmp_path / "out")) == ["step_000002"]
-    assert results["before_and_after"] == {} and results["figures"]["answers"] == ASKED
+    assert results["before_and_after"] == {} and results["metrics"]["answers"] == ASKED
     assert [one["before"] for one in results["answers"]] == [None] * ASKED
     print_results(results, "out", Console(width=80))
     shown = capsys.readouterr().out
@@ -419,7 +420,7 @@ def test_without_an_evaluation_at_step_0_there_is_no_before(config, tmp_path, ca
 )
 def test_answers_on_the_way_stay_under_their_share(share, cost, intervals):
     """Whatever the intervals; the number never rises once there is one."""
-    budget, counts = Budget(share), []
+    budget, counts = AnswerBudget(share), []
     budget.pay(50, 50 * cost, on_the_way=False)  # step 0 is not on the way
     for seconds in intervals:
         budget.training_seconds += seconds
@@ -432,7 +433,7 @@ def test_answers_on_the_way_stay_under_their_share(share, cost, intervals):
 
 
 def test_equal_intervals_ask_the_same_number():
-    budget, counts = Budget(0.1), []
+    budget, counts = AnswerBudget(0.1), []
     budget.pay(10, 20.0, on_the_way=False)
     for _ in range(5):
         budget.training_seconds += 100.0
@@ -442,7 +443,7 @@ def test_equal_intervals_ask_the_same_number():
 
 
 def test_what_cost_more_than_thought_is_paid_back():
-    budget = Budget(0.1)
+    budget = AnswerBudget(0.1)
     budget.pay(10, 10.0, on_the_way=False)
     budget.training_seconds = 100.0
     assert budget.questions() == 10
@@ -454,15 +455,15 @@ def test_what_cost_more_than_thought_is_paid_back():
 
 
 def test_an_unknown_cost_is_measured_on_a_few():
-    assert Budget(0.1).questions() == UNMEASURED and Budget(0).questions() == 0
+    assert AnswerBudget(0.1).questions() == UNMEASURED and AnswerBudget(0).questions() == 0
 
 
-def evaluation(step: int, table: list, complete: bool = True, nll=(4.0, 6.0), tokens=(2.0, 3.0)) -> Evaluation:
-    return Evaluation(step, complete, 3.0, {}, {"nll_nats": list(nll), "tokens": list(tokens)}, 9, table)
+def evaluation(step: int, table: list, complete: bool = True, nll=(4.0, 6.0), tokens=(2.0, 3.0)) -> StepResults:
+    return StepResults(step, complete, 3.0, {}, {"nll_nats": list(nll), "tokens": list(tokens)}, 9, table)
 
 
 def test_a_resumed_run_goes_on_with_the_same_number():
-    budget = Budget(0.1)
+    budget = AnswerBudget(0.1)
     for one in (evaluation(0, [{}] * 6), evaluation(2, [{}] * 3, complete=False)):
         budget.recall(one)
     budget.training_seconds = 1000.0
@@ -471,9 +472,9 @@ def test_a_resumed_run_goes_on_with_the_same_number():
 
 @given(held_out=st.integers(0, 12), instructions=st.integers(0, 12), count=st.integers(0, 30))
 def test_fewer_questions_are_the_first_of_both_kinds(held_out, instructions, count):
-    rows = [Question([], reference=str(at)) for at in range(held_out)]
-    told = [Question([], instruction=str(at)) for at in range(instructions)]
-    asked = first(rows + told, count)
+    rows = [EvalPrompt([], reference=str(at)) for at in range(held_out)]
+    told = [EvalPrompt([], instruction=str(at)) for at in range(instructions)]
+    asked = select_first(rows + told, count)
     kept = [one for one in asked if one.instruction is None]
     assert len(asked) == min(count, held_out + instructions)
     assert asked == rows[: len(kept)] + told[: len(asked) - len(kept)]
@@ -506,36 +507,36 @@ def test_changes_are_paired_differences_over_what_both_have():
         evaluation(0, [*old, row("i", **told)]),
         evaluation(4, [*new, row("i", **told | {"followed": True})], nll=(2.0, 5.0)),
     )
-    found = changes(before, after)
-    expected = paired_difference([0, 1], [1, 1])
+    found = compute_changes(before, after)
+    expected = compute_paired_difference([0, 1], [1, 1])
     stop = {"before": 0.5, "after": 1.0, "difference": 0.5, "low": expected.low, "high": expected.high, "items": 2}
     assert found["stop_rate"] == stop
     assert found["loop_rate"]["before"] == 0.5 and found["loop_rate"]["after"] == 0
     one = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": None, "high": None, "items": 1}
     assert found["instructions_followed_rate"] == one
-    loss = paired_difference([4, 6], [2, 5], a_weights=[2, 3], b_weights=[2, 3])
+    loss = compute_paired_difference([4, 6], [2, 5], a_weights=[2, 3], b_weights=[2, 3])
     assert found["nll_nats_per_token"] == {
         "before": 2.0, "after": 1.4, "difference": pytest.approx(-0.6), "low": loss.low, "high": loss.high, "items": 2,
     }  # fmt: skip
-    assert [one["before"] for one in answers_before_and_after(before, after)] == [LOOP, "a", "b"]
+    assert [one["before"] for one in join_answers(before, after)] == [LOOP, "a", "b"]
 
 
 def test_a_diverged_loss_has_no_interval_and_other_rows_no_change():
-    diverged = changes(evaluation(0, []), evaluation(4, [], nll=(math.nan, 1.0)))["nll_nats_per_token"]
+    diverged = compute_changes(evaluation(0, []), evaluation(4, [], nll=(math.nan, 1.0)))["nll_nats_per_token"]
     assert math.isnan(diverged["after"]) and diverged["low"] is None and diverged["before"] == 2
-    assert changes(evaluation(0, []), evaluation(4, [], tokens=(2.0, 4.0))) == {}
+    assert compute_changes(evaluation(0, []), evaluation(4, [], tokens=(2.0, 4.0))) == {}
 
 
 def test_the_printed_table_fits_80_columns(capsys):
     changed = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": 0.25, "high": 1.0, "items": 1000}
     loss = {"before": 13.0656, "after": 12.2367, "difference": -10.829, "low": -10.91, "high": -10.745, "items": 1000}
-    figures = {"nll_nats_per_token": loss} | dict.fromkeys(
+    metrics = {"nll_nats_per_token": loss} | dict.fromkeys(
         ("stop_rate", "loop_rate", "instructions_followed_rate"), changed
     )
-    figures["loop_rate"] = changed | {"low": None, "high": None}
+    metrics["loop_rate"] = changed | {"low": None, "high": None}
     results = {
         "answers": [],
-        "before_and_after": figures,
+        "before_and_after": metrics,
         "steps": 9,
         "seconds": 9,
         "tokens_per_second": 9.0,
@@ -560,10 +561,10 @@ def test_the_line_of_an_evaluation_says_how_many_were_asked(config, tmp_path, ca
     shown = capsys.readouterr().out.splitlines()
     assert any(line.startswith("step 0: 4 answers, ") and "of 3 instructions followed; " in line for line in shown)
     assert "step 2: the first 0 of 7 questions; 0 s" in shown
-    failed = Evaluation(
+    failed = StepResults(
         1, True, 2.0, {"answers": 0, "instructions": 0, "answer_errors": 1}, {}, 0, [row("", error="too long")]
     )
-    assert described(failed, 1) == "1 not answered (too long); 2 s"
+    assert describe_results(failed, 1) == "1 not answered (too long); 2 s"
 
 
 def test_where_nothing_is_to_be_asked_no_line_says_so(config, tmp_path, capsys):
@@ -601,8 +602,8 @@ def test_two_processes_make_the_table_of_one(run, config, tmp_path):
     assert two.keys() == one.keys()
     assert two["step_000000"]["table"] == one["step_000000"]["table"]
     assert two["step_000000"]["held_out"]["tokens"] == one["step_000000"]["held_out"]["tokens"]
-    for name, value in one["step_000000"]["figures"].items():
-        assert two["step_000000"]["figures"][name] == pytest.approx(value, rel=1e-5)
+    for name, value in one["step_000000"]["metrics"].items():
+        assert two["step_000000"]["metrics"][name] == pytest.approx(value, rel=1e-5)
     assert two["step_000002"]["table"] == []
     assert [row["prompt"] for row in two["step_000004"]["table"]] == [
         row["prompt"] for row in one["step_000004"]["table"]

@@ -28,17 +28,17 @@ from transformers import TrainerCallback
 
 from sft_pipeline import cli
 from sft_pipeline.cli import main
-from sft_pipeline.commands.verify_resume import compare
-from sft_pipeline.config import parse
-from sft_pipeline.data.batch_sampler import StepBatches
-from sft_pipeline.runs.checkpoints import newest_whole, publish_files
+from sft_pipeline.commands.verify_resume import compare_checkpoints
+from sft_pipeline.config import parse_config
+from sft_pipeline.data.batch_sampler import StepBatchSampler
+from sft_pipeline.runs.checkpoints import find_newest_checkpoint, publish_files
 from sft_pipeline.runs.output_dir import RESULTS_FILE, check_output_dir
-from sft_pipeline.train import lacks_evaluation, train
+from sft_pipeline.train import needs_evaluation, train
 from sft_pipeline.training import memory, rank_failures
-from sft_pipeline.training.memory import heaviest
-from sft_pipeline.training.rank_failures import missing, naming_lost_processes
-from sft_pipeline.utils.errors import ALLOWED, SFTError, failures_of_files
-from sft_pipeline.utils.files import damage
+from sft_pipeline.training.memory import find_heaviest_batch
+from sft_pipeline.training.rank_failures import find_missing_ranks, report_lost_ranks
+from sft_pipeline.utils.errors import ALLOWED, SFTError, convert_file_errors
+from sft_pipeline.utils.files import find_damage
 
 NOBODY = 65534
 ENOUGH, TOO_MUCH = 2**20, 2**44  # bytes
@@ -90,8 +90,8 @@ def test_a_checkpoint_that_the_system_refuses_to_write_costs_no_older_one(fails,
     line = rf"{place}: could not be saved \(.+\); older checkpoints are kept, --resume_from_checkpoint auto goes on"
     assert re.fullmatch(line, str(told.value)) and told.value.status == 2
     assert names(tmp_path / ".saving") == [], "what was written of it takes no room"
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
-    build(tmp_path, save_total_limit=1, save_steps=STEPS).train(resume_from_checkpoint=newest_whole(tmp_path))
+    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    build(tmp_path, save_total_limit=1, save_steps=STEPS).train(resume_from_checkpoint=find_newest_checkpoint(tmp_path))
     assert_same_end(whole, tmp_path)
 
 
@@ -136,10 +136,10 @@ def test_a_disk_that_is_full_and_then_is_not(small_disk, whole):
     with pytest.raises(SFTError, match=r"checkpoint-\d: could not be saved \(.+\); older checkpoints are kept") as told:
         build(folder).train()
     kept = list(folder.glob("checkpoint-*"))
-    assert kept and [damage(place) for place in kept] == [None] * len(kept)
-    assert newest_whole(folder) not in str(told.value)
+    assert kept and [find_damage(place) for place in kept] == [None] * len(kept)
+    assert find_newest_checkpoint(folder) not in str(told.value)
     small_disk(int(30 * checkpoint))
-    build(folder, save_steps=STEPS).train(resume_from_checkpoint=newest_whole(folder))
+    build(folder, save_steps=STEPS).train(resume_from_checkpoint=find_newest_checkpoint(folder))
     assert_same_end(whole, folder)
 
 
@@ -170,7 +170,7 @@ def test_every_library_s_failure_of_a_disk_is_one_line(wrapped, error, line, mon
             raise ValueError("An error occurred while generating the dataset") from error
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "train", fail)
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 2 and capsys.readouterr().err == f"sft-pipeline: {line}\n"
@@ -178,7 +178,7 @@ def test_every_library_s_failure_of_a_disk_is_one_line(wrapped, error, line, mon
 
 @pytest.mark.parametrize("error", [failure(errno.ENOENT), KeyError("a bug"), SFTError("one of ours")])
 def test_other_errors_are_left_as_they_are(error):
-    with pytest.raises(type(error)) as told, failures_of_files():
+    with pytest.raises(type(error)) as told, convert_file_errors():
         raise error
     assert told.value is error
 
@@ -220,7 +220,9 @@ def public(tmp_path):
 def test_an_output_folder_that_may_not_be_written_is_refused_before_anything_is_loaded(inner, public):
     (public / "taken").mkdir(mode=0o555)
     output = public / "taken" / inner
-    parsed = parse(None, ["--model_name_or_path=m", "--train_data=d", "--use_cpu=true", f"--output_dir={output}"])
+    parsed = parse_config(
+        None, ["--model_name_or_path=m", "--train_data=d", "--use_cpu=true", f"--output_dir={output}"]
+    )
     said = said_to_nobody(lambda: check_output_dir(*parsed))
     assert said == f"SFTError: output_dir {output}: {public / 'taken'} may not be written to; choose another folder"
 
@@ -230,7 +232,7 @@ def test_a_cache_that_may_not_be_written_is_named(public, monkeypatch):
     public.chmod(0o555)
 
     def fill_cache():
-        with failures_of_files():
+        with convert_file_errors():
             Path(os.environ["SFT_PIPELINE_CACHE"], "encoded").mkdir(parents=True)
 
     said = said_to_nobody(fill_cache)
@@ -266,7 +268,7 @@ def test_a_rehearsed_run_is_the_run_without_bit_by_bit(tmp_path, monkeypatch):
     drawing(build(tmp_path / "with", save_steps=STEPS, logging_steps=1)).train()
     monkeypatch.setattr("sft_pipeline.training.trainer.rehearse", lambda *args: None)
     drawing(build(tmp_path / "without", save_steps=STEPS, logging_steps=1)).train()
-    compared, found = compare(*(tmp_path / name / f"checkpoint-{STEPS}" for name in ("with", "without")))
+    compared, found = compare_checkpoints(*(tmp_path / name / f"checkpoint-{STEPS}" for name in ("with", "without")))
     assert found == [] and compared > 100
 
 
@@ -276,9 +278,9 @@ def test_an_evaluation_draws_nothing_that_training_draws(tmp_path):
     drawing(build(tmp_path / "whole", **keys)).train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     resumed = drawing(build(tmp_path / "resumed", **keys, eval_on_start=True))
-    assert lacks_evaluation(str(checkpoint), resumed.args)
+    assert needs_evaluation(str(checkpoint), resumed.args)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    compared, found = compare(*(tmp_path / name / "checkpoint-6" for name in ("whole", "resumed")))
+    compared, found = compare_checkpoints(*(tmp_path / name / "checkpoint-6" for name in ("whole", "resumed")))
     assert found == [] and compared > 100
 
 
@@ -293,12 +295,12 @@ def test_a_rehearsal_leaves_nothing_behind(tmp_path, monkeypatch):
         assert all(weight.grad is None for weight in model.parameters()) and not model.training
         assert not trainer.optimizer.optimizer.state
 
-    rehearsal_itself = memory.rehearse
+    rehearsal_itself = memory.rehearse_heaviest_batch
     monkeypatch.setattr("sft_pipeline.training.trainer.rehearse", observed)
     trainer = drawing(build(tmp_path, save_strategy="no"))
     trainer.train()
     [(_, inputs, targets)] = seen
-    rows = heaviest(trainer.training_batches())
+    rows = find_heaviest_batch(trainer.training_batches())
     assert inputs["row_lengths"].tolist()[1:] and targets == inputs["shift_labels"].ne(-100).sum()
     assert len(inputs["row_lengths"]) - 1 == len(rows)
 
@@ -315,10 +317,12 @@ def test_the_heaviest_batch_is_one_of_the_run_and_none_is_much_heavier(data, len
     sizes |= {"processes": data.draw(st.integers(1, 3)), "epochs": data.draw(st.integers(1, 3))}
     tokens = data.draw(st.sampled_from([0, 60])) if packed else 0
     most = data.draw(st.sampled_from([-1, 2]))
-    batches = StepBatches(lengths, seed=1, packed=packed, tokens=tokens, max_steps=most, **sizes)
-    steps = [step for epoch in range(batches.epochs) for step in batches.steps(epoch)][: most if most > 0 else None]
-    every = [rows for step in steps for rows in batches.divided(step)]
-    found = heaviest(batches)
+    batches = StepBatchSampler(lengths, seed=1, packed=packed, tokens=tokens, max_steps=most, **sizes)
+    steps = [step for epoch in range(batches.epochs) for step in batches.split_epoch(epoch)][
+        : most if most > 0 else None
+    ]
+    every = [rows for step in steps for rows in batches.split_step(step)]
+    found = find_heaviest_batch(batches)
     assert found in [list(rows) for rows in every]
     if packed:
         weights = [sum(lengths[row] for row in rows) for rows in every]
@@ -329,7 +333,7 @@ def test_the_heaviest_batch_is_one_of_the_run_and_none_is_much_heavier(data, len
 
 
 def test_rows_grouped_by_length_have_the_longest_together():
-    assert heaviest(StepBatches([3, 9, 1, 8], seed=1, rows=2), longest_together=True) == [3, 1]
+    assert find_heaviest_batch(StepBatchSampler([3, 9, 1, 8], seed=1, rows=2), longest_together=True) == [3, 1]
 
 
 @pytest.mark.parametrize("budget", [0, 64])
@@ -352,7 +356,7 @@ def test_memory_that_runs_out_later_names_the_step_and_keeps_the_checkpoints(tmp
     said = r"^memory ran out in step 3 .*: lower per_device_train_batch_size .* or max_length; checkpoints are kept$"
     with pytest.raises(SFTError, match=said):
         trainer.train()
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_auto_find_batch_size_lowers_what_the_rehearsal_could_not_hold(tmp_path):
@@ -387,13 +391,13 @@ def test_memory_that_runs_out_in_an_evaluation_names_its_own_key(tmp_path, monke
 )
 def test_which_errors_are_of_memory(error, halved, raised, tmp_path):
     args = build(tmp_path, auto_find_batch_size=halved).args
-    with pytest.raises(raised), memory.enough_memory("step 1", "lower it", args):
+    with pytest.raises(raised), memory.handle_out_of_memory("step 1", "lower it", args):
         raise error
 
 
 @pytest.mark.parametrize(("free", "level"), [(100.0, logging.INFO), (0.0, logging.WARNING)])
 def test_the_rehearsal_says_what_it_took_and_what_is_left(free, level, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(memory, "taken_and_free_gib", lambda device: (0.25, free))
+    monkeypatch.setattr(memory, "measure_memory_gib", lambda device: (0.25, free))
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
         build(tmp_path, save_strategy="no").train()
     [record] = [record for record in caplog.records if "heaviest batch" in record.message]
@@ -405,14 +409,14 @@ def test_the_rehearsal_says_what_it_took_and_what_is_left(free, level, tmp_path,
 
 def test_limits_of_control_groups_count(tmp_path):
     own, root = tmp_path / "cgroup", tmp_path / "fs"
-    assert list(memory.left_in_groups(own, root)) == [float("inf")], "none, as on a Mac"
+    assert list(memory.read_cgroup_limits(own, root)) == [float("inf")], "none, as on a Mac"
     own.write_text("0::/slurm/job\n")
     (root / "slurm" / "job").mkdir(parents=True)
     for group, limit in ((root / "slurm" / "job", "500"), (root / "slurm", "max"), (root, "900")):
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text("100\n")
-    assert list(memory.left_in_groups(own, root)) == [float("inf"), 400, 800]
-    taken, free = memory.taken_and_free_gib(torch.device("cpu"))
+    assert list(memory.read_cgroup_limits(own, root)) == [float("inf"), 400, 800]
+    taken, free = memory.measure_memory_gib(torch.device("cpu"))
     assert 0.01 < taken < 100 and free > 0
 
 
@@ -436,7 +440,7 @@ def work(process: int, port: int, folder: str) -> None:
     if process == 1:
         callbacks.append(At(2, lambda: time.sleep(30)))
     try:
-        with naming_lost_processes():
+        with report_lost_ranks():
             build(Path(folder), callbacks, gradient_accumulation_steps=1, ddp_backend="gloo").train()
     except SFTError as told:
         (Path(folder) / f"told_{process}").write_text(str(told))
@@ -457,7 +461,7 @@ def test_the_rank_that_hangs_is_named(tmp_path):
         "rank 1 did not arrive where the other processes wait: it hangs or is gone; see its log; "
         "ddp_timeout says how long is waited, and checkpoints are kept"
     )
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 class Store:
@@ -486,12 +490,12 @@ def test_who_is_missing(store, ranks, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
-    assert missing(timedelta(seconds=1)) == ranks
+    assert find_missing_ranks(timedelta(seconds=1)) == ranks
 
 
 def test_an_error_that_is_no_process_s_is_left_as_it_is():
     for text in ("Timed out waiting 5ms for recv operation", "shapes do not fit"):  # no process group here
-        with pytest.raises(RuntimeError, match=text), naming_lost_processes():
+        with pytest.raises(RuntimeError, match=text), report_lost_ranks():
             raise RuntimeError(text)
 
 
@@ -505,7 +509,7 @@ def config(write_config, tmp_path_factory) -> Path:
 
 
 def run_train(config: Path, output: Path) -> dict:
-    return train(*parse(str(config), [f"--output_dir={output}"]), Console(quiet=True))
+    return train(*parse_config(str(config), [f"--output_dir={output}"]), Console(quiet=True))
 
 
 def cut_off_after(moved: int):

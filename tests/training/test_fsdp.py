@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model import linear_cross_entropy
 from sft_pipeline.model.lora import add_lora
-from sft_pipeline.training.fsdp import FULL, SHARDED, _check, saved_as, whole_weights
+from sft_pipeline.training.fsdp import FULL, SHARDED, _check, detect_state_dict_type, gather_weights
 from sft_pipeline.utils.errors import SFTError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
@@ -78,7 +78,7 @@ def work(process: int, port: int, folder: str) -> None:
         assert prefixes.count(2) >= len(prefixes) / 2, "what rows share is computed once"
         assert isinstance(trainer.model, FSDPModule)
         assert isinstance(trainer.model.model.layers[0].self_attn.q_proj.weight, DTensor)
-        assert saved_as(out / kind / f"checkpoint-{AT}") == kind
+        assert detect_state_dict_type(out / kind / f"checkpoint-{AT}") == kind
         trainer.save_model()
         found[f"{kind} resumed"] = report(build(out / "resumed", kind), str(out / kind / f"checkpoint-{AT}"))
     found["untied"] = report(build(out / "untied", SHARDED, tied=False, save_strategy="no"))
@@ -180,13 +180,13 @@ def test_cpus_have_nowhere_to_offload_to(found):
 def test_weights_that_zero3_divided_are_gathered_for_a_moment(monkeypatch):
     """The package is not there; what is asked of it is."""
     gathered, model = [], torch.nn.Linear(2, 2)
-    with whole_weights(model):
+    with gather_weights(model):
         assert not gathered
     zero = SimpleNamespace(GatheredParameters=lambda weights: gathered.append(weights) or nullcontext())
     monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
     monkeypatch.setattr("sft_pipeline.training.fsdp.is_deepspeed_zero3_enabled", lambda: True)
-    with whole_weights(model):
+    with gather_weights(model):
         assert [id(weight) for weight in gathered[0]] == [id(weight) for weight in model.parameters()]
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from sft_pipeline.cli import _say_once
-from sft_pipeline.commands.verify_resume import compare
+from sft_pipeline.cli import _print_error_once
+from sft_pipeline.commands.verify_resume import compare_checkpoints
 from sft_pipeline.runs.output_dir import RESULTS_FILE
 from sft_pipeline.training import launch
 
@@ -69,12 +69,12 @@ def test_one_process_of_a_machine_and_attempt_says_why_all_end(tmp_path, monkeyp
     for attempt, rank in ((0, 0), (0, 1), (1, 1), (1, 0), (1, 2)):
         (tmp_path / f"attempt_{attempt}" / str(rank)).mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_{attempt}" / str(rank) / "error.json"))
-        _say_once(f"{attempt} {rank}")
+        _print_error_once(f"{attempt} {rank}")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
-    _say_once("gone")
+    _print_error_once("gone")
     for nothing in ("", os.devnull):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", nothing)
-        _say_once("alone")
+        _print_error_once("alone")
     assert capsys.readouterr().err.splitlines() == ["0 0", "1 1", "gone", "alone", "alone"]
 
 
@@ -198,7 +198,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(config, tmp_path):
     psutil.Process(run.pid).children()[1].kill()
     _, errors = ends(run, 0)
     assert [line for line in errors if line.startswith("going on from")], errors
-    compared, differ = compare(*(tmp_path / name / "checkpoint-40" for name in ("out", "whole")))
+    compared, differ = compare_checkpoints(*(tmp_path / name / "checkpoint-40" for name in ("out", "whole")))
     assert differ == [] and compared > 100, "weights, optimizer, random states, what was logged"
     found, expected = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())

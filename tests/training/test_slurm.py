@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from support.slurm import NODES, ROOT, Slurm, cluster, wait_for, why_no_slurm
 
-from sft_pipeline.commands.verify_resume import compare
+from sft_pipeline.commands.verify_resume import compare_checkpoints
 
 pytestmark = [
     pytest.mark.real,
@@ -70,7 +70,7 @@ def wait_for_end(slurm: Slurm, job: str, folder: Path) -> None:
 
 def assert_same_end(one: Path, other: Path) -> None:
     """Bit by bit: weights, optimizer, scheduler, random states, what was logged."""
-    compared, differ = compare(*(folder / "out" / f"checkpoint-{STEPS}" for folder in (one, other)))
+    compared, differ = compare_checkpoints(*(folder / "out" / f"checkpoint-{STEPS}" for folder in (one, other)))
     assert differ == [] and compared > 100
 
 

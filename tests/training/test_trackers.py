@@ -21,14 +21,21 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sft_pipeline.commands.verify_resume import MEASURED, compare
-from sft_pipeline.config import parse
-from sft_pipeline.evaluation.step_results import step_file
+from sft_pipeline.commands.verify_resume import MEASURED, compare_checkpoints
+from sft_pipeline.config import parse_config
+from sft_pipeline.evaluation.step_results import get_step_file
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, REPORT_FILE, RESULTS_FILE, RUN_FILE
 from sft_pipeline.train import train
 from sft_pipeline.training import trackers
 from sft_pipeline.training.builder import build_trainer
-from sft_pipeline.training.trackers import INSTALL, TRACKERS_FILE, Guarded, attempt, keep_usable, send_table
+from sft_pipeline.training.trackers import (
+    INSTALL,
+    TRACKERS_FILE,
+    GuardedCallback,
+    call_tracker,
+    drop_missing_trackers,
+    send_table,
+)
 from sft_pipeline.utils.errors import SFTError
 
 SECRET = "hf_SeCrEtOfTheHub"
@@ -93,7 +100,7 @@ def run(model_folder, folder, offline) -> SimpleNamespace:
 
 def _train(config: Path, out: Path, *more: str) -> list[dict]:
     """What the trainer's history holds in the end."""
-    train(*parse(str(config), ["--output_dir", str(out), *more]), Console(quiet=True))
+    train(*parse_config(str(config), ["--output_dir", str(out), *more]), Console(quiet=True))
     return json.loads((out / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
 
 
@@ -138,8 +145,8 @@ def wandb_files(folder: Path) -> list[Path]:
 def test_wandb_has_every_value_of_each_part(run, folder):
     for file, entries in zip(wandb_files(folder), run.logged, strict=True):
         history = [items(record.history.item) for record in records(file) if record.HasField("history")]
-        figures = [{name: value for name, value in row.items() if name[0] != "_"} for row in history]
-        assert [row for row in figures if "eval/table/nrows" not in row] == expected(entries)
+        metrics = [{name: value for name, value in row.items() if name[0] != "_"} for row in history]
+        assert [row for row in metrics if "eval/table/nrows" not in row] == expected(entries)
         assert [row["_step"] for row in history] == list(range(len(history)))
         summary = {}
         for record in records(file):
@@ -158,7 +165,7 @@ def test_wandb_has_the_answers(run, folder):
 
 
 def _table(out: Path, step: int) -> list[dict]:
-    return json.loads((out / EVALUATION_DIR / step_file(step)).read_text(encoding="utf-8"))["table"]
+    return json.loads((out / EVALUATION_DIR / get_step_file(step)).read_text(encoding="utf-8"))["table"]
 
 
 def test_wandb_goes_on_under_one_name(run, folder):
@@ -231,7 +238,7 @@ def test_another_folder_goes_on_with_the_run_of_its_checkpoint(tmp_path):
     assert json.loads((tmp_path / "new" / TRACKERS_FILE).read_text()) == {"run": "old-123456", "told": -1}
     (tmp_path / "old" / TRACKERS_FILE).write_text('{"run": "old-123456", "told": 7}')
     trackers._run_name(args, str(tmp_path / "old" / "checkpoint-2"))
-    assert trackers.told_until(args) == 7
+    assert trackers.read_last_tracked_step(args) == 7
 
 
 # Killed.
@@ -301,12 +308,12 @@ def test_what_was_logged_before_a_kill_is_told_again_and_what_is_surely_known_is
         {"eval_loss": 1.5, "step": 6},
     ]
     state = TrainerState(global_step=6, is_world_process_zero=True, log_history=history)
-    Guarded("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
     args.report_to.append("mlflow")
-    Guarded("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
     assert seen == [(6, {"loss": 1.0}), (6, {"eval_loss": 1.5})] and state.global_step == 6
     state.is_world_process_zero = False
-    Guarded("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
     assert len(seen) == 2
 
 
@@ -328,7 +335,7 @@ def test_trackers_of_a_run_that_is_killed_twice_have_what_those_of_an_undisturbe
     for found, expected in ([wandb_told(folder, name) for name in names], [trackio_told(name) for name in names]):
         assert told(found) == told(expected) and len(expected) > 15
     for name in ("killed", "whole"):
-        assert compare(tmp_path / name / "checkpoint-6", tmp_path / "alone" / "checkpoint-6")[1] == []
+        assert compare_checkpoints(tmp_path / name / "checkpoint-6", tmp_path / "alone" / "checkpoint-6")[1] == []
 
 
 # What fails.
@@ -342,14 +349,14 @@ def arguments(*report_to: str) -> SimpleNamespace:
 def test_what_is_not_installed_is_left_out_in_a_line(monkeypatch, caplog):
     monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard"])
     args = arguments("wandb", "tensorboard", "mlflow")
-    keep_usable(args)
+    drop_missing_trackers(args)
     assert args.report_to == ["tensorboard"]
     assert caplog.messages == [
         f"wandb is not installed ({INSTALL}); the run goes on without it",
         "mlflow is not installed (pip install mlflow); the run goes on without it",
     ]
     with pytest.raises(SFTError, match="report_to: wand is no tracker; known are azure_ml, .*, or none"):
-        keep_usable(arguments("wand"))
+        drop_missing_trackers(arguments("wand"))
 
 
 def test_a_tracker_that_fails_is_given_up_in_one_line(caplog):
@@ -360,7 +367,7 @@ def test_a_tracker_that_fails_is_given_up_in_one_line(caplog):
         on_train_begin = on_train_end = on_log
 
     args, state = arguments("trackio", "wandb"), TrainerState(is_world_process_zero=True)
-    one = Guarded("trackio", Broken(), {})
+    one = GuardedCallback("trackio", Broken(), {})
     for event in (one.on_train_begin, one.on_log, one.on_log, one.on_train_end):
         assert event(args, state, TrainerControl(), logs={}) is None
     one.close()
@@ -375,16 +382,16 @@ def test_a_tracker_that_could_not_begin_does_not_end_the_run(monkeypatch, tmp_pa
     args = TrainingArguments(str(tmp_path), report_to=["wandb"], use_cpu=True)
     callback = SimpleNamespace(on_train_begin=lambda *args, **kwargs: None)
     state = TrainerState(is_world_process_zero=True)
-    Guarded("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
     assert args.report_to == [] and caplog.messages == ["wandb failed (division by zero); the run goes on without it"]
-    Guarded("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
     assert len(caplog.messages) == 1
 
 
 def test_what_a_tracker_does_at_the_end_comes_after_the_last_evaluation():
     calls = []
     callback = SimpleNamespace(on_log=lambda *args: calls.append("log"), on_train_end=lambda *args: calls.append("end"))
-    one = Guarded("mlflow", callback, {})
+    one = GuardedCallback("mlflow", callback, {})
     one.close()
     one.on_train_end(arguments("mlflow"), None, None)
     one.on_log(arguments("mlflow"), None, None)
@@ -467,7 +474,7 @@ OFFLINE = "offline; wandb sync wandb/offline-run-1 sends it"
 def test_wandb_begins_online_or_offline_and_never_asks(wandb, modes, said, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     caplog.set_level("INFO", "sft_pipeline")
-    begun = attempt("wandb", args := arguments("wandb"), lambda: trackers._begin_wandb("out-1", args))
+    begun = call_tracker("wandb", args := arguments("wandb"), lambda: trackers._begin_wandb("out-1", args))
     assert [one["mode"] for one in wandb.begun] == modes and begun is not None
     assert {(one["id"], one["resume"], one["project"]) for one in wandb.begun} == {("out-1", "allow", "sft_pipeline")}
     assert caplog.messages == said

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from sft_pipeline.training.memory import peak_memory_gib
-from sft_pipeline.training.trainer import real_tokens, token_weighted
+from sft_pipeline.training.memory import measure_peak_memory_gib
+from sft_pipeline.training.trainer import compute_eval_metrics, count_tokens
 from sft_pipeline.utils.progress import TrainingProgress
 
 
@@ -116,14 +116,14 @@ def test_evaluation_weighs_tokens_whatever_the_batch(lengths, size, collator, tm
 
 def test_token_weighted_sums_before_it_divides():
     """A mean of the rows' means would be 2.5 here; a loss beyond a double's exponent has no finite perplexity."""
-    figures = token_weighted(EvalPrediction(torch.tensor([[4.0, 1, 0], [3.0, 3, 3]]).double().numpy(), None))
-    assert figures == {"loss": 1.75, "perplexity": math.exp(1.75), "token_accuracy": 0.75}
-    assert token_weighted(EvalPrediction(torch.tensor([[800.0, 1, 0]]).numpy(), None))["perplexity"] == math.inf
+    metrics = compute_eval_metrics(EvalPrediction(torch.tensor([[4.0, 1, 0], [3.0, 3, 3]]).double().numpy(), None))
+    assert metrics == {"loss": 1.75, "perplexity": math.exp(1.75), "token_accuracy": 0.75}
+    assert compute_eval_metrics(EvalPrediction(torch.tensor([[800.0, 1, 0]]).numpy(), None))["perplexity"] == math.inf
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
 def test_real_tokens_are_the_rows_own(collator):
-    assert real_tokens(COLLATORS[collator](list(UNEVEN))) == sum(map(len, UNEVEN["input_ids"]))
+    assert count_tokens(COLLATORS[collator](list(UNEVEN))) == sum(map(len, UNEVEN["input_ids"]))
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
@@ -148,7 +148,9 @@ def test_the_first_evaluation_is_before_the_first_step(tmp_path):
     assert [entry["step"] for entry in evaluations] == [0, 1]
     assert evaluations[0]["eval_loss"] == pytest.approx(plain_figures(make_model().eval(), UNEVEN)[0], rel=1e-5)
     [logged] = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logged["tokens_per_second"] > 0 and logged["peak_memory_gib"] == pytest.approx(peak_memory_gib(), abs=0.1)
+    assert logged["tokens_per_second"] > 0 and logged["peak_memory_gib"] == pytest.approx(
+        measure_peak_memory_gib(), abs=0.1
+    )
 
 
 # Random rows teach nothing about other random rows, so the held-out loss soon rises.
@@ -195,7 +197,7 @@ def test_no_bar_where_it_was_turned_off(tmp_path, capsys):
 
 
 def test_memory_is_the_devices_where_it_keeps_count(monkeypatch):
-    assert 0.05 < peak_memory_gib() < 1000
+    assert 0.05 < measure_peak_memory_gib() < 1000
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
-    assert peak_memory_gib() == 1.5
+    assert measure_peak_memory_gib() == 1.5

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from support.trainers import make_trainer
 from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 
-from sft_pipeline.config import SFTArguments, config_record
+from sft_pipeline.config import SFTArguments, build_config_record
 
 REFERENCE = ("padded", 8, 1, 0)
 BUDGET = ("packed", 1, 2, 48)
@@ -63,7 +63,7 @@ def work(process: int, port: int, folder: str) -> None:
     found["budget"] = report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
     found["resumed"] = report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
     if process == 0:  # as the first process of a run does before it trains
-        config_record(SFTArguments("model", ["rows"]), resumed.args)
+        build_config_record(SFTArguments("model", ["rows"]), resumed.args)
     assert resumed.args.world_size == PartialState().num_processes == PROCESSES
     if process == 0:
         (out / "found.json").write_text(json.dumps(found))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sft_pipeline.utils import console, progress
 from sft_pipeline.utils.console import LogStream
-from sft_pipeline.utils.progress import waiting
+from sft_pipeline.utils.progress import show_elapsed_time
 
 ROOT = Path(__file__).parents[2]
 MOVES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -87,11 +87,11 @@ def test_standard_error_is_as_it_was_afterwards(capsys):
 
 def test_waiting_says_how_long_already(capsys, monkeypatch):
     monkeypatch.setattr(progress, "TICK", 0.01)
-    with waiting("saving"):
+    with show_elapsed_time("saving"):
         time.sleep(0.3)
     shown = capsys.readouterr().err
     assert "saving: 00:00" in shown
-    with waiting("saving", disable=True):
+    with show_elapsed_time("saving", disable=True):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
 

@@ -1,9 +1,9 @@
-"""The figures as `evaluate.Metric` objects, which need no hub: make one and use it, alone or in `evaluate.combine`.
+"""The metrics as `evaluate.Metric` objects, which need no hub: make one and use it, alone or in `evaluate.combine`.
 
     both = evaluate.combine([Repetition(), Overlap(), PromptEcho()])
     both.compute(predictions=answers, references=references, prompts=prompts)
 
-Each takes the columns of its `features`, in `compute` or in batches by `add_batch`, and gives the figures of the
+Each takes the columns of its `features`, in `compute` or in batches by `add_batch`, and gives the metrics of the
 function it wraps, under their names. `combine` hands each metric the others' columns as well; it leaves them alone.
 """
 
@@ -19,7 +19,7 @@ _DESCRIPTION = "One value a row for each of: {columns}. Returns a dictionary of 
 
 
 class HeldOutLoss(evaluate.Metric):
-    """`figures.loss_figures` from one row an answer: summed nll in nats, supervised tokens, correct ones, bytes."""
+    """`metrics.loss_figures` from one row an answer: summed nll in nats, supervised tokens, correct ones, bytes."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(self, nll_nats=_NUMBER, tokens=_NUMBER, correct=_NUMBER, utf8_bytes=_NUMBER)
@@ -37,7 +37,7 @@ class HeldOutLoss(evaluate.Metric):
 
 
 class Stopping(evaluate.Metric):
-    """`figures.stopping_figures` from the answers' finish reasons ("stop", "length")."""
+    """`metrics.stopping_figures` from the answers' finish reasons ("stop", "length")."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(self, finish_reasons=_TEXT)
@@ -47,7 +47,7 @@ class Stopping(evaluate.Metric):
 
 
 class Repetition(evaluate.Metric):
-    """`figures.repetition_figures`: rep-n, distinct-n and the share of answers caught in a loop."""
+    """`metrics.repetition_figures`: rep-n, distinct-n and the share of answers caught in a loop."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(self, predictions=_TEXT)
@@ -77,7 +77,7 @@ class AnswerLength(evaluate.Metric):
 
 
 class Overlap(evaluate.Metric):
-    """`figures.overlap_figures`: BLEU, chrF, ROUGE-L, exact match and F1 against one reference an answer."""
+    """`metrics.overlap_figures`: BLEU, chrF, ROUGE-L, exact match and F1 against one reference an answer."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(self, predictions=_TEXT, references=_TEXT)

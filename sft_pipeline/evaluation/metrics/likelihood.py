@@ -1,4 +1,4 @@
-"""How well a model predicts held-out answers: figures from summed negative log-likelihoods and counts.
+"""How well a model predicts held-out answers: metrics from summed negative log-likelihoods and counts.
 
 `nll_nats` is the sum of -ln p over the supervised tokens, a number or one a row; counts likewise. Rows are summed
 before dividing, so every token weighs the same however the rows were batched. A `nan` stays a `nan`: a run that

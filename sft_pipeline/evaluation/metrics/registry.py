@@ -1,6 +1,6 @@
-"""The table of figures: what one answer scores, what a set of answers scores, what held-out loss says.
+"""The table of metrics: what one answer scores, what a set of answers scores, what held-out loss says.
 
-The figures themselves live in the other files of this folder; this one names them. `row_figures` keeps one dictionary
+The metrics themselves live in the other files of this folder; this one names them. `row_figures` keeps one dictionary
 an answer, which paired comparison needs (`bootstrap.py`); `answer_figures` is one dictionary for them all. A figure
 under the same name is the mean of the rows'. `_rate` and `_share` and `_f1` run from 0 to 1, `_percent` from 0 to 100.
 """
@@ -20,7 +20,7 @@ def loss_figures(
     correct: likelihood.Amounts,
     utf8_bytes: likelihood.Amounts,
 ) -> dict[str, float]:
-    """Held-out figures from amounts a row or summed: nll in nats, supervised tokens, correct ones, bytes of text."""
+    """Held-out metrics from amounts a row or summed: nll in nats, supervised tokens, correct ones, bytes of text."""
     return {
         "nll_nats_per_token": likelihood.nll_nats_per_token(nll_nats, tokens),
         "perplexity": likelihood.perplexity(nll_nats, tokens),
@@ -32,23 +32,23 @@ def loss_figures(
 def row_figures(
     answer: str, *, prompt: str | None = None, reference: str | None = None, finish_reason: str | None = None
 ) -> dict[str, float]:
-    """The figures one answer has by itself; what needs a prompt, reference or finish reason is left out without it.
+    """The metrics one answer has by itself; what needs a prompt, reference or finish reason is left out without it.
 
     `answer_words` and `reference_words` are the two sides of `answer_length_ratio`, for `compare.paired_difference`.
     """
     sequence = units(answer)
-    figures = {f"rep_{n}_share": degeneration.repeated_ngram_share(sequence, n) for n in REP_N}
-    figures |= {"loop_rate": float(degeneration.is_loop(answer)), "answer_words": float(len(words(answer)))}
+    metrics = {f"rep_{n}_share": degeneration.repeated_ngram_share(sequence, n) for n in REP_N}
+    metrics |= {"loop_rate": float(degeneration.is_loop(answer)), "answer_words": float(len(words(answer)))}
     if finish_reason is not None:
-        figures |= {"stop_rate": float(finish_reason == "stop"), "cap_rate": float(finish_reason == "length")}
+        metrics |= {"stop_rate": float(finish_reason == "stop"), "cap_rate": float(finish_reason == "length")}
     if prompt is not None:
-        figures["prompt_echo_share"] = degeneration.prompt_echo(prompt, answer)
+        metrics["prompt_echo_share"] = degeneration.prompt_echo(prompt, answer)
     if reference is not None:
-        figures["reference_words"] = float(len(words(reference)))
-        figures["rouge_l_f1"] = reference_overlap.rouge_l(answer, reference)
-        figures["exact_match_rate"] = reference_overlap.exact_match(answer, reference)
-        figures["word_f1"] = reference_overlap.word_f1(answer, reference)
-    return figures
+        metrics["reference_words"] = float(len(words(reference)))
+        metrics["rouge_l_f1"] = reference_overlap.rouge_l(answer, reference)
+        metrics["exact_match_rate"] = reference_overlap.exact_match(answer, reference)
+        metrics["word_f1"] = reference_overlap.word_f1(answer, reference)
+    return metrics
 
 
 def answer_figures(
@@ -58,27 +58,27 @@ def answer_figures(
     references: Sequence[str] | None = None,
     finish_reasons: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """All figures over a set of answers; what needs a column that is not given is left out.
+    """All metrics over a set of answers; what needs a column that is not given is left out.
 
     Raises SFTError without answers, for columns of different lengths and for references that are all empty.
     """
-    figures = repetition_figures(answers)
+    metrics = repetition_figures(answers)
     if finish_reasons is not None:
         degeneration.require_same_length(answers=answers, finish_reasons=finish_reasons)
-        figures |= stopping_figures(finish_reasons)
+        metrics |= stopping_figures(finish_reasons)
     if prompts is not None:
-        figures["prompt_echo_share"] = degeneration.prompt_echo_share(prompts, answers)
+        metrics["prompt_echo_share"] = degeneration.prompt_echo_share(prompts, answers)
     if references is not None:
-        figures["answer_length_ratio"] = degeneration.answer_length_ratio(answers, references)
-        figures |= overlap_figures(answers, references)
-    return figures
+        metrics["answer_length_ratio"] = degeneration.answer_length_ratio(answers, references)
+        metrics |= overlap_figures(answers, references)
+    return metrics
 
 
 def repetition_figures(answers: Sequence[str]) -> dict[str, float]:
     """Repetition in answers (rep-n, loops) and variety across them (distinct-n). Raises SFTError without answers."""
-    figures = {f"rep_{n}_share": degeneration.rep_n_share(answers, n) for n in REP_N}
-    figures |= {f"distinct_{n}_share": degeneration.distinct_n_share(answers, n) for n in DISTINCT_N}
-    return figures | {"loop_rate": degeneration.loop_rate(answers)}
+    metrics = {f"rep_{n}_share": degeneration.rep_n_share(answers, n) for n in REP_N}
+    metrics |= {f"distinct_{n}_share": degeneration.distinct_n_share(answers, n) for n in DISTINCT_N}
+    return metrics | {"loop_rate": degeneration.loop_rate(answers)}
 
 
 def stopping_figures(finish_reasons: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Cut text into words without a tokenizer, so figures of models with different tokenizers compare, in any language.
+"""Cut text into words without a tokenizer, so metrics of models with different tokenizers compare, in any language.
 
 Chinese writes no spaces: each Han character or kana is a word of its own, as in BERT's and mT5's evaluations. Other
 scripts are cut at whatever is not a letter or a digit. On ASCII text `words` gives what ROUGE's tokenizer gives.

@@ -1,4 +1,4 @@
-"""The evaluate.Metric objects give the pure functions' figures, together, in batches, and without a network."""
+"""The evaluate.Metric objects give the pure functions' metrics, together, in batches, and without a network."""
 
 import os
 import subprocess

@@ -59,20 +59,20 @@ def test_a_constant_answer_follows_few(stuck):
 
 def test_figures_in_all_and_by_group():
     half = [i.good if i.language == "en" else i.bad for i in ALL]
-    figures = instruction_figures(half)
-    assert figures["instructions_followed_rate"] == 0.5
-    assert figures["instructions_followed_rate_language_en"] == 1
-    assert figures["instructions_followed_rate_language_zh"] == 0
-    assert figures["instructions_followed_rate_category_keyword"] == 0.5
-    assert len(figures) == 1 + 4 + 2
+    metrics = instruction_figures(half)
+    assert metrics["instructions_followed_rate"] == 0.5
+    assert metrics["instructions_followed_rate_language_en"] == 1
+    assert metrics["instructions_followed_rate_language_zh"] == 0
+    assert metrics["instructions_followed_rate_category_keyword"] == 0.5
+    assert len(metrics) == 1 + 4 + 2
 
 
 def test_a_subset_by_id_gives_its_groups_alone():
     picked = [i for i in ALL if i.category == "format" and i.language == "zh"]
     answers = [picked[0].good] + [i.bad for i in picked[1:]]
-    figures = instruction_figures(answers, [i.id for i in picked])
-    assert set(figures.values()) == {1 / len(picked)}
-    assert set(figures) == {
+    metrics = instruction_figures(answers, [i.id for i in picked])
+    assert set(metrics.values()) == {1 / len(picked)}
+    assert set(metrics) == {
         "instructions_followed_rate",
         "instructions_followed_rate_category_format",
         "instructions_followed_rate_language_zh",
