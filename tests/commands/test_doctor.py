@@ -45,7 +45,8 @@ def test_this_machine_can_train_and_a_script_can_read_it(capsys):
 
 
 def test_it_loads_no_model_and_none_of_its_libraries():
-    code = "from sft_pipeline.commands import doctor; list(doctor.examine()); import sys; print('transformers' in sys.modules)"
+    code = "import sys; from sft_pipeline.commands import doctor; list(doctor.list_findings()); "
+    code += "print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
