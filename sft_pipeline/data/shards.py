@@ -80,7 +80,7 @@ def map_shards(sft: SFTArguments, template: Template, training: TrainingArgument
         raise SFTError(f"prepared_data {folder}: {reason}")
     record = _record(folder)
     parts: dict[str, Any] = {name: _map(folder / name) if (folder / name).is_dir() else None for name in PARTS}
-    accounts = {f"{name}_account": record[f"{name}_account"] for name in ("train", "held_out")}
+    accounts = {f"{name}_stats": record[f"{name}_stats"] for name in ("train", "held_out")}
     data = PreparedData(**parts | {name: one and EncodingStats(**one) for name, one in accounts.items()})
     logger.info("training rows of %s: %s", folder, data.train_stats)
     if data.held_out_stats:

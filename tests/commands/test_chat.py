@@ -41,7 +41,7 @@ def asked(monkeypatch) -> list[list[int]]:
         seen.extend(prompts)
         return generate_answers(model, template, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(chat_module, "complete", spy)
+    monkeypatch.setattr(chat_module, "generate_answers", spy)
     return seen
 
 

@@ -173,7 +173,7 @@ def test_what_cannot_be_exported(trained, tmp_path, prepare, error):
 
 
 def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("sft_pipeline.commands.export.model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("sft_pipeline.commands.export.build_model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_model(str(trained()), tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []

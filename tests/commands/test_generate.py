@@ -190,7 +190,7 @@ def test_an_empty_answer_and_a_refusing_template_are_errors(request_, monkeypatc
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
     refused = SFTError("the chat template refuses it: no system role")
-    monkeypatch.setattr(template, "prompt", lambda messages: (_ for _ in ()).throw(refused))
+    monkeypatch.setattr(template, "encode_prompt", lambda messages: (_ for _ in ()).throw(refused))
     ready = verb._encode_prompt(verb.Prompt("a line 1", [{"role": "user", "content": "Hi"}]), template, "Sing.")
     assert ready.prompt.problem == "the chat template refuses it: no system role" and ready.ids == []
 
@@ -236,8 +236,10 @@ def test_only_what_is_missing_is_generated(request_, whole, monkeypatch, caplog)
     lines = whole.partial.splitlines(keepends=True)
     partial_of(request_.output).write_bytes(b"".join(lines[:6]) + lines[6][:-9])
     seen = []
-    complete = verb.complete
-    monkeypatch.setattr(verb, "complete", lambda *args, **kwargs: seen.extend(args[2]) or complete(*args, **kwargs))
+    complete = verb.generate_answers
+    monkeypatch.setattr(
+        verb, "generate_answers", lambda *args, **kwargs: seen.extend(args[2]) or complete(*args, **kwargs)
+    )
     with caplog.at_level("INFO", "sft_pipeline"):
         generate_file(replace(request_, overwrite=True))
     assert f"{partial_of(request_.output)}: goes on after 5 of 18 answers" in caplog.messages

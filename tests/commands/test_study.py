@@ -118,7 +118,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
 
     # Nothing is trained or asked again, though what was cut off is begun again.
     asked = []
-    monkeypatch.setattr(module, "ask", lambda path, *args: asked.append(path) or run_model(path, *args))
+    monkeypatch.setattr(module, "run_model", lambda path, *args: asked.append(path) or run_model(path, *args))
     assert study_results(config) == found and len(trained) == 2 and asked == []
     (out / "4_rows" / "results.json").unlink()
     assert study_results(config)["entries"] == found["entries"]

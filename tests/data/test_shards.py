@@ -360,7 +360,7 @@ def test_folders_that_are_none(written, tokenizer):
 
 def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
     """The first process, on another one, has found nothing wrong."""
-    monkeypatch.setattr(shards, "looked_for_once", lambda training, look: None)
+    monkeypatch.setattr(shards, "run_on_main_process", lambda training, look: None)
     written[0].prepared_data = "elsewhere"
     with pytest.raises(SFTError, match="^prepared_data elsewhere: is not on every machine; copy it to all"):
         map_shards(written[0], build_template("role", tokenizer), written[1])
@@ -407,7 +407,7 @@ def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, mon
         assert (folder / "train" / "state.json").is_file()
         raise error
 
-    monkeypatch.setattr(shards, "seal", broken_off)
+    monkeypatch.setattr(shards, "write_checksums", broken_off)
     sft.max_length = 100
     disk = isinstance(error, OSError)
     said = r"^prepared_data (shards|new): cannot be written \(\[Errno 28\] No space left on device\)$" if disk else None

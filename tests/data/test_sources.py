@@ -362,7 +362,7 @@ def test_saved_data_sets(tmp_path):
     "state, parts",
     [
         ("{", ["state.json is not what save_to_disk writes"]),
-        ("{}", ["state.json is not one", "_data_files"]),
+        ("{}", ["state.json is not what", "_data_files"]),
         ('{"_data_files": [{"filename": "../secret.arrow"}]}', ["names a file outside the folder (../secret.arrow)"]),
         ('{"_data_files": [{"filename": "/secret.arrow"}]}', ["names a file outside the folder (/secret.arrow)"]),
         ('{"_data_files": [{"filename": "gone.arrow"}]}', ["the file gone.arrow", "is missing"]),
@@ -422,7 +422,7 @@ def test_row_hash_is_pinned_and_counts_role_order_and_text():
 
 
 def test_row_hash_is_the_same_in_another_process():
-    code = "from sft_pipeline.data.splits import row_hash; print(row_hash([{'role': 'user', 'content': '冬瓜'}]))"
+    code = "from sft_pipeline.data.splits import hash_row; print(hash_row([{'role': 'user', 'content': '冬瓜'}]))"
     here = Path(__file__).parents[1]
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
     assert int(other.stdout) == hash_row([{"role": "user", "content": "冬瓜"}])

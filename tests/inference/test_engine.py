@@ -455,7 +455,7 @@ def test_a_layer_that_does_not_attend_is_refused():
 
 def _used(model: nn.Module) -> KVCache:
     cache = KVCache(1)
-    with engine.lent(model, cache.attend):
+    with engine.use_inference_mode(model, cache.attend):
         plan = cache.prepare([0], [2], torch.device("cpu"))
         model(input_ids=torch.tensor([[1, 2]]), position_ids=plan.positions[None], use_cache=False)
     return cache

@@ -163,14 +163,14 @@ def test_generation_sets_the_layers_aside_and_puts_them_back():
 
 KEPT = """
 import sys, torch
-from sft_pipeline.training.memory import keep_freed_memory
+from sft_pipeline.training.memory import set_malloc_options
 
 def resident():
     with open("/proc/self/statm") as file:
         return 4096 * int(file.read().split()[1])
 
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert set_malloc_options()
 before = resident()
 blocks = [torch.ones(10_000_000) for _ in range(10)]
 del blocks

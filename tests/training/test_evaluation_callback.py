@@ -163,7 +163,7 @@ def test_every_figure_can_be_computed_again_from_the_file(run):
     for one in evaluations(run[0]).values():
         for name, value in plain_figures(one).items():
             assert one["metrics"][name] == pytest.approx(value, rel=1e-12), name
-        assert callback_module.table_figures(one["table"]).items() <= one["metrics"].items()
+        assert callback_module.compute_table_metrics(one["table"]).items() <= one["metrics"].items()
         assert one["metrics"].keys() >= {"rep_4_share", "distinct_2_share", "prompt_echo_share", "answer_length_ratio"}
         assert one["metrics"].keys() >= {
             "rouge_l_f1",
@@ -254,7 +254,7 @@ def test_a_model_that_cannot_generate_is_trained_all_the_same(config, tmp_path, 
     def refuse(*args, **kwargs):
         raise SFTError("Mamba: no")
 
-    monkeypatch.setattr(callback_module, "answer", refuse)
+    monkeypatch.setattr(callback_module, "answer_prompts", refuse)
     results = run_train(config, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
     one = evaluations(tmp_path / "out")["step_000001"]
     assert [row["error"] for row in one["table"]] == ["Mamba: no"] * (ASKED + INSTRUCTIONS)
@@ -272,7 +272,7 @@ def test_parameters_in_parts_are_not_generated_with(trainer):
 
 def test_references_without_words_cost_no_run():
     rows = [{"instruction": None, "prompt": "p", "reference": "?!", "answer": "a", "stopped": True, "error": None}]
-    metrics = callback_module.table_figures(rows)
+    metrics = callback_module.compute_table_metrics(rows)
     assert metrics["stop_rate"] == 1 and "bleu_percent" not in metrics
 
 
@@ -364,9 +364,9 @@ def test_a_resumed_run_asks_nothing_twice(same_folder, run, config, tmp_path, mo
     old = interrupted(run, tmp_path / "old")
     folder = old if same_folder else tmp_path / "new"
     asked = []
-    plain = callback_module.answer
+    plain = callback_module.answer_prompts
     counted = lambda *args, **key: asked.append(len(args[2])) or plain(*args, **key)  # noqa: E731
-    monkeypatch.setattr(callback_module, "answer", counted)
+    monkeypatch.setattr(callback_module, "answer_prompts", counted)
     resumed = run_train(config, folder, "--resume_from_checkpoint", str(old / "checkpoint-2"))
     assert asked == [ASKED + INSTRUCTIONS]
     kept, whole = evaluations(folder), evaluations(run[0])

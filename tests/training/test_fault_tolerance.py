@@ -266,7 +266,7 @@ def drawing(trainer, takes: int = ENOUGH):
 
 def test_a_rehearsed_run_is_the_run_without_bit_by_bit(tmp_path, monkeypatch):
     drawing(build(tmp_path / "with", save_steps=STEPS, logging_steps=1)).train()
-    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse", lambda *args: None)
+    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *args: None)
     drawing(build(tmp_path / "without", save_steps=STEPS, logging_steps=1)).train()
     compared, found = compare_checkpoints(*(tmp_path / name / f"checkpoint-{STEPS}" for name in ("with", "without")))
     assert found == [] and compared > 100
@@ -296,7 +296,7 @@ def test_a_rehearsal_leaves_nothing_behind(tmp_path, monkeypatch):
         assert not trainer.optimizer.optimizer.state
 
     rehearsal_itself = memory.rehearse_heaviest_batch
-    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse", observed)
+    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", observed)
     trainer = drawing(build(tmp_path, save_strategy="no"))
     trainer.train()
     [(_, inputs, targets)] = seen

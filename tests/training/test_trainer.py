@@ -71,7 +71,8 @@ def test_accumulated_gradients_are_the_whole_batchs(size, accumulation, collator
 @pytest.mark.parametrize("collator", COLLATORS)
 def test_checkpointed_gradients_are_the_same(collator, reference_gradients, tmp_path, monkeypatch):
     """Each layer is computed again in the backward pass, and nothing else changes."""
-    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse", lambda *_: None)  # it computes the layers as well
+    # The rehearsal computes the layers as well.
+    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *_: None)
     keep, calls = KeepGradients(), []
     options = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
     trainer = make_trainer(tmp_path, collator, callbacks=[keep], **options)
