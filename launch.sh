@@ -85,8 +85,10 @@ verb=${1:---help}
 if [[ $verb == test ]]; then
     install test,dev
     cd "$root"
+    # Two processes compute side by side: threads of theirs would wait for each other.
+    export OMP_NUM_THREADS=1
     # A file's tests stay in one process, which makes what they share once; `-n 0` runs them in this one.
-    exec python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile "${@:2}"
+    exec python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder "${@:2}"
 fi
 if [[ $verb == lint ]]; then
     install test,dev

@@ -26,6 +26,26 @@ from support.conversations import QWEN3
 from support.tiny import build_model, build_tokenizer
 
 
+# The files that take longest start first, so that the processes of `./launch.sh test` end together.
+SLOW_FILES = (
+    *("test_fsdp", "test_two_processes", "test_console", "test_study", "test_evaluation_callback", "test_trackers"),
+    *(
+        "test_engine",
+        "test_generate",
+        "test_fault_tolerance",
+        "test_lora",
+        "test_checkpoints",
+        "test_export",
+        "test_train",
+    ),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOW_FILES)))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 

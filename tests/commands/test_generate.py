@@ -1,10 +1,7 @@
 """The verb `generate`: what is written, that a run cut off anywhere goes on to the same file, and every refusal."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.processes import Command
 
 from sft_pipeline import cli
 from sft_pipeline.commands import generate as verb
@@ -269,12 +267,10 @@ def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(LINES * 30))
     arguments = ["generate", str(tmp_path / "many.txt"), "--model", str(model_folder), "--output", "many.jsonl"]
     arguments += ["--max_new_tokens", "24", "--temperature", "1.5", "--seed", "3", "--batch_size", "4"]
-    command = [sys.executable, "-m", "sft_pipeline", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(verb.__file__).parents[1])}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment)
+    process = Command(arguments, tmp_path, tmp_path)
     partial, deadline = tmp_path / "many.jsonl.partial", time.monotonic() + 120
     while (not partial.exists() or partial.read_bytes().count(b"\n") < 20) and time.monotonic() < deadline:
-        assert process.poll() is None
+        assert process.is_running()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.multiprocessing
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from support.processes import run_ranks
 from support.tiny import CHATML, build_tokenizer
 from tokenizers import normalizers
 from transformers import TrainingArguments
@@ -192,10 +192,8 @@ def test_the_folder_that_prepare_chooses(config, capsys, monkeypatch):
     assert Path("out/tiny/results.json").is_file()
 
 
-def work(process: int, port: int, config: str) -> None:
+def work(process: int, config: str) -> None:
     """One of two processes, neither of which may encode or read the data: it leaves what it was given and refused."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
     sft, training = parse_config(config, ["--ddp_backend", "gloo"])
     assert training.world_size == PROCESSES
     template = build_template("role", load_tokenizer(sft.model_name_or_path))
@@ -212,10 +210,7 @@ def work(process: int, port: int, config: str) -> None:
 
 def test_two_processes_map_and_neither_encodes(config):
     main(["prepare", str(config)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(config)), nprocs=PROCESSES)
+    run_ranks(work, PROCESSES, str(config))
     found = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
     sft, _ = parse_config(str(config), [])
     expected = prepare_data(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))

@@ -1,14 +1,15 @@
 """A fused layer against its own modules: outputs, gradients, and the calls that it leaves to them."""
 
 import copy
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.processes import call_in_process
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from sft_pipeline.inference.engine import generate
@@ -16,6 +17,7 @@ from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.kernels import cpu_attention, cpu_layer_training
 from sft_pipeline.kernels.cpu_layer_training import FusedTrainingForward, disable_fused_layers, use_fused_layers
 from sft_pipeline.model.packed_attention import build_packed_arguments, use_packed_attention
+from sft_pipeline.training.memory import set_malloc_options
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -161,27 +163,22 @@ def test_generation_sets_the_layers_aside_and_puts_them_back():
     assert all(isinstance(forward, FusedTrainingForward) for forward in forwards)
 
 
-KEPT = """
-import sys, torch
-from sft_pipeline.training.memory import set_malloc_options
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return 4096 * int(file.read().split()[1])
-
-if sys.argv[1] == "keep":
-    assert set_malloc_options()
-before = resident()
-blocks = [torch.ones(10_000_000) for _ in range(10)]
-del blocks
-print(resident() - before)
-"""
+def measure_growth(keep: bool) -> int:
+    """Bytes by which the process is larger after 400 MB were allocated and freed."""
+    if keep:
+        assert set_malloc_options()
+    resident = read_resident_bytes()
+    blocks = [torch.ones(10_000_000) for _ in range(10)]
+    del blocks
+    return read_resident_bytes() - resident
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is what is told")
+def read_resident_bytes() -> int:
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is an interface of glibc")
 def test_freed_memory_is_kept():
     """400 MB that were used and freed are still the process's own; by default glibc has given them back."""
-    commands = [[sys.executable, "-c", KEPT, how] for how in ("keep", "default")]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for command in commands]
-    kept, default = (int(run.stdout) for run in runs)
-    assert kept > 390_000_000 and default < 40_000_000
+    assert call_in_process(measure_growth, True) > 390_000_000
+    assert call_in_process(measure_growth, False) < 40_000_000

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from support.processes import Command, run_ranks
 from support.resuming import HELD_OUT, ROWS, STEPS, Killed, assert_same_end, build, cut_off, names
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
@@ -328,10 +328,8 @@ def test_in_another_thread_signals_are_left_alone():
     assert found == [before]
 
 
-def work(process: int, port: int, folder: str) -> None:
+def work(process: int, folder: str) -> None:
     """One of two processes; the second alone is told to end."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
     callbacks = [Terminate(3)] if process == 1 else []
     try:
         build(Path(folder), callbacks, gradient_accumulation_steps=1, save_steps=100, ddp_backend="gloo").train()
@@ -341,10 +339,7 @@ def work(process: int, port: int, folder: str) -> None:
 
 
 def test_all_processes_stop_at_the_same_step_and_one_names_the_checkpoint(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    run_ranks(work, 2, str(tmp_path))
     place = tmp_path / "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-3", "told_0", "told_1"]
     assert (tmp_path / "told_0").read_text() == (tmp_path / "told_1").read_text()
@@ -492,20 +487,20 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
         "--save_total_limit=2",
         "--resume_from_checkpoint=auto",
     ]
-    started = command("train", config, *keys, "--max_steps=100000", "--eval_strategy=steps", "--eval_steps=100000")
-    run = subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while run.poll() is None and not (tmp_path / "out" / "checkpoint-1").is_dir():
+    started = ["train", config, *keys, "--max_steps=100000", "--eval_strategy=steps", "--eval_steps=100000"]
+    run = Command(started, ROOT, tmp_path)
+    while run.is_running() and not (tmp_path / "out" / "checkpoint-1").is_dir():
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 75, errors
+    status, _, errors = run.wait(60)
+    assert status == 75, errors
     last = errors.splitlines()[-1]
     found = re.fullmatch(
         r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last
     )
     assert found and find_newest_checkpoint(tmp_path / "out") == found[1] and "Traceback" not in errors
-    again = command("train", config, *keys, f"--max_steps={int(found[2]) + 2}")
-    subprocess.run(again, cwd=ROOT, capture_output=True, check=True)
+    status, _, errors = Command(["train", config, *keys, f"--max_steps={int(found[2]) + 2}"], ROOT, tmp_path).wait()
+    assert status == 0, errors
     results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
     assert results["steps"] == int(found[2]) + 2
     assert results["eval_loss"]["before"] > 0, "what the first start found is known"

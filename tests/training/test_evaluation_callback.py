@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
+from support.processes import Command, find_free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -579,25 +576,13 @@ def test_where_nothing_is_to_be_asked_no_line_says_so(config, tmp_path, capsys):
 
 def test_two_processes_make_the_table_of_one(run, config, tmp_path):
     """Real processes over gloo; before the first step the model is the same, so the whole file is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     keys = ["--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2", "--eval_answer_share", "0"]
-    command = [sys.executable, "-m", "sft_pipeline", "train", str(config), *keys]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [Command(["train", config, *keys], ROOT, tmp_path, **rank) for rank in ranks]
+    statuses, outputs, errors = zip(*(process.wait() for process in processes))
+    assert statuses == (0, 0), errors
     two, one = evaluations(tmp_path / "out"), evaluations(run[0])
     assert two.keys() == one.keys()
     assert two["step_000000"]["table"] == one["step_000000"]["table"]
@@ -608,4 +593,4 @@ def test_two_processes_make_the_table_of_one(run, config, tmp_path):
     assert [row["prompt"] for row in two["step_000004"]["table"]] == [
         row["prompt"] for row in one["step_000004"]["table"]
     ]
-    assert "held-out loss" in said[0] and "held-out loss" not in said[1]
+    assert "held-out loss" in outputs[0] and "held-out loss" not in outputs[1]

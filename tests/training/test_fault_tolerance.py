@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from datetime import timedelta
@@ -22,6 +21,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.processes import run_ranks
 from support.resuming import HELD_OUT, ROWS, STEPS, Killed, assert_same_end, build, cut_off, names
 from support.trainers import make_trainer
 from transformers import TrainerCallback
@@ -430,10 +430,8 @@ def test_an_optimizer_that_steps_in_the_backward_pass_is_not_rehearsed(optim, tm
 # A worker that hangs.
 
 
-def work(process: int, port: int, folder: str) -> None:
+def work(process: int, folder: str) -> None:
     """One of two processes; the second sleeps in the third step for longer than the others wait."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
     rank_failures.GRACE = timedelta(seconds=1)
     group = torch.distributed.distributed_c10d
     callbacks = [At(1, lambda: group._set_pg_timeout(timedelta(seconds=5)))]
@@ -449,10 +447,7 @@ def work(process: int, port: int, folder: str) -> None:
 
 @pytest.mark.real
 def test_the_rank_that_hangs_is_named(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(work, args=(port, str(tmp_path)), nprocs=2, join=False)
+    context = run_ranks(work, 2, str(tmp_path), join=False)
     while context.processes[0].is_alive():
         time.sleep(0.1)
     for process in context.processes:

@@ -4,8 +4,6 @@ With what makes a step cheap: rows packed, their common start once, the head in 
 """
 
 import json
-import os
-import socket
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
+from support.processes import run_ranks
 from support.trainers import VOCABULARY, make_model, make_trainer
 from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 from torch.distributed.fsdp import FSDPModule
@@ -64,11 +63,8 @@ def report(trainer, checkpoint: str | None = None) -> dict:
     }
 
 
-def work(process: int, port: int, folder: str) -> None:
+def work(process: int, folder: str) -> None:
     """One of the two processes: all runs in turn; the first writes what it found."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
-    place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
-    os.environ.update({key: str(value) for key, value in place.items()})
     linear_cross_entropy.CHUNK_BYTES = CHUNK_BYTES
     out, found = Path(folder), {}
     for kind in (FULL, SHARDED):
@@ -100,10 +96,7 @@ def work(process: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory) -> Path:
     """Where two processes have left their runs and what they found."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(folder)), nprocs=PROCESSES)
+    run_ranks(work, PROCESSES, str(folder))
     return folder
 
 

@@ -1,14 +1,13 @@
 """Two real processes (gloo) against one: losses, weights, evaluation, throughput, resuming."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from accelerate import PartialState
+from support.processes import run_ranks
 from support.trainers import make_trainer
 from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 
@@ -52,11 +51,8 @@ def report(trainer, checkpoint: str | None = None) -> dict:
     }
 
 
-def work(process: int, port: int, folder: str) -> None:
+def work(process: int, folder: str) -> None:
     """One of the two processes: all runs in turn; the first writes what it found."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
-    place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
-    os.environ.update({key: str(value) for key, value in place.items()})
     out, ddp = Path(folder), {"ddp_backend": "gloo"}
     found = {name: report(build(out / name, run, **SAVING, **ddp)) for name, run in TWO_PROCESSES.items()}
     resumed = build(out / "resumed", TWO_PROCESSES[RESUMED], **ddp)
@@ -74,10 +70,7 @@ def work(process: int, port: int, folder: str) -> None:
 def two(tmp_path_factory) -> dict[str, dict]:
     """What two processes found, by run."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(folder)), nprocs=PROCESSES)
+    run_ranks(work, PROCESSES, str(folder))
     return json.loads((folder / "found.json").read_text())
 
 
