@@ -25,7 +25,6 @@ pytest.register_assert_rewrite("support")
 from support.conversations import QWEN3
 from support.tiny import build_model, build_tokenizer
 
-
 # The files that take longest start first, so that the processes of `./launch.sh test` end together.
 SLOW_FILES = (
     *("test_fsdp", "test_two_processes", "test_console", "test_study", "test_evaluation_callback", "test_trackers"),
