@@ -69,11 +69,11 @@ def test_rows_of_eval_data_are_not_trained(file, caplog):
         train, held = load_conversations(arguments(file("a.json", 0, 20), **keys))
     assert questions(held) == [*range(15, 22), 30, 31]
     assert questions(train) == list(range(15))
-    assert "5 training rows stand in the evaluation data and are left out" in caplog.text
+    assert "dropped 5 training rows that are in the evaluation data too" in caplog.text
 
 
 def test_eval_data_that_has_all(file):
-    with pytest.raises(SFTError, match="every training row stands in the evaluation data too"):
+    with pytest.raises(SFTError, match="train_data: every row is in the evaluation data too"):
         load_conversations(arguments(file("a.json", 0, 3), eval_data=[file("held.json", 0, 3)]))
 
 
@@ -101,7 +101,7 @@ def test_weights_beside_eval_data(file):
 
 
 def test_weights_too_few(file):
-    with pytest.raises(SFTError, match="1 weights for 2 data sets"):
+    with pytest.raises(SFTError, match="train_data_weights: 1 weights for 2 datasets"):
         load_conversations(arguments([file("a.json", 0, 2), file("b.json", 2, 4)], train_data_weights=[1.0]))
 
 
@@ -156,14 +156,14 @@ def test_one_row_is_the_row_that_is_trained(file, tokenizer, cache):
 
 @pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_that_is_not_there(file, tokenizer, row):
-    with pytest.raises(SFTError, match=f"^row {row}: train_data has the rows 0 to 2$"):
+    with pytest.raises(SFTError, match=f"^row {row}: out of range; train_data has rows 0 to 2$"):
         load_one_row(arguments(file("a.json", 0, 3)), build_template("role", tokenizer), row)
 
 
 def test_a_row_that_is_dropped(file, tokenizer):
     sft = arguments(file("a.json", 0, 3), max_length=5)
-    said = "^a.json row 1: dropped, longer than max_length; raise max_length or choose another `overlong`$"
-    with pytest.raises(SFTError, match=said):
+    message = r"^a.json row 1: dropped \(longer than max_length\); raise max_length or change overlong$"
+    with pytest.raises(SFTError, match=message):
         load_one_row(sft, build_template("role", tokenizer), 1)
 
 

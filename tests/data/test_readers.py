@@ -71,18 +71,18 @@ def test_a_large_list_is_never_held(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("[" + ",".join(json.dumps({"text": "x" * 90, "at": at}) for at in range(5000)) + "]")
     held = []
-    read_on = readers._Window._read_on
+    read_chunk = readers._JSONStream._read_chunk
 
-    def watched(window):
-        more = read_on(window)
-        held.append(len(window.text))
+    def watched(stream):
+        more = read_chunk(stream)
+        held.append(len(stream.text))
         return more
 
-    monkeypatch.setattr(readers._Window, "_read_on", watched)
+    monkeypatch.setattr(readers._JSONStream, "_read_chunk", watched)
     assert [row["at"] for _, row in read_rows(path, "a.json")] == list(range(5000))
     assert max(held) < 2500 and len(held) > 400
     held.clear()
     path.write_text(path.read_text().replace('"at": 30}', '"at" 30}', 1))
-    with pytest.raises(SFTError, match="^a.json: not JSON: Expecting ':' delimiter at line 1 column 3"):
+    with pytest.raises(SFTError, match="^a.json: invalid JSON: Expecting ':' delimiter at line 1 column 3"):
         list(read_rows(path, "a.json"))
     assert len(held) < 10

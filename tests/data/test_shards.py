@@ -32,7 +32,7 @@ from sft_pipeline.data.pipeline import PreparedData, prepare_data
 from sft_pipeline.data.shards import (
     PARTS,
     RECORD_FILE,
-    _map,
+    _map_part,
     find_shard_mismatch,
     list_shard_inputs,
     map_shards,
@@ -43,7 +43,7 @@ from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
 
 PROCESSES = 2
-AGAIN = "run `prepare` again, or give the config it was prepared with"
+REMEDY = "run `prepare` again, or use the config it was prepared with"
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_shards_that_memory_could_not_hold_are_read(tmp_path):
     assert in_a_fork(write) == "None"
     size = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
     assert size > 2**26 - 2**22
-    mapped = in_a_fork(lambda: tokens_read(lambda: _map(tmp_path), size // 3))
+    mapped = in_a_fork(lambda: tokens_read(lambda: _map_part(tmp_path), size // 3))
     loaded = in_a_fork(lambda: tokens_read(lambda: datasets.load_from_disk(tmp_path, keep_in_memory=True), size // 3))
     assert (mapped, loaded) == ("8000000", "ArrowMemoryError")
 
@@ -248,7 +248,7 @@ def test_a_key_that_differs_is_named(key, written, tokenizer):
         setattr(sft, name, value)
     with pytest.raises(SFTError) as refused:
         map_shards(sft, build_template(sft.template, tokenizer), training)
-    assert str(refused.value) == f"prepared_data shards: {key} differs ({said}); {AGAIN}"
+    assert str(refused.value) == f"prepared_data shards: {key} differs ({said}); {REMEDY}"
 
 
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
@@ -268,7 +268,7 @@ def test_rows_that_have_changed(written, tokenizer):
     Path("rows.jsonl").touch()
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Say 3", "Say 4", 1))
-    said = f"train_data differs (rows.jsonl has other content); {AGAIN}"
+    said = f"train_data differs (the content of rows.jsonl differs); {REMEDY}"
     assert find_shard_mismatch(sft, template, Path("shards")) == said
 
 
@@ -282,7 +282,7 @@ def test_rows_that_are_elsewhere(written, tokenizer):
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     sft.train_data = ["owner/rows"]
     assert find_shard_mismatch(sft, template, Path("shards")) == (
-        f"train_data differs (prepared from rows.jsonl, now owner/rows); {AGAIN}"
+        f"train_data differs (prepared from rows.jsonl, now owner/rows); {REMEDY}"
     )
     sft.train_data = ["moved.jsonl", "moved.jsonl"]
     assert find_shard_mismatch(sft, template, Path("shards")).startswith(
@@ -300,7 +300,7 @@ def test_a_folder_of_rows_is_known_by_its_files(config, tokenizer):
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     shutil.copy("rows.jsonl", "folder/b.jsonl")
     assert find_shard_mismatch(sft, template, Path("shards")).startswith(
-        "train_data differs (folder has other content)"
+        "train_data differs (the content of folder differs)"
     )
     shutil.rmtree("folder")
     Path("folder").mkdir()
@@ -314,7 +314,7 @@ def test_another_tokenizer(written):
     assert find_shard_mismatch(written[0], build_template("role", own), Path("shards")) is None
     own.backend_tokenizer.normalizer = normalizers.Lowercase()
     said = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
-    assert said.startswith("tokenizer differs (prepared with '") and said.endswith(AGAIN)
+    assert said.startswith("tokenizer differs (prepared with '") and said.endswith(REMEDY)
 
 
 def test_another_chat_template(config, make_tokenizer):
@@ -325,9 +325,9 @@ def test_another_chat_template(config, make_tokenizer):
 
 
 def test_another_format(written, tokenizer, monkeypatch):
-    monkeypatch.setattr(shards, "FORMAT", shards.FORMAT + 1)
+    monkeypatch.setattr(shards, "SHARDS_FORMAT", shards.SHARDS_FORMAT + 1)
     said = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
-    assert said.startswith(f"format differs (prepared with {shards.FORMAT - 1}, now {shards.FORMAT})")
+    assert said.startswith(f"format differs (prepared with {shards.SHARDS_FORMAT - 1}, now {shards.SHARDS_FORMAT})")
 
 
 @pytest.mark.parametrize("part", [*PARTS, RECORD_FILE])
@@ -362,7 +362,7 @@ def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
     """The first process, on another one, has found nothing wrong."""
     monkeypatch.setattr(shards, "run_on_main_process", lambda training, look: None)
     written[0].prepared_data = "elsewhere"
-    with pytest.raises(SFTError, match="^prepared_data elsewhere: is not on every machine; copy it to all"):
+    with pytest.raises(SFTError, match="^prepared_data elsewhere: missing on this machine; copy it to all machines"):
         map_shards(written[0], build_template("role", tokenizer), written[1])
 
 
@@ -376,7 +376,7 @@ def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokeniz
     with caplog.at_level("INFO", logger="sft_pipeline"), pytest.MonkeyPatch.context() as patch:
         no_encoding(patch)
         write_shards(sft, template, Path("shards"))
-    assert "shards: prepared already, nothing has changed since" in caplog.text
+    assert "shards: up to date, nothing to prepare" in caplog.text
     assert contents(Path("shards")) == before
     sft.max_length = 100
     write_shards(sft, template, Path("shards"))
@@ -390,7 +390,7 @@ def test_other_files_are_left_alone(config, tokenizer):
         if place.suffix == "":
             place.mkdir()
             (place / "chapter.tex").write_text("years of work")
-        with pytest.raises(SFTError, match=f"^prepared_data {place}: holds files that `prepare` did not write; choose"):
+        with pytest.raises(SFTError, match=f"^prepared_data {place}: has files that `prepare` did not write; choose"):
             write_shards(sft, build_template("role", tokenizer), place)
     assert contents(Path("thesis")) == {"chapter.tex": b"years of work"}
     Path("empty").mkdir()
@@ -438,7 +438,7 @@ CONVERSATIONS = [
 
 
 def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
-    """Where this fails and should, FORMAT is raised with the hash: shards of earlier releases are then refused."""
+    """If this fails on purpose, raise SHARDS_FORMAT and update the hash, so that older shards are refused."""
     file = tmp_path / "rows.json"
     named = [{"messages": [*rows, *rows[-2:]][: len(rows) + 2 * (at % 2)]} for at, rows in enumerate(CONVERSATIONS * 8)]
     for at, row in enumerate(named):
@@ -463,4 +463,4 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
             )
             data = prepare_data(sft, build_template(template, tokenizer))
             found.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.FORMAT, hash_texts(json.dumps(found))[:16]) == (1, "0f9f08cb6e53b0b6")
+    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(found))[:16]) == (2, "0f9f08cb6e53b0b6")
