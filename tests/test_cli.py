@@ -236,8 +236,8 @@ def test_preview_of_a_row_that_is_not_there(row, make_config, capsys):
 
 def test_preview_of_a_row_that_is_dropped(make_config, capsys):
     message = refusal(capsys, "preview", make_config(max_length=5), "--row", "2")
-    remedy = "raise max_length or choose another `overlong`"
-    assert message == f"rows.jsonl line 3: dropped, longer than max_length; {remedy}"
+    remedy = "raise max_length or change overlong"
+    assert message == f"rows.jsonl line 3: dropped (longer than max_length); {remedy}"
 
 
 # Chat and the rest.

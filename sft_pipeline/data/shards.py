@@ -61,8 +61,8 @@ def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
     inputs = list_shard_inputs(sft, template)
     data = prepare_data(sft, template)
     try:
-        with write_aside(folder) as aside:
-            _write_folder(data, inputs, aside)
+        with write_aside(folder) as new_folder:
+            _write_folder(data, inputs, new_folder)
         sync_to_disk(folder.parent)
     except OSError as error:
         raise SFTError(f"prepared_data {folder}: cannot be written ({format_error(error)})") from error

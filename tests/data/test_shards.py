@@ -82,8 +82,11 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft_pipeline.data.pipeline.load_source", refused)
 
 
-def same_rows(one: PreparedData, other: PreparedData) -> bool:
-    parts = [[getattr(data, name) and getattr(data, name).to_list() for name in PARTS] for data in (one, other)]
+def same_rows(data: PreparedData, expected: PreparedData) -> bool:
+    parts = [
+        [getattr(prepared, name) and getattr(prepared, name).to_list() for name in PARTS]
+        for prepared in (data, expected)
+    ]
     return parts[0] == parts[1] and parts[0][0] != []
 
 
@@ -100,12 +103,12 @@ def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, 
     assert (len(files) > 2) == (shard_size == "3KB")
     expected = prepare_data(sft, template)
     no_encoding(monkeypatch)
-    found = map_shards(sft, template, training)
-    assert same_rows(found, expected)
-    assert found.train_stats == expected.train_stats and found.held_out_stats == expected.held_out_stats
-    assert found.train_stats.dropped == {"longer than max_length": 1} and found.train_stats.cached
+    data = map_shards(sft, template, training)
+    assert same_rows(data, expected)
+    assert data.train_stats == expected.train_stats and data.held_out_stats == expected.held_out_stats
+    assert data.train_stats.dropped == {"longer than max_length": 1} and data.train_stats.cached
     # As files, of which nothing is in memory before it is read.
-    assert [Path(one["filename"]).name for one in found.train.cache_files] == files
+    assert [Path(file["filename"]).name for file in data.train.cache_files] == files
 
 
 def in_a_fork(work: Callable[[], object]) -> str:
@@ -113,11 +116,11 @@ def in_a_fork(work: Callable[[], object]) -> str:
     ours, theirs = os.pipe()
     if os.fork() == 0:
         try:
-            found = str(work())
+            result = str(work())
         except BaseException as error:
-            found = type(error).__name__
+            result = type(error).__name__
         finally:
-            os.write(theirs, found.encode())
+            os.write(theirs, result.encode())
             os._exit(0)
     os.close(theirs)
     os.wait()
@@ -154,9 +157,9 @@ def test_without_held_out_rows(config, tokenizer):
     sft, training = parse_config(str(config), ["--held_out", "0"])
     template = build_template("role", tokenizer)
     write_shards(sft, template, Path("shards"))
-    found = map_shards(sft, template, training)
-    assert found.held_out is found.held_out_stats is found.held_out_messages is None
-    assert same_rows(found, prepare_data(sft, template))
+    data = map_shards(sft, template, training)
+    assert data.held_out is data.held_out_stats is data.held_out_messages is None
+    assert same_rows(data, prepare_data(sft, template))
 
 
 def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
@@ -170,14 +173,14 @@ def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
     main(["prepare", str(config)])
     assert capsys.readouterr().out == "prepared in shards; to train from it add --prepared_data shards\n"
     no_encoding(monkeypatch)
-    found = run("mapped", "--prepared_data", "shards")
+    result = run("mapped", "--prepared_data", "shards")
     measured = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second")
     curves = [
-        [{key: value for key, value in entry.items() if not key.endswith(measured)} for entry in one["loss_curve"]]
-        for one in (expected, found)
+        [{key: value for key, value in entry.items() if not key.endswith(measured)} for entry in results["loss_curve"]]
+        for results in (expected, result)
     ]
     assert curves[0] == curves[1] and len({entry["loss"] for entry in curves[0] if "loss" in entry}) == 3
-    assert found["answers"] == expected["answers"] and found["answers"]
+    assert result["answers"] == expected["answers"] and result["answers"]
     weights = [load_file(Path(name) / "model.safetensors") for name in ("plain", "mapped")]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
@@ -194,8 +197,8 @@ def test_the_folder_that_prepare_chooses(config, capsys, monkeypatch):
 
 def work(process: int, port: int, config: str) -> None:
     """One of two processes, neither of which may encode or read the data: it leaves what it was given and refused."""
-    place = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items()})
+    variables = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in (variables | {"MASTER_ADDR": "127.0.0.1"}).items()})
     sft, training = parse_config(config, ["--ddp_backend", "gloo"])
     assert training.world_size == PROCESSES
     template = build_template("role", load_tokenizer(sft.model_name_or_path))
@@ -216,12 +219,12 @@ def test_two_processes_map_and_neither_encodes(config):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work, args=(port, str(config)), nprocs=PROCESSES)
-    found = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
+    results = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
     sft, _ = parse_config(str(config), [])
     expected = prepare_data(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))
-    assert found[0] == found[1]
-    assert found[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
-    assert found[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
+    assert results[0] == results[1]
+    assert results[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
+    assert results[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
 
 
 # What is refused.
@@ -243,12 +246,12 @@ CHANGES = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_that_differs_is_named(key, written, tokenizer):
     sft, training = written
-    changes, said = CHANGES[key]
+    changes, message = CHANGES[key]
     for name, value in changes.items():
         setattr(sft, name, value)
     with pytest.raises(SFTError) as refused:
         map_shards(sft, build_template(sft.template, tokenizer), training)
-    assert str(refused.value) == f"prepared_data shards: {key} differs ({said}); {REMEDY}"
+    assert str(refused.value) == f"prepared_data shards: {key} differs ({message}); {REMEDY}"
 
 
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
@@ -268,8 +271,8 @@ def test_rows_that_have_changed(written, tokenizer):
     Path("rows.jsonl").touch()
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Say 3", "Say 4", 1))
-    said = f"train_data differs (the content of rows.jsonl differs); {REMEDY}"
-    assert find_shard_mismatch(sft, template, Path("shards")) == said
+    message = f"train_data differs (the content of rows.jsonl differs); {REMEDY}"
+    assert find_shard_mismatch(sft, template, Path("shards")) == message
 
 
 def test_rows_that_are_elsewhere(written, tokenizer):
@@ -313,8 +316,8 @@ def test_another_tokenizer(written):
     own.backend_tokenizer.enable_padding()
     assert find_shard_mismatch(written[0], build_template("role", own), Path("shards")) is None
     own.backend_tokenizer.normalizer = normalizers.Lowercase()
-    said = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
-    assert said.startswith("tokenizer differs (prepared with '") and said.endswith(REMEDY)
+    message = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
+    assert message.startswith("tokenizer differs (prepared with '") and message.endswith(REMEDY)
 
 
 def test_another_chat_template(config, make_tokenizer):
@@ -326,8 +329,8 @@ def test_another_chat_template(config, make_tokenizer):
 
 def test_another_format(written, tokenizer, monkeypatch):
     monkeypatch.setattr(shards, "SHARDS_FORMAT", shards.SHARDS_FORMAT + 1)
-    said = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
-    assert said.startswith(f"format differs (prepared with {shards.SHARDS_FORMAT - 1}, now {shards.SHARDS_FORMAT})")
+    message = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
+    assert message.startswith(f"format differs (prepared with {shards.SHARDS_FORMAT - 1}, now {shards.SHARDS_FORMAT})")
 
 
 @pytest.mark.parametrize("part", [*PARTS, RECORD_FILE])
@@ -337,15 +340,15 @@ def test_damaged_shards(part, written, tokenizer):
     file = Path("shards") / name
     whole = file.read_bytes()
     file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    said = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
-    assert find_shard_mismatch(written[0], template, Path("shards")) == said
+    message = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
+    assert find_shard_mismatch(written[0], template, Path("shards")) == message
     # Which puts it in order.
     write_shards(written[0], template, Path("shards"))
     assert file.read_bytes() == whole
     if part != RECORD_FILE:
         file.unlink()
-        said = f"damaged ({name} is missing); run `prepare` again"
-        assert find_shard_mismatch(written[0], template, Path("shards")) == said
+        message = f"damaged ({name} is missing); run `prepare` again"
+        assert find_shard_mismatch(written[0], template, Path("shards")) == message
 
 
 def test_folders_that_are_none(written, tokenizer):
@@ -372,12 +375,12 @@ def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
 def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokenizer, caplog, monkeypatch):
     sft, training = written
     template = build_template("role", tokenizer)
-    before = contents(Path("shards"))
+    previous = contents(Path("shards"))
     with caplog.at_level("INFO", logger="sft_pipeline"), pytest.MonkeyPatch.context() as patch:
         no_encoding(patch)
         write_shards(sft, template, Path("shards"))
     assert "shards: up to date, nothing to prepare" in caplog.text
-    assert contents(Path("shards")) == before
+    assert contents(Path("shards")) == previous
     sft.max_length = 100
     write_shards(sft, template, Path("shards"))
     assert same_rows(map_shards(sft, template, training), prepare_data(sft, template))
@@ -386,12 +389,12 @@ def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokeniz
 
 def test_other_files_are_left_alone(config, tokenizer):
     sft, _ = parse_config(str(config), [])
-    for place in (Path("rows.jsonl"), Path("thesis")):
-        if place.suffix == "":
-            place.mkdir()
-            (place / "chapter.tex").write_text("years of work")
-        with pytest.raises(SFTError, match=f"^prepared_data {place}: has files that `prepare` did not write; choose"):
-            write_shards(sft, build_template("role", tokenizer), place)
+    for folder in (Path("rows.jsonl"), Path("thesis")):
+        if folder.suffix == "":
+            folder.mkdir()
+            (folder / "chapter.tex").write_text("years of work")
+        with pytest.raises(SFTError, match=f"^prepared_data {folder}: has files that `prepare` did not write; choose"):
+            write_shards(sft, build_template("role", tokenizer), folder)
     assert contents(Path("thesis")) == {"chapter.tex": b"years of work"}
     Path("empty").mkdir()
     write_shards(sft, build_template("role", tokenizer), Path("empty"))
@@ -401,7 +404,7 @@ def test_other_files_are_left_alone(config, tokenizer):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, monkeypatch):
     sft, _ = written
-    before = contents(Path("shards"))
+    previous = contents(Path("shards"))
 
     def broken_off(folder):
         assert (folder / "train" / "state.json").is_file()
@@ -410,11 +413,13 @@ def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, mon
     monkeypatch.setattr(shards, "write_checksums", broken_off)
     sft.max_length = 100
     disk = isinstance(error, OSError)
-    said = r"^prepared_data (shards|new): cannot be written \(\[Errno 28\] No space left on device\)$" if disk else None
+    message = (
+        r"^prepared_data (shards|new): cannot be written \(\[Errno 28\] No space left on device\)$" if disk else None
+    )
     for folder in (Path("shards"), Path("new")):
-        with pytest.raises(SFTError if disk else KeyboardInterrupt, match=said):
+        with pytest.raises(SFTError if disk else KeyboardInterrupt, match=message):
             write_shards(sft, build_template("role", tokenizer), folder)
-    assert contents(Path("shards")) == before
+    assert contents(Path("shards")) == previous
     assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
 
 
@@ -440,11 +445,13 @@ CONVERSATIONS = [
 def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
     """If this fails on purpose, raise SHARDS_FORMAT and update the hash, so that older shards are refused."""
     file = tmp_path / "rows.json"
-    named = [{"messages": [*rows, *rows[-2:]][: len(rows) + 2 * (at % 2)]} for at, rows in enumerate(CONVERSATIONS * 8)]
-    for at, row in enumerate(named):
-        row["messages"][-1] = {"role": "assistant", "content": f"{row['messages'][-1]['content']} {at}"}
+    named = [
+        {"messages": [*rows, *rows[-2:]][: len(rows) + 2 * (index % 2)]} for index, rows in enumerate(CONVERSATIONS * 8)
+    ]
+    for index, row in enumerate(named):
+        row["messages"][-1] = {"role": "assistant", "content": f"{row['messages'][-1]['content']} {index}"}
     file.write_text(json.dumps(named))
-    found = []
+    results = []
     for template in ("role", "chat"):
         for keys in (
             {"overlong": "drop"},
@@ -462,5 +469,5 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
                 **keys,
             )
             data = prepare_data(sft, build_template(template, tokenizer))
-            found.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(found))[:16]) == (2, "0f9f08cb6e53b0b6")
+            results.append([getattr(data, name).to_list() for name in ("train", "held_out")])
+    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (2, "0f9f08cb6e53b0b6")

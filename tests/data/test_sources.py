@@ -495,11 +495,11 @@ def test_saved_data_sets(tmp_path):
     saved = Dataset.from_list(ROWS)
     saved.save_to_disk(tmp_path / "one")
     (tmp_path / "one" / "cache-1.arrow").write_bytes(b"what a map left there")
-    before = sorted((tmp_path / "one").iterdir())
+    files = sorted((tmp_path / "one").iterdir())
     dataset = load_source(tmp_path / "one")
     assert dataset["messages"][:] == EXPECTED
     assert dataset["origin"][0] == "one/data-00000-of-00001.arrow row 0"
-    assert sorted((tmp_path / "one").iterdir()) == before
+    assert sorted((tmp_path / "one").iterdir()) == files
     datasets.DatasetDict(train=saved, test=saved.select([2])).save_to_disk(tmp_path / "two")
     assert load_source(tmp_path / "two", split="test")["messages"][:] == EXPECTED[2:]
     fails(lambda: load_source(tmp_path / "two", split="dev"), "no split 'dev'", "test, train")
@@ -577,8 +577,8 @@ def test_row_hash_is_pinned_and_counts_role_order_and_text():
 def test_row_hash_is_the_same_in_another_process():
     code = "from sft_pipeline.data.splits import hash_row; print(hash_row([{'role': 'user', 'content': '冬瓜'}]))"
     here = Path(__file__).parents[1]
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
-    assert int(other.stdout) == hash_row([{"role": "user", "content": "冬瓜"}])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
+    assert int(run.stdout) == hash_row([{"role": "user", "content": "冬瓜"}])
 
 
 def numbered(rows):
@@ -607,29 +607,29 @@ def test_a_split_survives_reordering_and_shares_no_row(numbers, held_out, shuffl
     sides = split(numbers)
     assert split(shuffled) == sides
     if sides:
-        train, held = sides
-        assert not set(train) & set(held)
-        assert sorted(train + held) == sorted(map(str, numbers))
+        train, eval_rows = sides
+        assert not set(train) & set(eval_rows)
+        assert sorted(train + eval_rows) == sorted(map(str, numbers))
 
 
 def test_a_count_and_a_share_hold_out_what_they_say():
     dataset = table(numbered(range(2000)))
-    train, held = split_held_out(dataset, 20)
-    assert (len(train), len(held)) == (1980, 20)
+    train, held_out = split_held_out(dataset, 20)
+    assert (len(train), len(held_out)) == (1980, 20)
     by_hash = sorted(range(2000), key=lambda number: hash_row(talk(str(number))))
-    assert sorted(users(held)) == sorted(str(number) for number in by_hash[:20])
-    train, held = split_held_out(dataset, 0.1)
-    assert 150 < len(held) < 250 and len(train) + len(held) == 2000
+    assert sorted(users(held_out)) == sorted(str(number) for number in by_hash[:20])
+    train, held_out = split_held_out(dataset, 0.1)
+    assert 150 < len(held_out) < 250 and len(train) + len(held_out) == 2000
     assert set(users(split_held_out(table(numbered(range(1000))), 0.1)[1])) <= set(
-        users(held)
+        users(held_out)
     )  # more rows move none across
     assert len(split_held_out(dataset, 5.0)[1]) == 5
 
 
 def test_a_count_takes_all_copies():
     first = min(range(10), key=lambda number: hash_row(talk(str(number))))
-    train, held = split_held_out(table(numbered(list(range(10)) + [first] * 3)), 1)
-    assert users(held) == [str(first)] * 4 and len(train) == 9
+    train, held_out = split_held_out(table(numbered(list(range(10)) + [first] * 3)), 1)
+    assert users(held_out) == [str(first)] * 4 and len(train) == 9
 
 
 @pytest.mark.parametrize(
@@ -681,9 +681,9 @@ def test_mix_refuses(weights, parts):
 
 
 def test_drop_overlap(caplog):
-    train, held = table(numbered([1, 2, 3, 2])), table(numbered([2, 9]))
+    train, held_out = table(numbered([1, 2, 3, 2])), table(numbered([2, 9]))
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        assert users(drop_overlap(train, held)) == ["1", "3"]
+        assert users(drop_overlap(train, held_out)) == ["1", "3"]
         assert drop_overlap(train, table(numbered([9]))) is train
     assert caplog.messages == ["dropped 2 training rows that are in the evaluation data too"]
-    fails(lambda: drop_overlap(held, held), "no row is left to train on")
+    fails(lambda: drop_overlap(held_out, held_out), "no row is left to train on")
