@@ -65,7 +65,10 @@ def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
             _write_folder(data, inputs, new_folder)
         sync_to_disk(folder.parent)
     except OSError as error:
-        raise SFTError(f"prepared_data {folder}: cannot be written ({format_error(error)})") from error
+        reason = format_error(error)
+        raise SFTError(
+            f"prepared_data {folder}: cannot be written ({reason}); check permissions and disk space"
+        ) from error
 
 
 def map_shards(sft: SFTArguments, template: Template, training: TrainingArguments) -> PreparedData:
