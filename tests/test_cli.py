@@ -64,14 +64,14 @@ def refusal(capsys, *arguments: str) -> str:
 
 
 BAD_ROWS = {
-    "does not parse": (json.dumps(GOOD[0]) + '\n\n{"instruction": "a", \n', "rows.jsonl line 3: not JSON"),
+    "does not parse": (json.dumps(GOOD[0]) + '\n\n{"instruction": "a", \n', "rows.jsonl line 3: invalid JSON"),
     "no answer": ([*GOOD, {"instruction": "Hi", "input": "", "output": ""}], "rows.jsonl line 9: no answer"),
     "unknown role": (
         [{"messages": [{"role": "robot", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}],
-        "rows.jsonl line 1: messages[0] has the unknown role 'robot'; known are system, user, assistant",
+        "rows.jsonl line 1: messages[0]: unknown role 'robot'; use one of: system, user, assistant",
     ),
-    "mixed columns": ([*GOOD, {"prompt": "Hi", "completion": "Yes"}], "rows.jsonl line 9: no 'instruction'"),
-    "unknown columns": ([{"question": "Hi"}], "rows.jsonl: its columns (question) fit no known shape; rename"),
+    "mixed columns": ([*GOOD, {"prompt": "Hi", "completion": "Yes"}], "rows.jsonl line 9: missing 'instruction'"),
+    "unknown columns": ([{"question": "Hi"}], "rows.jsonl: its columns (question) match no row format; rename"),
     "empty": ("", "rows.jsonl: no rows"),
 }
 
@@ -115,7 +115,7 @@ def test_folders_of_mixed_shapes(make_config, capsys, tmp_path):
     (tmp_path / "folder" / "a.jsonl").write_text(json.dumps(GOOD[0]))
     (tmp_path / "folder" / "b.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": "Yes"}))
     message = refusal(capsys, "train", make_config(train_data="folder"))
-    assert message.startswith("folder: mixed columns: a.jsonl is alpaca, b.jsonl is prompt-completion")
+    assert message.startswith("folder: mixed row formats: a.jsonl is alpaca, b.jsonl is prompt-completion")
 
 
 def test_a_template_without_a_stop_token(make_config, make_tokenizer, model_folder, capsys, tmp_path):
@@ -228,13 +228,16 @@ def test_preview_shows_each_position(make_config, capsys, monkeypatch):
 
 @pytest.mark.parametrize("row", ["8", "-1"])
 def test_preview_of_a_row_that_is_not_there(row, make_config, capsys):
-    assert refusal(capsys, "preview", make_config(), f"--row={row}") == f"row {row}: train_data has the rows 0 to 7"
+    assert (
+        refusal(capsys, "preview", make_config(), f"--row={row}")
+        == f"row {row}: out of range; train_data has rows 0 to 7"
+    )
 
 
 def test_preview_of_a_row_that_is_dropped(make_config, capsys):
     message = refusal(capsys, "preview", make_config(max_length=5), "--row", "2")
-    remedy = "raise max_length or choose another `overlong`"
-    assert message == f"rows.jsonl line 3: dropped, longer than max_length; {remedy}"
+    remedy = "raise max_length or change overlong"
+    assert message == f"rows.jsonl line 3: dropped (longer than max_length); {remedy}"
 
 
 # Chat and the rest.

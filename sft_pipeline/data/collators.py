@@ -1,4 +1,4 @@
-"""The choice between packed and padded batches, for training and evaluation alike."""
+"""Choose between packed and padded batches, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sft_pipeline.model.packed_attention import find_packing_obstacle, use_packe
 def choose_collator(
     model: PreTrainedModel, longest: int, pad_token_id: int, pad_to_multiple_of: int = 8, packing: bool = True
 ) -> tuple[PackedCollator | PaddingCollator, str | None]:
-    """The packing collator if `model` computes the same over packed rows, else the padding one and the reason.
+    """Return (collator, reason): a PackedCollator and None, or a PaddingCollator and the reason against packing.
 
-    longest: tokens of the longest row. A model that packs is given the attention that packed rows need.
+    Packing is chosen if `model` computes the same for packed rows as for single ones; the model is then set to
+    use packed attention. longest: number of tokens of the longest row.
     """
     reason = find_packing_obstacle(model, longest) if packing else "packing: false"
     if reason:

@@ -1,4 +1,4 @@
-"""From the config's sources to training rows: load, mix, hold out, encode. Needs the tokenizer, no model."""
+"""Prepare the rows that a config names: load, mix, hold out, encode. Needs the tokenizer but no model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 
-COMPARED = 100  # rows on which the saved chat template is compared with the trained ids
+COMPARED_ROWS = 100  # rows on which the saved chat template is compared with the training ids
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Training and held-out rows with their accounts, and the held-out conversations to answer."""
+    """Encoded training and held-out rows with their statistics, and the held-out conversations as messages."""
 
     train: Dataset
     train_stats: EncodingStats
@@ -38,68 +38,72 @@ def build_encoder(sft: SFTArguments, template: Template) -> Encoder:
 
 
 def prepare_data(sft: SFTArguments, template: Template) -> PreparedData:
-    """Load and encode what the config names; says what was read and what was dropped."""
-    train, held = load_conversations(sft)
+    """Load and encode the rows of the config, and log how many were read, truncated and dropped."""
+    train_messages, held_out_messages = load_conversations(sft)
     encoder = build_encoder(sft, template)
-    rows, account = encode_dataset(train, encoder, sft.num_proc)
-    logger.info("training rows: %s", account)
-    _say_what_other_tools_see(train[:COMPARED]["messages"], template, sft)
-    held_rows, held_account = (None, None) if held is None else encode_dataset(held, encoder, sft.num_proc)
-    if held_account:
-        logger.info("held-out rows: %s", held_account)
-    return PreparedData(rows, account, held_rows, held_account, held)
+    train, train_stats = encode_dataset(train_messages, encoder, sft.num_proc)
+    logger.info("training rows: %s", train_stats)
+    _log_template_differences(train_messages[:COMPARED_ROWS]["messages"], template, sft)
+    if held_out_messages is None:
+        return PreparedData(train, train_stats, None, None, None)
+    held_out, held_out_stats = encode_dataset(held_out_messages, encoder, sft.num_proc)
+    logger.info("held-out rows: %s", held_out_stats)
+    return PreparedData(train, train_stats, held_out, held_out_stats, held_out_messages)
 
 
 def load_conversations(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
-    """(training, held-out or None) conversations; no row is in both. `max_train_rows` changes no held-out row."""
-    train, held = _divided(sft)
-    return (select_rows(train, sft.max_train_rows) if sft.max_train_rows else train), held
+    """Load (training, held-out or None) conversations; no row is in both.
+
+    `max_train_rows` limits the training rows and does not change the held-out rows.
+    """
+    train, held_out = _load_splits(sft)
+    return (select_rows(train, sft.max_train_rows) if sft.max_train_rows else train), held_out
 
 
-def _divided(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
-    parts = [_load(name, sft) for name in sft.train_data]
+def _load_splits(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
+    parts = [_load_source(name, sft) for name in sft.train_data]
     if sft.eval_data:
         train = mix_datasets(parts, sft.train_data_weights or None)
-        held = datasets.concatenate_datasets([_load(name, sft) for name in sft.eval_data])
-        return drop_overlap(train, held), held
+        held_out = datasets.concatenate_datasets([_load_source(name, sft) for name in sft.eval_data])
+        return drop_overlap(train, held_out), held_out
     if not sft.held_out:
         return mix_datasets(parts, sft.train_data_weights or None), None
-    train, held = split_held_out(datasets.concatenate_datasets(parts), sft.held_out)
+    train, held_out = split_held_out(datasets.concatenate_datasets(parts), sft.held_out)
     if sft.train_data_weights:
-        # The held-out rows are drawn from the sources as they are; weights multiply what remains.
-        train = drop_overlap(mix_datasets(parts, sft.train_data_weights), held)
-    return train, held
+        # The held-out rows are taken from the sources before weighting; the weights apply to the remaining rows.
+        train = drop_overlap(mix_datasets(parts, sft.train_data_weights), held_out)
+    return train, held_out
 
 
 def load_one_row(sft: SFTArguments, template: Template, row: int) -> tuple[dict[str, list[int]], str]:
-    """Row `row` of train_data (from 0, in file order) as it is trained, and its place in the file.
+    """Load row `row` of train_data (from 0, in file order) as it is trained; returns it with its location.
 
-    Raises SFTError for a row that is not there or that the length policy drops.
+    Raises SFTError for a row that does not exist or that the length policy drops.
     """
-    rows = datasets.concatenate_datasets([_load(name, sft) for name in sft.train_data])
+    rows = datasets.concatenate_datasets([_load_source(name, sft) for name in sft.train_data])
     if not 0 <= row < len(rows):
-        raise SFTError(f"row {row}: train_data has the rows 0 to {len(rows) - 1}")
+        raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
     batch = rows[row : row + 1]
     ids, labels, outcome = (column[0] for column in build_encoder(sft, template)(batch).values())
     if not ids:
-        raise SFTError(f"{batch['origin'][0]}: dropped, {outcome}; raise max_length or choose another `overlong`")
+        raise SFTError(f"{batch['origin'][0]}: dropped ({outcome}); raise max_length or change overlong")
     return {"input_ids": ids, "labels": labels}, batch["origin"][0]
 
 
-def _say_what_other_tools_see(conversations: list[list[Message]], template: Template, sft: SFTArguments) -> None:
-    """The difference between the trained ids and those of the chat template that is saved, if there is one."""
+def _log_template_differences(conversations: list[list[Message]], template: Template, sft: SFTArguments) -> None:
+    """Log for how many conversations the chat template that is saved gives other ids than training, if for any."""
     try:
-        others = count_id_differences(template, conversations, sft.system_prompt)
+        count = count_id_differences(template, conversations, sft.system_prompt)
     except SFTError:
-        return  # a history that the template rewrites, which `train_on: last` trains all the same
-    if others:
+        return  # the template rewrites earlier turns, which `train_on: last` allows
+    if count:
         logger.info(
             "the saved chat template gives other ids than training for %s of %s rows: tools that use it tokenize the "
-            "text in one go, `chat` and the evaluation here tokenize each piece alone",
-            others,
+            "text as a whole, training, `chat` and `evaluate` tokenize each piece separately",
+            count,
             len(conversations),
         )
 
 
-def _load(name: str, sft: SFTArguments) -> Dataset:
+def _load_source(name: str, sft: SFTArguments) -> Dataset:
     return load_source(name, skip_bad_rows=sft.skip_bad_rows)

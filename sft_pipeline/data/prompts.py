@@ -1,9 +1,10 @@
-"""Prompts to be answered: a text file with one a line, or any source of rows. What is wrong with a row stays with it.
+"""Load prompts to answer: a text file with one prompt per line, or any source of rows.
 
     load_prompts("questions.txt")
     load_prompts("alpaca.json")
 
-The last answer of a row is its reference and is not shown to the model.
+The last answer of a row is its reference and is not part of the prompt. A bad row does not raise: its prompt has the
+error as `problem`.
 """
 
 import logging
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with a user message; a bad row has a `problem` in its place."""
+    """A conversation that ends with a user message; a bad row has no messages and a `problem`."""
 
     origin: str
     messages: list[Message]
@@ -31,27 +32,24 @@ class Prompt:
 
 
 def load_prompts(name_or_path: str) -> list[Prompt]:
-    """The prompts of a text file (.txt, one a line, empty lines left out) or of a source of rows as `load_source` reads
-    it, in their order. The first row decides on the shape.
+    """Load the prompts of a text file (.txt, one per line, blank lines skipped) or of a source as in `load_source`.
 
-    Raises SFTError: missing source, file that does not parse, unknown columns, no prompts.
+    The prompts are in the order of the rows. The first row that is an object determines the row format.
+
+    Raises SFTError: missing source, file that does not parse, unknown row format, no prompts.
     """
     path = Path(name_or_path).expanduser()
     if path.suffix.lower() == ".txt":
-        prompts, said = list(_lines(path)), "a prompt a line"
+        prompts, description = list(_read_lines(path)), "one per line"
     else:
-        rows = list(read_raw_rows(name_or_path))
-        columns = next((list(row) for _, row in rows if isinstance(row, Mapping)), None)
-        shape = detect_format(columns, name_or_path, answered=False) if columns is not None else None
-        prompts = [_examined(row, shape) for row in rows] if shape else []
-        said = f"read as {shape.name}" if shape else ""
+        prompts, description = _convert_rows(list(read_raw_rows(name_or_path)), name_or_path)
     if not prompts:
         raise SFTError(f"{name_or_path}: no prompts")
-    logger.info("%s: %s prompts, %s", name_or_path, f"{len(prompts):,}", said)
+    logger.info("%s: %s prompts, %s", name_or_path, f"{len(prompts):,}", description)
     return prompts
 
 
-def _lines(path: Path) -> Iterator[Prompt]:
+def _read_lines(path: Path) -> Iterator[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,9 +61,18 @@ def _lines(path: Path) -> Iterator[Prompt]:
             yield Prompt(f"{path.name} line {number}", [{"role": "user", "content": line.strip()}])
 
 
-def _examined(placed: LocatedRow, shape: RowFormat) -> Prompt:
-    origin, row = placed
+def _convert_rows(rows: list[LocatedRow], name: str) -> tuple[list[Prompt], str]:
+    """Convert rows to prompts; returns them with a description of the row format for the log."""
+    columns = next((list(row) for _, row in rows if isinstance(row, Mapping)), None)
+    if columns is None:
+        return [], ""
+    row_format = detect_format(columns, name, require_answer=False)
+    return [_convert_row(row, row_format) for row in rows], f"read as {row_format.name}"
+
+
+def _convert_row(located_row: LocatedRow, row_format: RowFormat) -> Prompt:
+    origin, row = located_row
     try:
-        return Prompt(origin, *convert_to_prompt(row, shape))
+        return Prompt(origin, *convert_to_prompt(row, row_format))
     except SFTError as error:
         return Prompt(origin, [], problem=str(error))

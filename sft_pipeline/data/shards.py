@@ -1,23 +1,22 @@
-"""Rows encoded once, before any process trains: a folder of Arrow shards that ranks map and do not encode again.
+"""Encode rows once, before training, into a folder of Arrow shards that all processes memory-map.
 
     sft-pipeline prepare CONFIG --prepared_data prepared/alpaca
     sft-pipeline train CONFIG --prepared_data prepared/alpaca
 
     train/ held_out/     input_ids and labels in shards, as `save_to_disk` writes them
-    held_out_messages/   the held-out conversations, of which some are answered while training
-    prepared.json        all that the ids depend on; what was kept and dropped
-    SHA256SUMS           tells a damaged folder
+    held_out_messages/   the held-out conversations, some of which are answered during training
+    prepared.json        everything that the ids depend on, and the encoding statistics
+    SHA256SUMS           checksums that detect a damaged folder
 
-The folder appears whole or not at all.
+The folder is written atomically: it is complete or absent.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import reprlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, wri
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raised when the same settings give other rows or ids; a test holds some of this format's
+# Raise it when the same settings give other rows, ids or keys of prepared.json.
+SHARDS_FORMAT = 2
 RECORD_FILE = "prepared.json"
 PARTS = ("train", "held_out", "held_out_messages")
 SOURCES = ("train_data", "eval_data")
@@ -44,44 +44,54 @@ SETTINGS = (
     *("train_data_weights", "held_out", "skip_bad_rows", "max_train_rows"),
     *("template", "system_prompt", "train_on", "max_length", "overlong"),
 )
-AGAIN = "run `prepare` again, or give the config it was prepared with"
+REMEDY = "run `prepare` again, or use the config it was prepared with"
 
 
 def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
-    """Prepare what the config names into `folder`; earlier shards are replaced, and those of this config are kept.
+    """Prepare the rows of the config into `folder`.
 
-    Raises SFTError for data that cannot be prepared, a folder of other files, or one that cannot be written.
+    A folder that is up to date stays as it is; shards of another config are replaced.
+
+    Raises SFTError for data that cannot be prepared, a folder with other files, or one that cannot be written.
     """
-    _refuse_foreign(folder)
+    _check_replaceable(folder)
     if find_shard_mismatch(sft, template, folder) is None:
-        logger.info("%s: prepared already, nothing has changed since", folder)
+        logger.info("%s: up to date, nothing to prepare", folder)
         return
-    made_from = list_shard_inputs(sft, template)
+    inputs = list_shard_inputs(sft, template)
     data = prepare_data(sft, template)
     try:
-        with write_aside(folder) as aside:
-            _write(data, made_from, aside)
+        with write_aside(folder) as new_folder:
+            _write_folder(data, inputs, new_folder)
         sync_to_disk(folder.parent)
     except OSError as error:
-        raise SFTError(f"prepared_data {folder}: cannot be written ({format_error(error)})") from error
+        reason = format_error(error)
+        raise SFTError(
+            f"prepared_data {folder}: cannot be written ({reason}); check permissions and disk space"
+        ) from error
 
 
 def map_shards(sft: SFTArguments, template: Template, training: TrainingArguments) -> PreparedData:
-    """The rows of `sft.prepared_data`, mapped into memory: every process reads the pages it needs, none encodes.
+    """Memory-map the rows of `sft.prepared_data`: every process reads the pages it needs and encodes nothing.
 
-    The first process looks at everything once, for all. Raises SFTError for a folder that is missing, damaged or of
-    another config, naming the first key that differs.
+    The main process checks the folder once for all. Raises SFTError for a folder that is missing, damaged or prepared
+    from another config, with the first key that differs.
     """
     folder = Path(str(sft.prepared_data)).expanduser()
     reason = run_on_main_process(training, lambda: find_shard_mismatch(sft, template, folder))
     if reason is None and not (folder / RECORD_FILE).is_file():
-        reason = "is not on every machine; copy it to all, or to a disk that they share"
+        reason = "missing on this machine; copy it to all machines, or use a disk that they share"
     if reason:
         raise SFTError(f"prepared_data {folder}: {reason}")
-    record = _record(folder)
-    parts: dict[str, Any] = {name: _map(folder / name) if (folder / name).is_dir() else None for name in PARTS}
-    accounts = {f"{name}_stats": record[f"{name}_stats"] for name in ("train", "held_out")}
-    data = PreparedData(**parts | {name: one and EncodingStats(**one) for name, one in accounts.items()})
+    record = _read_record(folder)
+    held_out_stats = record["held_out_stats"]
+    data = PreparedData(
+        train=_map_part(folder / "train"),
+        train_stats=EncodingStats(**record["train_stats"]),
+        held_out=_map_part(folder / "held_out") if held_out_stats else None,
+        held_out_stats=EncodingStats(**held_out_stats) if held_out_stats else None,
+        held_out_messages=_map_part(folder / "held_out_messages") if held_out_stats else None,
+    )
     logger.info("training rows of %s: %s", folder, data.train_stats)
     if data.held_out_stats:
         logger.info("held-out rows of %s: %s", folder, data.held_out_stats)
@@ -89,9 +99,9 @@ def map_shards(sft: SFTArguments, template: Template, training: TrainingArgument
 
 
 def list_shard_inputs(sft: SFTArguments, template: Template) -> dict[str, Any]:
-    """All that the rows and their ids depend on, in the order in which it is compared."""
+    """List everything that the rows and their ids depend on, in the order in which it is compared."""
     return {
-        "format": FORMAT,
+        "format": SHARDS_FORMAT,
         **{key: [[name, hash_source(name)] for name in getattr(sft, key)] for key in SOURCES},
         **{key: getattr(sft, key) for key in SETTINGS},
         "tokenizer": hash_tokenizer(template.tokenizer),
@@ -100,62 +110,74 @@ def list_shard_inputs(sft: SFTArguments, template: Template) -> dict[str, Any]:
 
 
 def find_shard_mismatch(sft: SFTArguments, template: Template, folder: Path) -> str | None:
-    """Why this config cannot be trained from the folder, and what to do; None if it can."""
+    """Return why this config cannot be trained from the folder, with the remedy; None if it can."""
     if not (folder / RECORD_FILE).is_file():
         return "has no prepared rows; run `prepare`" if folder.exists() else "no such folder; run `prepare`"
     try:
-        damaged = find_damage(folder)
-        reason = damaged or _difference(_record(folder)["made_from"], list_shard_inputs(sft, template))
+        damage = find_damage(folder)
+        if damage:
+            return f"damaged ({damage}); run `prepare` again"
+        difference = _find_difference(_read_record(folder)["made_from"], list_shard_inputs(sft, template))
     except (SFTError, OSError) as error:
-        # Said by the first process for all: the others wait for it.
+        # Returned, not raised: the other processes wait for the main process's result.
         return format_error(error)
-    if damaged:
-        return f"damaged ({damaged}); run `prepare` again"
-    return reason and f"{reason}; {AGAIN}"
+    return difference and f"{difference}; {REMEDY}"
 
 
-def _difference(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first key that differs, and how."""
-    for key, value in now.items():
-        before = then.get(key)
-        said = _other_sources(before or [], value) if key in SOURCES else None
-        if key not in SOURCES and before != value:
-            said = f"prepared with {reprlib.repr(before)}, now {reprlib.repr(value)}"
-        if said:
-            return f"{key} differs ({said})"
+def _find_difference(recorded: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """Describe the first key whose recorded value differs from the current one; None if all are equal."""
+    for key, value in current.items():
+        recorded_value = recorded.get(key)
+        if key in SOURCES:
+            difference = _compare_sources(recorded_value or [], value)
+        elif recorded_value != value:
+            difference = f"prepared with {reprlib.repr(recorded_value)}, now {reprlib.repr(value)}"
+        else:
+            difference = None
+        if difference:
+            return f"{key} differs ({difference})"
     return None
 
 
-def _other_sources(then: list[list[str | None]], now: list[list[str | None]]) -> str | None:
-    """How the sources, pairs of name and content, differ. One that is not here, or on the hub, is known by its name."""
-    for (name, content), (other_name, other) in zip(then, now):
-        if other is None and name != other_name:
-            return f"prepared from {name}, now {other_name}"
-        if other is not None and content != other:
-            return f"{other_name} has other content"
-    return None if len(then) == len(now) else f"prepared from {len(then)} sources, now {len(now)}"
+def _compare_sources(recorded: list[list[str | None]], current: list[list[str | None]]) -> str | None:
+    """Describe how two lists of (name, content hash) differ; None if they do not.
+
+    A source without a hash (on the hub, or not on this machine) is compared by its name, any other by its content.
+    """
+    for (recorded_name, recorded_hash), (name, content_hash) in zip(recorded, current):
+        if content_hash is None and recorded_name != name:
+            return f"prepared from {recorded_name}, now {name}"
+        if content_hash is not None and recorded_hash != content_hash:
+            return f"the content of {name} differs"
+    if len(recorded) != len(current):
+        return f"prepared from {len(recorded)} sources, now {len(current)}"
+    return None
 
 
-def _refuse_foreign(folder: Path) -> None:
-    ours = (folder / RECORD_FILE).is_file()
-    if folder.exists() and not ours and not (folder.is_dir() and not any(folder.iterdir())):
-        raise SFTError(f"prepared_data {folder}: holds files that `prepare` did not write; choose another folder")
+def _check_replaceable(folder: Path) -> None:
+    """Raise SFTError unless the folder is absent, empty or written by `prepare`."""
+    if not folder.exists() or (folder / RECORD_FILE).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise SFTError(f"prepared_data {folder}: has files that `prepare` did not write; choose another folder")
 
 
-def _write(data: PreparedData, made_from: dict[str, Any], aside: Path) -> None:
+def _write_folder(data: PreparedData, inputs: dict[str, Any], folder: Path) -> None:
     for name in PARTS:
         rows = getattr(data, name)
         if rows is not None:
-            rows.save_to_disk(aside / name)
-    accounts = {"train_stats": data.train_stats, "held_out_stats": data.held_out_stats}
-    found = {name: one and asdict(dataclasses.replace(one, cached=True)) for name, one in accounts.items()}
-    write_json(aside / RECORD_FILE, {"made_from": made_from, **found})
-    write_checksums(aside)
+            rows.save_to_disk(folder / name)
+    record: dict[str, Any] = {"made_from": inputs}
+    for name in ("train_stats", "held_out_stats"):
+        stats = getattr(data, name)
+        record[name] = stats and asdict(replace(stats, cached=True))
+    write_json(folder / RECORD_FILE, record)
+    write_checksums(folder)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
 
 
-def _map(folder: Path) -> Dataset:
+def _map_part(folder: Path) -> Dataset:
     return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in list_saved_files(folder)])

@@ -1,7 +1,7 @@
-"""Mixing data sets by weight and holding rows out, both decided by the hash of a row.
+"""Mix datasets by weight and hold rows out; both select rows by their hash.
 
-A row's hash depends on its messages alone, so a choice made by it survives reordering, renaming and another machine,
-and all copies of a row fall on one side. Every function takes and returns data sets with a column `messages`.
+A row's hash depends on its messages alone, so a selection is the same for reordered or renamed files and on another
+machine, and all copies of a row are on the same side. All functions take and return datasets with a column `messages`.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def hash_row(messages: list[Message], purpose: str = "") -> int:
-    """64 bits of BLAKE2b over the roles and texts in order, the same on every platform and in every version.
+    """Return 64 bits of BLAKE2b over the roles and texts in order, the same on every platform and in every version.
 
-    Another `purpose` (at most 16 bytes) gives an independent hash: the rows that `mix` takes must not be the ones that
-    `split_held_out` likes.
+    Another `purpose` (at most 16 bytes) gives an independent hash: the rows that `mix_datasets` takes must not be
+    correlated with those that `split_held_out` holds out.
     """
     content = json.dumps([[message["role"], message["content"]] for message in messages])
     digest = hashlib.blake2b(content.encode(), digest_size=8, person=purpose.encode()).digest()
@@ -32,7 +32,7 @@ def hash_row(messages: list[Message], purpose: str = "") -> int:
 
 
 def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:
-    """The hashes of all rows (uint64, one a row), kept in datasets' cache."""
+    """Return the hashes of all rows (uint64, [rows]); they are kept in datasets' cache."""
     hashed = dataset.map(
         _hash_batch,
         batched=True,
@@ -45,77 +45,91 @@ def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:
 
 
 def _hash_batch(batch: dict[str, list[Any]], purpose: str) -> dict[str, np.ndarray]:
-    # An array, because datasets takes a list of integers for int64 and half of the hashes are larger.
+    # An array, because datasets reads a list of integers as int64, which half of the hashes exceed.
     return {"hash": np.array([hash_row(messages, purpose) for messages in batch["messages"]], dtype=np.uint64)}
 
 
 def mix_datasets(parts: list[Dataset], weights: list[float] | None = None) -> Dataset:
-    """One data set, part after part (training shuffles), in which a part's rows stand `weight` times: 1 is once, 2
-    twice, 0.5 takes the half with the smaller hashes, 0 leaves the part out. None is once each.
+    """Concatenate the parts in order, each repeated by its weight; training shuffles the rows.
 
-    A positive weight takes a row at least. Raises SFTError: a weight too few or many, negative, not finite, all zero.
+    Weight 1 takes each row once, 2 twice, 0.5 the half with the smaller hashes, 0 none; a positive weight takes at
+    least one row. None is weight 1 for every part.
+
+    Raises SFTError: wrong number of weights, a negative or non-finite weight, all weights 0.
     """
     weights = [1.0] * len(parts) if weights is None else weights
     if len(weights) != len(parts):
-        raise SFTError(f"{len(weights)} weights for {len(parts)} data sets: give one each")
+        raise SFTError(f"train_data_weights: {len(weights)} weights for {len(parts)} datasets; give one per dataset")
     for weight in weights:
         if not (math.isfinite(weight) and weight >= 0):
-            raise SFTError(f"weight {weight}: must be 0 or more (1 takes each row once, 0.5 half of the rows)")
-    taken = [_times(part, weight) for part, weight in zip(parts, weights) if weight > 0]
-    if not taken:
-        raise SFTError("the weights leave no data set: one at least must be above 0")
-    return datasets.concatenate_datasets(taken)
+            raise SFTError(f"train_data_weights: {weight} must be 0 or more (1 is each row once, 0.5 half of the rows)")
+    repeated = [_repeat_rows(part, weight) for part, weight in zip(parts, weights) if weight > 0]
+    if not repeated:
+        raise SFTError("train_data_weights: all weights are 0; set at least one above 0")
+    return datasets.concatenate_datasets(repeated)
 
 
-def _times(dataset: Dataset, weight: float) -> Dataset:
+def _repeat_rows(dataset: Dataset, weight: float) -> Dataset:
+    """Repeat all rows by the whole part of `weight`, and take the rows with the smallest hashes for its fraction."""
     if weight == 1:
         return dataset
     rows = len(dataset)
-    repeats, rest = divmod(max(1, round(weight * rows)), rows)
-    smallest = np.argsort(hash_rows(dataset, "mix"), kind="stable")[:rest] if rest else np.array([], dtype=np.int64)
-    return dataset.select(np.concatenate([np.tile(np.arange(rows), repeats), np.sort(smallest)]))
+    repeats, remainder = divmod(max(1, round(weight * rows)), rows)
+    indices = np.tile(np.arange(rows), repeats)
+    if remainder:
+        smallest = np.argsort(hash_rows(dataset, "mix"), kind="stable")[:remainder]
+        indices = np.concatenate([indices, np.sort(smallest)])
+    return dataset.select(indices)
 
 
 def split_held_out(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
-    """(train, eval): a whole number of 1 or more holds out that many rows (those with the smallest hashes), a number
-    below 1 that share (those with a hash below it; about so many, but adding rows moves none across).
+    """Split into (train, held-out) rows.
 
-    Every copy of a held-out row goes with it, so no row is in both and a count may be exceeded by the copies.
-    Raises SFTError: a number that is neither, nothing held out, nothing left to train on.
+    held_out: a whole number of 1 or more holds out that many rows, those with the smallest hashes. A number below 1
+    is a share: it holds out the rows whose hash is below that share of the range, which is about that many; adding
+    rows to the data then moves no row from one side to the other.
+
+    Copies of a held-out row are held out too, so no row is on both sides; a number of rows may be exceeded by copies.
+    Raises SFTError: a number that is neither, no row held out, no row left to train on.
     """
     hashes = hash_rows(dataset)
-    chosen = _chosen(hashes, held_out)
-    if not chosen.any():
-        raise SFTError(f"held out {held_out:g} of {len(dataset)} rows: no row falls below the share; give a count")
-    if chosen.all():
-        raise SFTError(f"held out {held_out:g} of {len(dataset)} rows: nothing is left to train on; hold out less")
-    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+    is_held_out = _select_held_out(hashes, held_out)
+    if not is_held_out.any():
+        raise SFTError(f"held_out: {held_out:g} selects none of {len(dataset)} rows; give a number of rows, such as 20")
+    if is_held_out.all():
+        raise SFTError(f"held_out: {held_out:g} leaves none of {len(dataset)} rows to train on; lower it")
+    return dataset.select(np.flatnonzero(~is_held_out)), dataset.select(np.flatnonzero(is_held_out))
 
 
-def _chosen(hashes: np.ndarray, held_out: float) -> np.ndarray:
+def _select_held_out(hashes: np.ndarray, held_out: float) -> np.ndarray:
+    """Return the mask ([rows], bool) of the rows to hold out."""
     if 0 < held_out < 1:
         return hashes < np.uint64(int(held_out * 2**64))
     if held_out >= 1 and held_out % 1 == 0:
         return hashes <= np.sort(hashes)[min(int(held_out), len(hashes)) - 1]
-    raise SFTError(f"held out {held_out:g}: give a share between 0 and 1 (0.05) or a whole number of rows (20)")
+    raise SFTError(f"held_out: {held_out:g} must be a share between 0 and 1 (0.05) or a whole number of rows (20)")
 
 
 def select_rows(dataset: Dataset, rows: int) -> Dataset:
-    """The `rows` rows with the smallest hashes, or all where there are no more, in their order: fewer are always among
-    more."""
+    """Select the `rows` rows with the smallest hashes, in their order; all rows if there are no more than that.
+
+    A smaller number of rows is always a subset of a larger one.
+    """
     smallest = np.argsort(hash_rows(dataset, "take"), kind="stable")[:rows]
     return dataset.select(np.sort(smallest))
 
 
-def drop_overlap(train: Dataset, held: Dataset) -> Dataset:
-    """`train` without the rows that stand in `held` too; their number is logged.
+def drop_overlap(train: Dataset, held_out: Dataset) -> Dataset:
+    """Drop the rows of `train` that are in `held_out` too, and log their number.
 
-    Raises SFTError if nothing is left.
+    Raises SFTError if no row is left.
     """
-    shared = np.isin(hash_rows(train), hash_rows(held))
-    if shared.all():
-        raise SFTError("every training row stands in the evaluation data too: nothing is left to train on")
-    if not shared.any():
+    is_shared = np.isin(hash_rows(train), hash_rows(held_out))
+    if is_shared.all():
+        raise SFTError(
+            "train_data: every row is in the evaluation data too; no row is left to train on, add other rows"
+        )
+    if not is_shared.any():
         return train
-    logger.info("%s training rows stand in the evaluation data and are left out", f"{int(shared.sum()):,}")
-    return train.select(np.flatnonzero(~shared))
+    logger.info("dropped %s training rows that are in the evaluation data too", f"{int(is_shared.sum()):,}")
+    return train.select(np.flatnonzero(~is_shared))

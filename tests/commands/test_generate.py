@@ -161,14 +161,14 @@ def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path,
     bad = {row["origin"]: row for row in rows_of(errors_of(output))}
     assert all(row["finish_reason"] == "error" and "messages" not in row for row in bad.values())
     errors = [bad[f"prompts.jsonl line {n}"]["error"] for n in (2, 3, 4, 5)]
-    assert errors[0] == "the user's text is empty"
+    assert errors[0] == "the content of messages[0] (user) is empty"
     assert "prompt tokens and 4 new ones exceed 4096: shorten either" in errors[1]
-    assert errors[2] == "'prompt' and 'completion' must both be text or both be lists of messages"
-    assert errors[3] == "no 'prompt' (the row has: completion), which prompt-completion rows need"
+    assert errors[2] == "'prompt' and 'completion' must both be strings or both be lists of messages"
+    assert errors[3] == "missing 'prompt', which prompt-completion rows require; the row has completion"
     assert caplog.messages[-1] == (
         f"{output}: 2 answers, 2 of them cut off by max_new_tokens; 4 prompts got none, see {output}.errors"
     )
-    with pytest.raises(SFTError, match="not a known kind of file"):
+    with pytest.raises(SFTError, match="unsupported file type"):
         load_source(str(errors_of(output)))
     generate_file(replace(request, max_length=40, overwrite=True))
     assert len(rows_of(errors_of(output))) == 4

@@ -13,7 +13,7 @@ from sft_pipeline.utils.errors import SFTError
 
 
 def alpaca(start: int, stop: int) -> list[dict[str, str]]:
-    return [{"instruction": f"question {at}", "output": f"answer {at}"} for at in range(start, stop)]
+    return [{"instruction": f"question {index}", "output": f"answer {index}"} for index in range(start, stop)]
 
 
 @pytest.fixture
@@ -38,70 +38,72 @@ def questions(dataset) -> list[int]:
 
 
 def test_nothing_held_out(file):
-    train, held = load_conversations(arguments([file("a.json", 0, 4), file("b.json", 4, 6)]))
-    assert held is None
+    train, held_out = load_conversations(arguments([file("a.json", 0, 4), file("b.json", 4, 6)]))
+    assert held_out is None
     assert questions(train) == list(range(6))
-    assert train["origin"][:] == [*(f"a.json row {at}" for at in range(4)), "b.json row 0", "b.json row 1"]
+    assert train["origin"][:] == [*(f"a.json row {index}" for index in range(4)), "b.json row 0", "b.json row 1"]
 
 
 def test_held_out_by_count(file):
-    train, held = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
-    assert len(held) == 6
-    assert sorted(questions(train) + questions(held)) == list(range(20))
+    train, held_out = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
+    assert len(held_out) == 6
+    assert sorted(questions(train) + questions(held_out)) == list(range(20))
 
 
 def test_held_out_by_share(file):
-    train, held = load_conversations(arguments(file("a.json", 0, 200), held_out=0.25))
-    assert 30 <= len(held) <= 70
-    assert sorted(questions(train) + questions(held)) == list(range(200))
+    train, held_out = load_conversations(arguments(file("a.json", 0, 200), held_out=0.25))
+    assert 30 <= len(held_out) <= 70
+    assert sorted(questions(train) + questions(held_out)) == list(range(200))
 
 
 def test_held_out_rows_are_the_same_in_another_order(file, tmp_path):
-    _, held = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
+    _, held_out = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
     (tmp_path / "b.json").write_text(json.dumps(alpaca(0, 20)[::-1]), encoding="utf-8")
     _, again = load_conversations(arguments(str(tmp_path / "b.json"), held_out=6))
-    assert questions(again) == questions(held)
+    assert questions(again) == questions(held_out)
 
 
 def test_rows_of_eval_data_are_not_trained(file, caplog):
     keys = {"eval_data": [file("held.json", 15, 22), file("more.json", 30, 32)]}
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
-        train, held = load_conversations(arguments(file("a.json", 0, 20), **keys))
-    assert questions(held) == [*range(15, 22), 30, 31]
+        train, held_out = load_conversations(arguments(file("a.json", 0, 20), **keys))
+    assert questions(held_out) == [*range(15, 22), 30, 31]
     assert questions(train) == list(range(15))
-    assert "5 training rows stand in the evaluation data and are left out" in caplog.text
+    assert "dropped 5 training rows that are in the evaluation data too" in caplog.text
 
 
 def test_eval_data_that_has_all(file):
-    with pytest.raises(SFTError, match="every training row stands in the evaluation data too"):
+    with pytest.raises(SFTError, match="train_data: every row is in the evaluation data too"):
         load_conversations(arguments(file("a.json", 0, 3), eval_data=[file("held.json", 0, 3)]))
 
 
 def test_weights(file):
     sources = [file("a.json", 0, 4), file("b.json", 4, 8)]
-    train, held = load_conversations(arguments(sources, train_data_weights=[2.0, 0.5]))
-    assert held is None and len(train) == 10
-    assert [at for at in questions(train) if at < 4] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len({at for at in questions(train) if at >= 4}) == 2
+    train, held_out = load_conversations(arguments(sources, train_data_weights=[2.0, 0.5]))
+    assert held_out is None and len(train) == 10
+    assert [index for index in questions(train) if index < 4] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({index for index in questions(train) if index >= 4}) == 2
 
 
 def test_weights_multiply_what_the_held_out_rows_leave(file):
     sources = [file("a.json", 0, 10), file("b.json", 10, 20)]
-    train, held = load_conversations(arguments(sources, train_data_weights=[3.0, 1.0], held_out=8))
-    assert len(held) == 8
-    rest = set(range(20)) - set(questions(held))
-    assert questions(train) == sorted([at for at in rest if at < 10] * 3 + [at for at in rest if at >= 10])
+    train, held_out = load_conversations(arguments(sources, train_data_weights=[3.0, 1.0], held_out=8))
+    assert len(held_out) == 8
+    remaining = set(range(20)) - set(questions(held_out))
+    assert questions(train) == sorted(
+        [index for index in remaining if index < 10] * 3 + [index for index in remaining if index >= 10]
+    )
 
 
 def test_weights_beside_eval_data(file):
-    train, held = load_conversations(
+    train, held_out = load_conversations(
         arguments(file("a.json", 0, 4), train_data_weights=[2.0], eval_data=[file("held.json", 3, 5)])
     )
-    assert questions(train) == [0, 0, 1, 1, 2, 2] and questions(held) == [3, 4]
+    assert questions(train) == [0, 0, 1, 1, 2, 2] and questions(held_out) == [3, 4]
 
 
 def test_weights_too_few(file):
-    with pytest.raises(SFTError, match="1 weights for 2 data sets"):
+    with pytest.raises(SFTError, match="train_data_weights: 1 weights for 2 datasets"):
         load_conversations(arguments([file("a.json", 0, 2), file("b.json", 2, 4)], train_data_weights=[1.0]))
 
 
@@ -148,29 +150,29 @@ def test_one_row_is_the_row_that_is_trained(file, tokenizer, cache):
     sft = arguments([file("a.json", 0, 3), file("b.json", 3, 5)], system_prompt="s")
     template = build_template("chat", tokenizer)
     prepared = prepare_data(sft, template)
-    for at in range(5):
-        row, origin = load_one_row(sft, template, at)
-        assert row == prepared.train[at]
-        assert origin == (f"a.json row {at}" if at < 3 else f"b.json row {at - 3}")
+    for index in range(5):
+        row, origin = load_one_row(sft, template, index)
+        assert row == prepared.train[index]
+        assert origin == (f"a.json row {index}" if index < 3 else f"b.json row {index - 3}")
 
 
 @pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_that_is_not_there(file, tokenizer, row):
-    with pytest.raises(SFTError, match=f"^row {row}: train_data has the rows 0 to 2$"):
+    with pytest.raises(SFTError, match=f"^row {row}: out of range; train_data has rows 0 to 2$"):
         load_one_row(arguments(file("a.json", 0, 3)), build_template("role", tokenizer), row)
 
 
 def test_a_row_that_is_dropped(file, tokenizer):
     sft = arguments(file("a.json", 0, 3), max_length=5)
-    said = "^a.json row 1: dropped, longer than max_length; raise max_length or choose another `overlong`$"
-    with pytest.raises(SFTError, match=said):
+    message = r"^a.json row 1: dropped \(longer than max_length\); raise max_length or change overlong$"
+    with pytest.raises(SFTError, match=message):
         load_one_row(sft, build_template("role", tokenizer), 1)
 
 
 def test_the_projects_own_rows(tokenizer, cache):
     """What the quickstart trains on parses and fits, and no held-out row is trained."""
     path = Path(__file__).parents[2] / "configs" / "data" / "quickstart.jsonl"
-    train, held = load_conversations(arguments(str(path), held_out=40))
-    assert len(held) >= 40 and len(train) > len(held)
+    train, held_out = load_conversations(arguments(str(path), held_out=40))
+    assert len(held_out) >= 40 and len(train) > len(held_out)
     trained = {json.dumps(messages) for messages in train["messages"]}
-    assert not trained & {json.dumps(messages) for messages in held["messages"]}
+    assert not trained & {json.dumps(messages) for messages in held_out["messages"]}

@@ -36,8 +36,8 @@ def colour(text: Text, part: str) -> set[str]:
     """The styles of the characters of `part`, which stands in `text` once; line ends have none."""
     assert text.plain.count(part) == 1
     start = text.plain.index(part)
-    places = [at for at in range(start, start + len(part)) if text.plain[at] != "\n"]
-    return {" ".join(str(span.style) for span in text.spans if span.start <= at < span.end) for at in places}
+    positions = [i for i in range(start, start + len(part)) if text.plain[i] != "\n"]
+    return {" ".join(str(span.style) for span in text.spans if span.start <= i < span.end) for i in positions}
 
 
 # ---- whole characters
@@ -47,7 +47,7 @@ def test_a_character_of_several_tokens_stays_whole(tokenizer):
     ids = encode_as_text(tokenizer, ["a瓜🙂b"])[0]
     assert len(ids) == 1 + 3 + 4 + 1
     assert decode_tokens(ids, tokenizer) == ["a", "", "", "瓜", "", "", "", "🙂", "b"]
-    parts = ["瓜(1/3)", "瓜(2/3)", "瓜(3/3)", *(f"🙂({at}/4)" for at in range(1, 5))]
+    parts = ["瓜(1/3)", "瓜(2/3)", "瓜(3/3)", *(f"🙂({part}/4)" for part in range(1, 5))]
     assert decode_tokens(ids, tokenizer, parts=True) == ["a", *parts, "b"]
 
 
@@ -131,11 +131,11 @@ def test_show_positions(tokenizer):
     assert len(lines) == 1 + len(row["input_ids"])
     assert lines[1].split()[:3] == ["0", "1", "<|im_start|>"] and lines[1].split()[-1] == "no"
     end = [line.split() for line in lines[-5:]]
-    at, ids = len(row["input_ids"]), row["input_ids"]
-    assert end[0] == [str(at - 5), str(ids[-5]), "x", "瓜(1/3)", "yes"]
-    assert end[1] == [str(at - 4), str(ids[-4]), "瓜(1/3)", "瓜(2/3)", "yes"]
-    assert end[3] == [str(at - 2), str(ids[-2]), "瓜(3/3)", "<|im_end|>", "yes"]
-    assert end[4] == [str(at - 1), "2", "<|im_end|>", "no"]
+    length, ids = len(row["input_ids"]), row["input_ids"]
+    assert end[0] == [str(length - 5), str(ids[-5]), "x", "瓜(1/3)", "yes"]
+    assert end[1] == [str(length - 4), str(ids[-4]), "瓜(1/3)", "瓜(2/3)", "yes"]
+    assert end[3] == [str(length - 2), str(ids[-2]), "瓜(3/3)", "<|im_end|>", "yes"]
+    assert end[4] == [str(length - 1), "2", "<|im_end|>", "no"]
     assert sum(line.rstrip().endswith("yes") for line in lines) == 5
 
 

@@ -60,17 +60,23 @@ def test_the_last_answer_is_the_reference(row, messages, reference, tmp_path):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"messages": []}, "an empty conversation"),
-        ({"messages": [user(" ")]}, "the user's text is empty"),
-        ({"messages": [SYSTEM]}, "a message of the assistant where the user should speak"),
-        ({"messages": [user("Hi"), assistant("a"), assistant("b")]}, "a message of the assistant where the user"),
-        ({"messages": [user("Hi"), user("Hi")]}, "a message of the user where the assistant should speak"),
-        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0] has the unknown role 'robot'; known are"),
-        ({"messages": [user("Hi"), {"role": "assistant", "content": 3}]}, "a message of the assistant is of type int"),
-        ({"messages": [user("\ud800")]}, "a message of the user holds half a character"),
-        ({"messages": "Hi"}, "'messages' is of type str, not a list of messages"),
-        ({"prompt": "Hi"}, "no 'messages' (the row has: prompt), which messages rows need"),
-        ([1], "a row must be an object with columns, this is of type list"),
+        ({"messages": []}, "the conversation has no user message"),
+        ({"messages": [user(" ")]}, "the content of messages[0] (user) is empty"),
+        ({"messages": [SYSTEM]}, "the conversation has no user message"),
+        ({"messages": [user("Hi"), assistant("a"), assistant("b")]}, "messages[2]: expected role user, got assistant"),
+        ({"messages": [user("Hi"), user("Hi")]}, "messages[1]: expected role assistant, got user"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0]: unknown role 'robot'; use one of: "),
+        (
+            {"messages": [user("Hi"), {"role": "assistant", "content": 3}]},
+            "the content of messages[1] (assistant) must be a string, got int",
+        ),
+        (
+            {"messages": [user("\ud800")]},
+            "the content of messages[0] (user) contains a lone surrogate, which is not valid Unicode text",
+        ),
+        ({"messages": "Hi"}, "'messages' must be a list of messages, got str"),
+        ({"prompt": "Hi"}, "missing 'messages', which messages rows require; the row has prompt"),
+        ([1], "expected an object with columns, got list"),
     ],
 )
 def test_a_bad_row_stays_where_it_is(row, problem, tmp_path):
@@ -94,16 +100,16 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
 def test_csv_parquet_folders_and_saved_data_sets(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt\nHi\nWhy?\n")
     expected = [[user("Hi")], [user("Why?")]]
-    assert [one.messages for one in load_prompts(str(tmp_path / "rows.csv"))] == expected
+    assert [prompt.messages for prompt in load_prompts(str(tmp_path / "rows.csv"))] == expected
     rows = datasets.Dataset.from_dict({"prompt": ["Hi", "Why?"]})
     rows.to_parquet(tmp_path / "rows.parquet")
-    assert [one.messages for one in load_prompts(str(tmp_path / "rows.parquet"))] == expected
-    assert [one.origin for one in load_prompts(str(tmp_path))][1:3] == [
+    assert [prompt.messages for prompt in load_prompts(str(tmp_path / "rows.parquet"))] == expected
+    assert [prompt.origin for prompt in load_prompts(str(tmp_path))][1:3] == [
         f"{tmp_path.name}/rows.csv row 1",
         f"{tmp_path.name}/rows.parquet row 0",
     ]
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")
-    assert [one.messages for one in load_prompts(str(tmp_path / "saved"))] == expected
+    assert [prompt.messages for prompt in load_prompts(str(tmp_path / "saved"))] == expected
 
 
 def test_the_hub(monkeypatch):
@@ -123,11 +129,11 @@ def test_the_hub(monkeypatch):
         (
             "a.jsonl",
             b'{"question": "Hi"}',
-            "a.jsonl: its columns (question) fit no known shape; rename them to one of: ",
+            "a.jsonl: its columns (question) match no row format; rename them to one of: ",
         ),
-        ("a.jsonl", b'{"prompt": "Hi"}\n{"prompt', "a.jsonl line 2: not JSON"),
+        ("a.jsonl", b'{"prompt": "Hi"}\n{"prompt', "a.jsonl line 2: invalid JSON"),
         ("a.jsonl", None, "a.jsonl: no such file or folder"),
-        ("a.docx", b"Hi", "a.docx: not a known kind of file; known are"),
+        ("a.docx", b"Hi", "a.docx: unsupported file type; use one of"),
     ],
 )
 def test_a_file_that_cannot_be_read(file, content, message, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from sft_pipeline.data.pipeline import PreparedData, prepare_data
 from sft_pipeline.data.shards import (
     PARTS,
     RECORD_FILE,
-    _map,
+    _map_part,
     find_shard_mismatch,
     list_shard_inputs,
     map_shards,
@@ -43,7 +43,7 @@ from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
 
 PROCESSES = 2
-AGAIN = "run `prepare` again, or give the config it was prepared with"
+REMEDY = "run `prepare` again, or use the config it was prepared with"
 
 
 @pytest.fixture
@@ -82,8 +82,11 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft_pipeline.data.pipeline.load_source", refused)
 
 
-def same_rows(one: PreparedData, other: PreparedData) -> bool:
-    parts = [[getattr(data, name) and getattr(data, name).to_list() for name in PARTS] for data in (one, other)]
+def same_rows(data: PreparedData, expected: PreparedData) -> bool:
+    parts = [
+        [getattr(prepared, name) and getattr(prepared, name).to_list() for name in PARTS]
+        for prepared in (data, expected)
+    ]
     return parts[0] == parts[1] and parts[0][0] != []
 
 
@@ -100,12 +103,12 @@ def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, 
     assert (len(files) > 2) == (shard_size == "3KB")
     expected = prepare_data(sft, template)
     no_encoding(monkeypatch)
-    found = map_shards(sft, template, training)
-    assert same_rows(found, expected)
-    assert found.train_stats == expected.train_stats and found.held_out_stats == expected.held_out_stats
-    assert found.train_stats.dropped == {"longer than max_length": 1} and found.train_stats.cached
+    data = map_shards(sft, template, training)
+    assert same_rows(data, expected)
+    assert data.train_stats == expected.train_stats and data.held_out_stats == expected.held_out_stats
+    assert data.train_stats.dropped == {"longer than max_length": 1} and data.train_stats.cached
     # As files, of which nothing is in memory before it is read.
-    assert [Path(one["filename"]).name for one in found.train.cache_files] == files
+    assert [Path(file["filename"]).name for file in data.train.cache_files] == files
 
 
 def in_a_fork(work: Callable[[], object]) -> str:
@@ -113,11 +116,11 @@ def in_a_fork(work: Callable[[], object]) -> str:
     ours, theirs = os.pipe()
     if os.fork() == 0:
         try:
-            found = str(work())
+            result = str(work())
         except BaseException as error:
-            found = type(error).__name__
+            result = type(error).__name__
         finally:
-            os.write(theirs, found.encode())
+            os.write(theirs, result.encode())
             os._exit(0)
     os.close(theirs)
     os.wait()
@@ -145,7 +148,7 @@ def test_shards_that_memory_could_not_hold_are_read(tmp_path):
     assert in_a_fork(write) == "None"
     size = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
     assert size > 2**26 - 2**22
-    mapped = in_a_fork(lambda: tokens_read(lambda: _map(tmp_path), size // 3))
+    mapped = in_a_fork(lambda: tokens_read(lambda: _map_part(tmp_path), size // 3))
     loaded = in_a_fork(lambda: tokens_read(lambda: datasets.load_from_disk(tmp_path, keep_in_memory=True), size // 3))
     assert (mapped, loaded) == ("8000000", "ArrowMemoryError")
 
@@ -154,9 +157,9 @@ def test_without_held_out_rows(config, tokenizer):
     sft, training = parse_config(str(config), ["--held_out", "0"])
     template = build_template("role", tokenizer)
     write_shards(sft, template, Path("shards"))
-    found = map_shards(sft, template, training)
-    assert found.held_out is found.held_out_stats is found.held_out_messages is None
-    assert same_rows(found, prepare_data(sft, template))
+    data = map_shards(sft, template, training)
+    assert data.held_out is data.held_out_stats is data.held_out_messages is None
+    assert same_rows(data, prepare_data(sft, template))
 
 
 def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
@@ -170,14 +173,14 @@ def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
     main(["prepare", str(config)])
     assert capsys.readouterr().out == "prepared in shards; to train from it add --prepared_data shards\n"
     no_encoding(monkeypatch)
-    found = run("mapped", "--prepared_data", "shards")
+    result = run("mapped", "--prepared_data", "shards")
     measured = ("tokens_per_second", "peak_memory_gib", "runtime", "per_second")
     curves = [
-        [{key: value for key, value in entry.items() if not key.endswith(measured)} for entry in one["loss_curve"]]
-        for one in (expected, found)
+        [{key: value for key, value in entry.items() if not key.endswith(measured)} for entry in results["loss_curve"]]
+        for results in (expected, result)
     ]
     assert curves[0] == curves[1] and len({entry["loss"] for entry in curves[0] if "loss" in entry}) == 3
-    assert found["answers"] == expected["answers"] and found["answers"]
+    assert result["answers"] == expected["answers"] and result["answers"]
     weights = [load_file(Path(name) / "model.safetensors") for name in ("plain", "mapped")]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
@@ -211,12 +214,12 @@ def work(process: int, config: str) -> None:
 def test_two_processes_map_and_neither_encodes(config):
     main(["prepare", str(config)])
     run_ranks(work, PROCESSES, str(config))
-    found = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
+    results = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
     sft, _ = parse_config(str(config), [])
     expected = prepare_data(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))
-    assert found[0] == found[1]
-    assert found[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
-    assert found[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
+    assert results[0] == results[1]
+    assert results[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
+    assert results[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
 
 
 # What is refused.
@@ -238,12 +241,12 @@ CHANGES = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_that_differs_is_named(key, written, tokenizer):
     sft, training = written
-    changes, said = CHANGES[key]
+    changes, message = CHANGES[key]
     for name, value in changes.items():
         setattr(sft, name, value)
     with pytest.raises(SFTError) as refused:
         map_shards(sft, build_template(sft.template, tokenizer), training)
-    assert str(refused.value) == f"prepared_data shards: {key} differs ({said}); {AGAIN}"
+    assert str(refused.value) == f"prepared_data shards: {key} differs ({message}); {REMEDY}"
 
 
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
@@ -263,8 +266,8 @@ def test_rows_that_have_changed(written, tokenizer):
     Path("rows.jsonl").touch()
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Say 3", "Say 4", 1))
-    said = f"train_data differs (rows.jsonl has other content); {AGAIN}"
-    assert find_shard_mismatch(sft, template, Path("shards")) == said
+    message = f"train_data differs (the content of rows.jsonl differs); {REMEDY}"
+    assert find_shard_mismatch(sft, template, Path("shards")) == message
 
 
 def test_rows_that_are_elsewhere(written, tokenizer):
@@ -277,7 +280,7 @@ def test_rows_that_are_elsewhere(written, tokenizer):
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     sft.train_data = ["owner/rows"]
     assert find_shard_mismatch(sft, template, Path("shards")) == (
-        f"train_data differs (prepared from rows.jsonl, now owner/rows); {AGAIN}"
+        f"train_data differs (prepared from rows.jsonl, now owner/rows); {REMEDY}"
     )
     sft.train_data = ["moved.jsonl", "moved.jsonl"]
     assert find_shard_mismatch(sft, template, Path("shards")).startswith(
@@ -295,7 +298,7 @@ def test_a_folder_of_rows_is_known_by_its_files(config, tokenizer):
     assert find_shard_mismatch(sft, template, Path("shards")) is None
     shutil.copy("rows.jsonl", "folder/b.jsonl")
     assert find_shard_mismatch(sft, template, Path("shards")).startswith(
-        "train_data differs (folder has other content)"
+        "train_data differs (the content of folder differs)"
     )
     shutil.rmtree("folder")
     Path("folder").mkdir()
@@ -308,8 +311,8 @@ def test_another_tokenizer(written):
     own.backend_tokenizer.enable_padding()
     assert find_shard_mismatch(written[0], build_template("role", own), Path("shards")) is None
     own.backend_tokenizer.normalizer = normalizers.Lowercase()
-    said = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
-    assert said.startswith("tokenizer differs (prepared with '") and said.endswith(AGAIN)
+    message = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
+    assert message.startswith("tokenizer differs (prepared with '") and message.endswith(REMEDY)
 
 
 def test_another_chat_template(config, make_tokenizer):
@@ -320,9 +323,9 @@ def test_another_chat_template(config, make_tokenizer):
 
 
 def test_another_format(written, tokenizer, monkeypatch):
-    monkeypatch.setattr(shards, "FORMAT", shards.FORMAT + 1)
-    said = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
-    assert said.startswith(f"format differs (prepared with {shards.FORMAT - 1}, now {shards.FORMAT})")
+    monkeypatch.setattr(shards, "SHARDS_FORMAT", shards.SHARDS_FORMAT + 1)
+    message = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
+    assert message.startswith(f"format differs (prepared with {shards.SHARDS_FORMAT - 1}, now {shards.SHARDS_FORMAT})")
 
 
 @pytest.mark.parametrize("part", [*PARTS, RECORD_FILE])
@@ -332,15 +335,15 @@ def test_damaged_shards(part, written, tokenizer):
     file = Path("shards") / name
     whole = file.read_bytes()
     file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    said = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
-    assert find_shard_mismatch(written[0], template, Path("shards")) == said
+    message = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
+    assert find_shard_mismatch(written[0], template, Path("shards")) == message
     # Which puts it in order.
     write_shards(written[0], template, Path("shards"))
     assert file.read_bytes() == whole
     if part != RECORD_FILE:
         file.unlink()
-        said = f"damaged ({name} is missing); run `prepare` again"
-        assert find_shard_mismatch(written[0], template, Path("shards")) == said
+        message = f"damaged ({name} is missing); run `prepare` again"
+        assert find_shard_mismatch(written[0], template, Path("shards")) == message
 
 
 def test_folders_that_are_none(written, tokenizer):
@@ -357,7 +360,7 @@ def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
     """The first process, on another one, has found nothing wrong."""
     monkeypatch.setattr(shards, "run_on_main_process", lambda training, look: None)
     written[0].prepared_data = "elsewhere"
-    with pytest.raises(SFTError, match="^prepared_data elsewhere: is not on every machine; copy it to all"):
+    with pytest.raises(SFTError, match="^prepared_data elsewhere: missing on this machine; copy it to all machines"):
         map_shards(written[0], build_template("role", tokenizer), written[1])
 
 
@@ -367,12 +370,12 @@ def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
 def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokenizer, caplog, monkeypatch):
     sft, training = written
     template = build_template("role", tokenizer)
-    before = contents(Path("shards"))
+    previous = contents(Path("shards"))
     with caplog.at_level("INFO", logger="sft_pipeline"), pytest.MonkeyPatch.context() as patch:
         no_encoding(patch)
         write_shards(sft, template, Path("shards"))
-    assert "shards: prepared already, nothing has changed since" in caplog.text
-    assert contents(Path("shards")) == before
+    assert "shards: up to date, nothing to prepare" in caplog.text
+    assert contents(Path("shards")) == previous
     sft.max_length = 100
     write_shards(sft, template, Path("shards"))
     assert same_rows(map_shards(sft, template, training), prepare_data(sft, template))
@@ -381,12 +384,12 @@ def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokeniz
 
 def test_other_files_are_left_alone(config, tokenizer):
     sft, _ = parse_config(str(config), [])
-    for place in (Path("rows.jsonl"), Path("thesis")):
-        if place.suffix == "":
-            place.mkdir()
-            (place / "chapter.tex").write_text("years of work")
-        with pytest.raises(SFTError, match=f"^prepared_data {place}: holds files that `prepare` did not write; choose"):
-            write_shards(sft, build_template("role", tokenizer), place)
+    for folder in (Path("rows.jsonl"), Path("thesis")):
+        if folder.suffix == "":
+            folder.mkdir()
+            (folder / "chapter.tex").write_text("years of work")
+        with pytest.raises(SFTError, match=f"^prepared_data {folder}: has files that `prepare` did not write; choose"):
+            write_shards(sft, build_template("role", tokenizer), folder)
     assert contents(Path("thesis")) == {"chapter.tex": b"years of work"}
     Path("empty").mkdir()
     write_shards(sft, build_template("role", tokenizer), Path("empty"))
@@ -396,7 +399,7 @@ def test_other_files_are_left_alone(config, tokenizer):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, monkeypatch):
     sft, _ = written
-    before = contents(Path("shards"))
+    previous = contents(Path("shards"))
 
     def broken_off(folder):
         assert (folder / "train" / "state.json").is_file()
@@ -405,11 +408,12 @@ def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, mon
     monkeypatch.setattr(shards, "write_checksums", broken_off)
     sft.max_length = 100
     disk = isinstance(error, OSError)
-    said = r"^prepared_data (shards|new): cannot be written \(\[Errno 28\] No space left on device\)$" if disk else None
+    reason = r"\(\[Errno 28\] No space left on device\)"
+    message = rf"^prepared_data (shards|new): cannot be written {reason}; check permissions and disk space$"
     for folder in (Path("shards"), Path("new")):
-        with pytest.raises(SFTError if disk else KeyboardInterrupt, match=said):
+        with pytest.raises(SFTError if disk else KeyboardInterrupt, match=message if disk else None):
             write_shards(sft, build_template("role", tokenizer), folder)
-    assert contents(Path("shards")) == before
+    assert contents(Path("shards")) == previous
     assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
 
 
@@ -433,13 +437,15 @@ CONVERSATIONS = [
 
 
 def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
-    """Where this fails and should, FORMAT is raised with the hash: shards of earlier releases are then refused."""
+    """If this fails on purpose, raise SHARDS_FORMAT and update the hash, so that older shards are refused."""
     file = tmp_path / "rows.json"
-    named = [{"messages": [*rows, *rows[-2:]][: len(rows) + 2 * (at % 2)]} for at, rows in enumerate(CONVERSATIONS * 8)]
-    for at, row in enumerate(named):
-        row["messages"][-1] = {"role": "assistant", "content": f"{row['messages'][-1]['content']} {at}"}
+    named = [
+        {"messages": [*rows, *rows[-2:]][: len(rows) + 2 * (index % 2)]} for index, rows in enumerate(CONVERSATIONS * 8)
+    ]
+    for index, row in enumerate(named):
+        row["messages"][-1] = {"role": "assistant", "content": f"{row['messages'][-1]['content']} {index}"}
     file.write_text(json.dumps(named))
-    found = []
+    results = []
     for template in ("role", "chat"):
         for keys in (
             {"overlong": "drop"},
@@ -457,5 +463,5 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
                 **keys,
             )
             data = prepare_data(sft, build_template(template, tokenizer))
-            found.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.FORMAT, hash_texts(json.dumps(found))[:16]) == (1, "0f9f08cb6e53b0b6")
+            results.append([getattr(data, name).to_list() for name in ("train", "held_out")])
+    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (2, "0f9f08cb6e53b0b6")

@@ -306,13 +306,15 @@ def test_a_link_out_of_a_data_folder_is_refused(tmp_path):
         (folder / "zz.jsonl").symlink_to(target)
         for load in (load_source, load_prompts):
             refusal(
-                lambda load=load: load(str(folder)), "zz.jsonl is a link out of the folder", "name it in train_data"
+                lambda load=load: load(str(folder)),
+                "zz.jsonl is a symbolic link that leaves the folder",
+                "name it in train_data",
             )
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     [data] = (tmp_path / "saved").glob("*.arrow")
     data.rename(tmp_path / "elsewhere.arrow")
     data.symlink_to(tmp_path / "elsewhere.arrow")
-    refusal(lambda: load_source(str(tmp_path / "saved")), f"{data.name} is a link out of the folder")
+    refusal(lambda: load_source(str(tmp_path / "saved")), f"{data.name} is a symbolic link that leaves the folder")
 
 
 def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
@@ -458,7 +460,7 @@ def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
     file.write_text(json.dumps({"prompt": "Hi", "completion": "Yes?", "more\n\x1b[2J": 1}))
     with caplog.at_level(logging.INFO):
         assert load_source(str(file))["origin"] == ["a\u241b[2J\u240a.jsonl line 1"]
-    assert "without more\u240a\u241b[2J" in caplog.text
+    assert "ignored columns: more\u240a\u241b[2J" in caplog.text
     os.close(os.open(os.fsencode(tmp_path) + b"/\xff.jsonl", os.O_CREAT))
     refusal(lambda: load_source(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), "\\udcff.jsonl: no rows")
 
@@ -504,7 +506,7 @@ def test_columns_of_one_name_are_refused_not_lost(kind, tmp_path):
     else:
         with pa.ipc.new_file(str(file), twins.schema) as writer:
             writer.write_table(twins)
-    refusal(lambda: load_source(str(file)), f"rows.{kind}: has more than one column 'completion'")
+    refusal(lambda: load_source(str(file)), f"rows.{kind}: duplicate column 'completion'")
 
 
 def test_a_row_that_spells_a_stand_in_keeps_its_text(tokenizer):
