@@ -97,7 +97,7 @@ if [[ $verb == lint ]]; then
     ruff format --check
     exec mypy
 fi
-extras=lora,plot
+extras=lora,plot,judge
 if [[ $verb == dashboard || " $* " == *" --report_to"* ]]; then extras+=,track; fi
 install "$extras"
 if [[ $verb == train ]]; then

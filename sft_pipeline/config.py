@@ -1,9 +1,9 @@
-"""What a run is told: one flat YAML file, overridden on the command line.
+"""Configuration of a run: a flat YAML file and command-line overrides.
 
     sft-pipeline train configs/quickstart.yaml --learning_rate 2e-5
 
-The keys are `transformers.TrainingArguments`' own and those of `SFTArguments` below, in one namespace. Nothing here
-imports torch until `parse` is called, so that `--help` answers at once.
+The keys are those of `transformers.TrainingArguments` and of `SFTArguments` below, in one namespace. torch is imported
+only when a config is parsed, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -26,106 +26,152 @@ from sft_pipeline.utils.errors import SFTError, format_error
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
 
-# Where our defaults differ from TrainingArguments', because a fine-tuning run is short and has to be looked at.
+# Defaults that differ from those of TrainingArguments, as a fine-tuning run is short and should be easy to follow.
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "logging_first_step": True,
     "eval_on_start": True,
-    # accelerate's tqdm bar is replaced by ours; "passive" would hide it under accelerate launch.
+    # Training shows its own progress bar; the library's default, "passive", would hide it under accelerate launch.
     "disable_tqdm": False,
-    # One line a run, also where it has several nodes.
+    # Each message is logged once, also on several nodes.
     "log_on_each_node": False,
-    # A NaN must be seen, not averaged away.
+    # A NaN loss must appear in the log, not be left out of the average.
     "logging_nan_inf_filter": False,
-    # A resumed run has waited for a better eval_loss as long as the one before it.
+    # Early stopping counts the evaluations before a resume, too.
     "restore_callback_states_from_checkpoint": True,
-    # What trackers call the project; the library's own is huggingface.
+    # The project name in trackers; the library's default is huggingface.
     "project": "sft_pipeline",
 }
 
 
 @dataclass
 class SFTArguments:
-    """The keys that are ours; each is a key of the YAML file and an option of the command line."""
+    """The keys of this package; each is a key of the YAML file and an option of the command line."""
 
     model_name_or_path: str = field(
-        metadata={"help": "A hub name, a model folder, or smollm2-135m (from the package index, no hub needed)."}
+        metadata={"help": "Model to train: a hub name, a model folder, or smollm2-135m (from the package index)."}
     )
-    train_data: list[str] = field(metadata={"help": "Files, folders or hub names of instruction rows."})
+    train_data: list[str] = field(
+        metadata={"help": "Training data: files, folders or hub names of datasets with instruction rows."}
+    )
     eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out rows; without it `held_out` takes some from train_data."}
+        default_factory=list,
+        metadata={"help": "Held-out data, given like train_data; without it, `held_out` splits rows off train_data."},
     )
     train_data_weights: list[float] = field(
         default_factory=list,
-        metadata={"help": "How often each train_data source is taken an epoch: 2 is twice, 0.5 half of its rows."},
+        metadata={
+            "help": "Times that each source of train_data is used per epoch: 2 is twice, 0.5 uses half of its rows."
+        },
     )
     held_out: float = field(
         default=0.0,
-        metadata={"help": "Rows of train_data kept for evaluation: a number from 1 on, a share below 1, 0 for none."},
+        metadata={
+            "help": "Rows of train_data held out for evaluation: a number from 1, a fraction below 1, or 0 for none."
+        },
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave malformed rows out and count them; else the first one is an error."}
+        default=False, metadata={"help": "Skip and count malformed rows instead of stopping at the first one."}
     )
     template: Literal["role", "chat"] = field(
-        default="chat", metadata={"help": "role: \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:; chat: the tokenizer's own."}
+        default="chat",
+        metadata={
+            "help": "Format: chat is the tokenizer's chat template, role is \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:."
+        },
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "Used for rows that bring no system message."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for rows that have none of their own."}
+    )
     train_on: Literal["all", "last"] = field(
-        default="all", metadata={"help": "Which assistant turns are trained: all of a conversation's, or its last."}
+        default="all",
+        metadata={"help": "Assistant turns that the loss is computed on: all turns of a conversation, or the last."},
     )
-    max_length: int = field(default=1024, metadata={"help": "Most tokens a row may have."})
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "Maximum number of tokens in a row; longer rows are handled by `overlong`."},
+    )
     overlong: Literal["drop", "truncate_answer", "truncate_turns"] = field(
-        default="drop", metadata={"help": "What becomes of a longer row; truncate_turns takes the oldest turns away."}
+        default="drop",
+        metadata={
+            "help": "How to handle rows above max_length: drop them, cut off their end or remove their oldest turns."
+        },
     )
     packing: bool = field(
-        default=True, metadata={"help": "Lay a batch's rows end to end, without padding and their common start once."}
+        default=True,
+        metadata={"help": "Concatenate the rows of a batch without padding, and compute their common prefix once."},
     )
     tokens_per_batch: int = field(
         default=0,
-        metadata={"help": "With packing: a batch is filled with rows up to so many tokens; 0 counts rows instead."},
+        metadata={
+            "help": "With packing, maximum number of tokens in a device's batch; 0 sizes batches by number of rows."
+        },
     )
-    pad_to_multiple_of: int = field(default=8, metadata={"help": "Without packing: padded length is a multiple of it."})
-    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters (peft) instead of all parameters."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their outputs are multiplied by lora_alpha / lora_rank."})
+    pad_to_multiple_of: int = field(
+        default=8, metadata={"help": "Without packing, batches are padded to a multiple of this many tokens."}
+    )
+    lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters (LoRA, with peft) instead of all parameters."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "LoRA scaling: adapter outputs are multiplied by lora_alpha / lora_rank."}
+    )
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the linear layers that get adapters."}
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the linear layers that get LoRA adapters; all-linear selects all of them."},
     )
-    lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapters."})
+    lora_merge: bool = field(
+        default=False, metadata={"help": "Save the model with the adapters merged into it, instead of the adapters."}
+    )
     trainable_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Train only parameters whose name one of these regular expressions is found in: self_attn."},
+        metadata={
+            "help": "Train only parameters whose name matches one of these regular expressions, such as self_attn."
+        },
     )
     max_train_rows: int = field(
-        default=0, metadata={"help": "Train on so many rows at most, chosen by content hash; 0 is all."}
+        default=0,
+        metadata={"help": "Maximum number of training rows, selected by a hash of their content; 0 uses all rows."},
     )
     prepared_data: str | None = field(
-        default=None, metadata={"help": "The folder that `prepare` writes; training maps its rows and encodes none."}
+        default=None,
+        metadata={"help": "Folder written by `prepare`; training reads its encoded rows instead of encoding them."},
     )
-    num_proc: int = field(default=2, metadata={"help": "Processes that encode rows."})
+    num_proc: int = field(default=2, metadata={"help": "Number of processes that encode rows."})
     num_answers: int = field(
-        default=5, metadata={"help": "Held-out prompts answered before training, at evaluations and after it."}
+        default=5,
+        metadata={
+            "help": "Number of held-out prompts answered before training, at each evaluation and after training."
+        },
     )
     num_instructions: int = field(
-        default=24, metadata={"help": "Instructions whose answers code checks, asked with them; there are 74."}
+        default=24,
+        metadata={
+            "help": "Built-in instructions (of 74) answered with these prompts; code checks that they are followed."
+        },
     )
     eval_answer_share: float = field(
         default=0.1,
         metadata={
-            "help": "Answers at evaluations on the way take at most this share of the training time: fewer are asked."
+            "help": "Maximum time for answers during training, as a fraction of training time; limits their number."
         },
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens an answer may have."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens in an answer."})
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after this many evaluations without a better eval_loss; 0 never stops."}
+        default=0,
+        metadata={"help": "Stop after this many evaluations without a better eval_loss; 0 disables early stopping."},
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a hub model brings along."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that is already in output_dir."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that a model repository contains."}
+    )
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with two rules of YAML 1.2 where PyYAML has those of 1.1: 1e-5 is a number, and of words only true and
-    false are truth values, so that `save_strategy: no` is what it says."""
+    """Safe YAML loader with two rules of YAML 1.2 instead of 1.1: `1e-5` is a number, and only `true` and `false` are
+    booleans, so that `save_strategy: no` is a string."""
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -138,9 +184,9 @@ _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-
 
 
 def parse_config(config: str | None, overrides: Sequence[str] = ()) -> tuple[SFTArguments, TrainingArguments]:
-    """Read `config` (a YAML file, or None) and `overrides` (["--key", "value", ...]), the latter winning.
+    """Parse `config` (a YAML file, or None) and `overrides` (["--key", "value", ...]), which take precedence.
 
-    Raises SFTError for a file that is missing or no flat YAML, an unknown key, or a value of the wrong type.
+    Raises SFTError for a file that is missing or not flat YAML, an unknown key, or an invalid value.
     """
     return parse_keys(read_keys(Path(config)) if config else {}, config or "run", overrides)
 
@@ -148,7 +194,7 @@ def parse_config(config: str | None, overrides: Sequence[str] = ()) -> tuple[SFT
 def parse_keys(
     keys: dict[str, Any], name: str = "run", overrides: Sequence[str] = ()
 ) -> tuple[SFTArguments, TrainingArguments]:
-    """As `parse`, for the keys of a dictionary; `name` stands in the errors and in the default `output_dir`."""
+    """Parse the keys of a dictionary like `parse_config`; `name` is used in errors and in the default `output_dir`."""
     parser = _build_parser()
     from_file = _convert_keys(keys, name, parser)
     try:
@@ -156,19 +202,18 @@ def parse_keys(
             args=[*from_file, *overrides], return_remaining_strings=True, look_for_args_file=False
         )
     except Exception as error:
-        # TrainingArguments checks its own fields against each other and against this machine; some of what it calls
-        # reads files or computes before it checks.
+        # TrainingArguments validates its fields against each other and the machine, with exceptions of many types.
         raise SFTError(format_error(error, limit=400)) from error
     _check_known_keys([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check_values(sft, training)
     if training.output_dir == "trainer_output":
         training.output_dir = str(Path("outputs") / Path(name).stem)
-    _evaluate_when_there_are_rows(sft, training)
+    _set_eval_strategy(sft, training)
     return sft, training
 
 
 def _build_parser() -> HfArgumentParser:
-    """A parser of both dataclasses whose errors are ours, not a page of usage."""
+    """Build a parser of both dataclasses that raises SFTError instead of printing its usage."""
     from transformers import HfArgumentParser, TrainingArguments
 
     class Parser(HfArgumentParser):
@@ -177,39 +222,41 @@ def _build_parser() -> HfArgumentParser:
             if missing:
                 keys = re.sub(r"--(\w+)/--[\w-]+|--(\w+)", r"\1\2", missing[1])
                 raise SFTError(f"missing: {keys}; add it to the config file or the command line")
-            # argparse spells both forms of an option, --max_length/--max-length; one is enough.
+            # argparse names both forms of an option, --max_length/--max-length; keep the first.
             raise SFTError(re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message))
 
     classes: Any = (SFTArguments, TrainingArguments)
     parser = Parser(classes, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
-    # The library reads it as the text of an older release, unless it stands without a value.
+    # The library's parser reads a value of --fsdp as a string, as older releases did; true and false must be booleans.
     parser._option_string_actions["--fsdp"].type = lambda text: {"true": True, "false": None}.get(text.lower(), text)
-    # A list of trackers, of which the library's parser takes one.
+    # report_to takes several trackers; the library's parser accepts only one.
     next(action for action in parser._actions if action.dest == "report_to").nargs = "+"
     return parser
 
 
 def read_keys(path: Path) -> dict[str, Any]:
-    """The file's keys and values. Raises SFTError for a file that is missing or no YAML of keys and values."""
+    """Read the keys and values of a YAML file. Raises SFTError if it is missing or is not flat YAML."""
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise SFTError(f"{path}: {found}; give a YAML file of keys, the project's own are in configs/")
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise SFTError(f"{path}: {problem}; give a YAML config file, such as one of those in configs/")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except Exception as error:  # beside its own errors, PyYAML lets through those of whatever it builds: dates, numbers
+    except Exception as error:  # PyYAML also raises the errors of the types it constructs, such as dates
         reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise SFTError(f"{path}: not readable as YAML, as a config is: {reason}") from error
+        raise SFTError(f"{path}: not readable as YAML: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise SFTError(f"{path}: needs to be a flat list of `key: value` lines")
+        raise SFTError(f"{path}: must contain only `key: value` lines")
     return values
 
 
 def _convert_keys(values: dict[str, Any], name: str, parser: HfArgumentParser) -> list[str]:
-    """The keys as command-line arguments, each checked against its field, so that both go one way from here."""
+    """Convert keys to command-line arguments, so that one parser handles both; check each against its field."""
     _check_known_keys(list(values), parser, name)
     hints = _resolve_field_types(parser)
-    arguments = [word for key, value in values.items() for word in _format_arguments(name, key, value, hints[key])]
+    arguments = [
+        argument for key, value in values.items() for argument in _format_arguments(name, key, value, hints[key])
+    ]
     try:
         parser.parse_known_args(["--model_name_or_path=", "--train_data=", *arguments])
     except SFTError as error:
@@ -218,49 +265,49 @@ def _convert_keys(values: dict[str, Any], name: str, parser: HfArgumentParser) -
 
 
 def _format_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
-    """One `key: value` as the words that argparse reads."""
-    kinds = _list_union_members(hint)
+    """Format one `key: value` as arguments for argparse."""
+    members = _list_union_members(hint)
     if value is None:
         return []
     if isinstance(value, dict):
         return [f"--{key}={json.dumps(value)}"]
     if isinstance(value, list):
-        if not any(typing.get_origin(kind) is list for kind in kinds):
+        if not any(typing.get_origin(member) is list for member in members):
             raise SFTError(f"{path}: {key} takes one value, not a list")
         return [f"--{key}", *map(str, value)]
-    if isinstance(value, str) and not any(kind in (str, list) or _is_text_like(kind) for kind in kinds):
-        needed = "a number or true/false is needed; write it without quotes"
-        raise SFTError(f"{path}: {key} is the text {value!r} where {needed}")
+    if isinstance(value, str) and not any(_accepts_string(member) for member in members):
+        expected = "a number or true/false is needed; write it without quotes"
+        raise SFTError(f"{path}: {key} is the text {value!r} where {expected}")
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
 
 
 def _list_union_members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """Return the members of a union type, or a tuple of the type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _is_text_like(kind: Any) -> bool:
-    """Whether a text may stand for it: enums, literals, lists of texts and dictionaries (JSON)."""
-    return typing.get_origin(kind) is not None or (isinstance(kind, type) and not issubclass(kind, (int, float)))
+def _accepts_string(type_: Any) -> bool:
+    """Return whether a string can be a value of the type: strings, enums, literals, lists and dictionaries (JSON)."""
+    return typing.get_origin(type_) is not None or (isinstance(type_, type) and not issubclass(type_, (int, float)))
 
 
 def _resolve_field_types(parser: HfArgumentParser) -> dict[str, Any]:
-    """Field name to resolved type, over both dataclasses."""
+    """Return the resolved type of each field of both dataclasses, by name."""
     return {name: hint for cls in parser.dataclass_types for name, hint in typing.get_type_hints(cls).items()}
 
 
-def _check_known_keys(names: list[str], parser: HfArgumentParser, where: str) -> None:
-    """Raise SFTError for the first name that is no field, with the nearest field's name."""
-    known = [f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init]
+def _check_known_keys(names: list[str], parser: HfArgumentParser, source: str) -> None:
+    """Raise SFTError for the first name that is not a field, and suggest the most similar field."""
+    keys = [f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init]
     for name in names:
-        bare = name.removeprefix("--").split("=")[0]
-        if bare not in known:
-            nearest = difflib.get_close_matches(bare, known, n=1, cutoff=0.0)[0]
-            raise SFTError(f"{where}: unknown key {bare}; the nearest known one is {nearest}")
+        key = name.removeprefix("--").split("=")[0]
+        if key not in keys:
+            suggestion = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+            raise SFTError(f"{source}: unknown key {key}; did you mean {suggestion}?")
 
 
 def _check_values(sft: SFTArguments, training: TrainingArguments) -> None:
-    """Raise SFTError for values that no later step could make sense of."""
+    """Raise SFTError for values out of range and for keys that exclude each other."""
     for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(sft, key) < 1:
             raise SFTError(f"{key} is {getattr(sft, key)}; it has to be 1 or more")
@@ -271,40 +318,42 @@ def _check_values(sft: SFTArguments, training: TrainingArguments) -> None:
     if sft.held_out < 0 or (sft.held_out > 1 and sft.held_out != int(sft.held_out)):
         raise SFTError(f"held_out is {sft.held_out}; give a whole number of rows, a share below 1, or 0")
     if training.hub_token:
-        raise SFTError("hub_token: a config and a command line are kept and seen; set HF_TOKEN or call `hf auth login`")
+        raise SFTError(
+            "hub_token: configs and command lines are saved and can be read; set HF_TOKEN or call `hf auth login`"
+        )
     if training.push_to_hub and training.hub_strategy != "end":
         from transformers.trainer_utils import HubStrategy
 
-        # On the way, the library would push its pickle of the arguments.
+        # With the other strategies the library also pushes its pickled arguments.
         raise SFTError(f"push_to_hub needs hub_strategy: end, it is {HubStrategy(training.hub_strategy).value}")
     if sft.held_out and sft.eval_data:
-        raise SFTError("held_out and eval_data are both given; keep one, or held-out rows would have two sources")
+        raise SFTError("held_out and eval_data are both set; remove one of them")
     if sft.lora and sft.trainable_modules:
-        raise SFTError("lora and trainable_modules both say what is trained; keep one")
+        raise SFTError("lora and trainable_modules both select what is trained; remove one of them")
     if sft.early_stopping_patience and not training.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
     if training.dataloader_drop_last:
-        raise SFTError("dataloader_drop_last would leave rows out; every epoch trains each row once, so take it away")
+        raise SFTError("dataloader_drop_last would skip rows; remove it, as every epoch trains on each row once")
     if sft.tokens_per_batch:
         _check_tokens_per_batch(sft, training)
 
 
 def _check_tokens_per_batch(sft: SFTArguments, training: TrainingArguments) -> None:
-    """Raise SFTError for what a budget of tokens cannot go with."""
+    """Raise SFTError for keys that tokens_per_batch cannot be combined with."""
     if not sft.packing:
-        raise SFTError("tokens_per_batch counts the tokens of packed rows; it needs packing: true")
+        raise SFTError("tokens_per_batch needs packing: true, as it counts the tokens of packed rows")
     if sft.tokens_per_batch < sft.max_length:
         raise SFTError(
-            f"tokens_per_batch is {sft.tokens_per_batch}, and a row may have {sft.max_length} tokens (max_length); "
-            "raise the one or lower the other"
+            f"tokens_per_batch is {sft.tokens_per_batch}, less than max_length {sft.max_length}; "
+            "raise tokens_per_batch or lower max_length"
         )
     strategy = str(training.train_sampling_strategy)
     if strategy not in ("random", "sequential"):
-        raise SFTError(f"tokens_per_batch makes batches of its own; train_sampling_strategy {strategy} can't be kept")
+        raise SFTError(f"tokens_per_batch does not support train_sampling_strategy {strategy}; use random")
 
 
-def _evaluate_when_there_are_rows(sft: SFTArguments, training: TrainingArguments) -> None:
-    """Evaluation is on (at step 0 and every epoch) where there are held-out rows, and off where there are none."""
+def _set_eval_strategy(sft: SFTArguments, training: TrainingArguments) -> None:
+    """Turn evaluation off, also at step 0, if there are no held-out rows; otherwise evaluate every epoch by default."""
     from transformers.trainer_utils import IntervalStrategy
 
     if not (sft.eval_data or sft.held_out):
@@ -314,25 +363,29 @@ def _evaluate_when_there_are_rows(sft: SFTArguments, training: TrainingArguments
 
 
 def get_output_dir(training: TrainingArguments) -> Path:
-    """The run's output folder, which config.py always names."""
-    assert training.output_dir is not None
+    """Return the output folder of the run."""
+    assert training.output_dir is not None  # set by parse_keys
     return Path(training.output_dir)
 
 
 def build_config_record(sft: SFTArguments, training: TrainingArguments) -> dict[str, Any]:
-    """Our keys, and those of TrainingArguments that were given, as one flat dictionary that `train` reads again."""
+    """Return the config of a run as one flat dictionary that `train` reads again.
+
+    It holds all keys of SFTArguments and those of TrainingArguments that differ from the library's defaults.
+    """
     from transformers import TrainingArguments
 
-    # Making TrainingArguments sets up the process' device and group; told otherwise, they would end a distributed run.
+    # Creating TrainingArguments sets up the device and the process group of this process; with other values of use_cpu
+    # and ddp_backend it would break a distributed run.
     default = TrainingArguments(
         output_dir=training.output_dir, use_cpu=training.use_cpu, ddp_backend=training.ddp_backend
     ).to_dict()
     default |= {"use_cpu": False, "ddp_backend": None}
-    given = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
-    # With DEFAULTS, for the library's default of such a key would be read back as ours.
+    changed = {key: value for key, value in training.to_dict().items() if value != default.get(key)}
+    # Keys of DEFAULTS are always recorded: a missing key would be read again as our default, not as the library's.
     for key in ("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", *DEFAULTS):
-        given.setdefault(key, getattr(training, key))
-    # Secrets (given by a program: a config can't hold one), and what would make a repeated run replace this one.
-    left_out = {key for key in given if key.endswith("token")} | {"overwrite_output_dir"}
-    # An empty list has no spelling on the command line, which every key goes through; it is the default anyway.
-    return {key: value for key, value in {**asdict(sft), **given}.items() if key not in left_out and value != []}
+        changed.setdefault(key, getattr(training, key))
+    # Exclude secrets, which only a program can have set, and the key that would make a repeated run replace this one.
+    excluded = {key for key in changed if key.endswith("token")} | {"overwrite_output_dir"}
+    # Empty lists can't be written as command-line arguments, and are the defaults anyway.
+    return {key: value for key, value in {**asdict(sft), **changed}.items() if key not in excluded and value != []}

@@ -86,7 +86,7 @@ def test_bad_rows_are_named(case, make_config, capsys):
 BAD_KEYS = {
     "missing data file": ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
     "all rows masked": ({"max_length": 5}, "no row is left to train on: 8 rows, 0 kept"),
-    "unknown key": ({"learning_rat": 1.0}, "config.yaml: unknown key learning_rat; the nearest known one is "),
+    "unknown key": ({"learning_rat": 1.0}, "config.yaml: unknown key learning_rat; did you mean "),
     "missing model": ({"model_name_or_path": "./nowhere"}, "./nowhere: no such model folder"),
 }
 
@@ -161,7 +161,7 @@ def test_the_command_line_wins(make_config):
 
 def test_a_missing_config(capsys):
     message = refusal(capsys, "train", "nowhere.yaml")
-    assert message == "nowhere.yaml: no such file; give a YAML file of keys, the project's own are in configs/"
+    assert message == "nowhere.yaml: no such file; give a YAML config file, such as one of those in configs/"
     assert refusal(capsys, "preview").startswith("missing: model_name_or_path, train_data; add it to the config file")
 
 

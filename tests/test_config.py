@@ -1,4 +1,4 @@
-"""The config: files and command line, and a clear line for whatever is wrong in them."""
+"""The config: files and command line, and a one-line error for each mistake in them."""
 
 import json
 from importlib.util import find_spec
@@ -62,7 +62,7 @@ def test_the_reference_run():
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 10)
 
 
-def test_defaults_of_ours_and_of_transformers(write):
+def test_defaults_of_the_package_and_of_transformers(write):
     sft, training = parse_config(write(""), [])
     assert (sft.template, sft.train_on, sft.overlong, sft.max_length) == ("chat", "all", "drop", 1024)
     for key in ("logging_steps", "logging_first_step", "disable_tqdm", "logging_nan_inf_filter"):
@@ -77,7 +77,7 @@ def test_a_power_of_ten_is_a_number(write, written, value):
     assert parse_config(write(""), ["--learning_rate", written])[1].learning_rate == value
 
 
-def test_a_number_written_as_text(write):
+def test_a_number_in_quotes(write):
     config = write('learning_rate: "1e-5"')
     assert refusal(config) == (
         f"{config}: learning_rate is the text '1e-5' where a number or true/false is needed; write it without quotes"
@@ -86,10 +86,19 @@ def test_a_number_written_as_text(write):
     assert "packing is the text 'true'" in refusal(write("packing: 'true'"))
 
 
-def test_the_command_line_wins(write):
+def test_the_command_line_takes_precedence(write):
     config = write("learning_rate: 1e-5\nmax_length: 64\npacking: true\n")
-    more = ["--learning_rate=2e-5", "--train_data", "a.json", "b.json", "--packing", "false", "--output_dir", "here"]
-    sft, training = parse_config(config, more)
+    overrides = [
+        "--learning_rate=2e-5",
+        "--train_data",
+        "a.json",
+        "b.json",
+        "--packing",
+        "false",
+        "--output_dir",
+        "here",
+    ]
+    sft, training = parse_config(config, overrides)
     assert (training.learning_rate, training.output_dir) == (2e-5, "here")
     assert (sft.train_data, sft.max_length, sft.packing) == (["a.json", "b.json"], 64, False)
 
@@ -102,25 +111,26 @@ def test_lists_dictionaries_nothing_and_flags(write):
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
-@pytest.mark.parametrize("words", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"]])
-def test_fsdp_is_a_truth_value(write, words):
-    """The library's parser takes a text for it."""
-    for _, training in (parse_config(write("fsdp: true"), []), parse_config(write(""), [*words])):
+@pytest.mark.parametrize("arguments", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"]])
+def test_fsdp_is_a_boolean(write, arguments):
+    """The library's parser reads it as a string."""
+    for _, training in (parse_config(write("fsdp: true"), []), parse_config(write(""), [*arguments])):
         assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
     assert not parse_config(write("fsdp: true"), ["--fsdp", "false"])[1].fsdp
     assert "Unknown `fsdp` option: sideways" in refusal(write("fsdp: sideways"))
 
 
-def test_a_dictionary_may_stand_in_a_file_of_its_own(write):
+def test_a_dictionary_may_be_in_a_separate_file(write):
     _, training = parse_config(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
     assert training.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     assert training.fsdp_plugin_args["reshard_after_forward"] is True
 
 
 def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
-    """transformers' own, which is made with the package `deepspeed` alone, though its methods do without."""
-    kept = {name: value for name, value in vars(HfTrainerDeepSpeedConfig).items() if not name.startswith("__")}
-    config = type("Config", (HfDeepSpeedConfig,), kept)(str(path))
+    """transformers' config, built without the package `deepspeed`, which its constructor requires but its methods do
+    not use."""
+    members = {name: value for name, value in vars(HfTrainerDeepSpeedConfig).items() if not name.startswith("__")}
+    config = type("Config", (HfDeepSpeedConfig,), members)(str(path))
     config.mismatches, config._dtype = [], None
     return config
 
@@ -131,17 +141,17 @@ def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
     config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
     config.trainer_config_process(training)
     config.trainer_config_finalize(training, tiny_model, 10)
-    found = config.config
-    assert config.is_zero3() and config.dtype() == torch.bfloat16 and "auto" not in json.dumps(found)
-    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (2, 3)
-    assert (found["train_batch_size"], found["gradient_clipping"]) == (6, 0.5)
-    assert found["zero_optimization"]["reduce_bucket_size"] == tiny_model.config.hidden_size**2
+    values = config.config
+    assert config.is_zero3() and config.dtype() == torch.bfloat16 and "auto" not in json.dumps(values)
+    assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (2, 3)
+    assert (values["train_batch_size"], values["gradient_clipping"]) == (6, 0.5)
+    assert values["zero_optimization"]["reduce_bucket_size"] == tiny_model.config.hidden_size**2
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_without_deepspeed_its_key_says_what_is_missing(write):
+def test_deepspeed_key_without_the_package(write):
     assert "deepspeed" in refusal(write(""), "--deepspeed", str(CONFIG_FOLDER / "deepspeed_zero3.json"))
-    unset_hf_deepspeed_config()  # transformers keeps the half of it that was made
+    unset_hf_deepspeed_config()  # transformers keeps the partly built config
 
 
 @pytest.mark.parametrize("text", ["", "-", "--not an option", "a: b # c", "100", "行\n行 ", " spaces "])
@@ -157,8 +167,8 @@ def test_without_a_file():
 def test_evaluation_is_on_where_there_are_rows(write):
     _, without = parse_config(write(""), [])
     assert not without.eval_on_start and without.eval_strategy == IntervalStrategy.NO
-    _, asked = parse_config(write("eval_strategy: steps\neval_steps: 3\n"), [])
-    assert asked.eval_strategy == IntervalStrategy.NO
+    _, configured = parse_config(write("eval_strategy: steps\neval_steps: 3\n"), [])
+    assert configured.eval_strategy == IntervalStrategy.NO
     for key in ("held_out: 2\n", "eval_data: held.json\n"):
         _, training = parse_config(write(key), [])
         assert training.eval_on_start and training.eval_strategy == IntervalStrategy.EPOCH
@@ -172,13 +182,13 @@ def test_evaluation_is_on_where_there_are_rows(write):
 )
 def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
     config = write(f"{wrong}: 1\n")
-    assert refusal(config) == f"{config}: unknown key {wrong}; the nearest known one is {nearest}"
-    said = f"the command line: unknown key {wrong}; the nearest known one is {nearest}"
-    assert refusal(write(""), f"--{wrong}", "1") == said
-    assert refusal(write(""), f"--{wrong}=1") == said
+    assert refusal(config) == f"{config}: unknown key {wrong}; did you mean {nearest}?"
+    message = f"the command line: unknown key {wrong}; did you mean {nearest}?"
+    assert refusal(write(""), f"--{wrong}", "1") == message
+    assert refusal(write(""), f"--{wrong}=1") == message
 
 
-def test_a_word_too_many(write):
+def test_an_extra_positional_argument(write):
     assert refusal(write(""), "stray").startswith("the command line: unknown key stray;")
 
 
@@ -190,22 +200,22 @@ def test_missing_keys():
 
 
 def test_files_that_are_no_config(tmp_path, write):
-    remedy = "give a YAML file of keys, the project's own are in configs/"
+    remedy = "give a YAML config file, such as one of those in configs/"
     assert refusal("none.yaml") == f"none.yaml: no such file; {remedy}"
     assert refusal(str(tmp_path)) == f"{tmp_path}: is a folder; {remedy}"
-    said = refusal(write("a: [1\n"))
-    assert "not readable as YAML, as a config is: while parsing a flow sequence at line" in said
-    assert "<unicode string>" not in said
-    assert refusal(write("", needed="- a\n- b\n")).endswith("needs to be a flat list of `key: value` lines")
-    assert refusal(write("", needed="")).endswith("needs to be a flat list of `key: value` lines")
-    assert refusal(write("1: 2\n")).endswith("needs to be a flat list of `key: value` lines")
+    message = refusal(write("a: [1\n"))
+    assert "not readable as YAML: while parsing a flow sequence at line" in message
+    assert "<unicode string>" not in message
+    assert refusal(write("", needed="- a\n- b\n")).endswith("must contain only `key: value` lines")
+    assert refusal(write("", needed="")).endswith("must contain only `key: value` lines")
+    assert refusal(write("1: 2\n")).endswith("must contain only `key: value` lines")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\xfa")
     assert f"{binary}: not readable as YAML" in refusal(str(binary))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("max_length: [1, 2]", "max_length takes one value, not a list"),
         ("max_length: 1.5", "max_length: invalid int value: '1.5'"),
@@ -219,12 +229,12 @@ def test_files_that_are_no_config(tmp_path, write):
         ("eval_data: []", "eval_data: expected at least one argument"),
     ],
 )
-def test_values_of_a_wrong_type_name_the_file(write, text, said):
+def test_values_of_a_wrong_type_name_the_file(write, text, message):
     config = write(text)
-    assert refusal(config).startswith(f"{config}: {said}")
+    assert refusal(config).startswith(f"{config}: {message}")
 
 
-def test_no_is_a_word_and_false_a_truth_value(write):
+def test_no_is_a_string_and_false_a_boolean(write):
     _, training = parse_config(write("save_strategy: no\nlogging_first_step: false\n"), [])
     assert training.save_strategy == "no" and training.logging_first_step is False
 
@@ -235,7 +245,7 @@ def test_a_wrong_value_on_the_command_line(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("max_length: 0", "max_length is 0; it has to be 1 or more"),
         ("pad_to_multiple_of: 0", "pad_to_multiple_of is 0; it has to be 1 or more"),
@@ -249,32 +259,32 @@ def test_a_wrong_value_on_the_command_line(write):
         ("held_out: 2.5", "held_out is 2.5; give a whole number of rows, a share below 1, or 0"),
         (
             "held_out: 2\neval_data: held.json",
-            "held_out and eval_data are both given; keep one, or held-out rows would have two sources",
+            "held_out and eval_data are both set; remove one of them",
         ),
         ("tokens_per_batch: -1", "tokens_per_batch is -1; it has to be 0 or more"),
         (
             "tokens_per_batch: 512",
-            "tokens_per_batch is 512, and a row may have 1024 tokens (max_length); raise the one or lower the other",
+            "tokens_per_batch is 512, less than max_length 1024; raise tokens_per_batch or lower max_length",
         ),
         (
             "tokens_per_batch: 2048\npacking: false",
-            "tokens_per_batch counts the tokens of packed rows; it needs packing: true",
+            "tokens_per_batch needs packing: true, as it counts the tokens of packed rows",
         ),
         (
             "tokens_per_batch: 2048\ntrain_sampling_strategy: group_by_length",
-            "tokens_per_batch makes batches of its own; train_sampling_strategy group_by_length can't be kept",
+            "tokens_per_batch does not support train_sampling_strategy group_by_length; use random",
         ),
         (
             "dataloader_drop_last: true",
-            "dataloader_drop_last would leave rows out; every epoch trains each row once, so take it away",
+            "dataloader_drop_last would skip rows; remove it, as every epoch trains on each row once",
         ),
         ("early_stopping_patience: 2", "early_stopping_patience needs load_best_model_at_end: true"),
     ],
 )
-def test_values_that_make_no_sense(write, text, said):
-    assert refusal(write(text)) == said
+def test_values_that_make_no_sense(write, text, message):
+    assert refusal(write(text)) == message
 
 
-def test_transformers_own_checks_are_one_line_too(write):
+def test_errors_of_transformers_are_one_line(write):
     text = "load_best_model_at_end: true\neval_strategy: steps\nsave_strategy: epoch\nheld_out: 2\n"
     assert "load_best_model_at_end requires the save and eval strategy to match" in refusal(write(text))

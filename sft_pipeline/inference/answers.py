@@ -1,4 +1,4 @@
-"""Prompts answered by a model: the one way from conversations to text, for `chat`, `generate` and the evaluation."""
+"""Generate text answers to conversations or encoded prompts; used by `chat`, `generate` and the evaluation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from sft_pipeline.inference.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Answer:
-    """stopped: the model (or a stop string) ended the answer; otherwise the token limit cut it off. error: why there is
-    none. logprob: of all its tokens together, in nats."""
+    """The answer to a prompt."""
 
     text: str
-    stopped: bool
-    tokens: int
-    error: str | None = None
-    logprob: float = 0.0
+    stopped: bool  # ended by a stop token or stop string; otherwise cut off at the token limit
+    tokens: int  # without the stop token
+    error: str | None = None  # why the prompt has no answer
+    logprob: float = 0.0  # sum over the tokens, in nats
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ended, as generation says it: "stop", "length" or "error"."""
+        """Why generation ended: "stop", "length" or "error"."""
         return "error" if self.error else "stop" if self.stopped else "length"
 
 
@@ -39,13 +38,16 @@ def answer_prompts(
     batch_size: int = 8,
     disable_tqdm: bool = False,
 ) -> list[Answer]:
-    """Greedy answers to conversations that end with a user message, in their order, with a bar."""
+    """Generate greedy answers to conversations that end with a user message, with a progress bar.
+
+    The answers are in the order of `prompts`.
+    """
     ids = [template.encode_prompt(messages) for messages in prompts]
     settings = SamplingParams(max_new_tokens=max_new_tokens)
-    # The first answer may take long, so the bar does not wait for it to appear.
+    # No delay: the first answer may take long, and the bar should be visible until then.
     with tqdm(total=len(ids), desc="answers", leave=False, delay=0, dynamic_ncols=True, disable=disable_tqdm) as bar:
         return generate_answers(
-            model, template, ids, settings, batch_size=batch_size, on_done=lambda row, answer: bar.update()
+            model, template, ids, settings, batch_size=batch_size, on_done=lambda index, answer: bar.update()
         )
 
 
@@ -62,8 +64,10 @@ def generate_answers(
     on_token: Callable[[int, int], None] | None = None,
     on_done: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
-    """Answers to what `template.prompt` made, in their order. The arguments are those of `generation.generate`, but
-    that `on_done` is given the answer."""
+    """Generate answers to prompts encoded by `template.encode_prompt`, in their order.
+
+    The arguments are those of `engine.generate`, except that `on_done` is called with an Answer.
+    """
     completions = generate(
         model,
         prompts,
@@ -75,11 +79,12 @@ def generate_answers(
         decode=lambda ids: str(template.tokenizer.decode(ids, skip_special_tokens=True)),
         seeds=seeds,
         on_token=on_token,
-        on_done=on_done and (lambda row, done: on_done(row, _read(done))),
+        on_done=on_done and (lambda index, completion: on_done(index, _build_answer(completion))),
     )
-    return [_read(done) for done in completions]
+    return [_build_answer(completion) for completion in completions]
 
 
-def _read(done: Completion) -> Answer:
-    text = (done.text or "").strip()
-    return Answer(text, done.finish_reason == "stop", len(done.ids), done.error, sum(done.logprobs))
+def _build_answer(completion: Completion) -> Answer:
+    text = (completion.text or "").strip()
+    stopped = completion.finish_reason == "stop"
+    return Answer(text, stopped, len(completion.ids), completion.error, sum(completion.logprobs))

@@ -1,4 +1,4 @@
-"""A model lent for inference: evaluation mode, an attention function of our own, fast layers; given back as it was."""
+"""Set up a model for inference: eval mode, a custom attention function and fused layers. All is restored afterwards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,26 +23,25 @@ ATTENTION = "sft_generation"
 
 @contextmanager
 def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
-    """Within this block, `model` runs without gradients or dropout and attends with `attention`.
+    """Context in which `model` runs in inference mode, without dropout, and attends with `attention`.
 
-    In fp32 on the CPU the linear layers' weights are also kept in the layout that is fastest for few tokens: another
-    copy of them until the block ends. Afterwards mode, configuration and layers are as they were, also if the block
-    raises.
+    In fp32 on the CPU, the context also holds a second copy of the linear layers' weights, in the memory layout that is
+    fastest for few tokens. Training mode, configuration and layers are restored at the end, also if the block raises.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(use_eval_mode(model))
-        stack.enter_context(_attention(model, attention))
+        stack.enter_context(_use_attention(model, attention))
         stack.enter_context(disable_fused_layers(model))
-        stack.enter_context(_fast_forwards(model, attention))
+        stack.enter_context(_use_fused_layers(model, attention))
         yield
 
 
 @contextmanager
-def _attention(model: nn.Module, attention: Callable) -> Iterator[None]:
-    """Register `attention` with transformers and let every configuration in `model` name it.
+def _use_attention(model: nn.Module, attention: Callable) -> Iterator[None]:
+    """Register `attention` with transformers and select it in all configurations of `model`.
 
-    No mask function is registered with it, so that transformers builds no mask.
+    No mask function is registered, so that transformers builds no attention mask.
     """
     configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
     names = [(config, config._attn_implementation) for config in configs]
@@ -58,22 +57,23 @@ def _attention(model: nn.Module, attention: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _fast_forwards(model: nn.Module, attention: Callable) -> Iterator[None]:
-    """Give the layers that `fused_layer` serves its forwards, and the other linear layers its product."""
+def _use_fused_layers(model: nn.Module, attention: Callable) -> Iterator[None]:
+    """Replace the forwards of decoder layers and of other linear layers by those of `cpu_layer_inference`, where it
+    supports them."""
     replaced: list[nn.Module] = []
 
-    def replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
         module.forward = forward
         replaced.append(module)
 
-    fused = [module for module in model.modules() if can_fuse_layer(module)]
-    inside = {part for layer in fused for part in layer.modules()}
+    fused_layers = [module for module in model.modules() if can_fuse_layer(module)]
+    fused_modules = {module for layer in fused_layers for module in layer.modules()}
     try:
-        for layer in fused:
-            replace(layer, build_layer_forward(layer, attention))
+        for layer in fused_layers:
+            replace_forward(layer, build_layer_forward(layer, attention))
         for module in model.modules():
-            if module not in inside and can_fuse_linear(module):
-                replace(module, build_linear_forward(module))
+            if module not in fused_modules and can_fuse_linear(module):
+                replace_forward(module, build_linear_forward(module))
         yield
     finally:
         for module in replaced:

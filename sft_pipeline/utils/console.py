@@ -1,7 +1,8 @@
-"""What the command line writes to: lines that fit a terminal, and a log file without control characters.
+"""Console output of the command line: messages that fit a terminal, and logs without control characters.
 
-Bars are tqdm's, whoever makes them (transformers, datasets, huggingface_hub, progress.py): one that lasts a second
-appears. Nothing heavy is imported here, and tqdm only after its settings, which it reads from the environment once.
+All progress bars are tqdm's (those of transformers, datasets, huggingface_hub and `progress.py`); a bar appears after
+one second. No slow import is made here. tqdm reads its settings from the environment when it is imported, so it is
+imported after they are set.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from rich.text import Text
 
 from sft_pipeline.utils.sanitize import EscapingFormatter
 
-LOG_SECONDS = 30.0  # between two lines of bars in a log
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+BAR_LOG_SECONDS = 30.0  # between two lines written for progress bars in a log
+CONTROL_CHARACTERS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def setup_console() -> None:
-    """Our own lines and real warnings, nothing else; bars of the main process alone. Before libraries load."""
+    """Configure logging and progress bars; call it before the libraries are imported.
+
+    Messages of this package are shown from level INFO, those of libraries from WARNING. Only the main process shows
+    progress bars and INFO messages.
+    """
     main_process = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("TQDM_DELAY", "1")
     if not main_process:
         os.environ["TQDM_DISABLE"] = "1"
-    # The Rust threads of the tokenizer would warn when worker processes are forked.
+    # Otherwise the tokenizers library warns when worker processes are forked after its threads were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = LineHandler()
     handler.setFormatter(EscapingFormatter("%(message)s"))
@@ -40,12 +45,15 @@ def setup_console() -> None:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print `text` as it is: no markup (a folder's name may hold brackets), no highlighting, unbroken in a file."""
+    """Print `text` verbatim: without markup (a folder's name may contain brackets), highlighting or line breaks."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class LineHandler(logging.Handler):
-    """Messages on standard error: broken at words where a terminal ends, whole in a file; never within a bar."""
+    """Logging handler that writes to standard error without breaking into a progress bar.
+
+    Messages are wrapped at words to a terminal's width; in a file each is one line.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -57,7 +65,7 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def log_without_bars() -> Iterator[None]:
-    """Standard error that is no terminal gets a line now and then where bars would redraw themselves."""
+    """Context in which progress bars are logged as occasional lines if standard error is not a terminal."""
     if sys.stderr.isatty():
         yield
         return
@@ -66,31 +74,33 @@ def log_without_bars() -> Iterator[None]:
 
 
 class LogStream(io.TextIOBase):
-    """A stream to write bars to that keeps of them a line every LOG_SECONDS, and no control characters of anything.
+    """Text stream that removes control characters and writes a progress bar at most every BAR_LOG_SECONDS.
 
-    What holds a carriage return is a bar; a bar's moves from line to line are blank.
+    Text with a carriage return is a state of a progress bar. Blank text between lines is dropped: it comes from the
+    cursor movements of nested bars.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._said = time.monotonic()
-        self._in_line = False  # text was written that no line feed has ended yet
+        self._last_bar_time = time.monotonic()
+        self._in_line = False  # the text written last does not end with a line feed
 
     def write(self, text: str) -> int:
-        shown = CONTROL.sub("", text.rpartition("\r")[2])
+        """Write `text` after filtering; return its length, as a stream that writes everything would."""
+        printable = CONTROL_CHARACTERS.sub("", text.rpartition("\r")[2])
         if "\r" in text:
-            self._bar(shown.rstrip())
-        elif shown.strip() or self._in_line:
-            self._stream.write(shown)
-            self._in_line = not shown.endswith("\n")
+            self._write_bar(printable.rstrip())
+        elif printable.strip() or self._in_line:
+            self._stream.write(printable)
+            self._in_line = not printable.endswith("\n")
         return len(text)
 
-    def _bar(self, shown: str) -> None:
+    def _write_bar(self, bar: str) -> None:
         now = time.monotonic()
-        if shown and now - self._said >= LOG_SECONDS:
-            self._stream.write("\n" * self._in_line + shown + "\n")
+        if bar and now - self._last_bar_time >= BAR_LOG_SECONDS:
+            self._stream.write("\n" * self._in_line + bar + "\n")
             self._stream.flush()
-            self._said, self._in_line = now, False
+            self._last_bar_time, self._in_line = now, False
 
     def flush(self) -> None:
         self._stream.flush()
@@ -99,7 +109,7 @@ class LogStream(io.TextIOBase):
         return self._stream.fileno()
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute there, which changes with the stream here
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute in the base class
         return self._stream.encoding
 
     def __getattr__(self, name: str) -> Any:

@@ -1,3 +1,3 @@
-"""The one number that data and model agree on."""
+"""Constants shared by data and model."""
 
-IGNORED = -100  # the label of a position without a target; torch's cross-entropy and transformers have the same
+IGNORED = -100  # label of a position without a target; the default ignore_index of torch and transformers

@@ -1,4 +1,4 @@
-"""Work that one process does for all."""
+"""Run work on one process of a distributed run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 
-def run_on_main_process(training: TrainingArguments, look: Callable[[], str | None]) -> str | None:
-    """What the first process finds, for all: it reads every byte of a checkpoint."""
-    [found] = broadcast_object_list([look() if training.process_index == 0 else None])
-    return found
+def run_on_main_process(training: TrainingArguments, function: Callable[[], str | None]) -> str | None:
+    """Call `function` on the first process and return its result on all processes.
+
+    For checks that read every byte of a checkpoint, which one process does for all.
+    """
+    [result] = broadcast_object_list([function() if training.process_index == 0 else None])
+    return result

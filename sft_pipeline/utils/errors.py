@@ -1,6 +1,6 @@
 """The error classes of the package.
 
-Raise SFTError for whatever a user can mend: its message is one line that names the file, row or key and the remedy.
+Raise SFTError for errors that a user can fix: its message is one line that names the file, row or key and the remedy.
 The command line prints that line without a traceback and exits with the error's status.
 """
 
@@ -13,19 +13,23 @@ from contextlib import contextmanager
 
 from sft_pipeline.utils.sanitize import format_line
 
-FREE, ALLOWED = "free some space", "name one that may be written to: output_dir, SFT_PIPELINE_CACHE or HF_HOME"
+FREE_SPACE = "free some space"
+CHOOSE_WRITABLE_FOLDER = "choose a writable folder with output_dir, SFT_PIPELINE_CACHE or HF_HOME"
 REMEDIES = {
-    errno.ENOSPC: FREE,
-    errno.EDQUOT: FREE,
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
     errno.EFBIG: "raise the limit (ulimit -f)",
-    errno.EACCES: ALLOWED,
-    errno.EPERM: ALLOWED,
-    errno.EROFS: ALLOWED,
+    errno.EACCES: CHOOSE_WRITABLE_FOLDER,
+    errno.EPERM: CHOOSE_WRITABLE_FOLDER,
+    errno.EROFS: CHOOSE_WRITABLE_FOLDER,
 }
 
 
 class SFTError(ValueError):
-    """Bad input: the message says where it is and what to do about it. To try again would fail again."""
+    """An error that the user has to fix, such as bad input; a retry without changes fails again.
+
+    The message is made a single line without control characters.
+    """
 
     status = 2
 
@@ -34,33 +38,39 @@ class SFTError(ValueError):
 
 
 def format_error(error: BaseException, limit: int = 200) -> str:
-    """The error message of a library in one line of at most `limit` characters; the class name if it is empty."""
+    """Return a library's error message as one line of at most `limit` characters, or the class name if it is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def format_first_line(error: BaseException) -> str:
-    """The first line of a library's error message, where what follows are its internals; the class name if empty."""
+    """Return the first line of a library's error message, or the class name if it is empty.
+
+    For messages whose other lines are details of the library.
+    """
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class RunPreempted(SFTError):
-    """The run was told to end and has saved what it had: the same command, started again, goes on with it."""
+    """The run was asked to stop and has saved a checkpoint; the same command resumes it."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 @contextmanager
 def convert_file_errors() -> Iterator[None]:
-    """Raises SFTError for a disk that is full and a folder that is not ours, whatever library met it."""
+    """Convert errors of a full disk or a folder without write permission to SFTError.
+
+    The OSError may be the exception itself or a cause of the exception that a library raised.
+    """
     try:
         yield
     except SFTError:
         raise
     except Exception as error:
-        failure: BaseException | None = error
-        while failure and not isinstance(failure, OSError):
-            failure = failure.__cause__
-        if not isinstance(failure, OSError) or failure.errno not in REMEDIES:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in REMEDIES:
             raise
-        where, why = failure.filename or "the disk of output_dir or of a cache", os.strerror(failure.errno)
-        raise SFTError(f"{where}: {why}; {REMEDIES[failure.errno]}; what was saved is kept") from error
+        path, reason = cause.filename or "the disk of output_dir or of a cache", os.strerror(cause.errno)
+        raise SFTError(f"{path}: {reason}; {REMEDIES[cause.errno]}; what was saved is kept") from error

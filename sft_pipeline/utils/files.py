@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, the cache folder."""
+"""Atomic file writes, checksums and the cache folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS_FILE = "SHA256SUMS"
-CHUNK = 2**22  # bytes
+CHUNK_BYTES = 2**22  # read at a time for a checksum
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of all files in `folder`, and see that everything is on the disk."""
+    """Write the SHA-256 sums of all files in `folder` to CHECKSUMS_FILE, and sync everything to the disk."""
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
     sums = [f"{hash_file(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
@@ -26,27 +26,27 @@ def write_checksums(folder: Path) -> None:
 
 
 def hash_file(file: Path) -> str:
-    """The file's SHA-256 in hexadecimal digits."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until the file, or the names in the folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of entries, is on the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if all is as it was saved."""
-    sums = checkpoint / CHECKSUMS_FILE
-    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
+    """Return what differs from the checksums of a checkpoint, or None if all files are as they were saved."""
+    file = checkpoint / CHECKSUMS_FILE
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     if not lines:
         return f"{CHECKSUMS_FILE} is missing or empty"
     for line in lines:
@@ -59,20 +59,24 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def copy_folder_permissions(folder: Path) -> None:
-    """Who may read the folder may read its weights: safetensors writes files for their owner alone."""
+    """Give the safetensors files in `folder` the folder's read and write permissions.
+
+    The safetensors library creates files that only their owner may read.
+    """
     for file in folder.glob("*.safetensors"):
         file.chmod(folder.stat().st_mode & 0o666)
 
 
 @contextmanager
 def write_aside(target: Path, keep_existing: bool = False) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or a folder to, and rename it to `target` when the block ends.
+    """Write a file or folder atomically: yield a temporary path beside `target`, rename it to `target` at the end.
 
-    A process that is killed leaves the old `target` or the new one, each complete. A block that raises leaves the old
-    one and nothing beside it. With `keep_existing`, a `target` that another process has written meanwhile stays.
+    If the process is killed, `target` is the previous or the new version, complete either way. If the block raises, the
+    previous version stays and the temporary files are removed. With `keep_existing`, a `target` that another process
+    has written in the meantime is not replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
     try:
         yield new
         if not (keep_existing and target.exists()):
@@ -85,11 +89,11 @@ def write_aside(target: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write `content` as JSON, whole or not at all."""
-    with write_aside(file) as aside:
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    """Write `content` as JSON, atomically."""
+    with write_aside(file) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def get_cache_dir() -> Path:
-    """`SFT_PIPELINE_CACHE`, or ~/.cache/sft_pipeline."""
+    """Return the cache folder: `SFT_PIPELINE_CACHE`, or ~/.cache/sft_pipeline if it is not set."""
     return Path(os.environ.get("SFT_PIPELINE_CACHE", "~/.cache/sft_pipeline")).expanduser()

@@ -1,4 +1,4 @@
-"""Progress of what takes longer than a second; console.py says how bars look in a log."""
+"""Progress bars for saving, loading and training. `console.py` writes them to logs."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-TICK = 1.0  # seconds
+UPDATE_SECONDS = 1.0  # between updates of the elapsed time
 
 
 @contextmanager
-def show_elapsed_time(what: str, disable: bool = False) -> Iterator[None]:
-    """The seconds that go by while something is done whose share cannot be told, such as saving."""
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=disable) as bar, _ticking(bar):
+def show_elapsed_time(description: str, disable: bool = False) -> Iterator[None]:
+    """Show the elapsed time while the block runs, for work whose progress is unknown, such as saving."""
+    with (
+        tqdm(desc=description, bar_format="{desc}: {elapsed}", leave=False, disable=disable) as bar,
+        _update_regularly(bar),
+    ):
         yield
 
 
 @contextmanager
-def _ticking(bar: tqdm) -> Iterator[None]:
-    done = threading.Event()
+def _update_regularly(bar: tqdm) -> Iterator[None]:
+    """Update the bar from a thread every UPDATE_SECONDS while the block runs."""
+    finished = threading.Event()
 
-    def tick() -> None:
-        while not done.wait(TICK):
+    def update_bar() -> None:
+        while not finished.wait(UPDATE_SECONDS):
             bar.update()
 
-    thread = threading.Thread(target=tick, daemon=True)
+    thread = threading.Thread(target=update_bar, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
 
 
 class TrainingProgress(ProgressCallback):
-    """One bar with loss, tokens a second and time left; a line for each evaluation."""
+    """Show one bar with loss, tokens per second and remaining time, and print a line for each evaluation."""
 
-    training_bar: Any  # the library says None, until there is one
+    training_bar: Any  # annotated as None in transformers
     prediction_bar: Any
 
     def on_train_begin(

@@ -162,7 +162,7 @@ def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path,
     assert all(row["finish_reason"] == "error" and "messages" not in row for row in bad.values())
     errors = [bad[f"prompts.jsonl line {n}"]["error"] for n in (2, 3, 4, 5)]
     assert errors[0] == "the content of messages[0] (user) is empty"
-    assert "prompt tokens and 4 new ones exceed 4096: shorten either" in errors[1]
+    assert "prompt tokens and 4 new tokens exceed the limit of 4096: shorten the prompt" in errors[1]
     assert errors[2] == "'prompt' and 'completion' must both be strings or both be lists of messages"
     assert errors[3] == "missing 'prompt', which prompt-completion rows require; the row has completion"
     assert caplog.messages[-1] == (
@@ -172,7 +172,7 @@ def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path,
         load_source(str(errors_of(output)))
     generate_file(replace(request, max_length=40, overwrite=True))
     assert len(rows_of(errors_of(output))) == 4
-    assert "exceed 40: shorten either" in rows_of(errors_of(output))[1]["error"]
+    assert "exceed the limit of 40: shorten the prompt" in rows_of(errors_of(output))[1]["error"]
 
 
 def test_errors_of_an_earlier_run_do_not_stay(request_):
@@ -365,7 +365,7 @@ def test_the_command(request_, monkeypatch, capsys):
         ({"samples": 0}, "samples: 0 must be at least 1"),
         ({"max_length": 0}, "max_length: 0 must be at least 1"),
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
-        ({"stop_strings": ("",)}, "stop_strings: give a list of strings, none of them empty"),
+        ({"stop_strings": ("",)}, "stop_strings: give a list of non-empty strings"),
         (
             {"sampling": SamplingParams()},
             "samples: 2 greedy answers would be the same; add --temperature 1 to draw them",

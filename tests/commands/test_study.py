@@ -140,7 +140,7 @@ REFUSED = {
     "no name": ([{"max_train_rows": 3}], {}, "study.yaml: a study needs `variants`"),
     "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number from 0 on"),
     "held_out": ([{"name": "a", "held_out": 3}], {}, "variant a: held_out must be the same for all variants; set it"),
-    "unknown": ([{"name": "a", "lorra": 1}], {}, "variant a: unknown key lorra; the nearest known one is lora"),
+    "unknown": ([{"name": "a", "lorra": 1}], {}, "variant a: unknown key lorra; did you mean lora?"),
     "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a"),
     "one folder": ([{"name": "a b"}, {"name": "a/b"}], {}, "study.yaml: two variants would share the folder"),
     "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out rows to ask: set held_out (or eval_data)"),

@@ -280,7 +280,7 @@ def test_the_library_pushes_no_pickle_on_the_way():
 def test_a_password_in_a_url_is_not_repeated():
     judge = Judge(f"https://me:{SECRET}@host.test/v1", "m", key="k3y")
     assert "https://***@host.test/v1" in str(
-        SFTError(judge._told(judge.base_url, "HTTP 401 k3y"))
+        SFTError(judge._format_problem("HTTP 401 k3y"))
     ) and "k3y" not in repr(judge)
     assert SECRET not in refusal(
         lambda: load_source(f"https://me:{SECRET}@host.test/rows.json"), "https://***@host.test/rows"

@@ -1,20 +1,20 @@
-"""The judge against a real local server: that fails at first, prefers a place, repeats the key, or talks nonsense."""
+"""The judge against a local server that fails, favors a position, repeats the key or sends malformed replies."""
 
 import json
 import logging
 import re
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
-import httpx
 import pytest
 
 from sft_pipeline.cli import main
-from sft_pipeline.evaluation import judge as module
 from sft_pipeline.evaluation.bootstrap import compute_paired_difference
-from sft_pipeline.evaluation.judge import Judge, count_outcomes, judge_pairs, parse_verdict
+from sft_pipeline.evaluation.judge import Judge, JudgeResults, count_outcomes, judge_pairs, parse_verdict
 from sft_pipeline.utils.errors import SFTError
 
 KEY = "sk-secret-key"
@@ -22,15 +22,15 @@ NAMES = ("base", "tuned")
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with `reply(a, b)`, or before that with the statuses in `failures`, and keeps what it was sent."""
+    """Fails with the statuses in `failures`, then replies with `reply(a, b)`, or `content`; records the requests."""
 
     def __init__(self, reply: Callable[[str, str], str]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.failures, self.seen, self.retry_after = reply, [], [], None
+        self.reply, self.content, self.failures, self.requests, self.retry_after = reply, None, [], [], None
         self.lock = threading.Lock()
 
     def handle_error(self, *args: object) -> None:
-        """A client that no longer waits is no error here."""
+        """Ignore clients that closed the connection after a timeout."""
 
     @property
     def url(self) -> str:
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.seen.append((self.path, dict(self.headers), body))
+            self.server.requests.append((self.path, self.headers, body))
             status = self.server.failures.pop(0) if self.server.failures else 200
         if status == "hang up":
             self.connection.close()
@@ -49,8 +49,10 @@ class Handler(BaseHTTPRequestHandler):
         text = body["messages"][-1]["content"]
         a, b = (re.search(rf"\[start of answer {x}\]\n(.*)\n\[end", text)[1] for x in "AB")
         reply = {"choices": [{"message": {"role": "assistant", "content": self.server.reply(a, b)}}]}
-        content = (json.dumps(reply) if status == 200 else f"no,\n {self.headers['Authorization']}").encode()
+        content = self.server.content or json.dumps(reply)
+        content = (content if status == 200 else f"no,\n {self.headers['Authorization']}").encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         if status == 429 and self.server.retry_after:
             self.send_header("Retry-After", self.server.retry_after)
         self.send_header("Content-Length", str(len(content)))
@@ -79,33 +81,39 @@ def serve():
         thread.join()
 
 
-def better(a: str, b: str) -> str:
-    """The longer answer is better."""
+@pytest.fixture(autouse=True)
+def waits(monkeypatch) -> list[float]:
+    """The seconds that the client would have waited before its retries."""
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
+
+
+def prefer_longer(a: str, b: str) -> str:
     return "Because. [[A]]" if len(a) > len(b) else "[[B]]" if len(a) < len(b) else "Equal: [[C]]"
 
 
-def judged(server: Server, first: list[str], other: list[str], **settings):
-    waits: list[float] = []
-    judge = Judge(server.url, "m", KEY, sleep=waits.append, **settings)
-    return judge_pairs(judge, [f"p{i}" for i in range(len(first))], first, other, NAMES), waits
+def run_judge(server: Server, first: list[str], second: list[str], key: str | None = KEY, **settings) -> JudgeResults:
+    judge = Judge(server.url, "m", key, **settings)
+    return judge_pairs(judge, [f"p{i}" for i in range(len(first))], first, second, NAMES)
 
 
-def test_wins_ties_and_losses(serve):
-    server = serve(better)
-    found, waits = judged(server, ["aa", "a", "aa", "a"], ["b", "bb", "bb", "bbb"])
-    assert found.outcomes == ["loss", "win", "tie", "win"] and waits == []
-    assert (found.wins, found.ties, found.losses, found.malformed) == (2, 1, 1, 0)
-    assert found.balance == compute_paired_difference([1, 0, 0, 0], [0, 1, 0, 1])
-    assert str(found).startswith("tuned against base: 2 wins, 1 ties, 1 losses, balance +0.25 [")
-    assert len(server.seen) == 8
+def test_wins_ties_and_losses(serve, waits):
+    server = serve(prefer_longer)
+    results = run_judge(server, ["aa", "a", "aa", "a"], ["b", "bb", "bb", "bbb"])
+    assert results.outcomes == ["loss", "win", "tie", "win"] and waits == []
+    assert (results.wins, results.ties, results.losses, results.malformed) == (2, 1, 1, 0)
+    assert results.balance == compute_paired_difference([1, 0, 0, 0], [0, 1, 0, 1])
+    assert str(results).startswith("tuned against base: 2 wins, 1 ties, 1 losses, balance +0.25 [")
+    assert len(server.requests) == 8
 
 
 def test_what_is_sent(serve):
-    server = serve(better)
-    judged(server, ["one"], ["other"])
-    assert {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
-    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.seen)
-    first, second = (body for _, _, body in server.seen)
+    server = serve(prefer_longer)
+    run_judge(server, ["one"], ["other"])
+    assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
+    first, second = (body for _, _, body in server.requests)
     assert first["model"] == "m" and first.keys() == {"model", "messages"}
     shown = first["messages"][1]["content"]
     assert "[start of request]\np0\n[end of request]" in shown
@@ -113,28 +121,34 @@ def test_what_is_sent(serve):
     assert second["messages"][1]["content"].index("other") < second["messages"][1]["content"].index("one\n")
 
 
-@pytest.mark.parametrize("place", ["[[A]]", "[[B]]"])
-def test_a_judge_that_prefers_a_place_gives_ties_alone(place, serve):
-    found, _ = judged(serve(lambda a, b: place), ["a"] * 6, ["b"] * 6)
-    assert found.outcomes == ["tie"] * 6 and found.balance.low == found.balance.high == 0
+def test_a_server_without_keys(serve):
+    server = serve(prefer_longer)
+    assert run_judge(server, ["a"], ["bb"], key=None).outcomes == ["win"]
+    assert all(headers["Authorization"] == "Bearer none" for _, headers, _ in server.requests)
+
+
+@pytest.mark.parametrize("verdict", ["[[A]]", "[[B]]"])
+def test_a_judge_that_favors_a_position_gives_only_ties(verdict, serve):
+    results = run_judge(serve(lambda a, b: verdict), ["a"] * 6, ["b"] * 6)
+    assert results.outcomes == ["tie"] * 6 and results.balance.low == results.balance.high == 0
 
 
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(serve):
-    found, _ = judged(serve(lambda a, b: "[[A]]" if a == "b" else "[[C]]"), ["a"], ["b"])
-    assert found.outcomes == ["tie"]
+    results = run_judge(serve(lambda a, b: "[[A]]" if a == "b" else "[[C]]"), ["a"], ["b"])
+    assert results.outcomes == ["tie"]
 
 
-def test_equal_answers_tie_unasked(serve):
-    server = serve(better)
-    assert judged(server, ["same", "a"], ["same", "bb"])[0].outcomes == ["tie", "win"]
-    assert len(server.seen) == 2
+def test_equal_answers_tie_without_a_request(serve):
+    server = serve(prefer_longer)
+    assert run_judge(server, ["same", "a"], ["same", "bb"]).outcomes == ["tie", "win"]
+    assert len(server.requests) == 2
 
 
 def test_malformed_verdicts_are_counted_and_left_out(serve):
-    server = serve(lambda a, b: "I like both" if "x" in a else better(a, b))
-    found, _ = judged(server, ["x", "a", "a"], ["bb", "bb", "bb"])
-    assert found.outcomes == ["malformed", "win", "win"] and found.malformed == 1 and found.balance.items == 2
-    assert str(found).endswith("; 1 pairs without a readable verdict are left out")
+    server = serve(lambda a, b: "I like both" if "x" in a else prefer_longer(a, b))
+    results = run_judge(server, ["x", "a", "a"], ["bb", "bb", "bb"])
+    assert results.outcomes == ["malformed", "win", "win"] and results.malformed == 1 and results.balance.items == 2
+    assert str(results).endswith("; 1 pairs without a readable verdict are left out")
     assert count_outcomes(["malformed", "win"], NAMES).balance is None
 
 
@@ -143,89 +157,126 @@ def test_the_last_verdict_counts():
     assert parse_verdict("[[D]] [A] A") is None
 
 
-@pytest.mark.parametrize("failure", [429, 500, 503, "hang up"])
-def test_failures_are_tried_again_after_growing_waits(failure, serve):
-    server = serve(better)
+@pytest.mark.parametrize("failure", [408, 409, 429, 500, 502, 503, 504, "hang up"])
+def test_failures_are_retried_after_growing_waits(failure, serve, waits):
+    server = serve(prefer_longer)
     server.failures = [failure] * 3
-    found, waits = judged(server, ["a"], ["bb"])
-    assert found.outcomes == ["win"] and waits == [1, 2, 4]
+    assert run_judge(server, ["a"], ["bb"]).outcomes == ["win"]
+    assert len(waits) == 3 and 0 < waits[0] < waits[1] < waits[2] <= 8
 
 
-@pytest.mark.parametrize(("asked", "waited"), [("3", 3.0), ("9999", module.LONGEST_WAIT), ("Wed, 21 Oct 2026", 1.0)])
-def test_the_server_may_say_how_long_to_wait(asked, waited, serve):
-    server = serve(better)
-    server.failures, server.retry_after = [429], asked
-    assert judged(server, ["a"], ["bb"])[1] == [waited]
+@pytest.mark.parametrize("seconds", ["3", "0.5", "60"])
+def test_retry_after_sets_the_wait(seconds, serve, waits):
+    server = serve(prefer_longer)
+    server.failures, server.retry_after = [429], seconds
+    assert run_judge(server, ["a"], ["bb"]).outcomes == ["win"] and waits == [float(seconds)]
 
 
-def test_a_slow_judge_is_tried_again(serve):
-    server = serve(better)
+def test_retry_after_in_the_past_is_ignored(serve, waits):
+    server = serve(prefer_longer)
+    server.failures, server.retry_after = [429], "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert run_judge(server, ["a"], ["bb"]).outcomes == ["win"] and len(waits) == 1 and 0 < waits[0] <= 1
+
+
+def test_a_server_that_asks_for_a_very_long_wait_is_not_waited_for(serve, waits):
+    server = serve(prefer_longer)
+    server.failures, server.retry_after = [429] * 9, "9999"
+    with pytest.raises(SFTError, match="HTTP 429 .*; up to 5 attempts failed, try again later"):
+        run_judge(server, ["a"], ["bb"])
+    assert waits == []
+
+
+def test_a_timeout_is_retried(serve, waits):
+    server = serve(prefer_longer)
     slow, first = threading.Event(), [True]
 
     def reply(a: str, b: str) -> str:
         if first.pop() if first else False:
             slow.wait(5)
-        return better(a, b)
+        return prefer_longer(a, b)
 
     server.reply = reply
-    found, waits = judged(server, ["a"], ["bb"], timeout=0.5)
+    results = run_judge(server, ["a"], ["bb"], timeout=0.5)
     slow.set()
-    assert found.outcomes == ["win"] and waits == [1]
+    assert results.outcomes == ["win"] and len(waits) == 1
 
 
 def test_a_server_that_keeps_failing_is_named(serve):
-    server = serve(better)
+    server = serve(prefer_longer)
     server.failures = [503] * 99
     with pytest.raises(SFTError) as raised:
-        judged(server, ["a"], ["bb"])
+        run_judge(server, ["a"], ["bb"])
     assert str(raised.value) == (
-        f"judge {server.url}/chat/completions: HTTP 503 no, Bearer *** after 5 attempts; try again later"
+        f"judge {server.url}/chat/completions: HTTP 503 no, Bearer ***; up to 5 attempts failed, try again later"
     )
-    assert len(server.seen) == 5
+    assert len(server.requests) == 5
 
 
-def test_a_refused_key_is_not_tried_again_and_not_shown(serve):
-    server = serve(better)
+def test_a_server_that_closes_the_connection_is_named(serve):
+    server = serve(prefer_longer)
+    server.failures = ["hang up"] * 99
+    with pytest.raises(SFTError) as raised:
+        run_judge(server, ["a"], ["bb"], max_retries=1)
+    start, _, remedy = str(raised.value).partition("; ")
+    assert start.startswith(f"judge {server.url}/chat/completions: Re") and "Error: " in start
+    assert remedy == "up to 2 attempts failed, try again later"
+    assert len(server.requests) == 2
+
+
+def test_a_rejected_key_is_not_retried_and_not_shown(serve):
+    server = serve(prefer_longer)
     server.failures = [401] * 99
-    with pytest.raises(SFTError, match=r"HTTP 401 no, Bearer \*\*\*; check judge_base_url, judge_model and OPENAI_API"):
-        judged(server, ["a"], ["bb"])
-    assert len(server.seen) == 1
-    assert KEY not in repr(Judge(server.url, "m", KEY))
+    with pytest.raises(
+        SFTError, match=r"HTTP 401 no, Bearer \*\*\*; check judge_base_url, judge_model and OPENAI_API"
+    ) as e:
+        run_judge(server, ["a"], ["bb"])
+    assert len(server.requests) == 1
+    assert KEY not in "".join(traceback.format_exception(e.value)) + repr(Judge(server.url, "m", KEY))
 
 
 NO_COMPLETIONS = ['{"choices": []}', "no json", '{"choices": [{"message": {"content": null}}]}', "[]"]
 
 
 @pytest.mark.parametrize("content", NO_COMPLETIONS)
-def test_what_is_no_chat_completion_is_malformed(content):
-    assert module._reply(httpx.Response(200, text=content)) == ""
+def test_a_response_that_is_no_chat_completion_is_malformed(content, serve):
+    server = serve(prefer_longer)
+    server.content = content
+    assert run_judge(server, ["a"], ["bb"]).outcomes == ["malformed"]
 
 
-# Through the verb.
+def test_a_missing_client_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(
+        SFTError, match=r"judge_model needs openai; install it with `pip install 'sft_pipeline\[judge\]'`"
+    ):
+        Judge("http://x/v1", "m")
+
+
+# Through the command line.
 
 
 @pytest.fixture
-def as_it_was():
+def restore_logging():
     level = logging.getLogger("sft_pipeline").level
     yield
     logging.getLogger("sft_pipeline").setLevel(level)
     datasets.enable_progress_bars()
 
 
-def test_the_verb_judges(serve, model_folder, tmp_path, capsys, monkeypatch, as_it_was, few_instructions):
+def test_evaluate_judges(serve, model_folder, tmp_path, capsys, monkeypatch, restore_logging, few_instructions):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = serve(better)
-    words = ["evaluate", str(model_folder), str(model_folder), "--max_new_tokens", "2", "--output", str(tmp_path)]
-    main([*words, "--judge_base_url", server.url, "--judge_model", "m", "--json"])
+    server = serve(prefer_longer)
+    arguments = ["evaluate", str(model_folder), str(model_folder), "--max_new_tokens", "2", "--output", str(tmp_path)]
+    main([*arguments, "--judge_base_url", server.url, "--judge_model", "m", "--json"])
     output = capsys.readouterr()
-    [found] = json.loads(output.out)["judged"]
-    assert (found["wins"], found["ties"], found["losses"]) == (0, 6, 0)
-    assert json.loads((tmp_path / "evaluation.json").read_text())["judged"] == [found]
+    [results] = json.loads(output.out)["judged"]
+    assert (results["wins"], results["ties"], results["losses"]) == (0, 6, 0)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["judged"] == [results]
     assert KEY not in output.out + output.err + (tmp_path / "evaluation.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--judge_model", "m"], "judge_base_url and judge_model go together; give both or neither"),
         (["--judge_base_url", "http://x/v1"], "judge_base_url and judge_model go together; give both or neither"),
@@ -233,8 +284,8 @@ def test_the_verb_judges(serve, model_folder, tmp_path, capsys, monkeypatch, as_
         (["--judge_base_url", "http://x/v1", "--judge_model", "m"], "a judge compares answers of two models; name "),
     ],
 )
-def test_refusals(words, message, model_folder, capsys, as_it_was):
+def test_refusals(arguments, message, model_folder, capsys, restore_logging):
     with pytest.raises(SystemExit) as exit:
-        main(["evaluate", str(model_folder), *words])
+        main(["evaluate", str(model_folder), *arguments])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith(f"sft-pipeline: {message}") and error.count("\n") == 1

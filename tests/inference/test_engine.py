@@ -1,4 +1,4 @@
-"""Generation against transformers.generate one prompt at a time, and what a caller is promised."""
+"""Generation against transformers.generate one prompt at a time, and the documented behaviour of `generate`."""
 
 from copy import deepcopy
 from functools import partial
@@ -51,7 +51,7 @@ SHAPE = {
 }
 
 
-def gpt2() -> GPT2LMHeadModel:
+def make_gpt2() -> GPT2LMHeadModel:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "vocab_size": VOCABULARY}
     return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.4, bos_token_id=None, eos_token_id=None))
 
@@ -60,12 +60,12 @@ MAKERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
-    "gpt2": gpt2,
+    "gpt2": make_gpt2,
     "sliding": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
 }
 
 
-def make(name: str) -> nn.Module:
+def make_model(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MAKERS[name]()
@@ -75,12 +75,14 @@ def make(name: str) -> nn.Module:
     return model.eval()
 
 
-MODELS = {name: make(name) for name in MAKERS}
+MODELS = {name: make_model(name) for name in MAKERS}
 LLAMA = MODELS["llama"]
 GREEDY = SamplingParams(max_new_tokens=12)
 
 
-def reference(model: nn.Module, prompt: list[int], stop_ids: list[int], new: int, **kwargs: object) -> list[int]:
+def generate_with_transformers(
+    model: nn.Module, prompt: list[int], stop_ids: list[int], new: int, **kwargs: object
+) -> list[int]:
     ids = torch.tensor([prompt])
     output = model.generate(
         ids,
@@ -95,22 +97,22 @@ def reference(model: nn.Module, prompt: list[int], stop_ids: list[int], new: int
     return answer[:-1] if answer[-1] in stop_ids else answer
 
 
-def tied(model: nn.Module, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Whether two answers part where their two tokens' logits lie within 1e-5, so that rounding chooses."""
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
-    if at is None:
+def is_tied(model: nn.Module, prompt: list[int], answer: list[int], expected: list[int]) -> bool:
+    """Whether the logits of the first differing tokens are within 1e-5, so that rounding decides between them."""
+    index = next((i for i, (a, b) in enumerate(zip(answer, expected)) if a != b), None)
+    if index is None:
         return False
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ours[:at]])).logits[0, -1]
-    return bool((logits[ours[at]] - logits[theirs[at]]).abs() < 1e-5)
+        logits = model(torch.tensor([prompt + answer[:index]])).logits[0, -1]
+    return bool((logits[answer[index]] - logits[expected[index]]).abs() < 1e-5)
 
 
-def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+def make_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-PROMPTS = prompts_of(3, 17, 1, 40, 8, 2, 25, 9)
+PROMPTS = make_prompts(3, 17, 1, 40, 8, 2, 25, 9)
 PROMPT_LISTS = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=24), min_size=1, max_size=7)
 
 
@@ -126,29 +128,31 @@ def test_greedy_is_transformers_one_prompt_at_a_time(name, prompts, prefix, batc
     model, prompts = MODELS[name], [prefix + prompt for prompt in prompts]
     completions = generate(model, prompts, stop_ids, GREEDY, batch_size=batch_size)
     for prompt, completion in zip(prompts, completions):
-        expected = reference(model, prompt, stop_ids, GREEDY.max_new_tokens)
-        assert completion.ids == expected or tied(model, prompt, completion.ids, expected)
+        expected = generate_with_transformers(model, prompt, stop_ids, GREEDY.max_new_tokens)
+        assert completion.ids == expected or is_tied(model, prompt, completion.ids, expected)
         assert completion.finish_reason == ("length" if len(completion.ids) == GREEDY.max_new_tokens else "stop")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_long_prompts_are_read_in_pieces_beside_the_others(name, monkeypatch):
-    monkeypatch.setattr(engine, "PROMPT_TOKENS_A_STEP", 16)
+    monkeypatch.setattr(engine, "MAX_PROMPT_TOKENS_PER_STEP", 16)
     for prompts in (PROMPTS, [PROMPTS[3] + prompt for prompt in PROMPTS]):
         completions = generate(MODELS[name], prompts, [], SamplingParams(max_new_tokens=70), batch_size=3)
-        assert [c.ids for c in completions] == [reference(MODELS[name], p, [], 70) for p in prompts]
+        assert [c.ids for c in completions] == [generate_with_transformers(MODELS[name], p, [], 70) for p in prompts]
 
 
 def test_a_long_prompt_read_in_pieces_draws_the_same(monkeypatch):
     chosen = SamplingParams(max_new_tokens=9, do_sample=True, repetition_penalty=1.2)
     whole = generate(LLAMA, PROMPTS[3:4], [], chosen)
-    monkeypatch.setattr(engine, "PROMPT_TOKENS_A_STEP", 16)
+    monkeypatch.setattr(engine, "MAX_PROMPT_TOKENS_PER_STEP", 16)
     assert generate(LLAMA, PROMPTS[3:4], [], chosen)[0].ids == whole[0].ids
 
 
 def test_repetition_penalty_is_that_of_transformers():
     completions = generate(LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30, repetition_penalty=1.5), batch_size=3)
-    assert [c.ids for c in completions] == [reference(LLAMA, p, [], 30, repetition_penalty=1.5) for p in PROMPTS]
+    assert [c.ids for c in completions] == [
+        generate_with_transformers(LLAMA, p, [], 30, repetition_penalty=1.5) for p in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -182,9 +186,11 @@ def test_bad_prompts_fail_alone_and_order_is_kept():
     completions = generate(LLAMA, prompts, [], GREEDY, batch_size=2, on_done=done.__setitem__)
     assert [c.finish_reason == "error" for c in completions] == [False, True, True, False, True, True, True, False]
     for i in (0, 3, 7):
-        assert completions[i].ids == reference(LLAMA, prompts[i], [], GREEDY.max_new_tokens)
+        assert completions[i].ids == generate_with_transformers(LLAMA, prompts[i], [], GREEDY.max_new_tokens)
     assert completions[1].error == "the prompt is empty: give at least one token"
-    assert completions[2].error == "250 prompt tokens and 12 new ones exceed 256: shorten either"
+    assert completions[2].error == (
+        "250 prompt tokens and 12 new tokens exceed the limit of 256: shorten the prompt or reduce max_new_tokens"
+    )
     assert "outside the model's vocabulary of 61" in completions[4].error
     assert done == dict(enumerate(completions))
 
@@ -210,10 +216,10 @@ def test_stop_strings():
     stopped = generate(
         LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30), decode=decode, stop_strings=[stop, "never"], batch_size=3
     )
-    for before, after in zip(plain, stopped):
-        assert after.text == before.text.partition(stop)[0]
-        assert after.finish_reason == ("stop" if stop in before.text else "length")
-        assert stop not in decode(after.ids[:-1]) and after.ids == before.ids[: len(after.ids)]
+    for full, cut in zip(plain, stopped):
+        assert cut.text == full.text.partition(stop)[0]
+        assert cut.finish_reason == ("stop" if stop in full.text else "length")
+        assert stop not in decode(cut.ids[:-1]) and cut.ids == full.ids[: len(cut.ids)]
     assert "stop" in [c.finish_reason for c in stopped]
 
 
@@ -239,12 +245,12 @@ def count_forwards(model: nn.Module, **kwargs: object) -> list[torch.Size]:
 
 
 def test_the_batch_stays_full_and_holds_no_padding(monkeypatch):
-    """Six prompts in three slots: while prompts wait, every forward has three rows, and a token is computed once (with
-    guesses, those that were wrong are computed in vain)."""
-    monkeypatch.setattr(engine, "GUESSES_A_STEP", 0)
+    """Six prompts in three slots: while prompts wait, every forward has three sequences, and each token is computed
+    once (without drafts, as rejected ones would be computed too)."""
+    monkeypatch.setattr(engine, "MAX_DRAFT_TOKENS_PER_STEP", 0)
     lengths = [5, 30, 5, 5, 5, 5]
     shapes = count_forwards(
-        LLAMA, prompts=prompts_of(*lengths), stop_ids=[], settings=SamplingParams(max_new_tokens=10), batch_size=3
+        LLAMA, prompts=make_prompts(*lengths), stop_ids=[], settings=SamplingParams(max_new_tokens=10), batch_size=3
     )
     assert len(shapes) == 2 * 10
     assert sum(tokens for _, tokens in shapes) == sum(lengths) + 6 * 9
@@ -259,8 +265,8 @@ def test_the_common_prefix_is_read_once():
     assert sum(tokens for _, tokens in shapes) == len(prefix) + 6 * 2
 
 
-def parrot(name: str) -> nn.Module:
-    """A model whose next token depends on the last one above all, so that its answers run into loops."""
+def make_looping_model(name: str) -> nn.Module:
+    """A model whose next token depends mostly on the last one, so that its answers run into loops."""
     model = deepcopy(MODELS[name])
     for parameter_name, parameter in model.named_parameters():
         if "o_proj.weight" in parameter_name or "attn.c_proj.weight" in parameter_name:
@@ -268,22 +274,22 @@ def parrot(name: str) -> nn.Module:
     return model
 
 
-PARROTS = {name: parrot(name) for name in MODELS}
+LOOPING_MODELS = {name: make_looping_model(name) for name in MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 3}, {"repetition_penalty": 1.2}])
-def test_reading_ahead_changes_the_number_of_forwards_alone(name, sampling, monkeypatch):
-    model, prompts = PARROTS[name], [PROMPTS[1], PROMPTS[4], PROMPTS[3] * 3, PROMPTS[5]]
+def test_drafts_change_only_the_number_of_forwards(name, sampling, monkeypatch):
+    model, prompts = LOOPING_MODELS[name], [PROMPTS[1], PROMPTS[4], PROMPTS[3] * 3, PROMPTS[5]]
     settings = SamplingParams(max_new_tokens=60, **sampling)
     run = partial(generate, model, prompts, [7], settings, batch_size=3)
     count = partial(count_forwards, model, prompts=prompts, stop_ids=[], settings=settings, batch_size=1)
-    ahead, forwards = run(), len(count())
-    monkeypatch.setattr(engine, "GUESSES_A_STEP", 0)
-    alone = run()
-    assert [(c.ids, c.finish_reason) for c in ahead] == [(c.ids, c.finish_reason) for c in alone]
-    for one, other in zip(ahead, alone):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    with_drafts, forwards = run(), len(count())
+    monkeypatch.setattr(engine, "MAX_DRAFT_TOKENS_PER_STEP", 0)
+    expected = run()
+    assert [(c.ids, c.finish_reason) for c in with_drafts] == [(c.ids, c.finish_reason) for c in expected]
+    for completion, reference in zip(with_drafts, expected):
+        assert completion.logprobs == pytest.approx(reference.logprobs, abs=1e-4)
     if not sampling:
         assert forwards < len(count())
 
@@ -292,12 +298,12 @@ def test_reading_ahead_changes_the_number_of_forwards_alone(name, sampling, monk
 def test_nothing_is_read_past_the_models_last_position(name):
     prompt = (PROMPTS[3] * POSITIONS)[: POSITIONS - 20]
     [completion] = generate(MODELS[name], [prompt], stop_ids=[], settings=SamplingParams(max_new_tokens=20))
-    assert completion.ids == reference(MODELS[name], prompt, [], 20)
+    assert completion.ids == generate_with_transformers(MODELS[name], prompt, [], 20)
 
 
-def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
-    """At a stop id and at the limit: what was guessed beyond is not part of the answer."""
-    prompt, model = PROMPTS[1], PARROTS["llama"]
+def test_an_answer_ends_within_its_drafts():
+    """At a stop id and at the limit: the drafts after the end are not part of the answer."""
+    prompt, model = PROMPTS[1], LOOPING_MODELS["llama"]
     [whole] = generate(model, [prompt], [], SamplingParams(max_new_tokens=40))
     for end in range(1, 40):
         [cut] = generate(model, [prompt], [], SamplingParams(max_new_tokens=end))
@@ -317,35 +323,35 @@ def test_an_answer_ends_in_the_midst_of_what_was_read_ahead():
 
 @given(
     ids=st.lists(st.integers(0, 2), max_size=30),
-    most=st.integers(-1, 20),
-    tokens=st.integers(1, 20),
-    trust=st.integers(1, 16),
+    limit=st.integers(-1, 20),
+    num_tokens=st.integers(1, 20),
+    num_draft_tokens=st.integers(1, 16),
 )
-def test_guesses_are_what_followed_the_latest_like_tokens(ids, most, tokens, trust):
-    guesses = PromptLookup(ids)
-    guesses.trust = trust
+def test_drafts_are_the_tokens_after_the_latest_matching_ngram(ids, limit, num_tokens, num_draft_tokens):
+    lookup = PromptLookup(ids)
+    lookup.num_draft_tokens = num_draft_tokens
     expected: list[int] = []
-    for length in range(4, (1 if tokens < 8 else 2 if tokens < 16 else 4) - 1, -1):
-        places = [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
-        if places:
-            expected = (ids[places[-1] :] * 20)[: max(min(most, trust), 0)]
+    for size in range(4, (1 if num_tokens < 8 else 2 if num_tokens < 16 else 4) - 1, -1):
+        matches = [end for end in range(size, len(ids)) if ids[end - size : end] == ids[-size:]]
+        if matches:
+            expected = (ids[matches[-1] :] * 20)[: max(min(limit, num_draft_tokens), 0)]
             break
-    assert guesses.next(most, tokens) == expected
+    assert lookup.get_draft_tokens(limit, num_tokens) == expected
 
 
-def test_right_guesses_are_trusted_more_and_wrong_ones_less():
-    guesses, trust = PromptLookup([1]), []
-    for guessed, right in [(2, 2), (4, 4), (8, 8), (16, 16), (16, 5), (0, 0), (5, 0)]:
-        guesses.learn(guessed, right)
-        trust.append(guesses.trust)
-    assert trust == [4, 8, 16, 16, 5, 5, 1]
+def test_accepted_drafts_raise_their_number_and_rejected_drafts_lower_it():
+    lookup, counts = PromptLookup([1]), []
+    for proposed, accepted in [(2, 2), (4, 4), (8, 8), (16, 16), (16, 5), (0, 0), (5, 0)]:
+        lookup.update_num_draft_tokens(proposed, accepted)
+        counts.append(lookup.num_draft_tokens)
+    assert counts == [4, 8, 16, 16, 5, 5, 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_model_is_left_as_it_was(name):
-    model = make(name).train()
+    model = make_model(name).train()
     frozen = next(m for m in model.modules() if isinstance(m, nn.Embedding)).eval()
-    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    state = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     config, random_state = model.config.to_dict(), torch.get_rng_state()
     attributes = [set(vars(module)) for module in model.modules()]
     generate(model, PROMPTS, [1], SamplingParams(max_new_tokens=5, do_sample=True), batch_size=3)
@@ -353,14 +359,14 @@ def test_the_model_is_left_as_it_was(name):
     assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [set(vars(module)) for module in model.modules()] == attributes
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert "sft_generation" not in ALL_ATTENTION_FUNCTIONS
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def test_training_after_generation_is_bitwise_the_same():
     def gradients(generating: bool) -> list[torch.Tensor]:
-        model = make("llama").train()
+        model = make_model("llama").train()
         if generating:
             generate(model, PROMPTS, [], GREEDY)
         ids = torch.tensor([PROMPTS[3]])
@@ -370,8 +376,8 @@ def test_training_after_generation_is_bitwise_the_same():
     assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False)))
 
 
-def test_the_model_is_given_back_after_an_error():
-    model = make("llama").train()
+def test_the_model_is_restored_after_an_error():
+    model = make_model("llama").train()
     attributes = [set(vars(module)) for module in model.modules()]
 
     def interrupt(row: int, token: int) -> None:
@@ -385,7 +391,7 @@ def test_the_model_is_given_back_after_an_error():
 
 
 def test_gradient_checkpointing_does_not_matter():
-    model = make("llama").train()
+    model = make_model("llama").train()
     model.activation_checkpointing_enable()
     assert [c.ids for c in generate(model, PROMPTS, [], GREEDY)] == [
         c.ids for c in generate(LLAMA, PROMPTS, [], GREEDY)
@@ -393,10 +399,10 @@ def test_gradient_checkpointing_does_not_matter():
     assert model.is_activation_checkpointing
 
 
-def test_half_precision_and_hooked_layers_are_served():
-    model = make("llama").to(torch.bfloat16)
+def test_half_precision_and_hooked_layers_are_supported():
+    model = make_model("llama").to(torch.bfloat16)
     assert all(len(c.ids) == 12 for c in generate(model, PROMPTS, [], GREEDY, batch_size=3))
-    hooked, calls = make("llama"), []
+    hooked, calls = make_model("llama"), []
     hooked.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     expected = generate(LLAMA, PROMPTS[:1], [], GREEDY)[0].ids
     assert generate(hooked, PROMPTS[:1], [], GREEDY)[0].ids == expected
@@ -428,7 +434,7 @@ def test_memory_of_a_row():
         ({"stop_strings": ["a"]}, "stop_strings: need decode"),
         ({"stop_strings": "a", "decode": decode}, "stop_strings: give a list"),
         ({"stop_strings": [""], "decode": decode}, "stop_strings: give a list"),
-        ({"seeds": [1]}, "seeds: 1 for 8 prompts"),
+        ({"seeds": [1]}, "seeds: got 1 for 8 prompts"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -436,24 +442,26 @@ def test_wrong_arguments(arguments, message):
         generate(LLAMA, PROMPTS, [], GREEDY, **arguments)
 
 
-def test_models_that_cannot_be_served_are_refused():
+def test_unsupported_models_are_refused():
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(SFTError, match="MambaForCausalLM: generation serves decoders"):
+    with pytest.raises(SFTError, match="MambaForCausalLM: generation supports only decoder models"):
         generate(mamba, PROMPTS, [], GREEDY)
     softcapped = Gemma2ForCausalLM(Gemma2Config(**SHAPE))
-    with pytest.raises(SFTError, match="does not serve attention with .'softcap'"):
+    with pytest.raises(SFTError, match="does not support attention with .'softcap'"):
         generate(softcapped, PROMPTS, [], GREEDY)
     assert softcapped.config._attn_implementation != "sft_generation"
 
 
 def test_a_layer_that_does_not_attend_is_refused():
-    model = make("llama")
+    model = make_model("llama")
     config = SimpleNamespace(num_hidden_layers=3)
     with pytest.raises(SFTError, match=r"layers \[2\] keep a state"):
-        engine._check_layers(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)), _used(model))
+        engine._check_layers(
+            SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)), _fill_cache(model)
+        )
 
 
-def _used(model: nn.Module) -> KVCache:
+def _fill_cache(model: nn.Module) -> KVCache:
     cache = KVCache(1)
     with engine.use_inference_mode(model, cache.attend):
         plan = cache.prepare([0], [2], torch.device("cpu"))

@@ -240,7 +240,8 @@ def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tm
     assert [row["error"] is not None for row in one["table"]] == refused
     for row in one["table"]:
         if row["error"]:
-            assert row["error"].endswith(f"new ones exceed {limit}: shorten either") and row["answer"] == ""
+            message = f"new tokens exceed the limit of {limit}: shorten the prompt or reduce max_new_tokens"
+            assert row["error"].endswith(message) and row["answer"] == ""
     assert one["metrics"]["answer_errors"] == sum(refused)
     assert one["metrics"]["answers"] == ASKED - sum(refused[:ASKED])
     assert results["before_and_after"]["stop_rate"]["items"] == ASKED - sum(refused[:ASKED])

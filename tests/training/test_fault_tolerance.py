@@ -37,7 +37,7 @@ from sft_pipeline.train import needs_evaluation, train
 from sft_pipeline.training import memory, rank_failures
 from sft_pipeline.training.memory import find_heaviest_batch
 from sft_pipeline.training.rank_failures import find_missing_ranks, report_lost_ranks
-from sft_pipeline.utils.errors import ALLOWED, SFTError, convert_file_errors
+from sft_pipeline.utils.errors import CHOOSE_WRITABLE_FOLDER, SFTError, convert_file_errors
 from sft_pipeline.utils.files import find_damage
 
 NOBODY = 65534
@@ -156,7 +156,7 @@ def failure(number: int, filename: str | None = None) -> OSError:
         ),
         (
             failure(errno.EACCES, "/c/x"),
-            f"/c/x: Permission denied; {ALLOWED}; what was saved is kept",
+            f"/c/x: Permission denied; {CHOOSE_WRITABLE_FOLDER}; what was saved is kept",
         ),
         (failure(errno.EFBIG, "/c/x"), "/c/x: File too large; raise the limit (ulimit -f); what was saved is kept"),
     ],
@@ -237,7 +237,7 @@ def test_a_cache_that_may_not_be_written_is_named(public, monkeypatch):
 
     said = said_to_nobody(fill_cache)
     assert said.startswith(
-        f"SFTError: {public / 'cache'}: Permission denied; name one that may be written to: output_dir,"
+        f"SFTError: {public / 'cache'}: Permission denied; choose a writable folder with output_dir,"
     )
 
 

@@ -122,7 +122,7 @@ def one(config, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 def installed(folder: Path) -> dict[str, str]:
     """An environment that launch.sh takes for one that has everything."""
-    (folder / ".sft_pipeline-lora,plot").write_text(f"{ROOT}\n")
+    (folder / ".sft_pipeline-lora,plot,judge").write_text(f"{ROOT}\n")
     return {"VIRTUAL_ENV": str(folder), "NUM_PROCESSES": "2"}
 
 

@@ -40,7 +40,7 @@ def submit(slurm, model_folder, tmp_path_factory):
     keys |= {"disable_tqdm": True, "report_to": "none"}
     (place / "tiny.yaml").write_text(yaml.safe_dump(keys))
     # An environment that launch.sh finds installed: its mark, and the Python that runs the tests.
-    (place / ".sft_pipeline-lora,plot").write_text(f"{ROOT}\n")
+    (place / ".sft_pipeline-lora,plot,judge").write_text(f"{ROOT}\n")
     environment = {"VIRTUAL_ENV": str(place), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"OMP_NUM_THREADS": "1"}
 

@@ -1,4 +1,4 @@
-"""What a log and a terminal get: lines now and then, nothing that moves a cursor, nothing wider than the terminal."""
+"""Console output: occasional lines in a log, no control characters, no line wider than the terminal."""
 
 import contextlib
 import io
@@ -76,35 +76,34 @@ def test_no_control_character_gets_through_and_lines_stay_whole(writes):
     assert all(text in stream.getvalue() for text in plain)
 
 
-def test_standard_error_is_as_it_was_afterwards(capsys):
-    before = sys.stderr
+def test_standard_error_is_restored(capsys):
+    stderr = sys.stderr
     with console.log_without_bars():
         print("\x1b[1mbold\x1b[0m", file=sys.stderr)
-        assert sys.stderr is not before and sys.stderr.fileno and not sys.stderr.isatty()
-    assert sys.stderr is before
+        assert sys.stderr is not stderr and sys.stderr.fileno and not sys.stderr.isatty()
+    assert sys.stderr is stderr
     assert capsys.readouterr().err == "bold\n"
 
 
-def test_waiting_says_how_long_already(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "TICK", 0.01)
+def test_elapsed_time_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "UPDATE_SECONDS", 0.01)
     with show_elapsed_time("saving"):
         time.sleep(0.3)
-    shown = capsys.readouterr().err
-    assert "saving: 00:00" in shown
+    assert "saving: 00:00" in capsys.readouterr().err
     with show_elapsed_time("saving", disable=True):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("wide", "lines"), [(False, 1), (True, 3)])
-def test_messages_are_broken_in_a_terminal_alone(wide, lines, capsys, monkeypatch):
-    # Not through os.environ: rich keeps the first one, and datasets' map with processes puts a copy in its place.
+@pytest.mark.parametrize(("is_terminal", "lines"), [(False, 1), (True, 3)])
+def test_messages_are_wrapped_only_in_a_terminal(is_terminal, lines, capsys, monkeypatch):
+    # Not through os.environ: rich keeps a reference to it, and datasets' map with processes replaces it by a copy.
     monkeypatch.setattr("rich.console.Console._environ", {"COLUMNS": "40", "TERM": "xterm"})
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: wide)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     message = "[bold] words of a message " * 4 + "/a/path"
     console.LineHandler().emit(logging.LogRecord("sft_pipeline", 20, "", 1, message, None, None))
-    shown = MOVES.sub("", capsys.readouterr().err)
-    assert shown.count("\n") == lines and " ".join(shown.split()) == message
+    output = MOVES.sub("", capsys.readouterr().err)
+    assert output.count("\n") == lines and " ".join(output.split()) == message
 
 
 @pytest.fixture(scope="module")
@@ -131,49 +130,51 @@ def config(model_folder, tmp_path_factory) -> Path:
     return folder / "tiny.yaml"
 
 
-def command(config: Path, output: str) -> list[str]:
+def build_command(config: Path, output: str) -> list[str]:
     return [sys.executable, "-m", "sft_pipeline", "train", config.name, "--output_dir", output]
 
 
-def environment(**more: str) -> dict[str, str]:
-    # Bars appear at once, for a tiny run is over before they would.
-    return {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DELAY": "0", "TERM": "xterm-256color", **more}
+def build_environment(**variables: str) -> dict[str, str]:
+    # Bars appear at once, as a tiny run ends before their default delay.
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DELAY": "0", "TERM": "xterm-256color", **variables}
 
 
 def test_a_log_file_has_few_lines_and_no_control_characters(config):
     log = config.parent / "log"
     with log.open("wb") as stream:
-        run = command(config, "logged"), {"cwd": config.parent, "env": environment(), "stdout": subprocess.PIPE}
-        done = subprocess.run(run[0], **run[1], stderr=stream, stdin=subprocess.DEVNULL, check=True)
-    for text in (log.read_text(encoding="utf-8"), done.stdout.decode()):
+        process = subprocess.run(
+            build_command(config, "logged"), cwd=config.parent, env=build_environment(),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stream, check=True,
+        )  # fmt: skip
+    for text in (log.read_text(encoding="utf-8"), process.stdout.decode()):
         assert "held-out" in text and not set(text) & {"\r", "\x1b"}
     assert len(log.read_text(encoding="utf-8").splitlines()) < 15
 
 
 def test_no_line_is_wider_than_the_terminal(config):
-    """Bars, messages, preview and results, in a terminal of 80 columns that has colours unless NO_COLOR is set."""
-    shown = in_a_terminal(command(config, "shown"), config.parent, environment(NO_COLOR="1"))
-    assert "training: 100%" in shown and "answers:" in shown and "held-out loss:" in shown
-    lines = re.split(r"[\r\n]+", MOVES.sub("", shown))
+    """Bars, messages, preview and results, in a terminal of 80 columns that has colors unless NO_COLOR is set."""
+    output = run_in_terminal(build_command(config, "shown"), config.parent, build_environment(NO_COLOR="1"))
+    assert "training: 100%" in output and "answers:" in output and "held-out loss:" in output
+    lines = re.split(r"[\r\n]+", MOVES.sub("", output))
     assert max(map(cell_len, lines)) <= 80
-    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown), "a colour, with NO_COLOR set"
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", output), "a color, with NO_COLOR set"
 
 
-def in_a_terminal(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
-    """What the command writes to a terminal of 80 columns and 24 rows."""
+def run_in_terminal(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """Run the command and return its output to a terminal of 80 columns and 24 rows."""
     import fcntl
     import struct
     import termios
 
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(arguments, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its)
-    os.close(its)
-    shown = bytearray()
-    with contextlib.suppress(OSError):  # the terminal's end, on Linux
-        while part := os.read(ours, 65536):
-            shown += part
-    os.close(ours)
-    assert process.wait() == 0, shown.decode(errors="replace")
-    return shown.decode()
+    process = subprocess.Popen(arguments, cwd=folder, env=environment, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    output = bytearray()
+    with contextlib.suppress(OSError):  # at the end of the output, on Linux
+        while chunk := os.read(master, 65536):
+            output += chunk
+    os.close(master)
+    assert process.wait() == 0, output.decode(errors="replace")
+    return output.decode()
