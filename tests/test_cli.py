@@ -168,8 +168,8 @@ def test_a_missing_config(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said", "help"),
     [
-        ([], "the following arguments are required: VERB", "--help"),
-        (["trian"], "argument VERB: invalid choice: 'trian'", "--help"),
+        ([], "the following arguments are required: COMMAND", "--help"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'", "--help"),
         (["generate", "a.txt"], "the following arguments are required: --model, --output", "generate --help"),
         (["preview", "--row", "x"], "argument --row: invalid int value: 'x'", "preview --help"),
     ],
@@ -259,7 +259,7 @@ def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 130
-    assert capsys.readouterr().err == "sft-pipeline: interrupted; what was saved is whole\n"
+    assert capsys.readouterr().err == "sft-pipeline: interrupted; everything saved so far is intact\n"
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:

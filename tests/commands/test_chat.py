@@ -57,10 +57,10 @@ def user(text: str) -> dict[str, str]:
 
 
 def test_answers_are_printed_and_the_conversation_is_kept(conversation, asked, capsys):
-    conversation.take("Hi")
+    conversation.handle_line("Hi")
     first = greedy(conversation, [user("Hi")])
     assert capsys.readouterr().out.strip() == replace_control_characters(first).strip() and first
-    conversation.take("And then?")
+    conversation.handle_line("And then?")
     history = [user("Hi"), {"role": "assistant", "content": first}, user("And then?")]
     assert conversation.messages[:3] == history
     assert asked[1] == conversation.template.encode_prompt([{"role": "system", "content": "You are 冬瓜."}, *history])
@@ -68,36 +68,36 @@ def test_answers_are_printed_and_the_conversation_is_kept(conversation, asked, c
 
 
 def test_commands(conversation, asked, capsys):
-    conversation.take("Hi")
-    conversation.take("/reset")
+    conversation.handle_line("Hi")
+    conversation.handle_line("/reset")
     assert conversation.messages == [] and conversation.system_prompt == "You are 冬瓜."
-    conversation.take("Hi")
+    conversation.handle_line("Hi")
     assert asked[0] == asked[1]
-    conversation.take("/system  Answer in verse. ")
+    conversation.handle_line("/system  Answer in verse. ")
     assert conversation.messages == []
-    conversation.take("Hi")
+    conversation.handle_line("Hi")
     template = conversation.template
     assert asked[2] == template.encode_prompt([{"role": "system", "content": "Answer in verse."}, user("Hi")])
-    conversation.take("/system")
-    conversation.take("Hi")
+    conversation.handle_line("/system")
+    conversation.handle_line("Hi")
     assert asked[3] == template.encode_prompt([user("Hi")])
     assert capsys.readouterr().err == ""
 
 
 def test_an_unknown_command_is_no_message(conversation, asked, capsys):
-    conversation.take("/rest")
+    conversation.handle_line("/rest")
     assert capsys.readouterr().err == f"/rest: no such command; {HELP}\n"
     assert asked == [] and conversation.messages == []
-    conversation.take("/etc/hosts is what?")  # a path, not a command
+    conversation.handle_line("/etc/hosts is what?")  # a path, not a command
     assert len(asked) == 1
 
 
 def test_a_message_that_is_too_long_is_taken_back(conversation, capsys):
     conversation.model.config.max_position_embeddings = 60
-    conversation.take("long " * 60)
+    conversation.handle_line("long " * 60)
     assert "no answer: " in (error := capsys.readouterr().err) and "exceed 60" in error
     assert conversation.messages == []
-    conversation.take("Hi")
+    conversation.handle_line("Hi")
     assert capsys.readouterr().out.strip() and len(conversation.messages) == 2
 
 
@@ -105,7 +105,7 @@ def test_the_oldest_exchanges_make_room(conversation, asked):
     """The system prompt stays, and so do the newest exchanges that fit."""
     conversation.model.config.max_position_embeddings = 110
     for number in range(6):
-        conversation.take(f"Question {number}?")
+        conversation.handle_line(f"Question {number}?")
     lengths = [len(ids) for ids in asked]
     assert max(lengths) + LIMIT <= 110 and lengths[1] > lengths[0]
     texts = conversation.template.tokenizer.batch_decode(asked)

@@ -61,10 +61,10 @@ def test_a_reader_gets_a_line_a_finding(capsys):
 def test_a_file_gets_whole_lines_and_a_terminal_lines_that_fit(monkeypatch):
     found = [Finding("bf16", False, "slower than " + "x" * 30, "do [this] " * 6)]
     file, terminal = io.StringIO(), io.StringIO()
-    doctor._show(found, Console(file=file, width=40))
+    doctor._print_findings(found, Console(file=file, width=40))
     assert file.getvalue() == f"bf16            no; {found[0].note}; {found[0].advice}\n"
     monkeypatch.setenv("TERM", "xterm")
-    doctor._show(found, Console(file=terminal, width=40, force_terminal=True, color_system=None))
+    doctor._print_findings(found, Console(file=terminal, width=40, force_terminal=True, color_system=None))
     lines = terminal.getvalue().splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= 40 and "[this]" in terminal.getvalue()
 
@@ -103,7 +103,7 @@ def test_a_package_that_was_never_installed_is_fatal(monkeypatch):
 
 def test_extras_are_named_with_what_installs_them(monkeypatch):
     assert doctor._check_extra("lora", ["peft"]).advice == ""
-    monkeypatch.setattr(doctor, "_find_version", lambda name: None if name == "trackio" else "1.0")
+    monkeypatch.setattr(doctor, "_get_version", lambda name: None if name == "trackio" else "1.0")
     found = doctor._check_extra("track", ["wandb", "trackio"])
     assert (found.value, found.fatal) == ("wandb 1.0, trackio not installed", False)
     assert found.advice == 'pip install -c constraints.txt -e ".[track]"'
@@ -126,7 +126,7 @@ def fake_torch(capabilities: dict | None = None, cuda: bool = False, macos: bool
         (fake_torch({"avx2": True, "avx512_bf16": False}), "cpu", False, "slower in bf16 than in float32"),
         (fake_torch(), "cpu", False, "slower in bf16 than in float32"),
         (fake_torch(cuda=True), "cuda", True, ""),
-        (fake_torch(), "cuda", False, "fp16: true instead"),
+        (fake_torch(), "cuda", False, "use fp16: true"),
         (fake_torch(macos=True), "mps", True, "macOS 14"),
         (fake_torch(), "mps", False, "macOS 14"),
     ],
@@ -142,7 +142,7 @@ def test_attention(monkeypatch):
         "sdpa",
         "flex_attention",
     }
-    monkeypatch.setattr(doctor, "_find_version", lambda name: None)
+    monkeypatch.setattr(doctor, "_get_version", lambda name: None)
     assert "pip install triton" in describe_attention("cuda")[1]
 
 
@@ -155,7 +155,7 @@ def test_few_threads_are_pointed_out(monkeypatch):
 
 @pytest.mark.parametrize(
     ("free", "writable", "advice"),
-    [(50, True, ""), (1, True, "free some space, a run takes 2.0 GiB"), (50, False, "cannot be written")],
+    [(50, True, ""), (1, True, "free some space, a run needs 2.0 GiB"), (50, False, "no permission to write to")],
 )
 def test_disk(free, writable, advice, monkeypatch, tmp_path):
     monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path / "not" / "there" / "yet"))
@@ -180,7 +180,7 @@ class Wandb(SimpleNamespace):
     [
         (True, "online", ""),
         (False, "offline", "wandb login"),
-        (Wandb.Error("not forty\ncharacters"), "offline", "mend WANDB_API_KEY"),
+        (Wandb.Error("not forty\ncharacters"), "offline", "fix WANDB_API_KEY"),
     ],
 )
 def test_wandb(account, value, advice, monkeypatch):
@@ -188,7 +188,7 @@ def test_wandb(account, value, advice, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb(account=account))
     found = doctor._check_wandb()
     assert found.value == value and advice in found.advice
-    monkeypatch.setattr(doctor, "_find_version", lambda name: None)
+    monkeypatch.setattr(doctor, "_get_version", lambda name: None)
     assert doctor._check_wandb().value == "not installed"
 
 
@@ -247,7 +247,7 @@ def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, mon
     monkeypatch.setattr(dashboard.threading.Event, "wait", interrupted)
     monkeypatch.setattr(dashboard.webbrowser, "open", shown.append)
     main(["dashboard", *arguments])
-    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline&smoothing=0 (Ctrl-C ends it)\n"
+    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline&smoothing=0 (Ctrl-C stops it)\n"
     assert shown == opened  # with the token, which lets the page delete runs; it is never printed
     options = {"open_browser": False, "block_thread": False, "server_port": 8000}
     assert stand_in.asked == {"project": "sft_pipeline", **options} and stand_in.closed
@@ -261,7 +261,7 @@ def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, mon
             (
                 [name],
                 Trackio(),
-                f"dashboard: no runs of project {name} here; train with --report_to trackio, or name another",
+                f"dashboard: project {name} has no runs here; train with --report_to trackio, or name another project",
             )
             for name in ("other", "empty")
         ),

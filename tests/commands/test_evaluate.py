@@ -367,7 +367,7 @@ def test_a_runs_folder_stands_for_its_held_out_rows(data, model_folder, tmp_path
     held = load_eval_conversations(str(tmp_path))
     assert len(held) == 3 and {one[0]["content"] for one in held} < {one["instruction"] for one in ROWS}
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
-    message = f"^{tmp_path}: this run held no rows out; give a file, folder or hub name of rows$"
+    message = f"^{tmp_path}: this run has no held-out rows; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):
         load_eval_conversations(str(tmp_path))
 

@@ -162,7 +162,7 @@ def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
     [
         (lambda run, place: (place / "no", place / "out"), "no: no such folder; give the output folder of a run"),
         (lambda run, place: (place, place / "out"), "no results.json, which a run leaves at its end"),
-        (lambda run, place: (run, place), "is there already; choose another folder, or take it away"),
+        (lambda run, place: (run, place), "already exists; choose another folder, or delete it"),
     ],
 )
 def test_what_cannot_be_exported(trained, tmp_path, prepare, error):

@@ -204,14 +204,14 @@ def whole(request_, monkeypatch) -> SimpleNamespace:
     loaded = verb.load_trained(request_.model)
     monkeypatch.setattr(verb, "load_trained", lambda name: loaded)
     kept = {}
-    finish = AnswerFile.finish
+    finish = AnswerFile.write_output
 
     def spy(file: AnswerFile) -> None:
         kept["partial"] = file.partial.read_bytes()
         finish(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "finish", spy)
+        patch.setattr(AnswerFile, "write_output", spy)
         generate_file(request_)
     output, errors = rows_of(request_.output), rows_of(errors_of(request_.output))
     return SimpleNamespace(partial=kept["partial"], output=output, errors=errors)
@@ -242,7 +242,7 @@ def test_only_what_is_missing_is_generated(request_, whole, monkeypatch, caplog)
     )
     with caplog.at_level("INFO", "sft_pipeline"):
         generate_file(replace(request_, overwrite=True))
-    assert f"{partial_of(request_.output)}: goes on after 5 of 18 answers" in caplog.messages
+    assert f"{partial_of(request_.output)}: continuing after 5 of 18 answers" in caplog.messages
     assert len(seen) == 13 and same(rows_of(request_.output), whole.output)
 
 
@@ -307,8 +307,8 @@ def test_a_partial_file_of_other_settings_is_refused(request_, whole, change, na
     with pytest.raises(SFTError) as error:
         generate_file(replace(request_, **change))
     assert str(error.value) == (
-        f"{partial_of(request_.output)}: was begun with other {names}; go on with those, choose another output, or add "
-        "--overwrite to begin anew"
+        f"{partial_of(request_.output)}: was started with different settings ({names}); use those again to "
+        "continue, choose another output, or add --overwrite to start again"
     )
     assert partial_of(request_.output).read_bytes() == begun
     generate_file(replace(request_, **change, overwrite=True))
@@ -323,10 +323,10 @@ def test_a_model_or_prompts_that_changed_are_noticed(request_, whole, monkeypatc
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
     with monkeypatch.context() as patch:
         patch.setattr(verb, "load_trained", lambda name: (other, *rest))
-        with pytest.raises(SFTError, match="was begun with other model;"):
+        with pytest.raises(SFTError, match="was started with different settings \(model\);"):
             generate_file(request_)
     Path(request_.prompts).write_text(json.dumps({"prompt": "Hi"}))
-    with pytest.raises(SFTError, match="was begun with other prompts;"):
+    with pytest.raises(SFTError, match="was started with different settings \(prompts\);"):
         generate_file(request_)
 
 
@@ -334,7 +334,7 @@ def test_a_model_or_prompts_that_changed_are_noticed(request_, whole, monkeypatc
 def test_a_partial_file_of_somebody_elses_is_refused(request_, content):
     partial_of(request_.output).write_bytes(content)
     with pytest.raises(
-        SFTError, match="is no partial file of generate; move it away, or add --overwrite to replace it"
+        SFTError, match="is not a partial file of generate; move it, or add --overwrite to replace it"
     ):
         generate_file(request_)
     assert partial_of(request_.output).read_bytes() == content
@@ -372,14 +372,14 @@ def test_the_command(request_, monkeypatch, capsys):
         ({"stop_strings": ("",)}, "stop_strings: give a list of strings, none of them empty"),
         (
             {"sampling": SamplingParams()},
-            "samples: 2 greedy answers would be the same; add --temperature 1 to draw them",
+            "samples: 2 greedy answers would be the same; add --temperature 1 to sample",
         ),
-        ({"output": Path("answers.txt")}, "output answers.txt: must end in .jsonl, by which train_data knows it"),
+        ({"output": Path("answers.txt")}, "output answers.txt: must end in .jsonl, as train_data requires"),
         ({"output": Path("folder")}, "output folder: is a folder; name a file in it"),
-        ({"output": Path("file/a.jsonl")}, "output file/a.jsonl: its folder cannot be made (File exists)"),
+        ({"output": Path("file/a.jsonl")}, "output file/a.jsonl: cannot create its folder (File exists)"),
         (
             {"output": Path("old.jsonl")},
-            "output old.jsonl: is complete already; choose another name, or add --overwrite to replace it",
+            "output old.jsonl: already exists; choose another name, or add --overwrite to replace it",
         ),
         (
             {"output": Path("prompts.jsonl"), "overwrite": True},
@@ -405,13 +405,13 @@ def test_a_full_disk_is_said(request_, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(resumable_jsonl, "SYNC_SECONDS", 0.0)
-    message = r"answers.jsonl: cannot be written \(No space left on device\); mend that and run again to go on"
+    message = r"answers.jsonl: cannot be written \(No space left on device\); fix that and run again to continue"
     file = AnswerFile(request_.output, {})
     monkeypatch.setattr(resumable_jsonl.os, "fsync", full)
     with pytest.raises(SFTError, match=message):
         file.add((0, 0), {})
     with pytest.raises(SFTError, match=message):
-        file.finish()
+        file.write_output()
     file.close()
 
 

@@ -124,13 +124,13 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     assert study_results(config)["entries"] == found["entries"]
     assert trained == ["4_rows", "attention", "4_rows"] and asked == [str(out / "4_rows")]
 
-    with pytest.raises(SFTError, match="out/4_rows: holds a run of other settings; delete it or choose another"):
+    with pytest.raises(SFTError, match="out/4_rows: holds a run with different settings; delete it or choose another"):
         study_results(config, "--learning_rate", "0.02")
 
 
 def test_a_failed_training_is_named(write, monkeypatch):
     monkeypatch.setattr(module.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
-    with pytest.raises(SFTError, match="^variant a: training ended with status 2, see above; what is done is kept$"):
+    with pytest.raises(SFTError, match="^variant a: training failed with status 2, see above; finished variants are kept$"):
         study_results(write([{"name": "a"}]))
 
 
@@ -138,12 +138,12 @@ REFUSED = {
     "no variants": (None, {}, "study.yaml: a study needs `variants`, a list of keys each with a `name`"),
     "empty": ([], {}, "study.yaml: a study needs `variants`"),
     "no name": ([{"max_train_rows": 3}], {}, "study.yaml: a study needs `variants`"),
-    "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number from 0 on"),
+    "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number, 0 or more"),
     "held_out": ([{"name": "a", "held_out": 3}], {}, "variant a: held_out must be the same for all variants; set it"),
     "unknown": ([{"name": "a", "lorra": 1}], {}, "variant a: unknown key lorra; the nearest known one is lora"),
     "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a"),
     "one folder": ([{"name": "a b"}, {"name": "a/b"}], {}, "study.yaml: two variants would share the folder"),
-    "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out rows to ask: set held_out (or eval_data)"),
+    "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out prompts: set held_out (or eval_data)"),
     "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both say what"),
     "negative": ([{"name": "a", "max_train_rows": -1}], {}, "max_train_rows is -1; it has to be 0 or more"),
 }

@@ -26,11 +26,11 @@ from sft_pipeline.runs.checkpoints import (
     clear_leftovers,
     find_newest_checkpoint,
     move_aside,
+    needs_evaluation,
     publish_checkpoint,
     rotate_checkpoints,
 )
 from sft_pipeline.runs.output_dir import RESULTS_FILE, RUN_FILE, check_output_dir
-from sft_pipeline.train import needs_evaluation
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence
 from sft_pipeline.training.preemption import SigtermHandler
 from sft_pipeline.training.trackers import TRACKERS_FILE
@@ -123,10 +123,10 @@ def test_a_damaged_one_is_named_and_passed_over(reason, tmp_path, caplog):
     DAMAGES[reason](save_checkpoint(tmp_path, 10))
     with caplog.at_level(logging.WARNING):
         assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'}: damaged ({reason}); passed over"]
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'}: damaged ({reason}); skipped"]
     DAMAGES[reason](tmp_path / "checkpoint-9")
     with pytest.raises(
-        SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to begin"
+        SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to start"
     ):
         find_newest_checkpoint(tmp_path)
 
@@ -518,7 +518,7 @@ def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplo
         assert (
             verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}", "--report_to", "wandb", "trackio"]) == []
         )
-    said = r"8 steps, and 4, killed, and 4: \d+ values compared, 0 differ"
+    said = r"8 steps, compared with 4, a kill, and 4 more: \d+ values compared, 0 differ"
     assert re.fullmatch(said, caplog.messages[-1])
     assert names(tmp_path) == ["out-verify-resume"]
     folder = tmp_path / "out-verify-resume"
@@ -540,7 +540,7 @@ def test_what_differs_is_named(whole, tmp_path):
 
 
 def test_verify_resume_says_when_the_kill_came_too_late_or_training_failed(tmp_path):
-    for status, said in ((0, "could be killed; give more --steps$"), (3, "training ended with status 3, see above$")):
+    for status, said in ((0, "could be killed; give more --steps$"), (3, "training failed with status 3, see above$")):
         run = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
         with pytest.raises(SFTError, match=said):
             _wait_and_kill(run, tmp_path / "never")
