@@ -63,7 +63,7 @@ def train(sft: SFTArguments, training: TrainingArguments, console: Console) -> d
     checkpoint = check_output_dir(sft, training)
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
-    config = build_config_record(sft, training)
+    config = build_config_record(sft, training)  # before the steps below change `training`
     drop_missing_trackers(training)
 
     # Tokenizer, rows, model.

@@ -166,7 +166,7 @@ def test_a_missing_config(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "help"),
+    ("arguments", "expected", "help"),
     [
         ([], "the following arguments are required: COMMAND", "--help"),
         (["trian"], "argument COMMAND: invalid choice: 'trian'", "--help"),
@@ -174,20 +174,21 @@ def test_a_missing_config(capsys):
         (["preview", "--row", "x"], "argument --row: invalid int value: 'x'", "preview --help"),
     ],
 )
-def test_words_that_are_no_command_are_one_line_without_the_usage(arguments, said, help, capsys):
+def test_an_error_of_the_parser_is_one_line_without_the_usage(arguments, expected, help, capsys):
     message = refusal(capsys, *arguments)
-    assert message.startswith(said) and message.endswith(f"; see `{help}`")
+    assert message.startswith(expected) and message.endswith(f"; see `{help}`")
 
 
-def test_each_verb_that_can_be_said_has_its_function():
-    [verbs] = build_parser()._subparsers._group_actions
-    assert list(verbs.choices) == list(cli.COMMANDS)
+def test_every_command_has_its_function():
+    [subparsers] = build_parser()._subparsers._group_actions
+    assert list(subparsers.choices) == list(cli.COMMANDS)
 
 
-def test_help_fits_a_terminal(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_a_terminal(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main([*command.split(), "--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
@@ -210,9 +211,9 @@ def test_preview_as_json_is_one_line_of_what_is_trained(make_config, tokenizer, 
     prompt = build_template("role", tokenizer).encode_prompt(
         [{"role": "system", "content": "You are 冬瓜."}, {"role": "user", "content": "Say 3."}]
     )
-    given = len(prompt)
-    assert row["input_ids"][:given] == prompt
-    assert row["labels"] == [-100] * (given - 1) + row["input_ids"][given:] + [-100]
+    size = len(prompt)
+    assert row["input_ids"][:size] == prompt
+    assert row["labels"] == [-100] * (size - 1) + row["input_ids"][size:] + [-100]
 
 
 def test_preview_shows_each_position(make_config, capsys, monkeypatch):
@@ -252,7 +253,7 @@ def test_chat_takes_no_other_option(model_folder, capsys):
 
 
 def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
-    def interrupted(args, rest):
+    def interrupted(args, extra_args):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
@@ -270,10 +271,10 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess:
 def test_help_imports_nothing_heavy():
     code = "import sys; from sft_pipeline.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
-    for verb in ([], ["train"], ["preview"], ["chat"], ["generate"]):
-        shown = python("-c", code, *verb, "--help")
-        assert shown.returncode == 0, shown.stderr
-        assert shown.stdout.startswith("usage: sft-pipeline")
+    for command in ([], ["train"], ["preview"], ["chat"], ["generate"]):
+        run = python("-c", code, *command, "--help")
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith("usage: sft-pipeline")
 
 
 def test_the_whole_program_refuses_in_one_line(make_config):
