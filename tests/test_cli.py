@@ -1,4 +1,4 @@
-"""The command line: bad input is one line on standard error and exit status 2, and nothing is left or lost."""
+"""The command line: bad input is one line on standard error and exit status 2, and changes no file."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def make_config(model_folder, tmp_path, monkeypatch):
 
 
 def refusal(capsys, *arguments: str) -> str:
-    """The one line on standard error."""
+    """Run a command that fails; return its one line on standard error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         main(list(arguments))
@@ -192,7 +192,7 @@ def test_help_fits_a_terminal(command, capsys, monkeypatch):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_a_config_that_does_not_stand_first_is_no_config(make_config, capsys):
+def test_a_config_that_is_not_the_first_argument_is_no_config(make_config, capsys):
     """Nor is the value of the first key."""
     assert refusal(capsys, "train", "--seed", "5", make_config()).startswith("missing: model_name_or_path")
 
@@ -277,7 +277,7 @@ def test_help_imports_nothing_heavy():
         assert run.stdout.startswith("usage: sft-pipeline")
 
 
-def test_the_whole_program_refuses_in_one_line(make_config):
+def test_an_error_of_the_program_is_one_line(make_config):
     config = make_config([GOOD[0], {"instruction": "Hi", "output": ""}])
     ended = python("-m", "sft_pipeline", "train", config)
     assert ended.returncode == 2 and ended.stdout == ""

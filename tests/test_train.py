@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_results_are_whole_and_on_disk(run, config):
+def test_results_are_complete_and_on_disk(run, config):
     folder, results = run
     assert json.loads((folder / RESULTS_FILE).read_text()) == json.loads(json.dumps(results))
     assert results["eval_loss"]["after"] < results["eval_loss"]["before"]
@@ -197,7 +197,7 @@ def test_packed_and_padded_runs_are_the_same_run(run, config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("key", ["activation_checkpointing", "gradient_checkpointing"])
-def test_checkpointing_changes_no_figure(key, run, config, tmp_path):
+def test_activation_checkpointing_changes_no_loss(key, run, config, tmp_path):
     results = run_train(config, "--output_dir", str(tmp_path / "out"), f"--{key}", "true")
     for expected, step in zip(curve(run[1]), curve(results), strict=True):
         assert [x for x in expected if x is not None] == pytest.approx([x for x in step if x is not None], abs=1e-6)
@@ -330,7 +330,7 @@ def test_bad_input_leaves_no_folder_that_would_be_refused_next_time(config, tmp_
 
 
 @pytest.mark.parametrize("keys", [[], ["--overwrite_output_dir"]])
-def test_foreign_files_are_refused_and_untouched(keys, config, tmp_path):
+def test_files_of_no_run_are_refused_and_untouched(keys, config, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     previous = contents(tmp_path)
     with pytest.raises(SFTError, match=f"^output_dir {tmp_path}: holds files that are not a run's; choose another"):

@@ -1,4 +1,4 @@
-"""Talking to a model: streamed answers, a conversation that goes on, commands, and lines from a pipe."""
+"""The command `chat`: streamed answers, the conversation, commands, and lines from a pipe."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def test_answers_are_printed_and_the_conversation_is_kept(conversation, seen_prompts, capsys):
+def test_answers_are_printed_and_added_to_the_conversation(conversation, seen_prompts, capsys):
     conversation.handle_line("Hi")
     first = answer_greedily(conversation, [user("Hi")])
     assert capsys.readouterr().out.strip() == replace_control_characters(first).strip() and first
@@ -86,7 +86,7 @@ def test_commands(conversation, seen_prompts, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_unknown_command_is_no_message(conversation, seen_prompts, capsys):
+def test_an_unknown_command_is_not_answered(conversation, seen_prompts, capsys):
     conversation.handle_line("/rest")
     assert capsys.readouterr().err == f"/rest: no such command; {HELP}\n"
     assert seen_prompts == [] and conversation.messages == []
@@ -94,7 +94,7 @@ def test_an_unknown_command_is_no_message(conversation, seen_prompts, capsys):
     assert len(seen_prompts) == 1
 
 
-def test_a_message_that_is_too_long_is_taken_back(conversation, capsys):
+def test_a_message_that_is_too_long_is_removed(conversation, capsys):
     conversation.model.config.max_position_embeddings = 60
     conversation.handle_line("long " * 60)
     assert "no answer: " in (error := capsys.readouterr().err) and "exceed 60" in error
@@ -103,7 +103,7 @@ def test_a_message_that_is_too_long_is_taken_back(conversation, capsys):
     assert capsys.readouterr().out.strip() and len(conversation.messages) == 2
 
 
-def test_the_oldest_exchanges_make_room(conversation, seen_prompts):
+def test_the_oldest_exchanges_are_removed_at_the_context_length(conversation, seen_prompts):
     """The system prompt stays, and so do the newest exchanges that fit."""
     conversation.model.config.max_position_embeddings = 110
     for number in range(6):
@@ -119,7 +119,7 @@ def set_stdin(monkeypatch, lines: str, kind=io.StringIO) -> None:
     monkeypatch.setattr("sys.stdin", kind(lines))
 
 
-def test_a_pipe_gets_a_line_each(model_folder, monkeypatch, capsys, seen_prompts):
+def test_each_line_of_a_pipe_is_answered(model_folder, monkeypatch, capsys, seen_prompts):
     set_stdin(monkeypatch, "Hi\n\n   \nAnd then?")
     chat(str(model_folder), LIMIT)
     output = capsys.readouterr()
@@ -128,13 +128,13 @@ def test_a_pipe_gets_a_line_each(model_folder, monkeypatch, capsys, seen_prompts
     assert seen_prompts[1][: len(seen_prompts[0])] == seen_prompts[0]  # the same conversation
 
 
-def test_quit_ends_before_what_follows(model_folder, monkeypatch, capsys, seen_prompts):
+def test_lines_after_quit_are_not_answered(model_folder, monkeypatch, capsys, seen_prompts):
     set_stdin(monkeypatch, "/quit\nHi\n")
     chat(str(model_folder), LIMIT)
     assert seen_prompts == [] and capsys.readouterr().out == ""
 
 
-def test_a_terminal_is_told_the_commands(model_folder, monkeypatch, capsys, seen_prompts):
+def test_a_terminal_shows_the_commands(model_folder, monkeypatch, capsys, seen_prompts):
     set_stdin(monkeypatch, "Hi\n", Terminal)
     chat(str(model_folder), LIMIT)
     output = capsys.readouterr().out
@@ -162,7 +162,7 @@ def test_the_trained_template_and_system_prompt_are_used(model_folder, tmp_path,
     assert template.tokenizer.decode(seen_prompts[0]) == "<|im_start|>\n#SYSTEM:Be brief.\n#USER:Hi\n#ASSISTANT:"
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(SFTError, match="not a model folder"):
         chat(str(tmp_path), LIMIT)
 

@@ -1,4 +1,4 @@
-"""What `doctor` finds, branch by branch, and `dashboard`."""
+"""The commands `doctor`, branch by branch, and `dashboard`."""
 
 import importlib.metadata
 import io
@@ -32,7 +32,7 @@ def nothing_from_outside(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def test_this_machine_can_train_and_a_script_can_read_it(capsys):
+def test_json_output_says_that_this_machine_can_train(capsys):
     main(["doctor", "--json"])
     output = json.loads(capsys.readouterr().out)
     assert output["ready"] is True
@@ -44,21 +44,21 @@ def test_this_machine_can_train_and_a_script_can_read_it(capsys):
     assert (values["wandb"], values["hub"]) == ("offline", "offline")
 
 
-def test_it_loads_no_model_and_none_of_its_libraries():
+def test_transformers_is_not_imported():
     code = "import sys; from sft_pipeline.commands import doctor; list(doctor.list_findings()); "
     code += "print('transformers' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
 
 
-def test_a_reader_gets_a_line_a_finding(capsys):
+def test_text_output_has_one_line_per_finding(capsys):
     doctor.run_doctor(False, Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*findings(), "ready"]
     assert lines[-1].split() == ["ready", "yes"]
 
 
-def test_a_file_gets_whole_lines_and_a_terminal_lines_that_fit(monkeypatch):
+def test_lines_wrap_in_a_terminal_and_not_in_a_file(monkeypatch):
     made_up = [Finding("bf16", False, "slower than " + "x" * 30, "do [this] " * 6)]
     file, terminal = io.StringIO(), io.StringIO()
     doctor._print_findings(made_up, Console(file=file, width=40))
@@ -69,7 +69,7 @@ def test_a_file_gets_whole_lines_and_a_terminal_lines_that_fit(monkeypatch):
     assert len(lines) > 2 and max(map(len, lines)) <= 40 and "[this]" in terminal.getvalue()
 
 
-def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypatch, capsys):
+def test_a_missing_package_is_fatal_and_leaves_out_what_needs_it(monkeypatch, capsys):
     get_version = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -89,7 +89,7 @@ def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypa
     assert json.loads(output.out)["ready"] is False
 
 
-def test_a_release_that_was_not_asked_for_is_fatal():
+def test_an_unsupported_release_is_fatal():
     assert doctor._check_requirement(Requirement("torch<1")) == Finding(
         "torch", torch.__version__, "needs <1", "pip install -c constraints.txt -e .", fatal=True
     )
@@ -101,7 +101,7 @@ def test_a_package_that_was_never_installed_is_fatal(monkeypatch):
     assert [doctor._check_requirement(requirement).fatal for requirement in doctor._list_requirements()] == [True]
 
 
-def test_extras_are_named_with_what_installs_them(monkeypatch):
+def test_missing_extras_have_their_install_command(monkeypatch):
     assert doctor._check_extra("lora", ["peft"]).advice == ""
     monkeypatch.setattr(doctor, "_get_version", lambda name: None if name == "trackio" else "1.0")
     finding = doctor._check_extra("track", ["wandb", "trackio"])
@@ -146,7 +146,7 @@ def test_attention(monkeypatch):
     assert "pip install triton" in describe_attention("cuda")[1]
 
 
-def test_few_threads_are_pointed_out(monkeypatch):
+def test_few_threads_get_advice(monkeypatch):
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     finding = findings()["threads"]
@@ -236,7 +236,7 @@ class Trackio:
     ("arguments", "opened"),
     [(["--port", "8000", "--no_browser"], []), (["--port", "8000"], [f"{PRIVATE}&smoothing=0"])],
 )
-def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, monkeypatch, capsys):
+def test_the_dashboard_prints_its_address_until_interrupted(arguments, opened, monkeypatch, capsys):
     from sft_pipeline.commands import dashboard
 
     def interrupted(event: object) -> None:
@@ -268,7 +268,7 @@ def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, mon
         (["--share"], Trackio(), "dashboard: unknown option --share; `dashboard --help` lists them"),
     ],
 )
-def test_why_there_is_no_dashboard(arguments, trackio, message, monkeypatch, capsys):
+def test_errors_of_the_dashboard(arguments, trackio, message, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     with pytest.raises(SystemExit) as stopped:
         main(["dashboard", *arguments])
@@ -281,7 +281,7 @@ def test_doctor_takes_no_other_option(capsys):
     assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; `doctor --help` lists them\n"
 
 
-def test_exit_statuses_are_told(capsys):
+def test_help_lists_exit_statuses(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Comparing models: metrics equal plain forward passes and the answers' own, errors are one line, tables fit."""
+"""The command `evaluate`: metrics equal those of plain forward passes and answers; errors are one line; tables fit."""
 
 import json
 import logging
@@ -92,7 +92,7 @@ def row(text: str, reply: str, *earlier: dict) -> list[dict]:
 # Selection of prompts.
 
 
-def test_rows_are_asked_in_order_and_once_and_examples_are_others():
+def test_prompts_are_in_order_and_distinct_and_examples_are_other_rows():
     system = {"role": "system", "content": "s"}
     rows = [row("a", "1"), row("b", "2"), row("a", "3"), row("c", "4"), row("b", "5", system)]
     prompts = select_prompts(rows, 2, 1)
@@ -101,13 +101,13 @@ def test_rows_are_asked_in_order_and_once_and_examples_are_others():
     assert select_prompts(rows, 50, 0).rows == [rows[0], rows[1], rows[3], rows[4]]
 
 
-def test_an_example_is_a_rows_first_exchange():
+def test_an_example_is_the_first_exchange_of_a_row():
     system = {"role": "system", "content": "s"}
     long = row("more", "2", *row("first", "1", system))
     assert select_prompts([row("a", "0"), long], 1, 1).examples == [row("first", "1")]
 
 
-def test_examples_stand_behind_the_system_message():
+def test_examples_follow_the_system_message():
     system = {"role": "system", "content": "s"}
     examples = [row("x", "y"), row("z", "w")]
     assert add_examples(row("a", "b", system), examples) == [system, *row("x", "y"), *row("z", "w"), *row("a", "b")]
@@ -138,7 +138,7 @@ def plain_losses(folder: Path, conversations: list[list[dict]], template_name: s
 
 
 def build_conversations(questions: PromptSet, index: int) -> list[list[dict]]:
-    """The conversations of record `at` spelled out: plain, with examples, and both led by the system prompt."""
+    """The conversations of result `index`: plain, with examples, and both after a system prompt."""
     examples = [message for example in questions.examples for message in example] if index % 2 else []
     system = [{"role": "system", "content": SYSTEM}] if index >= 2 else []
     return [system + examples + row for row in questions.rows]
@@ -161,7 +161,7 @@ def test_losses_equal_plain_forward_passes(index, evaluated, comparison, model_f
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_answers_and_their_figures(index, evaluated, comparison, model_folder, other_folder):
+def test_answers_and_their_metrics(index, evaluated, comparison, model_folder, other_folder):
     questions, records = evaluated
     folder, name = (model_folder, "chat") if index < 2 else (other_folder, "role")
     model, template = load_model(str(folder)), build_template(name, load_tokenizer(str(folder)))
@@ -174,13 +174,13 @@ def test_answers_and_their_figures(index, evaluated, comparison, model_folder, o
     assert metrics["bleu_percent"] == bleu_percent(texts, questions.references)
 
 
-def test_names_say_the_examples(comparison):
+def test_names_have_the_number_of_examples(comparison):
     names = [entry.name for entry in comparison.entries]
     assert names == ["first", "first, 2 examples", "second", "second, 2 examples"]
     assert (comparison.rows, comparison.left_out) == (5, 0) and comparison.instructions == 6
 
 
-def test_differences_are_those_of_the_figures(comparison):
+def test_differences_are_those_of_the_metrics(comparison):
     first, *entries = comparison.entries
     assert first.differences == {}
     names = {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS}
@@ -216,7 +216,7 @@ def make_results(name: str, texts: list[str], nll: float = 1.0, errors: tuple[in
     return ModelResults(name, losses, answers, instruction_answers)
 
 
-def test_what_one_model_could_not_be_asked_is_left_out_for_all():
+def test_a_prompt_with_an_error_is_left_out_for_all_models():
     questions = PromptSet([row(text, "yes", *[]) for text in "abc"], [])
     comparison = compare_models(
         [make_results("a", ["yes", "no", "no"]), make_results("b", ["no", "yes", "yes"], errors=(0,))], questions
@@ -241,7 +241,7 @@ def test_a_diverged_model_shows_its_nan_without_an_interval():
     assert "word_f1" in diverged.differences
 
 
-def test_references_without_words_have_no_say_in_the_length_ratios_interval():
+def test_references_without_words_are_left_out_of_the_length_ratio():
     questions = PromptSet([row("a", "yes"), row("b", "!"), row("c", "yes")], [])
     records = [make_results("a", ["yes", "!", "yes"]), make_results("b", ["yes yes", "!", "yes yes"])]
     assert compare_models(records, questions).entries[1].differences["answer_length_ratio"].difference == 1
@@ -273,7 +273,7 @@ def test_tables_fit_80_columns_uncut(make, comparison):
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
 
 
-def test_every_figure_has_a_line(comparison):
+def test_every_metric_has_a_line(comparison):
     text = "\n".join(printed(tables.format_details(comparison)))
     assert "second against first" in text and "first, 2 examples against first" in text
     names = set(comparison.entries[0].metrics) - {name for name in comparison.entries[0].metrics if "rate_" in name}
@@ -284,7 +284,7 @@ def test_every_figure_has_a_line(comparison):
         assert f"| {figure.title} | {figure.value(comparison.entries[0].metrics[name])} |" in markdown
 
 
-def test_percent_and_intervals_are_spelled():
+def test_percentages_and_intervals_are_formatted():
     figure = tables.Shown("x", percent=True, decimals=1)
     assert (figure.value(0.256), figure.value(0.5, "+")) == ("25.6", "+50.0")
     assert figure.value(None) == figure.interval(None) == ""
@@ -299,7 +299,7 @@ def test_one_model_alone(evaluated):
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_picture_has_a_panel_a_figure_and_a_bar_a_difference(comparison, tmp_path, monkeypatch):
+def test_the_picture_has_a_panel_for_each_metric_and_a_bar_for_each_model(comparison, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     figures = []
@@ -319,7 +319,7 @@ def test_a_long_name_keeps_its_end():
     assert len(plots._short("y" * 99)) == plots.LONGEST_NAME
 
 
-def test_without_matplotlib_the_rest_is_kept(data, model_folder, tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_all_other_files_are_written(data, model_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     request = EvaluateOptions(data, num_prompts=2, max_new_tokens=2)
     evaluate_models([str(model_folder)], request, tmp_path / "out", False, Console(quiet=True))
@@ -366,7 +366,7 @@ def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_
     assert by_run[0] == by_run[1]
 
 
-def test_a_runs_folder_stands_for_its_held_out_rows(data, model_folder, tmp_path):
+def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp_path):
     keys = {"model_name_or_path": str(model_folder), "train_data": [data], "held_out": 3}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
     held = load_eval_conversations(str(tmp_path))
@@ -387,7 +387,7 @@ def refusal(capsys, *words: str) -> str:
     return lines[0].removeprefix("sft-pipeline: ")
 
 
-def test_refusals(data, model_folder, tmp_path, capsys):
+def test_error_messages(data, model_folder, tmp_path, capsys):
     model = str(model_folder)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""A trained folder, and what `export` makes of it, answer alike everywhere: greedy, the same ids, and they stop."""
+"""A trained folder and its export give the same greedy answers here, in transformers and on a server."""
 
 import json
 import socket
@@ -85,7 +85,7 @@ def trained(model_folder, tmp_path_factory):
 
 
 def answer_with_engine(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
-    """Prompt and answer of each of ASKED, as `chat` has them, the stop token included where one came."""
+    """Ids of prompt and answer for each of ASKED, as `chat` generates them, with the stop token if there is one."""
     prompts = [template.encode_prompt(add_system_prompt(conversation(texts), system)) for texts in ASKED]
     completions = generate(model, prompts, [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
     ends = {"stop": [template.stop_token_id], "length": []}
@@ -94,7 +94,7 @@ def answer_with_engine(model: PreTrainedModel, template: Template, system: str |
 
 
 def answer_with_pipeline(folder: Path) -> list[list[int]]:
-    """The same by transformers' pipeline, which is told nothing but the most tokens."""
+    """The same from transformers' pipeline, whose only setting is the token limit."""
     ask = pipeline("text-generation", str(folder), device="cpu")
     outputs = [ask(conversation(texts), max_new_tokens=LIMIT, return_tensors=True) for texts in ASKED]
     return [output[0]["generated_token_ids"] for output in outputs]
@@ -110,7 +110,7 @@ def test_pipeline_answers_as_chat_does(trained, template):
     assert any(ids[-1] == 2 for ids in answers), "no answer stopped by itself"
 
 
-def test_a_base_that_draws_and_penalizes_is_greedy_once_trained(model_folder, trained, tmp_path):
+def test_a_base_with_sampling_settings_is_greedy_after_training(model_folder, trained, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     base.generation_config.update(
         do_sample=True, temperature=0.6, top_k=20, repetition_penalty=1.3, eos_token_id=[2, 0]
@@ -141,14 +141,14 @@ def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
     assert ("as low-rank adapters, which are merged here" in (exported / "README.md").read_text()) == bool(keys)
 
 
-def test_who_may_read_a_folder_may_read_its_weights(trained, tmp_path):
+def test_weights_have_the_permissions_of_other_files(trained, tmp_path):
     export_model(str(folder := trained()), tmp_path / "e")
     for path in (folder, tmp_path / "e"):
         modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir() if file.is_file()}
         assert modes["model.safetensors"] == modes["config.json"]
 
 
-def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
+def test_the_command_converts_and_prints_how_to_serve(trained, tmp_path, capsys):
     exported = tmp_path / "deep" / "exported"
     main(["export", str(trained()), str(exported), "--dtype", "bfloat16", "--license", "mit"])
     assert capsys.readouterr().out == f"exported to {exported}; serve it: transformers serve {exported}\n"
@@ -166,7 +166,7 @@ def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
         (lambda run, parent: (run, parent), "already exists; choose another folder, or delete it"),
     ],
 )
-def test_what_cannot_be_exported(trained, tmp_path, prepare, error):
+def test_error_messages(trained, tmp_path, prepare, error):
     folder, destination = prepare(trained(), tmp_path)
     with pytest.raises(SFTError, match=error):
         export_model(str(folder), destination)
@@ -189,7 +189,7 @@ def test_an_unknown_option_of_export(trained, tmp_path, capsys):
 # ---- the card
 
 
-def test_the_card_has_what_the_run_found(trained, tmp_path):
+def test_the_card_has_the_results_of_the_run(trained, tmp_path):
     folder = trained()
     export_model(str(folder), tmp_path / "exported")
     card, results = (
@@ -219,7 +219,7 @@ def test_the_card_of_a_run_without_held_out_rows(trained, tmp_path):
     assert card.data.eval_results is None and "No rows were held out, so there are no metrics." in card.text
 
 
-def test_known_licences(tmp_path):
+def test_known_licenses(tmp_path):
     assert find_licence("smollm2-135m", "model") == "apache-2.0"
     assert find_licence("nobody/nothing", "model") is None
     assert find_licence(str(tmp_path), "model") is None

@@ -111,7 +111,7 @@ def test_samples_differ_and_keep_their_seeds(options, tokenizer):
     assert are_same([row for row in rows_of(more.output) if row["sample"] < 2], rows)
 
 
-def test_seeds_lie_apart():
+def test_seeds_are_distinct():
     numbers = itertools.product(range(3), range(50), range(20))
     assert len({compute_row_seed(seed, (index, sample)) for seed, index, sample in numbers}) == 3000
     assert compute_row_seed(0, (1, 23)) != compute_row_seed(0, (12, 3))
@@ -126,7 +126,7 @@ def test_stop_strings_end_an_answer(options):
     assert row["messages"][-1]["content"] == text.partition(text[2:4])[0].strip() and row["finish_reason"] == "stop"
 
 
-def test_the_system_prompt_is_shown_and_written(options, model_folder, tmp_path, tokenizer):
+def test_the_system_prompt_is_used_and_written(options, model_folder, tmp_path, tokenizer):
     """The one trained with, or the given one; a row's own comes first."""
     folder = tmp_path / "run"
     folder.mkdir()
@@ -144,7 +144,7 @@ def test_the_system_prompt_is_shown_and_written(options, model_folder, tmp_path,
         assert [message["content"] for message in second_messages[:-1]] == ([second] if second else []) + ["Hi"]
 
 
-def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path, caplog):
+def test_bad_prompts_have_their_errors_and_all_others_are_answered(model_folder, tmp_path, caplog):
     rows = [
         {"prompt": "Hi"},
         {"prompt": ""},
@@ -178,7 +178,7 @@ def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path,
     assert "exceed 40: shorten either" in rows_of(errors_of(output))[1]["error"]
 
 
-def test_errors_of_an_earlier_run_do_not_stay(options):
+def test_errors_of_an_earlier_run_are_deleted(options):
     generate_file(options)
     assert len(rows_of(errors_of(options.output))) == 2
     Path(options.prompts).write_text(json.dumps({"prompt": "Hi"}))
@@ -186,7 +186,7 @@ def test_errors_of_an_earlier_run_do_not_stay(options):
     assert not errors_of(options.output).exists() and len(rows_of(options.output)) == 2
 
 
-def test_an_empty_answer_and_a_refusing_template_are_errors(options, monkeypatch, tokenizer):
+def test_an_empty_answer_and_a_template_that_rejects_a_prompt_are_errors(options, monkeypatch, tokenizer):
     empty = generate_module._build_record(Prompt("a line 1", []), 0, Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
@@ -221,7 +221,7 @@ def whole(options, monkeypatch) -> SimpleNamespace:
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_cut_at_any_byte_it_goes_on_to_the_same_file(options, whole, data):
+def test_a_partial_file_cut_at_any_byte_continues_to_the_same_output(options, whole, data):
     """Cut twice; with zeros behind the cut, as some file systems leave them after a loss of power."""
     request = replace(options, overwrite=True, batch_size=data.draw(st.integers(1, 6)))
     assert len(whole.output) == 16 and len(whole.errors) == 2
@@ -235,7 +235,7 @@ def test_cut_at_any_byte_it_goes_on_to_the_same_file(options, whole, data):
     assert not partial_of(request.output).exists()
 
 
-def test_only_what_is_missing_is_generated(options, whole, monkeypatch, caplog):
+def test_only_missing_answers_are_generated(options, whole, monkeypatch, caplog):
     lines = whole.partial.splitlines(keepends=True)
     partial_of(options.output).write_bytes(b"".join(lines[:6]) + lines[6][:-9])
     seen = []
@@ -268,7 +268,7 @@ def test_an_error_while_writing_loses_nothing(options, whole, monkeypatch):
     assert are_same(rows_of(options.output), whole.output)
 
 
-def test_a_killed_process_goes_on(options, model_folder, tmp_path):
+def test_a_killed_process_is_continued(options, model_folder, tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(LINES * 30))
     arguments = ["generate", str(tmp_path / "many.txt"), "--model", str(model_folder), "--output", "many.jsonl"]
     arguments += ["--max_new_tokens", "24", "--temperature", "1.5", "--seed", "3", "--batch_size", "4"]
@@ -303,7 +303,7 @@ def test_a_killed_process_goes_on(options, model_folder, tmp_path):
         ({"stop_strings": ("x",), "max_length": 50}, "max_length, stop_strings"),
     ],
 )
-def test_a_partial_file_of_other_settings_is_refused(options, whole, change, names):
+def test_a_partial_file_with_different_settings_is_an_error(options, whole, change, names):
     begun = whole.partial[: len(whole.partial) // 2]
     options.output.unlink()
     partial_of(options.output).write_bytes(begun)
@@ -318,7 +318,7 @@ def test_a_partial_file_of_other_settings_is_refused(options, whole, change, nam
     assert options.output.exists() and not partial_of(options.output).exists()
 
 
-def test_a_model_or_prompts_that_changed_are_noticed(options, whole, monkeypatch):
+def test_a_changed_model_or_changed_prompts_are_detected(options, whole, monkeypatch):
     options.output.unlink()
     partial_of(options.output).write_bytes(whole.partial)
     _, *template_and_prompt = generate_module.load_trained(options.model)
@@ -334,7 +334,7 @@ def test_a_model_or_prompts_that_changed_are_noticed(options, whole, monkeypatch
 
 
 @pytest.mark.parametrize("content", [b"mine\n", b"mine", b"[1]\n", b'{"generate": 1}\n', b'{"a": {}}\n'])
-def test_a_partial_file_of_somebody_elses_is_refused(options, content):
+def test_a_file_that_is_no_partial_file_is_an_error(options, content):
     partial_of(options.output).write_bytes(content)
     with pytest.raises(SFTError, match="is not a partial file of generate; move it, or add --overwrite to replace it"):
         generate_file(options)
@@ -390,7 +390,7 @@ def test_the_command(options, monkeypatch, capsys):
         ({"model": "./none"}, "./none: no such model folder; check the path, or give a hub name or smollm2-135m"),
     ],
 )
-def test_refusals(options, change, message, tmp_path, monkeypatch):
+def test_error_messages(options, change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for name in ("file", "old.jsonl"):
@@ -401,7 +401,7 @@ def test_refusals(options, change, message, tmp_path, monkeypatch):
     assert (tmp_path / "old.jsonl").read_text() == "old"
 
 
-def test_a_full_disk_is_said(options, monkeypatch):
+def test_a_full_disk_is_one_error(options, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Studies on a tiny model: one held-out set, what is done is not done again, and every error before any training."""
+"""Studies on a tiny model: one held-out set, finished parts are not repeated, and every error before any training."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def write(keys, tmp_path_factory) -> Callable[..., str]:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """Names of the configs that were trained; in this process, for the sake of time."""
+    """Names of the configs that were trained; in this process, to save time."""
     names: list[str] = []
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
@@ -116,7 +116,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     assert runs[1]["trainable_parameters"] == sum(base[name].numel() for name in changed)
     assert (out / "study.png").is_file() and "| training rows |  |  | 4 |  | 10 |  |" in (out / "study.md").read_text()
 
-    # Nothing is trained or asked again, though what was cut off is begun again.
+    # Nothing is trained or evaluated again, but an unfinished run is started again.
     evaluated = []
     monkeypatch.setattr(module, "run_model", lambda path, *args: evaluated.append(path) or run_model(path, *args))
     assert study_results(config) == results and len(trained) == 2 and evaluated == []
@@ -151,7 +151,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_wrong_is_said_before_anything_is_trained(case, write):
+def test_errors_are_raised_before_anything_is_trained(case, write):
     variants, more, message = REFUSED[case]
     config = write(variants, **more)
     with pytest.raises(SFTError, match=re.escape(message)) as raised:

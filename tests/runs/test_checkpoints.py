@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent wherever a save is cut off, found by themselves, and a run that goes on is the same."""
+"""Checkpoints: complete or absent wherever a save is interrupted, found by `auto`; a resumed run has the same bits."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, limit: int | None = None, text: str
     return checkpoint
 
 
-# Whole or absent.
+# Complete or absent.
 
 
 def calls_of_a_save(folder: Path) -> list[str]:
@@ -70,7 +70,7 @@ def calls_of_a_save(folder: Path) -> list[str]:
     return calls
 
 
-def test_a_save_cut_off_anywhere_leaves_the_newest_whole_one(tmp_path):
+def test_a_save_interrupted_anywhere_leaves_a_complete_checkpoint(tmp_path):
     calls = calls_of_a_save(tmp_path / "counted")
     assert {"fsync", "rename", "write_text"} <= set(calls) and len(calls) > 12
     newest = set()
@@ -88,7 +88,7 @@ def test_a_save_cut_off_anywhere_leaves_the_newest_whole_one(tmp_path):
     assert newest == {"checkpoint-1", "checkpoint-2"}
 
 
-def test_older_ones_go_when_the_new_one_is_on_the_disk(tmp_path):
+def test_older_checkpoints_are_removed_after_the_new_one_is_synced(tmp_path):
     """The names of its files and its own name are synced before an older one is renamed."""
     calls = calls_of_a_save(tmp_path)
     first_rename = calls.index("rename")
@@ -118,7 +118,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_a_damaged_one_is_named_and_passed_over(reason, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_logged_and_skipped(reason, tmp_path, caplog):
     save_checkpoint(tmp_path, 9)
     DAMAGES[reason](save_checkpoint(tmp_path, 10))
     with caplog.at_level(logging.WARNING):
@@ -157,7 +157,7 @@ def test_rotation(steps, saved, limit, best, remaining, tmp_path):
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in remaining)
 
 
-def test_what_is_set_aside_is_no_checkpoint(tmp_path):
+def test_a_checkpoint_moved_aside_is_not_found(tmp_path):
     move_aside(save_checkpoint(tmp_path, 3))
     assert find_newest_checkpoint(tmp_path) is None
 
@@ -173,7 +173,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_trainers_checkpoints_are_whole(whole):
+def test_the_trainers_checkpoints_are_complete(whole):
     assert names(whole) == [f"checkpoint-{step}" for step in range(1, STEPS + 1)]
     assert [find_damage(checkpoint) for checkpoint in whole.iterdir()] == [None] * STEPS
     listed = (whole / "checkpoint-2" / "SHA256SUMS").read_text()
@@ -182,7 +182,7 @@ def test_the_trainers_checkpoints_are_whole(whole):
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_a_run_resumed_at_any_step_is_the_run_that_was_not_stopped(step, whole, tmp_path):
+def test_a_run_resumed_at_any_step_equals_the_uninterrupted_run(step, whole, tmp_path):
     """Between two logs, at an epoch's end and within one: weights, optimizer, random states and all that was logged."""
     build(tmp_path, save_steps=STEPS).train(resume_from_checkpoint=str(whole / f"checkpoint-{step}"))
     assert_same_end(whole, tmp_path)
@@ -196,7 +196,7 @@ def test_train_loss_is_of_the_steps_that_were_trained(whole, tmp_path):
     assert resumed.training_loss == pytest.approx(sum(losses[3:]) / (STEPS - 3), rel=1e-5)
 
 
-def test_best_checkpoints_are_known_by_their_own_names(tmp_path):
+def test_the_best_checkpoint_has_its_final_name(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     trainer = build(tmp_path, held_out=HELD_OUT, learning_rate=0.05, **best)
     trainer.train()
@@ -207,7 +207,7 @@ def test_best_checkpoints_are_known_by_their_own_names(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
 
 
-def test_patience_goes_on_where_it_was(tmp_path):
+def test_early_stopping_patience_is_resumed(tmp_path):
     keys = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
     keys |= {"held_out": HELD_OUT, "restore_callback_states_from_checkpoint": True}
     build(tmp_path, [EarlyStoppingCallback(3)], max_steps=3, **keys).train()
@@ -241,7 +241,7 @@ class FailAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_save_that_fails_is_one_line_and_costs_no_older_checkpoint(failure, whole, tmp_path):
+def test_a_failed_save_is_one_line_and_removes_no_older_checkpoint(failure, whole, tmp_path):
     target, function, why = FAILURES[failure]
     checkpoint = tmp_path / "checkpoint-3"
     with pytest.MonkeyPatch.context() as patch:
@@ -285,7 +285,7 @@ def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole,
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_sigterm_leaves_an_evaluation_to_the_run_that_goes_on_unless_it_tells_the_best(best, tmp_path):
+def test_sigterm_leaves_an_evaluation_to_the_resumed_run_unless_it_selects_the_best_model(best, tmp_path):
     keys = {"held_out": HELD_OUT, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
     with pytest.raises(RunPreempted):
         build(tmp_path, [Terminate(3)], load_best_model_at_end=best, **keys).train()
@@ -308,7 +308,7 @@ def test_sigterm_leaves_an_evaluation_to_the_run_that_goes_on_unless_it_tells_th
         (4, 1.0, [], {"eval_strategy": "no"}, False),
     ],
 )
-def test_an_evaluation_that_a_kill_prevented_is_made_first(step, epoch, evaluated, arguments, lacks, tmp_path):
+def test_a_missing_evaluation_is_due(step, epoch, evaluated, arguments, lacks, tmp_path):
     history = [{"eval_loss": 1.0, "step": eval_step} for eval_step in evaluated] + [{"loss": 1.0, "step": step}]
     state = TrainerState(epoch=epoch, global_step=step, eval_steps=2, log_history=history)
     state.save_to_json(str(tmp_path / "trainer_state.json"))
@@ -330,7 +330,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 
 def train_in_process(process: int, port: int, folder: str) -> None:
-    """One of two processes; the second alone is told to end."""
+    """Train as one of two processes, of which only the second gets SIGTERM."""
     environment = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ.update({key: str(value) for key, value in (environment | {"MASTER_ADDR": "127.0.0.1"}).items()})
     callbacks = [Terminate(3)] if process == 1 else []
@@ -341,7 +341,7 @@ def train_in_process(process: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_stop_at_the_same_step_and_one_names_the_checkpoint(tmp_path):
+def test_all_processes_stop_at_the_same_step(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -364,7 +364,7 @@ class Poison(TrainerCallback):
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_checkpoint(saved, tmp_path):
+def test_a_nan_loss_stops_the_run_names_its_rows_and_keeps_the_last_checkpoint(saved, tmp_path):
     trainer = build(tmp_path, [Poison()], save_strategy="steps" if saved else "no", save_total_limit=1)
     rows = trainer.training_batches().split_epoch(1)[1].tolist()
     numbers = ", ".join(map(str, rows))
@@ -382,7 +382,7 @@ def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_c
     assert find_newest_checkpoint(tmp_path) == (str(tmp_path / "checkpoint-4") if saved else None)
 
 
-def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
+def test_an_exploding_loss_stops_the_run_and_is_not_saved(tmp_path):
     class Explode(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
@@ -409,7 +409,7 @@ def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
-def test_what_counts_as_lost():
+def test_what_is_divergence():
     assert detect_divergence(9.0, 1e9, vocabulary=100) is None
     assert detect_divergence(float("inf"), 1.0, 100) == "the loss is inf"
     assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the norm of its gradient is inf"
@@ -439,7 +439,7 @@ def check(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["true", "last", "auto"])
-def test_the_newest_whole_one_is_found(key, check, tmp_path):
+def test_the_newest_undamaged_checkpoint_is_resumed(key, check, tmp_path):
     save_checkpoint(tmp_path / "out", 9)
     save_checkpoint(tmp_path / "out", 10)
     assert check(key) == str(tmp_path / "out" / "checkpoint-10")
@@ -447,7 +447,7 @@ def test_the_newest_whole_one_is_found(key, check, tmp_path):
     assert check(key) == str(tmp_path / "out" / "checkpoint-9")
 
 
-def test_auto_begins_where_nothing_was_saved(check, tmp_path):
+def test_auto_starts_from_the_beginning_without_a_checkpoint(check, tmp_path):
     assert check("auto") is None
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / RUN_FILE).write_text("seed: 1\n")
@@ -461,7 +461,7 @@ def test_auto_begins_where_nothing_was_saved(check, tmp_path):
         check("auto")
 
 
-def test_a_named_one_is_checked(check, tmp_path):
+def test_a_named_checkpoint_is_checked(check, tmp_path):
     checkpoint = save_checkpoint(tmp_path, 4)
     assert check(str(checkpoint)) == str(checkpoint)
     (checkpoint / "model.safetensors").unlink()
@@ -489,7 +489,7 @@ def command(*words) -> list[str]:
     return [sys.executable, "-m", "sft_pipeline", *map(str, words)]
 
 
-def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(config, tmp_path):
+def test_sigterm_exits_with_status_75_and_auto_resumes(config, tmp_path):
     keys = [
         f"--output_dir={tmp_path / 'out'}",
         "--save_steps=1",
@@ -516,8 +516,8 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
 
 
 @pytest.mark.real
-def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplog):
-    """Of a config that names trackers, which are told nothing."""
+def test_verify_resume_finds_no_difference(config, tmp_path, caplog):
+    """With a config that names trackers, which get nothing."""
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
         assert (
             verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}", "--report_to", "wandb", "trackio"]) == []
@@ -531,7 +531,7 @@ def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplo
     assert not (folder / "stopped" / TRACKERS_FILE).exists()
 
 
-def test_what_differs_is_named(whole, tmp_path):
+def test_differences_are_named(whole, tmp_path):
     first, second = whole / "checkpoint-2", tmp_path / "checkpoint-2"
     shutil.copytree(first, second)
     assert compare_checkpoints(first, second)[1] == []
@@ -559,7 +559,7 @@ def test_verify_resume_says_when_the_kill_came_too_late_or_training_failed(tmp_p
         (["x.yaml", "--steps", "0"], "steps is 0; it has to be 1 or more"),
     ],
 )
-def test_the_command_says_what_is_missing(words, message, capsys):
+def test_errors_of_verify_resume(words, message, capsys):
     from sft_pipeline.cli import main
 
     with pytest.raises(SystemExit) as exit:
@@ -568,7 +568,7 @@ def test_the_command_says_what_is_missing(words, message, capsys):
 
 
 @pytest.mark.parametrize(("differences", "status"), [([], None), (["optimizer.pt"], 1)])
-def test_the_commands_status_tells_whether_anything_differs(differences, status, monkeypatch):
+def test_the_status_of_verify_resume(differences, status, monkeypatch):
     from sft_pipeline.cli import main
 
     target = "sft_pipeline.commands.verify_resume.verify_resume"

@@ -53,7 +53,7 @@ def build(folder: Path, callbacks=(), **arguments):
 
 def assert_same_end(whole: Path, resumed: Path) -> None:
     compared, differ = compare_checkpoints(whole / f"checkpoint-{STEPS}", resumed / f"checkpoint-{STEPS}")
-    # save_steps is a setting, and one whole checkpoint goes on with another's.
+    # save_steps differs in the two runs, as the resumed one saves at its end alone.
     assert [name for name in differ if "save_steps" not in name] == [] and compared > 100
     history = json.loads((resumed / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history] == [2, 4, 6]
