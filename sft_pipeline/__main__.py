@@ -1,4 +1,4 @@
-"""`python -m sft_pipeline` and `accelerate launch -m sft_pipeline`."""
+"""The command line as a module: `python -m sft_pipeline`, also behind `torchrun` and `accelerate launch`."""
 
 from sft_pipeline.cli import main
 

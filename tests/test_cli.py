@@ -1,4 +1,4 @@
-"""The command line: bad input is one line on standard error and exit status 2, and nothing is left or lost."""
+"""The command line: bad input is one line on standard error and exit status 2, and changes no file."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def make_config(model_folder, tmp_path, monkeypatch):
 
 
 def refusal(capsys, *arguments: str) -> str:
-    """The one line on standard error."""
+    """Run a command that fails; return its one line on standard error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         main(list(arguments))
@@ -166,32 +166,33 @@ def test_a_missing_config(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "help"),
+    ("arguments", "expected", "help"),
     [
-        ([], "the following arguments are required: VERB", "--help"),
-        (["trian"], "argument VERB: invalid choice: 'trian'", "--help"),
+        ([], "the following arguments are required: COMMAND", "--help"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'", "--help"),
         (["generate", "a.txt"], "the following arguments are required: --model, --output", "generate --help"),
         (["preview", "--row", "x"], "argument --row: invalid int value: 'x'", "preview --help"),
     ],
 )
-def test_words_that_are_no_command_are_one_line_without_the_usage(arguments, said, help, capsys):
+def test_an_error_of_the_parser_is_one_line_without_the_usage(arguments, expected, help, capsys):
     message = refusal(capsys, *arguments)
-    assert message.startswith(said) and message.endswith(f"; see `{help}`")
+    assert message.startswith(expected) and message.endswith(f"; see `{help}`")
 
 
-def test_each_verb_that_can_be_said_has_its_function():
-    [verbs] = build_parser()._subparsers._group_actions
-    assert list(verbs.choices) == list(cli.COMMANDS)
+def test_every_command_has_its_function():
+    [subparsers] = build_parser()._subparsers._group_actions
+    assert list(subparsers.choices) == list(cli.COMMANDS)
 
 
-def test_help_fits_a_terminal(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_a_terminal(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main([*command.split(), "--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_a_config_that_does_not_stand_first_is_no_config(make_config, capsys):
+def test_a_config_that_is_not_the_first_argument_is_no_config(make_config, capsys):
     """Nor is the value of the first key."""
     assert refusal(capsys, "train", "--seed", "5", make_config()).startswith("missing: model_name_or_path")
 
@@ -210,9 +211,9 @@ def test_preview_as_json_is_one_line_of_what_is_trained(make_config, tokenizer, 
     prompt = build_template("role", tokenizer).encode_prompt(
         [{"role": "system", "content": "You are 冬瓜."}, {"role": "user", "content": "Say 3."}]
     )
-    given = len(prompt)
-    assert row["input_ids"][:given] == prompt
-    assert row["labels"] == [-100] * (given - 1) + row["input_ids"][given:] + [-100]
+    size = len(prompt)
+    assert row["input_ids"][:size] == prompt
+    assert row["labels"] == [-100] * (size - 1) + row["input_ids"][size:] + [-100]
 
 
 def test_preview_shows_each_position(make_config, capsys, monkeypatch):
@@ -255,14 +256,14 @@ def test_chat_takes_no_other_option(model_folder, capsys):
 
 
 def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
-    def interrupted(args, rest):
+    def interrupted(args, extra_args):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
     with pytest.raises(SystemExit) as exit:
         main(["train"])
     assert exit.value.code == 130
-    assert capsys.readouterr().err == "sft-pipeline: interrupted; what was saved is whole\n"
+    assert capsys.readouterr().err == "sft-pipeline: interrupted; everything saved so far is intact\n"
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -273,13 +274,13 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess:
 def test_help_imports_nothing_heavy():
     code = "import sys; from sft_pipeline.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
-    for verb in ([], ["train"], ["preview"], ["chat"], ["generate"]):
-        shown = python("-c", code, *verb, "--help")
-        assert shown.returncode == 0, shown.stderr
-        assert shown.stdout.startswith("usage: sft-pipeline")
+    for command in ([], ["train"], ["preview"], ["chat"], ["generate"]):
+        run = python("-c", code, *command, "--help")
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith("usage: sft-pipeline")
 
 
-def test_the_whole_program_refuses_in_one_line(make_config):
+def test_an_error_of_the_program_is_one_line(make_config):
     config = make_config([GOOD[0], {"instruction": "Hi", "output": ""}])
     ended = python("-m", "sft_pipeline", "train", config)
     assert ended.returncode == 2 and ended.stdout == ""

@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_results_are_whole_and_on_disk(run, config):
+def test_results_are_complete_and_on_disk(run, config):
     folder, results = run
     assert json.loads((folder / RESULTS_FILE).read_text()) == json.loads(json.dumps(results))
     assert results["eval_loss"]["after"] < results["eval_loss"]["before"]
@@ -106,26 +106,27 @@ def test_results_are_whole_and_on_disk(run, config):
 def test_answers_are_of_held_out_prompts_before_and_after(run, config):
     _, results = run
     _, held_out = load_conversations(parse_config(str(config), [])[0])
-    asked = [messages[-2]["content"] for messages in held_out["messages"]][:3]
-    assert [one["prompt"] for one in results["answers"]] == asked
-    for one in results["answers"]:
-        assert one.keys() >= {"prompt", "before", "after", "stopped", "stopped_before", "reference"}
-        assert isinstance(one["stopped"], bool)
-    assert [one["reference"] for one in results["answers"]] == [m[-1]["content"] for m in held_out["messages"]][:3]
-    assert any(one["before"] != one["after"] for one in results["answers"])
+    prompts = [messages[-2]["content"] for messages in held_out["messages"]][:3]
+    assert [answer["prompt"] for answer in results["answers"]] == prompts
+    for answer in results["answers"]:
+        assert answer.keys() >= {"prompt", "before", "after", "stopped", "stopped_before", "reference"}
+        assert isinstance(answer["stopped"], bool)
+    references = [messages[-1]["content"] for messages in held_out["messages"]][:3]
+    assert [answer["reference"] for answer in results["answers"]] == references
+    assert any(answer["before"] != answer["after"] for answer in results["answers"])
     share = results["before_and_after"]["stop_rate"]
-    assert share["before"] == sum(one["stopped_before"] for one in results["answers"]) / 3
-    assert share["after"] == sum(one["stopped"] for one in results["answers"]) / 3
+    assert share["before"] == sum(answer["stopped_before"] for answer in results["answers"]) / 3
+    assert share["after"] == sum(answer["stopped"] for answer in results["answers"]) / 3
 
 
 def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
     console = Console(record=True, width=200, quiet=False, file=open(tmp_path / "shown", "w"))  # noqa: SIM115
     with console.file:
         train(*parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--max_steps", "1"]), console)
-    shown = console.export_text()
-    assert "first training row" in shown and "the stop token" in shown and SYSTEM in shown
-    assert "held-out loss" in shown and "before" in shown and "after" in shown
-    assert f"./launch.sh chat {tmp_path / 'out'}" in shown
+    output = console.export_text()
+    assert "first training row" in output and "the stop token" in output and SYSTEM in output
+    assert "held-out loss" in output and "before" in output and "after" in output
+    assert f"./launch.sh chat {tmp_path / 'out'}" in output
 
 
 def test_run_yaml_repeats_the_run(run, tmp_path):
@@ -150,9 +151,9 @@ def test_saved_folder_loads_plainly_and_answers_the_same(run, config):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     _, held_out = load_conversations(parse_config(str(config), [])[0])
     prompts = [add_system_prompt(m[:-1], SYSTEM) for m in held_out["messages"]][:3]
-    found = answer_prompts(model, build_template("role", tokenizer), prompts, 6)
-    assert [one.text for one in found] == [one["after"] for one in results["answers"]]
-    assert [one.stopped for one in found] == [one["stopped"] for one in results["answers"]]
+    answers = answer_prompts(model, build_template("role", tokenizer), prompts, 6)
+    assert [answer.text for answer in answers] == [answer["after"] for answer in results["answers"]]
+    assert [answer.stopped for answer in answers] == [answer["stopped"] for answer in results["answers"]]
 
 
 def test_saved_chat_template_renders_what_was_trained(run, config):
@@ -190,16 +191,16 @@ def test_without_held_out_rows_there_is_no_evaluation(config, tmp_path):
 
 def test_packed_and_padded_runs_are_the_same_run(run, config, tmp_path):
     padded = run_train(config, "--output_dir", str(tmp_path / "out"), "--packing", "false")
-    for one, other in zip(curve(run[1]), curve(padded), strict=True):
-        assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], rel=2e-3)
+    for step, padded_step in zip(curve(run[1]), curve(padded), strict=True):
+        assert [x for x in step if x is not None] == pytest.approx([x for x in padded_step if x is not None], rel=2e-3)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("key", ["activation_checkpointing", "gradient_checkpointing"])
-def test_checkpointing_changes_no_figure(key, run, config, tmp_path):
-    checkpointed = run_train(config, "--output_dir", str(tmp_path / "out"), f"--{key}", "true")
-    for one, other in zip(curve(run[1]), curve(checkpointed), strict=True):
-        assert [x for x in one if x is not None] == pytest.approx([x for x in other if x is not None], abs=1e-6)
+def test_activation_checkpointing_changes_no_loss(key, run, config, tmp_path):
+    results = run_train(config, "--output_dir", str(tmp_path / "out"), f"--{key}", "true")
+    for expected, step in zip(curve(run[1]), curve(results), strict=True):
+        assert [x for x in expected if x is not None] == pytest.approx([x for x in step if x is not None], abs=1e-6)
 
 
 def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
@@ -214,8 +215,8 @@ def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
 
 def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sft_pipeline.data.collators.find_packing_obstacle", lambda model, longest: "it is a teapot")
-    said = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
-    with pytest.raises(SFTError, match=said):
+    message = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
+    with pytest.raises(SFTError, match=message):
         run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
 
 
@@ -242,24 +243,24 @@ def interrupted(run, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("asked", ["true", "named"])
-def test_a_resumed_run_ends_with_the_same_bits(asked, interrupted, run, config):
+@pytest.mark.parametrize("key", ["true", "named"])
+def test_a_resumed_run_ends_with_the_same_bits(key, interrupted, run, config):
     folder, results = run
     file = interrupted / EVALUATION_DIR / "step_000000.json"
-    before = json.loads(file.read_text())
-    before["table"][0]["answer"] = "kept from the first start"
-    file.write_text(json.dumps(before))
+    first_evaluation = json.loads(file.read_text())
+    first_evaluation["table"][0]["answer"] = "kept from the first start"
+    file.write_text(json.dumps(first_evaluation))
     run_yaml = (interrupted / RUN_FILE).read_bytes()
-    checkpoint = "true" if asked == "true" else str(interrupted / "checkpoint-2")
+    checkpoint = "true" if key == "true" else str(interrupted / "checkpoint-2")
     resumed = run_train(config, "--output_dir", str(interrupted), "--resume_from_checkpoint", checkpoint)
 
-    one, other = load_file(folder / "model.safetensors"), load_file(interrupted / "model.safetensors")
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    expected, weights = (load_file(path / "model.safetensors") for path in (folder, interrupted))
+    assert expected.keys() == weights.keys() and all(torch.equal(expected[name], weights[name]) for name in expected)
     assert resumed["steps"] == STEPS
     assert resumed["eval_loss"] == results["eval_loss"]
     assert [entry for entry in curve(resumed) if entry[1]] == [entry for entry in curve(results) if entry[1]]
     assert resumed["answers"][0]["before"] == "kept from the first start"
-    assert [one["after"] for one in resumed["answers"]] == [one["after"] for one in results["answers"]]
+    assert [row["after"] for row in resumed["answers"]] == [row["after"] for row in results["answers"]]
     assert (interrupted / RUN_FILE).read_bytes() == run_yaml
 
 
@@ -299,11 +300,11 @@ def held(tmp_path) -> Path:
 
 
 def test_an_earlier_run_is_refused_and_untouched(held, config):
-    before = contents(held)
+    previous = contents(held)
     for keys in ([], ["--resume_from_checkpoint", "false"]):
         with pytest.raises(SFTError, match=f"^output_dir {held}: already holds a run; add --overwrite_output_dir to"):
             run_train(config, "--output_dir", str(held), *keys)
-    assert contents(held) == before
+    assert contents(held) == previous
 
 
 def test_an_earlier_run_is_replaced_when_asked(held, config):
@@ -316,10 +317,10 @@ def test_an_earlier_run_is_replaced_when_asked(held, config):
 
 @pytest.mark.parametrize("keys", [["--train_data", "missing.json"], ["--model_name_or_path", "./missing"]])
 def test_bad_input_costs_no_earlier_run(keys, held, config):
-    before = contents(held)
+    previous = contents(held)
     with pytest.raises(SFTError, match="missing"):
         run_train(config, "--output_dir", str(held), "--overwrite_output_dir", *keys)
-    assert contents(held) == before
+    assert contents(held) == previous
 
 
 def test_bad_input_leaves_no_folder_that_would_be_refused_next_time(config, tmp_path):
@@ -329,12 +330,12 @@ def test_bad_input_leaves_no_folder_that_would_be_refused_next_time(config, tmp_
 
 
 @pytest.mark.parametrize("keys", [[], ["--overwrite_output_dir"]])
-def test_foreign_files_are_refused_and_untouched(keys, config, tmp_path):
+def test_files_of_no_run_are_refused_and_untouched(keys, config, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    before = contents(tmp_path)
+    previous = contents(tmp_path)
     with pytest.raises(SFTError, match=f"^output_dir {tmp_path}: holds files that are not a run's; choose another"):
         run_train(config, "--output_dir", str(tmp_path), *keys)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == previous
 
 
 def test_a_file_is_no_output_folder(config, tmp_path):

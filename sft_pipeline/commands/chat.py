@@ -1,9 +1,9 @@
-"""Talk to a fine-tuned model.
+"""Chat with a model in the terminal.
 
     sft-pipeline chat outputs/quickstart
     echo "Who are you?" | sft-pipeline chat outputs/quickstart
 
-Answers are streamed to a terminal; with a pipe on standard input each line is answered by itself.
+Answers are streamed. If standard input is a pipe, each of its lines is one message of the same conversation.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.sanitize import replace_control_characters
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
+HELP = "/reset starts a new conversation, /system TEXT starts one with this system prompt, /quit exits"
 
 
 def chat(name_or_path: str, max_new_tokens: int) -> None:
-    """Answer standard input: a conversation in a terminal, and a line each from a pipe (of the same conversation)."""
-    SamplingParams(max_new_tokens=max_new_tokens)  # a number that it refuses is refused before the model is loaded
+    """Answer the lines of standard input until it ends or a line is /quit."""
+    SamplingParams(max_new_tokens=max_new_tokens)  # raises SFTError for an invalid number before the model is loaded
     conversation = Conversation(*load_trained(name_or_path), max_new_tokens)
-    interactive = sys.stdin.isatty()
-    if interactive:
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         print(HELP)
-    for line in _read_lines(interactive):
+    for line in _read_lines("> " if is_terminal else ""):
         if line == "/quit":
             break
-        conversation.take(line)
+        conversation.handle_line(line)
 
 
-def _read_lines(interactive: bool) -> Iterator[str]:
-    """What is said, without empty lines."""
+def _read_lines(prompt: str) -> Iterator[str]:
+    """Yield the stripped lines of standard input, without empty ones; Ctrl-C ends them as the end of input does."""
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
@@ -52,14 +52,14 @@ def _read_lines(interactive: bool) -> Iterator[str]:
 
 
 class AnswerStreamer(TextStreamer):
-    """Writes an answer as it comes; a model that has learned control characters does not steer the terminal."""
+    """Print text as it is generated, with control characters replaced: a model cannot send escapes to the terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(replace_control_characters(text), stream_end)
 
 
 class Conversation:
-    """What was said so far, and the model that goes on with it."""
+    """A conversation with a model: its messages so far, and the system prompt."""
 
     def __init__(
         self, model: PreTrainedModel, template: Template, system_prompt: str | None, max_new_tokens: int
@@ -68,38 +68,38 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.messages: list[Message] = []
 
-    def take(self, line: str) -> None:
-        """One line of the user's: a command, or a message to answer."""
-        command, _, rest = line.partition(" ")
+    def handle_line(self, line: str) -> None:
+        """Run a command (see HELP), or answer a message."""
+        command, _, argument = line.partition(" ")
         if command == "/reset":
             self.messages = []
         elif command == "/system":
-            self.system_prompt, self.messages = rest.strip() or None, []
+            self.system_prompt, self.messages = argument.strip() or None, []
         elif command.startswith("/") and command[1:].isalpha():
             print(f"{command}: no such command; {HELP}", file=sys.stderr)
         else:
-            self._answer(line)
+            self._stream_answer(line)
 
-    def _answer(self, line: str) -> None:
-        """Stream the answer; a message that gets none is taken back."""
+    def _stream_answer(self, line: str) -> None:
+        """Print the answer while it is generated; remove a message again that could not be answered."""
         self.messages.append({"role": "user", "content": line})
         streamer = AnswerStreamer(self.template.tokenizer, skip_special_tokens=True)
-        [done] = generate_answers(
+        [answer] = generate_answers(
             self.model,
             self.template,
-            [self._prompt()],
+            [self._encode_prompt()],
             SamplingParams(max_new_tokens=self.max_new_tokens),
             on_token=lambda row, token: streamer.put(torch.tensor([token])),
         )
         streamer.end()
-        if done.error:
+        if answer.error:
             self.messages.pop()
-            print(f"no answer: {done.error}", file=sys.stderr)
+            print(f"no answer: {answer.error}", file=sys.stderr)
             return
-        self.messages.append({"role": "assistant", "content": done.text})
+        self.messages.append({"role": "assistant", "content": answer.text})
 
-    def _prompt(self) -> list[int]:
-        """The conversation's ids, less its oldest exchanges where the model's positions do not hold them."""
+    def _encode_prompt(self) -> list[int]:
+        """Return the ids of the conversation, removing its oldest exchanges if the context length cannot hold it."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         while True:
             ids = self.template.encode_prompt(add_system_prompt(self.messages, self.system_prompt))

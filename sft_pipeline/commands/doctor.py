@@ -1,7 +1,10 @@
-"""What this machine trains with, and what is missing with the command that installs it. Loads no model.
+"""Check this machine and report what is installed and what is missing, with the command that installs it.
 
-sft-pipeline doctor
-sft-pipeline doctor --json | jq .findings.device.value
+    sft-pipeline doctor
+    sft-pipeline doctor --json | jq .findings.device.value
+
+Loads no model. `accelerate env` prints some of the same facts, but cannot run where torch is missing, compares no
+release with the required one, and takes every CPU for one with bf16; it is the place to see accelerate's own config.
 """
 
 from __future__ import annotations
@@ -20,18 +23,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sft_pipeline.utils.console import print_line
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import get_cache_dir
 
 PACKAGE = "sft_pipeline"
+INSTALL = "pip install -c constraints.txt -e"
 EXTRAS = {"lora": ["peft"], "track": ["wandb", "trackio"], "plot": ["matplotlib"]}
-MIN_DISK_GIB = 2.0  # the smallest model's weights with their optimizer take 1.5
-HUB_SECONDS = 5.0
+MIN_DISK_GIB = 2.0  # weights and optimizer state of the smallest model take 1.5
+HUB_TIMEOUT = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class Finding:
-    """value: for scripts, and shown; note: more for people; advice: what would help. Fatal: training cannot run."""
+    """A checked fact: its value, a note that explains it, and the advice to follow. fatal: training cannot run."""
 
     name: str
     value: Any
@@ -41,28 +46,29 @@ class Finding:
 
 
 def run_doctor(as_json: bool, console: Console) -> None:
-    """Print what was found. Raises SFTError, with the first reason, where training cannot run."""
+    """Print all findings. Raises SFTError for the first fatal one."""
     findings = list(list_findings())
-    fatal = next((one for one in findings if one.fatal), None)
+    fatal = next((finding for finding in findings if finding.fatal), None)
     if as_json:
-        print(json.dumps({"ready": fatal is None, "findings": {one.name: asdict(one) for one in findings}}))
+        by_name = {finding.name: asdict(finding) for finding in findings}
+        print(json.dumps({"ready": fatal is None, "findings": by_name}))
     else:
-        _show([*findings, Finding("ready", fatal is None)], console)
+        _print_findings([*findings, Finding("ready", fatal is None)], console)
     if fatal:
         raise SFTError(f"cannot train here: {fatal.name}: {fatal.value}; {fatal.advice}")
 
 
-def _show(findings: list[Finding], console: Console) -> None:
-    """Two columns: in a terminal broken at words, elsewhere a line a finding."""
-    lines = [(one.name, "; ".join(filter(None, [_format_value(one.value), one.note, one.advice]))) for one in findings]
-    if not console.is_terminal:
-        for name, said in lines:
-            console.print(Text(f"{name:<15} {said}"), soft_wrap=True)
-        return
+def _print_findings(findings: list[Finding], console: Console) -> None:
+    """Print a two-column table that wraps at the width of a terminal; one line per finding to a file."""
     table = Table(show_header=False, box=None, padding=(0, 1), pad_edge=False)
-    for name, said in lines:
-        table.add_row(name, Text(said))
-    console.print(table)
+    for finding in findings:
+        text = "; ".join(filter(None, [_format_value(finding.value), finding.note, finding.advice]))
+        if console.is_terminal:
+            table.add_row(finding.name, Text(text))
+        else:
+            print_line(console, f"{finding.name:<15} {text}")
+    if console.is_terminal:
+        console.print(table)
 
 
 def _format_value(value: Any) -> str:
@@ -70,12 +76,12 @@ def _format_value(value: Any) -> str:
 
 
 def list_findings() -> Iterator[Finding]:
-    """One finding after the other; what needs torch is left out where torch does not load."""
+    """Run all checks in order; those that need torch are left out if a requirement is not met."""
     yield Finding("python", platform.python_version(), platform.platform())
-    required = [_check_requirement(name) for name in _list_requirements()]
-    yield from required
+    requirements = [_check_requirement(requirement) for requirement in _list_requirements()]
+    yield from requirements
     yield from (_check_extra(extra, names) for extra, names in EXTRAS.items())
-    if not any(one.fatal for one in required):
+    if not any(finding.fatal for finding in requirements):
         yield from _check_hardware()
     yield from _check_disks()
     yield _check_wandb()
@@ -83,35 +89,35 @@ def list_findings() -> Iterator[Finding]:
 
 
 def _list_requirements() -> list[Any]:
+    """Return the package's requirements without those of extras; the package itself if it is not installed."""
     from packaging.requirements import Requirement
 
     try:
         lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return [Requirement(PACKAGE)]
-    return [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    requirements = map(Requirement, lines)
+    return [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
 def _check_requirement(requirement: Any) -> Finding:
-    """Whether a release that was asked for is there."""
-    advice = "pip install -c constraints.txt -e ."
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
+    """Compare the installed release with the required ones."""
+    advice = f"{INSTALL} ."
+    version = _get_version(requirement.name)
+    if version is None:
         return Finding(requirement.name, "not installed", advice=advice, fatal=True)
-    fits = requirement.specifier.contains(version, prereleases=True)
-    note = "" if fits else f"needs {requirement.specifier}"
-    return Finding(requirement.name, version, note, "" if fits else advice, fatal=not fits)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, version, f"needs {requirement.specifier}", advice, fatal=True)
+    return Finding(requirement.name, version)
 
 
 def _check_extra(extra: str, names: list[str]) -> Finding:
-    versions = {name: _find_version(name) for name in names}
-    shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
-    missing = None in versions.values()
-    return Finding(extra, shown, advice=f'pip install -c constraints.txt -e ".[{extra}]"' if missing else "")
+    versions = {name: _get_version(name) for name in names}
+    value = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+    return Finding(extra, value, advice=f'{INSTALL} ".[{extra}]"' if None in versions.values() else "")
 
 
-def _find_version(name: str) -> str | None:
+def _get_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -125,12 +131,11 @@ def _check_hardware() -> Iterator[Finding]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = accelerator.type if accelerator else "cpu"
     yield Finding("device", device, _describe_device(torch, device))
-    supported, note = check_bf16(torch, device)
-    yield Finding("bf16", supported, note)
+    yield Finding("bf16", *check_bf16(torch, device))
     yield Finding("attention", *describe_attention(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    few = device == "cpu" and torch.get_num_threads() < (cores or 1) // 2
-    advice = "raise OMP_NUM_THREADS to the cores that are yours" if few else ""
+    has_few_threads = device == "cpu" and torch.get_num_threads() < (cores or 1) // 2
+    advice = "raise OMP_NUM_THREADS to the number of cores that this run may use" if has_few_threads else ""
     yield Finding("threads", torch.get_num_threads(), f"of {cores} cores", advice)
     yield Finding("memory_gib", round(psutil.virtual_memory().available / 2**30, 1), "free")
     if device == "cuda":
@@ -146,52 +151,55 @@ def _describe_device(torch: Any, device: str) -> str:
 
 
 def check_bf16(torch: Any, device: str) -> tuple[bool, str]:
-    """Whether `bf16: true` computes in hardware here, and what to expect of it."""
+    """Return whether the device computes in bf16 without emulation, and a note for one that does not."""
     if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return native, "" if native else "this GPU has none: fp16: true instead"
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return is_native, "" if is_native else "this GPU has no bf16; use fp16: true"
     if device == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0), "from macOS 14 on"
-    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # releases before 2.10 do not tell
-    native = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
-    return native, "" if native else "a CPU without AMX or AVX512-BF16 is slower in bf16 than in float32"
+        return torch.backends.mps.is_macos_or_newer(14, 0), "needs macOS 14 or newer"
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and newer
+    is_native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    return is_native, "" if is_native else "a CPU without AMX or AVX512-BF16 is slower in bf16 than in float32"
 
 
 def describe_attention(device: str) -> tuple[str, str]:
-    """What attends over packed rows (model/packed_attention.py), and over all others."""
+    """Return the attention of packed rows on this device (model/packed_attention.py), and a note about it."""
     if device == "cuda":
-        missing = "" if _find_version("triton") else "; needs triton: pip install triton"
-        return "flex_attention", f"packed rows, compiled in the first step{missing}; sdpa for the rest"
+        missing = "" if _get_version("triton") else "; needs triton: pip install triton"
+        return "flex_attention", f"for packed rows, compiled in the first step{missing}; sdpa for padded rows"
     if device == "cpu":
-        return "blocks of rows", "packed rows in float32, no matrix of tokens x tokens; sdpa for the rest"
+        return "blocks of rows", "for packed rows in float32, without a tokens x tokens matrix; sdpa for padded rows"
     return "sdpa", "packed rows one by one"
 
 
 def _check_disks() -> Iterator[Finding]:
+    """Check free space and permission in the current folder and the cache folder, or their nearest existing parents."""
     for name, folder in {"disk_gib": Path.cwd(), "cache_disk_gib": get_cache_dir()}.items():
-        there = next(one for one in [folder, *folder.parents] if one.is_dir())
-        free = round(shutil.disk_usage(there).free / 2**30, 1)
-        if not os.access(there, os.W_OK):
-            yield Finding(name, free, f"free in {folder}", f"{there} cannot be written; go to a folder of yours", True)
-        else:
-            full = free < MIN_DISK_GIB
-            advice = f"free some space, a run takes {MIN_DISK_GIB} GiB and more" if full else ""
-            yield Finding(name, free, f"free in {folder}", advice, full)
+        existing = next(path for path in [folder, *folder.parents] if path.is_dir())
+        free = round(shutil.disk_usage(existing).free / 2**30, 1)
+        advice = ""
+        if not os.access(existing, os.W_OK):
+            advice = f"no permission to write to {existing}; use another folder"
+        elif free < MIN_DISK_GIB:
+            advice = f"free some space, a run needs {MIN_DISK_GIB} GiB or more"
+        yield Finding(name, free, f"free in {folder}", advice, fatal=bool(advice))
 
 
 def _check_wandb() -> Finding:
-    """Whether `report_to: wandb` would be online. Looks for an account, asks neither the server nor a person."""
+    """Report whether `report_to: wandb` would be online; looks for a local account, without a request or a prompt."""
     mode = os.environ.get("WANDB_MODE", "online")
-    if not _find_version("wandb") or mode != "online":
-        return Finding("wandb", mode if _find_version("wandb") else "not installed")
+    if not _get_version("wandb"):
+        return Finding("wandb", "not installed")
+    if mode != "online":
+        return Finding("wandb", mode)
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     try:
-        account = wandb.login(prompt=False, verify=False)
-    except wandb.Error as error:  # a key that is none
-        return Finding("wandb", "offline", format_error(error), "mend WANDB_API_KEY")
-    if account:
+        has_account = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:  # the key is malformed
+        return Finding("wandb", "offline", format_error(error), "fix WANDB_API_KEY")
+    if has_account:
         return Finding("wandb", "online")
     return Finding("wandb", "offline", "no account here", "set WANDB_API_KEY or run `wandb login`")
 
@@ -200,11 +208,11 @@ def _check_hub() -> Finding:
     import httpx
     from huggingface_hub import constants, get_token
 
-    without = "folders, files and smollm2-135m need no hub"
+    offline_note = "local folders, local files and smollm2-135m need no hub"
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", "offline", f"HF_HUB_OFFLINE is set; {without}")
+        return Finding("hub", "offline", f"HF_HUB_OFFLINE is set; {offline_note}")
     try:
-        httpx.head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except (httpx.HTTPError, OSError) as error:
-        return Finding("hub", "not reachable", f"{type(error).__name__} at {constants.ENDPOINT}; {without}")
-    return Finding("hub", "reachable", "logged in" if get_token() else "no account, which public models need not")
+        return Finding("hub", "not reachable", f"{type(error).__name__} at {constants.ENDPOINT}; {offline_note}")
+    return Finding("hub", "reachable", "logged in" if get_token() else "no account; public models need none")

@@ -1,8 +1,9 @@
-"""Models side by side: the same held-out prompts and checkable instructions for each, and what differs.
+"""Evaluate models on the same held-out prompts and checkable instructions, and compare them.
 
     sft-pipeline evaluate smollm2-135m outputs/quickstart --data outputs/quickstart --output outputs/compared
 
-The first model is the baseline. `--data` is a run's folder, whose held-out rows are taken, or rows of any shape.
+The first model is the baseline. `--data` is a run's output folder, whose held-out rows are used, or a file, folder or
+hub name of rows in any supported format.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ ANSWERS_FILE = "answers.jsonl"
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is asked of every model. `template` and `system_prompt` are for models that are no run's."""
+    """The evaluation of every model. `template` and `system_prompt` are for models that no run saved.
+
+    data: a run's output folder, or a file, folder or hub name of rows; None evaluates on instructions alone.
+    few_shot: examples in each prompt of a second evaluation of every model; 0 leaves that out.
+    Raises SFTError for a number outside its range.
+    """
 
     data: str | None = None
     num_prompts: int = 50
@@ -55,106 +61,120 @@ class EvaluateOptions:
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_prompts", 1), ("max_new_tokens", 1), ("few_shot", 0)):
-            if getattr(self, name) < least:
-                raise SFTError(f"{name} is {getattr(self, name)}; it has to be {least} or more")
+        for name, minimum in (("num_prompts", 1), ("max_new_tokens", 1), ("few_shot", 0)):
+            if getattr(self, name) < minimum:
+                raise SFTError(f"{name} is {getattr(self, name)}; it has to be {minimum} or more")
         if self.few_shot and self.data is None:
             raise SFTError("few_shot needs rows to take the examples from; add --data")
 
 
 def evaluate_models(
     models: list[str],
-    request: EvaluateOptions,
+    options: EvaluateOptions,
     output: Path | None,
     as_json: bool,
     console: Console,
     judge: Judge | None = None,
 ) -> None:
-    """Ask, compare, print, and keep it in `output`."""
+    """Evaluate all models, print their comparison as tables (or one line of JSON), and write it to `output`.
+
+    models: runs' output folders, model folders or hub names. judge: also judges each model's answers against those of
+    the first. Raises SFTError for options that cannot work together, and for a model or rows that cannot be loaded.
+    """
     check_output_folder(output)
-    if judge and len(models) < 2 and not request.few_shot:
+    if judge and len(models) < 2 and not options.few_shot:
         raise SFTError("a judge compares answers of two models; name another model or give --few_shot")
     for name in models:
-        # All are looked at before the first one is asked, which takes minutes.
-        load_template(resolve_model(name, get_cache_dir()), request.template, request.system_prompt)
-    questions = load_prompt_set(request)
-    records = [one for name in models for one in run_model(name, name, questions, request)]
-    comparison = compare_models(records, questions)
+        # Check all names now: the evaluation of the first model takes minutes.
+        load_template(resolve_model(name, get_cache_dir()), options.template, options.system_prompt)
+    prompt_set = load_prompt_set(options)
+    results = [result for name in models for result in run_model(name, name, prompt_set, options)]
+    comparison = compare_models(results, prompt_set)
     if output:
-        # Before the judge, which may fail.
-        write_comparison(output, "evaluation", tables.format_markdown(comparison), comparison, records, questions)
+        # Before the judge, whose server may fail.
+        write_comparison(output, "evaluation", tables.format_markdown(comparison), comparison, results, prompt_set)
     if not as_json:
         tables.print_table(tables.format_details(comparison), console)
-    judged = [compare_with_judge(judge, records[0], other, questions) for other in records[1:]] if judge else []
-    result = comparison.as_json() | {"judged": [asdict(one) for one in judged]}
+    baseline, *candidates = results
+    judged = [compare_with_judge(judge, baseline, result, prompt_set) for result in candidates] if judge else []
+    content = comparison.as_json() | {"judged": [asdict(judge_results) for judge_results in judged]}
     if output:
-        write_json(output / COMPARISON_FILE, result)
+        write_json(output / COMPARISON_FILE, content)
     if as_json:
-        print(format_json_line(result))
+        print(format_json_line(content))
 
 
 def build_judge(base_url: str | None, model: str | None) -> Judge | None:
-    """The judge that was named, with the key from the environment; local servers need none."""
+    """Return the judge `model` at `base_url`, or None without both; the API key is OPENAI_API_KEY, if it is set."""
     if bool(base_url) != bool(model):
         raise SFTError("judge_base_url and judge_model go together; give both or neither")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     return Judge(base_url, model, key or None) if base_url and model else None
 
 
-def compare_with_judge(judge: Judge, first: ModelResults, other: ModelResults, questions: PromptSet) -> JudgeResults:
-    """The held-out prompts' answers in pairs; the instructions' where there is no data."""
-    prompts = questions.texts or [instruction.prompt for instruction in load_instructions()]
-    pairs = (one.answers if questions.rows else one.instruction_answers for one in (first, other))
-    own, others = ([answer.text for answer in column] for column in pairs)
-    judged = judge_pairs(judge, prompts, own, others, names=(first.name, other.name))
-    logger.info("judged by %s: %s", judge.model, judged)
-    return judged
+def compare_with_judge(
+    judge: Judge, baseline: ModelResults, candidate: ModelResults, prompt_set: PromptSet
+) -> JudgeResults:
+    """Judge two models' answers to the held-out prompts, or to the instructions if there are no held-out prompts."""
+    prompts = prompt_set.texts or [instruction.prompt for instruction in load_instructions()]
+    baseline_texts, candidate_texts = (
+        [answer.text for answer in (result.answers if prompt_set.rows else result.instruction_answers)]
+        for result in (baseline, candidate)
+    )
+    names = (baseline.name, candidate.name)
+    judge_results = judge_pairs(judge, prompts, baseline_texts, candidate_texts, names=names)
+    logger.info("judged by %s: %s", judge.model, judge_results)
+    return judge_results
 
 
-def load_prompt_set(request: EvaluateOptions) -> PromptSet:
-    if request.data is None:
+def load_prompt_set(options: EvaluateOptions) -> PromptSet:
+    """Select held-out prompts and few-shot examples from the rows of `options.data`; an empty set without data."""
+    if options.data is None:
         return PromptSet([], [])
-    return select_prompts(load_eval_conversations(request.data), request.num_prompts, request.few_shot)
+    return select_prompts(load_eval_conversations(options.data), options.num_prompts, options.few_shot)
 
 
 def load_eval_conversations(data: str) -> list[list[Message]]:
-    """A run's held-out rows, or all rows of a file, folder or hub name."""
-    run = Path(data).expanduser() / RUN_FILE
-    if not run.is_file():
+    """Load a run's held-out rows, or all rows of a file, folder or hub name."""
+    run_file = Path(data).expanduser() / RUN_FILE
+    if not run_file.is_file():
         return load_source(data)["messages"]
-    _, held_out = load_conversations(parse_config(str(run), [])[0])
+    _, held_out = load_conversations(parse_config(str(run_file), [])[0])
     if held_out is None:
-        raise SFTError(f"{data}: this run held no rows out; give a file, folder or hub name of rows")
+        raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
     return held_out["messages"]
 
 
-def run_model(path: str, name: str, questions: PromptSet, request: EvaluateOptions) -> Iterator[ModelResults]:
-    """The model's record, and with examples in its prompts another. The model's memory is free afterwards."""
-    model, template, system_prompt = load_trained(path, request.template, request.system_prompt)
+def run_model(path: str, name: str, prompt_set: PromptSet, options: EvaluateOptions) -> Iterator[ModelResults]:
+    """Load a model and yield its results, then, with `few_shot`, those with examples in its prompts.
+
+    The model's memory is freed when the iterator is exhausted.
+    """
+    model, template, system_prompt = load_trained(path, options.template, options.system_prompt)
     patch_loss_forward(model)
-    one = EvaluatedModel(name, model, template, system_prompt)
-    if request.few_shot:
-        check_context_length(one, questions, request.max_new_tokens)
-    yield run_prompt_set(one, questions, request.max_new_tokens)
-    if request.few_shot:
-        yield run_prompt_set(one, questions, request.max_new_tokens, few_shot=True)
-    del model, one
+    evaluated = EvaluatedModel(name, model, template, system_prompt)
+    if options.few_shot:
+        check_context_length(evaluated, prompt_set, options.max_new_tokens)
+    yield run_prompt_set(evaluated, prompt_set, options.max_new_tokens)
+    if options.few_shot:
+        yield run_prompt_set(evaluated, prompt_set, options.max_new_tokens, few_shot=True)
+    del model, evaluated
     gc.collect()
 
 
 def check_output_folder(output: Path | None) -> None:
-    """Refuse a file, before minutes of work are lost to it."""
+    """Raise SFTError if `output` is a file."""
     if output and output.exists() and not output.is_dir():
         raise SFTError(f"output {output}: is a file; choose a folder")
 
 
 def write_comparison(
-    folder: Path, name: str, table: str, comparison: Comparison, records: list[ModelResults], questions: PromptSet
+    folder: Path, name: str, table: str, comparison: Comparison, results: list[ModelResults], prompt_set: PromptSet
 ) -> None:
-    """The table, a picture, and every answer; a missing matplotlib costs the picture alone."""
+    """Write NAME.md (the table), NAME.png and all answers; without matplotlib log a warning instead of the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(table, encoding="utf-8")
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in list_answers(records, questions))
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in list_answers(results, prompt_set))
     (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
     try:
         draw_comparison(comparison, folder / f"{name}.png")
@@ -162,12 +182,12 @@ def write_comparison(
         logger.warning(error)
 
 
-def list_answers(records: list[ModelResults], questions: PromptSet) -> Iterator[dict[str, Any]]:
-    """A line a prompt: what was asked, the reference (of an instruction: its id), and each model's answer, in order."""
-    for at, (row, reference) in enumerate(zip(questions.rows, questions.references)):
-        answers = [{"model": one.name, **asdict(one.answers[at])} for one in records]
+def list_answers(results: list[ModelResults], prompt_set: PromptSet) -> Iterator[dict[str, Any]]:
+    """Yield the lines of ANSWERS_FILE: a prompt, its reference (or its instruction's id), and each model's answer."""
+    for index, (row, reference) in enumerate(zip(prompt_set.rows, prompt_set.references)):
+        answers = [{"model": result.name, **asdict(result.answers[index])} for result in results]
         yield {"prompt": row[:-1], "reference": reference, "answers": answers}
-    for at, instruction in enumerate(load_instructions()):
-        answers = [{"model": one.name, **asdict(one.instruction_answers[at])} for one in records]
+    for index, instruction in enumerate(load_instructions()):
+        answers = [{"model": result.name, **asdict(result.instruction_answers[index])} for result in results]
         prompt = [{"role": "user", "content": instruction.prompt}]
         yield {"prompt": prompt, "instruction": instruction.id, "answers": answers}

@@ -1,13 +1,20 @@
-"""Answer a file of prompts; the answers are rows to train on.
+"""Generate answers to a file of prompts, as rows that can be trained on.
 
     sft-pipeline generate prompts.txt --model outputs/quickstart --output answers.jsonl
     sft-pipeline generate alpaca.json --model outputs/quickstart --output four.jsonl --samples 4 --temperature 0.8
 
-A line of the output holds `messages` as the model saw them, system prompt included, with its answer behind them, then
-`origin` (the prompt's place), `reference` (the answer that stood in the row, if one did), `sample`, `finish_reason`
-("stop", or "length" for an answer that was cut off), `tokens` and `logprob` (of the whole answer, in nats). What a
-prompt is answered depends on the prompt, its number and the settings, not on its neighbours; so the same command goes
-on where it was cut off, see resumable_jsonl.py.
+Each line of the output is a JSON object:
+
+    messages        the conversation as the model saw it, system prompt included, and the answer
+    origin          file and line of the prompt
+    sample          number of the answer among those of the same prompt, from 0
+    reference       the answer in the prompt's row, if there was one
+    finish_reason   "stop", or "length" if max_new_tokens cut the answer off
+    tokens          length of the answer
+    logprob         log-probability of the whole answer, in nats
+
+An answer depends on its prompt, the numbers of prompt and sample, and the settings, not on the other prompts in its
+batch. So the same command, run again, continues after an interruption (resumable_jsonl.py).
 """
 
 from __future__ import annotations
@@ -35,13 +42,16 @@ from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_VALUES = 1024  # of each parameter: training moves them all
+HASHED_VALUES = 1024  # of each parameter; training changes all of them
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to answer, how, and where to. `samples` answers to each prompt; `system_prompt` stands in for the one the
-    model was trained with, and rows keep their own; `max_length` bounds prompt and answer together, in tokens."""
+    """Input, output and settings of `generate_file`.
+
+    samples: answers to each prompt. max_length: limit of prompt and answer together, in tokens. system_prompt: replaces
+    the one that the model was trained with; a row's own system message has precedence over both.
+    """
 
     prompts: str
     model: str
@@ -55,43 +65,46 @@ class GenerateOptions:
     overwrite: bool = False
 
 
-def generate_file(request: GenerateOptions) -> int:
-    """Answer all prompts and write the answers; returns how many are missing, for which FILE.errors has the reason.
-
-    Raises SFTError for what concerns all of them: prompts or model that can't be read, output that is taken, options.
-    """
-    _check(request)
-    asked = load_prompts(request.prompts)
-    model, template, trained_with = load_trained(request.model)
-    system_prompt = trained_with if request.system_prompt is None else request.system_prompt
-    prompts = [_encode_prompt(prompt, template, system_prompt) for prompt in asked]
-    with closing(AnswerFile(request.output, _describe_settings(request, model, prompts), request.overwrite)) as file:
-        keys = [(at, sample) for at in range(len(prompts)) for sample in range(request.samples)]
-        if file.done:
-            logger.info("%s: goes on after %s of %s answers", file.partial, f"{len(file.done):,}", f"{len(keys):,}")
-        _answer(request, model, template, prompts, [key for key in keys if key not in file.done], file)
-        file.finish()
-    return _report(request.output, list(file.done.values()))
-
-
-def _check(request: GenerateOptions) -> None:
-    counts = {"samples": request.samples, "batch_size": request.batch_size, "max_length": request.max_length}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise SFTError(f"{name}: {value} must be at least 1")
-    if request.samples > 1 and not request.sampling.do_sample:
-        raise SFTError(f"samples: {request.samples} greedy answers would be the same; add --temperature 1 to draw them")
-    if request.output.resolve() == Path(request.prompts).resolve():
-        raise SFTError(f"output {request.output}: is the file of the prompts; choose another name")
-    check_output_file(request.output, request.overwrite)
-
-
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model sees it; one with a problem has no ids."""
+    """A prompt with the system prompt added, and its ids; no ids if `prompt.problem` says why it has no answer."""
 
     prompt: Prompt
     ids: list[int]
+
+
+def generate_file(options: GenerateOptions) -> int:
+    """Generate and write the answers to all prompts; return the number of prompts without one.
+
+    FILE.errors has the reasons for those. Raises SFTError if no prompt can be answered: invalid options, prompts or a
+    model that cannot be read, an output that exists.
+    """
+    _check_options(options)
+    prompts = load_prompts(options.prompts)
+    model, template, trained_system_prompt = load_trained(options.model)
+    system_prompt = trained_system_prompt if options.system_prompt is None else options.system_prompt
+    encoded = [_encode_prompt(prompt, template, system_prompt) for prompt in prompts]
+    with closing(AnswerFile(options.output, _describe_settings(options, model, encoded), options.overwrite)) as file:
+        keys = [(index, sample) for index in range(len(encoded)) for sample in range(options.samples)]
+        if file.records:
+            logger.info(
+                "%s: continuing after %s of %s answers", file.partial, f"{len(file.records):,}", f"{len(keys):,}"
+            )
+        _generate_missing(options, model, template, encoded, [key for key in keys if key not in file.records], file)
+        file.write_output()
+    return _log_summary(options.output, list(file.records.values()))
+
+
+def _check_options(options: GenerateOptions) -> None:
+    counts = {"samples": options.samples, "batch_size": options.batch_size, "max_length": options.max_length}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise SFTError(f"{name}: {value} must be at least 1")
+    if options.samples > 1 and not options.sampling.do_sample:
+        raise SFTError(f"samples: {options.samples} greedy answers would be the same; add --temperature 1 to sample")
+    if options.output.resolve() == Path(options.prompts).resolve():
+        raise SFTError(f"output {options.output}: is the file of the prompts; choose another name")
+    check_output_file(options.output, options.overwrite)
 
 
 def _encode_prompt(prompt: Prompt, template: Template, system_prompt: str | None) -> EncodedPrompt:
@@ -100,85 +113,89 @@ def _encode_prompt(prompt: Prompt, template: Template, system_prompt: str | None
     messages = add_system_prompt(prompt.messages, system_prompt)
     try:
         return EncodedPrompt(Prompt(prompt.origin, messages, prompt.reference), template.encode_prompt(messages))
-    except SFTError as error:  # some chat templates refuse a system message
+    except SFTError as error:  # some chat templates reject a system message
         return EncodedPrompt(Prompt(prompt.origin, messages, problem=str(error)), [])
 
 
 def _describe_settings(
-    request: GenerateOptions, model: PreTrainedModel, prompts: list[EncodedPrompt]
+    options: GenerateOptions, model: PreTrainedModel, prompts: list[EncodedPrompt]
 ) -> dict[str, Any]:
-    """All that the answers depend on, up to the rounding of fp32. The ids hold template and tokenizer too."""
-    text = json.dumps([[asdict(ready.prompt), ready.ids] for ready in prompts])
+    """Return everything that the answers depend on, up to fp32 rounding.
+
+    The prompts' ids stand for template and tokenizer. batch_size is not among the settings: it changes no answer.
+    """
+    text = json.dumps([[asdict(encoded.prompt), encoded.ids] for encoded in prompts])
     return {
         "model": _hash_weights(model),
-        "system_prompt": request.system_prompt,
+        "system_prompt": options.system_prompt,
         "prompts": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        "samples": request.samples,
-        "max_length": request.max_length,
-        "stop_strings": request.stop_strings,
-        **asdict(request.sampling),
+        "samples": options.samples,
+        "max_length": options.max_length,
+        "stop_strings": options.stop_strings,
+        **asdict(options.sampling),
     }
 
 
 def _hash_weights(model: PreTrainedModel) -> str:
+    """Hash the first HASHED_VALUES values of each parameter."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:FINGERPRINT_VALUES].float().cpu()
+        values = parameter.detach().flatten()[:HASHED_VALUES].float().cpu()
         digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _answer(
-    request: GenerateOptions,
+def _generate_missing(
+    options: GenerateOptions,
     model: PreTrainedModel,
     template: Template,
     prompts: list[EncodedPrompt],
     keys: list[AnswerKey],
     file: AnswerFile,
 ) -> None:
-    """Answer the prompts of `keys` into the file."""
-    done, tokens, started = len(file.done), 0, time.monotonic()
-    bar = tqdm(initial=done, total=done + len(keys), desc="answers", delay=0, dynamic_ncols=True)
+    """Generate the answers with these keys and add each to the file when it is complete."""
+    done_count, tokens, start = len(file.records), 0, time.monotonic()
+    bar = tqdm(initial=done_count, total=done_count + len(keys), desc="answers", delay=0, dynamic_ncols=True)
 
-    def keep(key: AnswerKey, answer: Answer) -> None:
+    def add_answer(key: AnswerKey, answer: Answer) -> None:
         nonlocal tokens
         file.add(key, _build_record(prompts[key[0]].prompt, key[1], answer))
         tokens += answer.tokens
-        bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"{tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s", refresh=False)
         bar.update()
 
-    good = [key for key in keys if not prompts[key[0]].prompt.problem]
-    for key in sorted(set(keys) - set(good)):
-        keep(key, Answer("", False, 0, prompts[key[0]].prompt.problem))
+    valid = [key for key in keys if not prompts[key[0]].prompt.problem]
+    for key in sorted(set(keys) - set(valid)):
+        add_answer(key, Answer("", False, 0, prompts[key[0]].prompt.problem))
     generate_answers(
         model,
         template,
-        [prompts[prompt].ids for prompt, _ in good],
-        request.sampling,
-        batch_size=request.batch_size,
-        max_length=request.max_length,
-        stop_strings=request.stop_strings,
-        seeds=[compute_row_seed(request.sampling.seed, key) for key in good],
-        on_done=lambda at, answer: keep(good[at], answer),
+        [prompts[index].ids for index, _ in valid],
+        options.sampling,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        stop_strings=options.stop_strings,
+        seeds=[compute_row_seed(options.sampling.seed, key) for key in valid],
+        on_done=lambda row, answer: add_answer(valid[row], answer),
     )
     bar.close()
 
 
 def compute_row_seed(seed: int, key: AnswerKey) -> int:
-    """The seed of one answer: of the run's, the prompt's number and the sample's, and of nothing else."""
+    """Return the seed of one answer, which depends on the run's seed, the prompt's number and the sample's alone."""
     digest = hashlib.blake2b(f"{seed} {key[0]} {key[1]}".encode(), digest_size=7)
     return int.from_bytes(digest.digest(), "big")
 
 
 def _build_record(prompt: Prompt, sample: int, answer: Answer) -> AnswerRecord:
-    """A line of the output, or of the errors. An empty answer is an error, for nobody could train on it."""
+    """Build a line of the output or of the errors; an empty answer is an error, as it cannot be trained on."""
     error = answer.error or (None if answer.text else "the answer is empty: the model stopped at once")
-    place: AnswerRecord = {"origin": prompt.origin, "sample": sample}
+    source: AnswerRecord = {"origin": prompt.origin, "sample": sample}
     if error:
-        return {**place, "finish_reason": "error", "error": error, "prompt": prompt.messages}
+        return {**source, "finish_reason": "error", "error": error, "prompt": prompt.messages}
     return {
         "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
-        **place,
+        **source,
         **({"reference": prompt.reference} if prompt.reference else {}),
         "finish_reason": "stop" if answer.stopped else "length",
         "tokens": answer.tokens,
@@ -186,9 +203,10 @@ def _build_record(prompt: Prompt, sample: int, answer: Answer) -> AnswerRecord:
     }
 
 
-def _report(output: Path, rows: list[AnswerRecord]) -> int:
-    reasons = [row["finish_reason"] for row in rows]
+def _log_summary(output: Path, records: list[AnswerRecord]) -> int:
+    """Log the number of answers; return the number of prompts without one."""
+    reasons = [record["finish_reason"] for record in records]
     missing, cut = reasons.count("error"), reasons.count("length")
-    line = f"{output}: {len(rows) - missing:,} answers, {cut:,} of them cut off by max_new_tokens"
+    line = f"{output}: {len(records) - missing:,} answers, {cut:,} of them cut off by max_new_tokens"
     logger.info(line + (f"; {missing:,} prompts got none, see {output}.errors" if missing else ""))
     return missing

@@ -1,10 +1,11 @@
-"""Checkpoints that are whole or absent, at whatever moment a run is killed.
+"""Atomic checkpoints: a run that is killed at any moment leaves every checkpoint complete or absent.
 
-    checkpoint-90/             renamed to this name when all of it was on the disk
-        SHA256SUMS             tells a damaged one: `damage`, or `sha256sum -c SHA256SUMS`
-    .saving/checkpoint-100/    being written, or left by a run that was killed meanwhile
+    checkpoint-90/             gets this name once all of its files are on the disk
+        SHA256SUMS             detects damaged files: `find_damage`, or `sha256sum -c SHA256SUMS`
+    .saving/checkpoint-100/    being written, or left behind by a run that was killed while it saved
 
-Older checkpoints go when the new one is whole, and as they came: renamed first.
+An older checkpoint is removed only after the new one is complete. It is first renamed into .saving/ and then deleted,
+so a half-deleted checkpoint never has the name of a complete one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import logging
 import shutil
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 
 from sft_pipeline.utils.distributed import run_on_main_process
 from sft_pipeline.utils.errors import SFTError
@@ -26,93 +27,105 @@ logger = logging.getLogger(__name__)
 SAVING_DIR = ".saving"
 
 
-def publish_checkpoint(aside: Path, place: Path) -> None:
-    """Make the written folder `aside` the checkpoint `place`; one that is there is left in SAVING_DIR.
+def publish_checkpoint(staging: Path, checkpoint: Path) -> None:
+    """Write checksums into the folder `staging` and rename it to `checkpoint`.
 
-    Raises OSError where the disk fails, and then nothing is there that is not whole.
+    An existing folder of that name is moved into SAVING_DIR. Raises OSError if the disk fails; no incomplete folder
+    then has the name `checkpoint`.
     """
-    write_checksums(aside)
-    if place.exists():
-        move_aside(place)
-    aside.rename(place)
-    sync_to_disk(place.parent)
+    write_checksums(staging)
+    if checkpoint.exists():
+        move_aside(checkpoint)
+    staging.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
 
 
-def publish_files(aside: Path, folder: Path) -> None:
-    """Move all files of `aside` into `folder`, where each is the one before or the whole new one."""
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
+def publish_files(staging: Path, folder: Path) -> None:
+    """Move all files of `staging` into `folder`, where each file is always the complete old or new one."""
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
     for file in files:
         sync_to_disk(file)
     for file in files:
-        place = folder / file.relative_to(aside)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(place)
+        target = folder / file.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
     sync_to_disk(folder)
 
 
 def move_aside(checkpoint: Path) -> None:
-    """Into SAVING_DIR, to be deleted: nothing half deleted is ever found under its name."""
+    """Rename a checkpoint into SAVING_DIR, where `clear_leftovers` deletes it."""
     leaving = checkpoint.parent / SAVING_DIR / f"{checkpoint.name}-leaving"
     leaving.parent.mkdir(exist_ok=True)
     checkpoint.rename(leaving)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what was set aside in an output folder, or left there by a run that was killed while it saved."""
+    """Delete the SAVING_DIR of an output folder: checkpoints moved aside, and what a killed run left there."""
     shutil.rmtree(folder / SAVING_DIR, ignore_errors=True)
 
 
-def find_newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over.
-
-    Returns None where there is no checkpoint; raises SFTError where all are damaged.
-    """
-    checkpoints = sort_checkpoints(str(folder))
-    for checkpoint in reversed(checkpoints):
-        reason = find_damage(Path(checkpoint))
-        if reason is None:
-            return checkpoint
-        logger.warning("%s: damaged (%s); passed over", checkpoint, reason)
-    if checkpoints:
-        raise SFTError(f"output_dir {folder}: all its checkpoints are damaged; delete them to begin again")
-    return None
-
-
 def rotate_checkpoints(saved: Path, limit: int | None, best: str | None) -> None:
-    """Set checkpoints aside until `limit` are left, but not `saved`, which is whole, nor the best one.
+    """Move checkpoints aside until `limit` remain, but never `saved` (the newest complete one) or `best`.
 
-    Those of later steps go first: they are of a run before this one, or damaged; then the oldest.
+    Checkpoints of later steps than `saved` go first: they are an earlier run's, or damaged. Then the oldest go.
     """
     checkpoints = [Path(path) for path in sort_checkpoints(str(saved.parent))]
-    at = checkpoints.index(saved)
-    spare = [path for path in checkpoints[at + 1 :] + checkpoints[:at] if best is None or path != Path(best)]
+    index = checkpoints.index(saved)
+    removable = [path for path in checkpoints[index + 1 :] + checkpoints[:index] if best is None or path != Path(best)]
     surplus = max(0, len(checkpoints) - limit) if limit and limit > 0 else 0
-    for path in spare[:surplus]:
+    for path in removable[:surplus]:
         move_aside(path)
 
 
-def find_checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | None:
-    """The checkpoint's folder: the one that was named, or the run's newest whole one.
+def find_newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest undamaged checkpoint of an output folder, or None if it has no checkpoint.
 
-    None where `auto` finds no checkpoint, which is an error where `true` was given.
+    Logs every damaged one that is skipped. Raises SFTError if all are damaged.
     """
-    asked = str(training.resume_from_checkpoint)
-    if asked.lower() not in ("true", "last", "auto"):
-        return _named_checkpoint(training, Path(asked))
-    found = run_on_main_process(training, lambda: find_newest_checkpoint(folder))
-    if found is None and asked.lower() != "auto":
+    checkpoints = sort_checkpoints(str(folder))
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(Path(checkpoint))
+        if damage is None:
+            return checkpoint
+        logger.warning("%s: damaged (%s); skipped", checkpoint, damage)
+    if checkpoints:
+        raise SFTError(f"output_dir {folder}: all its checkpoints are damaged; delete them to start again")
+    return None
+
+
+def find_checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` names, or the newest undamaged one in `folder`.
+
+    Returns None if the key is `auto` and there is no checkpoint; raises SFTError in that case if it is `true`.
+    """
+    requested = str(training.resume_from_checkpoint)
+    if requested.lower() not in ("true", "last", "auto"):
+        return _check_named_checkpoint(training, Path(requested))
+    checkpoint = run_on_main_process(training, lambda: find_newest_checkpoint(folder))
+    if checkpoint is None and requested.lower() != "auto":
         raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
-    return found
+    return checkpoint
 
 
-def _named_checkpoint(training: TrainingArguments, folder: Path) -> str:
+def _check_named_checkpoint(training: TrainingArguments, folder: Path) -> str:
     if not folder.is_dir():
         raise SFTError(f"resume_from_checkpoint {folder}: no such folder; give a checkpoint-N folder, or true")
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise SFTError(f"resume_from_checkpoint {folder}: has no {TRAINER_STATE_NAME}; give a checkpoint-N folder")
-    # One that another trainer has saved has no checksums.
-    sealed = (folder / CHECKSUMS_FILE).is_file()
-    reason = run_on_main_process(training, lambda: find_damage(folder)) if sealed else None
-    if reason:
-        raise SFTError(f"resume_from_checkpoint {folder}: damaged ({reason}); give an older one, or true")
+    # A checkpoint that another trainer saved has no checksums.
+    has_checksums = (folder / CHECKSUMS_FILE).is_file()
+    damage = run_on_main_process(training, lambda: find_damage(folder)) if has_checksums else None
+    if damage:
+        raise SFTError(f"resume_from_checkpoint {folder}: damaged ({damage}); give an older one, or true")
     return str(folder)
+
+
+def needs_evaluation(checkpoint: str, training: TrainingArguments) -> bool:
+    """Return whether an evaluation was due at the checkpoint's step, but the run stopped before it was made."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+        return False
+    if training.eval_strategy == IntervalStrategy.EPOCH:
+        return state.epoch == int(state.epoch) and training.eval_delay <= state.epoch
+    is_due = training.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
+    return is_due and training.eval_delay <= state.global_step

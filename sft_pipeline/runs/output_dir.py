@@ -1,14 +1,14 @@
-"""The output folder of a run: who may write there, what marks it, and what repeats the run.
+"""The output folder of a run: its file names, and the checks that protect folders which hold something else.
 
-    run.yaml            the config that repeats the run; marks the folder as a run's
+    run.yaml            the config that repeats the run; also marks the folder as a run's
     evaluation/         answers and metrics of each evaluation (evaluation/step_results.py)
-    results.json        metrics, answers before and after, loss curve, versions
-    preview.json        the first training row in tokens, and how long the rows are (preview.py)
-    report.html         all this as one page (report/)
-    trackers.json       what trackers call the run (trackers.py)
-    sft_template.json   template and system prompt, which `chat` needs
+    results.json        metrics, answers before and after training, loss curve, versions
+    preview.json        tokens of the first training row, histogram of row lengths (data/preview.py)
+    report.html         all of this as one page (reports/html.py)
+    trackers.json       the run's name in wandb and trackio (training/trackers.py)
+    sft_template.json   template and system prompt, read by `chat`, `generate` and `evaluate` (runs/trained_model.py)
 
-Beside these stand the model as transformers saves it, and the checkpoints.
+Beside these are the model's files as transformers saves them, and the checkpoints (runs/checkpoints.py).
 """
 
 from __future__ import annotations
@@ -33,38 +33,45 @@ TEMPLATE_FILE = "sft_template.json"
 
 
 def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
-    """Refuse an output folder that is taken; returns the checkpoint to resume from, if that was asked for."""
+    """Check that the run may write to its output folder; return the checkpoint to resume from, or None.
+
+    Changes nothing on the disk. With `resume_from_checkpoint: auto` and no checkpoint the key is set to None: the run
+    starts from the beginning. Raises SFTError for a folder that is not writable, holds files of something else than a
+    run, or holds a run that is to be neither replaced nor resumed.
+    """
     folder = get_output_dir(training)
     if folder.exists() and not folder.is_dir():
         raise SFTError(f"output_dir {folder}: is a file; choose another folder")
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise SFTError(f"output_dir {folder}: {existing} may not be written to; choose another folder")
-    begins_again = False
-    if _resumes(training):
+        raise SFTError(f"output_dir {folder}: no permission to write to {existing}; choose another folder")
+    restarts = False  # whether an unfinished run without a checkpoint may be replaced
+    if _is_resuming(training):
         checkpoint = find_checkpoint_to_resume(training, folder)
         if checkpoint is not None:
             return checkpoint
-        # auto, and nothing was saved: the run begins, or begins again.
         training.resume_from_checkpoint = None
-        begins_again = not (folder / RESULTS_FILE).exists()
+        restarts = not (folder / RESULTS_FILE).exists()
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RUN_FILE).is_file():
             raise SFTError(f"output_dir {folder}: holds files that are not a run's; choose another folder")
-        if not (sft.overwrite_output_dir or begins_again):
+        if not (sft.overwrite_output_dir or restarts):
             raise SFTError(
                 f"output_dir {folder}: already holds a run; add --overwrite_output_dir to replace it, "
-                "--resume_from_checkpoint true to go on with it, or choose another folder"
+                "--resume_from_checkpoint true to continue it, or choose another folder"
             )
     return None
 
 
 def create_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
-    """Make the checked folder ours. Called when data and model are loaded: what is wrong with them costs no old run."""
+    """Create the output folder with its run.yaml, deleting the earlier run that it replaces.
+
+    Call it after `check_output_dir`, and after data and model are loaded, so that errors in those delete no run.
+    """
     folder = get_output_dir(training)
     with training.main_process_first(desc="output folder"):
         if training.process_index == 0:
-            if (folder / RUN_FILE).is_file() and not _resumes(training):
+            if (folder / RUN_FILE).is_file() and not _is_resuming(training):
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / RUN_FILE).exists():
@@ -72,14 +79,14 @@ def create_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
                 (folder / RUN_FILE).write_text(text, encoding="utf-8")
 
 
-def _resumes(training: TrainingArguments) -> bool:
+def _is_resuming(training: TrainingArguments) -> bool:
     return training.resume_from_checkpoint not in (None, "false", "False")
 
 
 def copy_evaluations(checkpoint: str | None, training: TrainingArguments) -> None:
-    """A run that goes on in another folder takes along what was found before, the base model's answers among it."""
+    """Copy the evaluations of the checkpoint's run, among them that of the base model, into a new output folder."""
     if checkpoint is None or training.process_index:
         return
-    earlier, ours = Path(checkpoint).parent / EVALUATION_DIR, get_output_dir(training) / EVALUATION_DIR
-    if earlier.is_dir() and not ours.exists():
-        shutil.copytree(earlier, ours)
+    source, target = Path(checkpoint).parent / EVALUATION_DIR, get_output_dir(training) / EVALUATION_DIR
+    if source.is_dir() and not target.exists():
+        shutil.copytree(source, target)

@@ -1,4 +1,4 @@
-"""Talking to a model: streamed answers, a conversation that goes on, commands, and lines from a pipe."""
+"""The command `chat`: streamed answers, the conversation, commands, and lines from a pipe."""
 
 import io
 import json
@@ -33,134 +33,136 @@ def conversation(tiny_model, tokenizer) -> Conversation:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[list[int]]:
-    """The prompts that the model is given, as they come."""
-    seen = []
+def seen_prompts(monkeypatch) -> list[list[int]]:
+    """The ids of the prompts that the model gets, in order."""
+    prompts_seen = []
 
     def spy(model, template, prompts, *args, **kwargs):
-        seen.extend(prompts)
+        prompts_seen.extend(prompts)
         return generate_answers(model, template, prompts, *args, **kwargs)
 
     monkeypatch.setattr(chat_module, "generate_answers", spy)
-    return seen
+    return prompts_seen
 
 
-def greedy(conversation: Conversation, messages: list) -> str:
+def answer_greedily(conversation: Conversation, messages: list) -> str:
     template = conversation.template
     prompt = template.encode_prompt(add_system_prompt(messages, conversation.system_prompt))
-    [done] = generate(conversation.model, [prompt], [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
-    return template.parse(done.ids)
+    sampling = SamplingParams(max_new_tokens=LIMIT)
+    [completion] = generate(conversation.model, [prompt], [template.stop_token_id], sampling)
+    return template.parse(completion.ids)
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def test_answers_are_printed_and_the_conversation_is_kept(conversation, asked, capsys):
-    conversation.take("Hi")
-    first = greedy(conversation, [user("Hi")])
+def test_answers_are_printed_and_added_to_the_conversation(conversation, seen_prompts, capsys):
+    conversation.handle_line("Hi")
+    first = answer_greedily(conversation, [user("Hi")])
     assert capsys.readouterr().out.strip() == replace_control_characters(first).strip() and first
-    conversation.take("And then?")
+    conversation.handle_line("And then?")
     history = [user("Hi"), {"role": "assistant", "content": first}, user("And then?")]
     assert conversation.messages[:3] == history
-    assert asked[1] == conversation.template.encode_prompt([{"role": "system", "content": "You are 冬瓜."}, *history])
+    system = {"role": "system", "content": "You are 冬瓜."}
+    assert seen_prompts[1] == conversation.template.encode_prompt([system, *history])
     assert replace_control_characters(conversation.messages[3]["content"]) == capsys.readouterr().out.strip()
 
 
-def test_commands(conversation, asked, capsys):
-    conversation.take("Hi")
-    conversation.take("/reset")
+def test_commands(conversation, seen_prompts, capsys):
+    conversation.handle_line("Hi")
+    conversation.handle_line("/reset")
     assert conversation.messages == [] and conversation.system_prompt == "You are 冬瓜."
-    conversation.take("Hi")
-    assert asked[0] == asked[1]
-    conversation.take("/system  Answer in verse. ")
+    conversation.handle_line("Hi")
+    assert seen_prompts[0] == seen_prompts[1]
+    conversation.handle_line("/system  Answer in verse. ")
     assert conversation.messages == []
-    conversation.take("Hi")
+    conversation.handle_line("Hi")
     template = conversation.template
-    assert asked[2] == template.encode_prompt([{"role": "system", "content": "Answer in verse."}, user("Hi")])
-    conversation.take("/system")
-    conversation.take("Hi")
-    assert asked[3] == template.encode_prompt([user("Hi")])
+    assert seen_prompts[2] == template.encode_prompt([{"role": "system", "content": "Answer in verse."}, user("Hi")])
+    conversation.handle_line("/system")
+    conversation.handle_line("Hi")
+    assert seen_prompts[3] == template.encode_prompt([user("Hi")])
     assert capsys.readouterr().err == ""
 
 
-def test_an_unknown_command_is_no_message(conversation, asked, capsys):
-    conversation.take("/rest")
+def test_an_unknown_command_is_not_answered(conversation, seen_prompts, capsys):
+    conversation.handle_line("/rest")
     assert capsys.readouterr().err == f"/rest: no such command; {HELP}\n"
-    assert asked == [] and conversation.messages == []
-    conversation.take("/etc/hosts is what?")  # a path, not a command
-    assert len(asked) == 1
+    assert seen_prompts == [] and conversation.messages == []
+    conversation.handle_line("/etc/hosts is what?")  # a path, not a command
+    assert len(seen_prompts) == 1
 
 
-def test_a_message_that_is_too_long_is_taken_back(conversation, capsys):
+def test_a_message_that_is_too_long_is_removed(conversation, capsys):
     conversation.model.config.max_position_embeddings = 60
-    conversation.take("long " * 60)
+    conversation.handle_line("long " * 60)
     assert "no answer: " in (error := capsys.readouterr().err) and "exceed 60" in error
     assert conversation.messages == []
-    conversation.take("Hi")
+    conversation.handle_line("Hi")
     assert capsys.readouterr().out.strip() and len(conversation.messages) == 2
 
 
-def test_the_oldest_exchanges_make_room(conversation, asked):
+def test_the_oldest_exchanges_are_removed_at_the_context_length(conversation, seen_prompts):
     """The system prompt stays, and so do the newest exchanges that fit."""
     conversation.model.config.max_position_embeddings = 110
     for number in range(6):
-        conversation.take(f"Question {number}?")
-    lengths = [len(ids) for ids in asked]
+        conversation.handle_line(f"Question {number}?")
+    lengths = [len(ids) for ids in seen_prompts]
     assert max(lengths) + LIMIT <= 110 and lengths[1] > lengths[0]
-    texts = conversation.template.tokenizer.batch_decode(asked)
+    texts = conversation.template.tokenizer.batch_decode(seen_prompts)
     assert all("冬瓜" in text and f"Question {number}?" in text for number, text in enumerate(texts))
     assert "Question 0?" not in texts[-1] and conversation.messages[0]["content"] != "Question 0?"
 
 
-def say(monkeypatch, lines: str, kind=io.StringIO) -> None:
+def set_stdin(monkeypatch, lines: str, kind=io.StringIO) -> None:
     monkeypatch.setattr("sys.stdin", kind(lines))
 
 
-def test_a_pipe_gets_a_line_each(model_folder, monkeypatch, capsys, asked):
-    say(monkeypatch, "Hi\n\n   \nAnd then?")
+def test_each_line_of_a_pipe_is_answered(model_folder, monkeypatch, capsys, seen_prompts):
+    set_stdin(monkeypatch, "Hi\n\n   \nAnd then?")
     chat(str(model_folder), LIMIT)
     output = capsys.readouterr()
     assert output.err.count("no answer") == 0 and HELP not in output.out and "> " not in output.out
-    assert len(asked) == 2 and len(output.out.splitlines()) >= 2
-    assert asked[1][: len(asked[0])] == asked[0]  # the same conversation
+    assert len(seen_prompts) == 2 and len(output.out.splitlines()) >= 2
+    assert seen_prompts[1][: len(seen_prompts[0])] == seen_prompts[0]  # the same conversation
 
 
-def test_quit_ends_before_what_follows(model_folder, monkeypatch, capsys, asked):
-    say(monkeypatch, "/quit\nHi\n")
+def test_lines_after_quit_are_not_answered(model_folder, monkeypatch, capsys, seen_prompts):
+    set_stdin(monkeypatch, "/quit\nHi\n")
     chat(str(model_folder), LIMIT)
-    assert asked == [] and capsys.readouterr().out == ""
+    assert seen_prompts == [] and capsys.readouterr().out == ""
 
 
-def test_a_terminal_is_told_the_commands(model_folder, monkeypatch, capsys, asked):
-    say(monkeypatch, "Hi\n", Terminal)
+def test_a_terminal_shows_the_commands(model_folder, monkeypatch, capsys, seen_prompts):
+    set_stdin(monkeypatch, "Hi\n", Terminal)
     chat(str(model_folder), LIMIT)
     output = capsys.readouterr().out
-    assert output.startswith(f"{HELP}\n> ") and len(asked) == 1
+    assert output.startswith(f"{HELP}\n> ") and len(seen_prompts) == 1
 
 
-def test_ctrl_c_at_the_prompt_ends(model_folder, monkeypatch, asked):
+def test_ctrl_c_at_the_prompt_ends(model_folder, monkeypatch, seen_prompts):
     def interrupted(prompt):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
     chat(str(model_folder), LIMIT)
-    assert asked == []
+    assert seen_prompts == []
 
 
-def test_the_trained_template_and_system_prompt_are_used(model_folder, tmp_path, monkeypatch, asked):
+def test_the_trained_template_and_system_prompt_are_used(model_folder, tmp_path, monkeypatch, seen_prompts):
     folder = Path(shutil.copytree(model_folder, tmp_path / "run"))
     template, system_prompt = load_template(str(folder))
     assert (template.name, system_prompt) == ("chat", None)
     (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": "Be brief."}))
     template, system_prompt = load_template(str(folder))
     assert (template.name, system_prompt) == ("role", "Be brief.")
-    say(monkeypatch, "Hi\n")
+    set_stdin(monkeypatch, "Hi\n")
     chat(str(folder), LIMIT)
-    assert template.tokenizer.decode(asked[0]) == "<|im_start|>\n#SYSTEM:Be brief.\n#USER:Hi\n#ASSISTANT:"
+    assert template.tokenizer.decode(seen_prompts[0]) == "<|im_start|>\n#SYSTEM:Be brief.\n#USER:Hi\n#ASSISTANT:"
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(SFTError, match="not a model folder"):
         chat(str(tmp_path), LIMIT)
 

@@ -1,4 +1,4 @@
-"""What `doctor` finds, branch by branch, and `dashboard`."""
+"""The commands `doctor`, branch by branch, and `dashboard`."""
 
 import importlib.metadata
 import io
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def findings() -> dict[str, Finding]:
-    return {one.name: one for one in doctor.list_findings()}
+    return {finding.name: finding for finding in doctor.list_findings()}
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +32,11 @@ def nothing_from_outside(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def test_this_machine_can_train_and_a_script_can_read_it(capsys):
+def test_json_output_says_that_this_machine_can_train(capsys):
     main(["doctor", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["ready"] is True
-    values = {name: one["value"] for name, one in found["findings"].items()}
+    output = json.loads(capsys.readouterr().out)
+    assert output["ready"] is True
+    values = {name: finding["value"] for name, finding in output["findings"].items()}
     assert values["torch"] == torch.__version__
     assert values["device"] in ("cpu", "cuda", "mps") and isinstance(values["bf16"], bool)
     assert 0 < values["memory_gib"] < psutil.virtual_memory().total / 2**30
@@ -44,38 +44,38 @@ def test_this_machine_can_train_and_a_script_can_read_it(capsys):
     assert (values["wandb"], values["hub"]) == ("offline", "offline")
 
 
-def test_it_loads_no_model_and_none_of_its_libraries():
+def test_transformers_is_not_imported():
     code = "import sys; from sft_pipeline.commands import doctor; list(doctor.list_findings()); "
     code += "print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
 
 
-def test_a_reader_gets_a_line_a_finding(capsys):
+def test_text_output_has_one_line_per_finding(capsys):
     doctor.run_doctor(False, Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*findings(), "ready"]
     assert lines[-1].split() == ["ready", "yes"]
 
 
-def test_a_file_gets_whole_lines_and_a_terminal_lines_that_fit(monkeypatch):
-    found = [Finding("bf16", False, "slower than " + "x" * 30, "do [this] " * 6)]
+def test_lines_wrap_in_a_terminal_and_not_in_a_file(monkeypatch):
+    made_up = [Finding("bf16", False, "slower than " + "x" * 30, "do [this] " * 6)]
     file, terminal = io.StringIO(), io.StringIO()
-    doctor._show(found, Console(file=file, width=40))
-    assert file.getvalue() == f"bf16            no; {found[0].note}; {found[0].advice}\n"
+    doctor._print_findings(made_up, Console(file=file, width=40))
+    assert file.getvalue() == f"bf16            no; {made_up[0].note}; {made_up[0].advice}\n"
     monkeypatch.setenv("TERM", "xterm")
-    doctor._show(found, Console(file=terminal, width=40, force_terminal=True, color_system=None))
+    doctor._print_findings(made_up, Console(file=terminal, width=40, force_terminal=True, color_system=None))
     lines = terminal.getvalue().splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= 40 and "[this]" in terminal.getvalue()
 
 
-def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypatch, capsys):
-    real = importlib.metadata.version
+def test_a_missing_package_is_fatal_and_leaves_out_what_needs_it(monkeypatch, capsys):
+    get_version = importlib.metadata.version
 
     def version(name: str) -> str:
         if name == "torch":
             raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
+        return get_version(name)
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     assert "device" not in findings()
@@ -89,7 +89,7 @@ def test_a_missing_package_is_fatal_in_one_line_and_hides_what_needs_it(monkeypa
     assert json.loads(output.out)["ready"] is False
 
 
-def test_a_release_that_was_not_asked_for_is_fatal():
+def test_an_unsupported_release_is_fatal():
     assert doctor._check_requirement(Requirement("torch<1")) == Finding(
         "torch", torch.__version__, "needs <1", "pip install -c constraints.txt -e .", fatal=True
     )
@@ -98,15 +98,15 @@ def test_a_release_that_was_not_asked_for_is_fatal():
 
 def test_a_package_that_was_never_installed_is_fatal(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGE", "no_such_package")
-    assert [doctor._check_requirement(one).fatal for one in doctor._list_requirements()] == [True]
+    assert [doctor._check_requirement(requirement).fatal for requirement in doctor._list_requirements()] == [True]
 
 
-def test_extras_are_named_with_what_installs_them(monkeypatch):
+def test_missing_extras_have_their_install_command(monkeypatch):
     assert doctor._check_extra("lora", ["peft"]).advice == ""
-    monkeypatch.setattr(doctor, "_find_version", lambda name: None if name == "trackio" else "1.0")
-    found = doctor._check_extra("track", ["wandb", "trackio"])
-    assert (found.value, found.fatal) == ("wandb 1.0, trackio not installed", False)
-    assert found.advice == 'pip install -c constraints.txt -e ".[track]"'
+    monkeypatch.setattr(doctor, "_get_version", lambda name: None if name == "trackio" else "1.0")
+    finding = doctor._check_extra("track", ["wandb", "trackio"])
+    assert (finding.value, finding.fatal) == ("wandb 1.0, trackio not installed", False)
+    assert finding.advice == 'pip install -c constraints.txt -e ".[track]"'
 
 
 def fake_torch(capabilities: dict | None = None, cuda: bool = False, macos: bool = False) -> SimpleNamespace:
@@ -126,14 +126,14 @@ def fake_torch(capabilities: dict | None = None, cuda: bool = False, macos: bool
         (fake_torch({"avx2": True, "avx512_bf16": False}), "cpu", False, "slower in bf16 than in float32"),
         (fake_torch(), "cpu", False, "slower in bf16 than in float32"),
         (fake_torch(cuda=True), "cuda", True, ""),
-        (fake_torch(), "cuda", False, "fp16: true instead"),
+        (fake_torch(), "cuda", False, "use fp16: true"),
         (fake_torch(macos=True), "mps", True, "macOS 14"),
         (fake_torch(), "mps", False, "macOS 14"),
     ],
 )
 def test_bf16(machine, device, native, note):
-    found, said = check_bf16(machine, device)
-    assert found is native and note in said
+    supported, text = check_bf16(machine, device)
+    assert supported is native and note in text
 
 
 def test_attention(monkeypatch):
@@ -142,27 +142,27 @@ def test_attention(monkeypatch):
         "sdpa",
         "flex_attention",
     }
-    monkeypatch.setattr(doctor, "_find_version", lambda name: None)
+    monkeypatch.setattr(doctor, "_get_version", lambda name: None)
     assert "pip install triton" in describe_attention("cuda")[1]
 
 
-def test_few_threads_are_pointed_out(monkeypatch):
+def test_few_threads_get_advice(monkeypatch):
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    found = findings()["threads"]
-    assert (found.value, found.note) == (8, "of 64 cores") and "OMP_NUM_THREADS" in found.advice
+    finding = findings()["threads"]
+    assert (finding.value, finding.note) == (8, "of 64 cores") and "OMP_NUM_THREADS" in finding.advice
 
 
 @pytest.mark.parametrize(
     ("free", "writable", "advice"),
-    [(50, True, ""), (1, True, "free some space, a run takes 2.0 GiB"), (50, False, "cannot be written")],
+    [(50, True, ""), (1, True, "free some space, a run needs 2.0 GiB"), (50, False, "no permission to write to")],
 )
 def test_disk(free, writable, advice, monkeypatch, tmp_path):
     monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path / "not" / "there" / "yet"))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 2**30))
     monkeypatch.setattr(doctor.os, "access", lambda folder, mode: writable)
-    for one in doctor._check_disks():
-        assert (one.value, one.fatal) == (free, bool(advice)) and advice in one.advice
+    for finding in doctor._check_disks():
+        assert (finding.value, finding.fatal) == (free, bool(advice)) and advice in finding.advice
 
 
 class Wandb(SimpleNamespace):
@@ -180,15 +180,15 @@ class Wandb(SimpleNamespace):
     [
         (True, "online", ""),
         (False, "offline", "wandb login"),
-        (Wandb.Error("not forty\ncharacters"), "offline", "mend WANDB_API_KEY"),
+        (Wandb.Error("not forty\ncharacters"), "offline", "fix WANDB_API_KEY"),
     ],
 )
 def test_wandb(account, value, advice, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setitem(sys.modules, "wandb", Wandb(account=account))
-    found = doctor._check_wandb()
-    assert found.value == value and advice in found.advice
-    monkeypatch.setattr(doctor, "_find_version", lambda name: None)
+    finding = doctor._check_wandb()
+    assert finding.value == value and advice in finding.advice
+    monkeypatch.setattr(doctor, "_get_version", lambda name: None)
     assert doctor._check_wandb().value == "not installed"
 
 
@@ -221,10 +221,10 @@ class Trackio:
         return SimpleNamespace(runs=self.runs)
 
     def runs(self, project: str) -> list[str]:
-        known = {"sft_pipeline": ["a run"], "empty": []}
-        if project not in known:
+        projects = {"sft_pipeline": ["a run"], "empty": []}
+        if project not in projects:
             raise ValueError(f"Project '{project}' does not exist")  # the real one's words
-        return known[project]
+        return projects[project]
 
     def show(self, project: str, **options) -> tuple:
         print("\x1b[1mcoloured, with the write token")
@@ -236,19 +236,19 @@ class Trackio:
     ("arguments", "opened"),
     [(["--port", "8000", "--no_browser"], []), (["--port", "8000"], [f"{PRIVATE}&smoothing=0"])],
 )
-def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, monkeypatch, capsys):
+def test_the_dashboard_prints_its_address_until_interrupted(arguments, opened, monkeypatch, capsys):
     from sft_pipeline.commands import dashboard
 
     def interrupted(event: object) -> None:
         raise KeyboardInterrupt
 
-    shown: list[str] = []
+    opened_urls: list[str] = []
     monkeypatch.setitem(sys.modules, "trackio", stand_in := Trackio())
     monkeypatch.setattr(dashboard.threading.Event, "wait", interrupted)
-    monkeypatch.setattr(dashboard.webbrowser, "open", shown.append)
+    monkeypatch.setattr(dashboard.webbrowser, "open", opened_urls.append)
     main(["dashboard", *arguments])
-    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline&smoothing=0 (Ctrl-C ends it)\n"
-    assert shown == opened  # with the token, which lets the page delete runs; it is never printed
+    assert capsys.readouterr().out == "http://127.0.0.1:7860/?project=sft_pipeline&smoothing=0 (Ctrl-C stops it)\n"
+    assert opened_urls == opened  # with the token, which lets the page delete runs; it is never printed
     options = {"open_browser": False, "block_thread": False, "server_port": 8000}
     assert stand_in.asked == {"project": "sft_pipeline", **options} and stand_in.closed
 
@@ -261,14 +261,14 @@ def test_the_dashboard_says_where_it_is_until_interrupted(arguments, opened, mon
             (
                 [name],
                 Trackio(),
-                f"dashboard: no runs of project {name} here; train with --report_to trackio, or name another",
+                f"dashboard: project {name} has no runs here; train with --report_to trackio, or name another project",
             )
             for name in ("other", "empty")
         ),
         (["--share"], Trackio(), "dashboard: unknown option --share; `dashboard --help` lists them"),
     ],
 )
-def test_why_there_is_no_dashboard(arguments, trackio, message, monkeypatch, capsys):
+def test_errors_of_the_dashboard(arguments, trackio, message, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     with pytest.raises(SystemExit) as stopped:
         main(["dashboard", *arguments])
@@ -281,8 +281,8 @@ def test_doctor_takes_no_other_option(capsys):
     assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; `doctor --help` lists them\n"
 
 
-def test_exit_statuses_are_told(capsys):
+def test_help_lists_exit_statuses(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(f"\n  {status} " in shown for status in (0, 1, 2, 75, 130)) and "--json" in shown
+    output = capsys.readouterr().out
+    assert all(f"\n  {status} " in output for status in (0, 1, 2, 75, 130)) and "--json" in output

@@ -1,4 +1,4 @@
-"""Comparing models: metrics equal plain forward passes and the answers' own, errors are one line, tables fit."""
+"""The command `evaluate`: metrics equal those of plain forward passes and answers; errors are one line; tables fit."""
 
 import json
 import logging
@@ -71,43 +71,43 @@ def other_folder(model_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(data, model_folder, other_folder, few_instructions) -> tuple[PromptSet, list[ModelResults]]:
+def evaluated(data, model_folder, other_folder, few_instructions) -> tuple[PromptSet, list[ModelResults]]:
     """Both models, without and with two examples."""
     request = EvaluateOptions(data, num_prompts=5, max_new_tokens=8, few_shot=2)
     questions = load_prompt_set(request)
     models = (model_folder, "first"), (other_folder, "second")
-    return questions, [one for path, name in models for one in run_model(str(path), name, questions, request)]
+    return questions, [results for path, name in models for results in run_model(str(path), name, questions, request)]
 
 
 @pytest.fixture(scope="module")
-def comparison(asked) -> Comparison:
-    questions, records = asked
+def comparison(evaluated) -> Comparison:
+    questions, records = evaluated
     return compare_models(records, questions)
 
 
-def row(text: str, reply: str, *before: dict) -> list[dict]:
-    return [*before, {"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+def row(text: str, reply: str, *earlier: dict) -> list[dict]:
+    return [*earlier, {"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
-# What is asked.
+# Selection of prompts.
 
 
-def test_rows_are_asked_in_order_and_once_and_examples_are_others():
+def test_prompts_are_in_order_and_distinct_and_examples_are_other_rows():
     system = {"role": "system", "content": "s"}
     rows = [row("a", "1"), row("b", "2"), row("a", "3"), row("c", "4"), row("b", "5", system)]
-    found = select_prompts(rows, 2, 1)
-    assert found.rows == rows[:2] and found.references == ["1", "2"] and found.texts == ["a", "b"]
-    assert found.examples == [row("c", "4")]
+    prompts = select_prompts(rows, 2, 1)
+    assert prompts.rows == rows[:2] and prompts.references == ["1", "2"] and prompts.texts == ["a", "b"]
+    assert prompts.examples == [row("c", "4")]
     assert select_prompts(rows, 50, 0).rows == [rows[0], rows[1], rows[3], rows[4]]
 
 
-def test_an_example_is_a_rows_first_exchange():
+def test_an_example_is_the_first_exchange_of_a_row():
     system = {"role": "system", "content": "s"}
     long = row("more", "2", *row("first", "1", system))
     assert select_prompts([row("a", "0"), long], 1, 1).examples == [row("first", "1")]
 
 
-def test_examples_stand_behind_the_system_message():
+def test_examples_follow_the_system_message():
     system = {"role": "system", "content": "s"}
     examples = [row("x", "y"), row("z", "w")]
     assert add_examples(row("a", "b", system), examples) == [system, *row("x", "y"), *row("z", "w"), *row("a", "b")]
@@ -120,134 +120,137 @@ def test_too_few_rows_for_the_examples(few_shot):
         select_prompts([row(text, "1") for text in "abc"], 50, few_shot)
 
 
-# Figures.
+# Metrics.
 
 
 def plain_losses(folder: Path, conversations: list[list[dict]], template_name: str) -> list[tuple[float, int, int]]:
     """Summed nll, tokens and hits of each conversation's last answer, from full logits of one row at a time."""
     model, template = load_model(str(folder)), build_template(template_name, load_tokenizer(str(folder)))
-    found = []
+    losses = []
     for runs, conversation in zip(template.render(conversations), conversations):
         ids = torch.tensor([token for run in runs for token in run.ids])
         start = len(template.encode_prompt(conversation[:-1]))
         with torch.no_grad():
             logits = model(ids[None]).logits[0, start - 1 : -1].double()
         nll = -logits.log_softmax(-1).gather(1, ids[start:, None]).sum().item()
-        found.append((nll, len(ids) - start, (logits.argmax(-1) == ids[start:]).sum().item()))
-    return found
+        losses.append((nll, len(ids) - start, (logits.argmax(-1) == ids[start:]).sum().item()))
+    return losses
 
 
-def as_asked(questions: PromptSet, at: int) -> list[list[dict]]:
-    """The conversations of record `at` spelled out: plain, with examples, and both led by the system prompt."""
-    examples = [message for example in questions.examples for message in example] if at % 2 else []
-    system = [{"role": "system", "content": SYSTEM}] if at >= 2 else []
-    return [system + examples + one for one in questions.rows]
+def build_conversations(questions: PromptSet, index: int) -> list[list[dict]]:
+    """The conversations of result `index`: plain, with examples, and both after a system prompt."""
+    examples = [message for example in questions.examples for message in example] if index % 2 else []
+    system = [{"role": "system", "content": SYSTEM}] if index >= 2 else []
+    return [system + examples + row for row in questions.rows]
 
 
-@pytest.mark.parametrize("at", range(4))
-def test_losses_equal_plain_forward_passes(at, asked, comparison, model_folder, other_folder):
-    questions, records = asked
-    folder, template = (model_folder, "chat") if at < 2 else (other_folder, "role")
-    plain = plain_losses(folder, as_asked(questions, at), template)
-    for found, (nll, tokens, correct) in zip(records[at].losses, plain, strict=True):
-        assert found.nll_nats == pytest.approx(nll, rel=1e-4) and (found.tokens, found.correct) == (tokens, correct)
+@pytest.mark.parametrize("index", range(4))
+def test_losses_equal_plain_forward_passes(index, evaluated, comparison, model_folder, other_folder):
+    questions, records = evaluated
+    folder, template = (model_folder, "chat") if index < 2 else (other_folder, "role")
+    plain = plain_losses(folder, build_conversations(questions, index), template)
+    for loss, (nll, tokens, correct) in zip(records[index].losses, plain, strict=True):
+        assert loss.nll_nats == pytest.approx(nll, rel=1e-4) and (loss.tokens, loss.correct) == (tokens, correct)
     nll, tokens, correct = map(sum, zip(*plain))
     size = sum(len(reference.encode()) for reference in questions.references)
-    metrics = comparison.entries[at].metrics
+    metrics = comparison.entries[index].metrics
     assert metrics["nll_nats_per_token"] == pytest.approx(nll / tokens, rel=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-3)
     assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
     assert metrics["token_accuracy"] == correct / tokens
 
 
-@pytest.mark.parametrize("at", range(4))
-def test_answers_and_their_figures(at, asked, comparison, model_folder, other_folder):
-    questions, records = asked
-    folder, name = (model_folder, "chat") if at < 2 else (other_folder, "role")
+@pytest.mark.parametrize("index", range(4))
+def test_answers_and_their_metrics(index, evaluated, comparison, model_folder, other_folder):
+    questions, records = evaluated
+    folder, name = (model_folder, "chat") if index < 2 else (other_folder, "role")
     model, template = load_model(str(folder)), build_template(name, load_tokenizer(str(folder)))
-    expected = answer_prompts(model, template, [one[:-1] for one in as_asked(questions, at)], 8)
-    assert [one.text for one in records[at].answers] == [one.text for one in expected]
-    metrics, texts = comparison.entries[at].metrics, [one.text for one in expected]
-    assert metrics["stop_rate"] == sum(one.stopped for one in expected) / 5
+    expected = answer_prompts(model, template, [messages[:-1] for messages in build_conversations(questions, index)], 8)
+    assert [answer.text for answer in records[index].answers] == [answer.text for answer in expected]
+    metrics, texts = comparison.entries[index].metrics, [answer.text for answer in expected]
+    assert metrics["stop_rate"] == sum(answer.stopped for answer in expected) / 5
     assert metrics["cap_rate"] == 1 - metrics["stop_rate"]
     assert metrics["loop_rate"] == loop_rate(texts)
     assert metrics["bleu_percent"] == bleu_percent(texts, questions.references)
 
 
-def test_names_say_the_examples(comparison):
-    assert [one.name for one in comparison.entries] == ["first", "first, 2 examples", "second", "second, 2 examples"]
+def test_names_have_the_number_of_examples(comparison):
+    names = [entry.name for entry in comparison.entries]
+    assert names == ["first", "first, 2 examples", "second", "second, 2 examples"]
     assert (comparison.rows, comparison.left_out) == (5, 0) and comparison.instructions == 6
 
 
-def test_differences_are_those_of_the_figures(comparison):
-    first, *others = comparison.entries
+def test_differences_are_those_of_the_metrics(comparison):
+    first, *entries = comparison.entries
     assert first.differences == {}
-    known = {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS}
-    for other in others:
-        assert known <= set(other.differences)
-        for name, one in other.differences.items():
-            assert one.low <= one.difference <= one.high
-            assert one.difference == pytest.approx(other.metrics[name] - first.metrics[name], abs=1e-9), name
-    assert others[1].differences["nll_nats_per_token"].difference != 0
+    names = {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS}
+    for entry in entries:
+        assert names <= set(entry.differences)
+        for name, interval in entry.differences.items():
+            assert interval.low <= interval.difference <= interval.high
+            assert interval.difference == pytest.approx(entry.metrics[name] - first.metrics[name], abs=1e-9), name
+    assert entries[1].differences["nll_nats_per_token"].difference != 0
 
 
-def test_a_difference_is_paired_and_weighted(asked, comparison):
-    _, records = asked
-    sides = [[(loss.nll_nats, loss.tokens) for loss in records[at].losses] for at in (0, 2)]
+def test_a_difference_is_paired_and_weighted(evaluated, comparison):
+    _, records = evaluated
+    sides = [[(loss.nll_nats, loss.tokens) for loss in records[index].losses] for index in (0, 2)]
     (a, a_weights), (b, b_weights) = (zip(*side) for side in sides)
     expected = compute_paired_difference(a, b, a_weights=a_weights, b_weights=b_weights)
     assert comparison.entries[2].differences["nll_nats_per_token"] == expected
 
 
-def test_a_model_against_itself_differs_by_nothing(asked):
-    questions, records = asked
+def test_a_model_against_itself_differs_by_nothing(evaluated):
+    questions, records = evaluated
     _, same = compare_models([records[0], records[0]], questions).entries
     assert same.differences
-    for one in same.differences.values():
-        assert (one.difference, one.low, one.high) == (0, 0, 0)
+    for interval in same.differences.values():
+        assert (interval.difference, interval.low, interval.high) == (0, 0, 0)
 
 
-def made_up(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ...] = ()) -> ModelResults:
+def make_results(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ...] = ()) -> ModelResults:
     """A record of two rows; rows in `errors` could not be asked."""
-    answers = [Answer(text, True, 1, "too long" if at in errors else None) for at, text in enumerate(texts)]
+    answers = [Answer(text, True, 1, "too long" if index in errors else None) for index, text in enumerate(texts)]
     losses = [RowLoss(nll, 2, 1, 4) for _ in texts]
-    return ModelResults(name, losses, answers, [Answer(one.good, True, 1) for one in load_instructions()[:6]])
+    instruction_answers = [Answer(instruction.good, True, 1) for instruction in load_instructions()[:6]]
+    return ModelResults(name, losses, answers, instruction_answers)
 
 
-def test_what_one_model_could_not_be_asked_is_left_out_for_all():
+def test_a_prompt_with_an_error_is_left_out_for_all_models():
     questions = PromptSet([row(text, "yes", *[]) for text in "abc"], [])
-    found = compare_models(
-        [made_up("a", ["yes", "no", "no"]), made_up("b", ["no", "yes", "yes"], errors=(0,))], questions
+    comparison = compare_models(
+        [make_results("a", ["yes", "no", "no"]), make_results("b", ["no", "yes", "yes"], errors=(0,))], questions
     )
-    assert [one.metrics["exact_match_rate"] for one in found.entries] == [0, 1]
-    assert (found.rows, found.left_out) == (2, 1) and found.entries[0].metrics[INSTRUCTIONS] == 1
-    assert "2 held-out rows, 6 instructions, 1 left out" in tables.format_markdown(found)
+    assert [entry.metrics["exact_match_rate"] for entry in comparison.entries] == [0, 1]
+    assert (comparison.rows, comparison.left_out) == (2, 1) and comparison.entries[0].metrics[INSTRUCTIONS] == 1
+    assert "2 held-out rows, 6 instructions, 1 left out" in tables.format_markdown(comparison)
 
 
 def test_a_loss_that_is_missing_leaves_the_row_out():
     questions = PromptSet([row(text, "yes") for text in "ab"], [])
-    whole, cut = made_up("a", ["yes", "no"]), made_up("b", ["yes", "no"])
+    whole, cut = make_results("a", ["yes", "no"]), make_results("b", ["yes", "no"])
     cut.losses[0] = None
     assert compare_models([whole, cut], questions).rows == 1
 
 
 def test_a_diverged_model_shows_its_nan_without_an_interval():
     questions = PromptSet([row(text, "yes") for text in "ab"], [])
-    _, other = compare_models([made_up("a", ["yes", "no"]), made_up("b", ["yes", "no"], math.nan)], questions).entries
-    assert math.isnan(other.metrics["nll_nats_per_token"]) and "nll_nats_per_token" not in other.differences
-    assert "word_f1" in other.differences
+    results = [make_results("a", ["yes", "no"]), make_results("b", ["yes", "no"], math.nan)]
+    _, diverged = compare_models(results, questions).entries
+    assert math.isnan(diverged.metrics["nll_nats_per_token"]) and "nll_nats_per_token" not in diverged.differences
+    assert "word_f1" in diverged.differences
 
 
-def test_references_without_words_have_no_say_in_the_length_ratios_interval():
+def test_references_without_words_are_left_out_of_the_length_ratio():
     questions = PromptSet([row("a", "yes"), row("b", "!"), row("c", "yes")], [])
-    records = [made_up("a", ["yes", "!", "yes"]), made_up("b", ["yes yes", "!", "yes yes"])]
+    records = [make_results("a", ["yes", "!", "yes"]), make_results("b", ["yes yes", "!", "yes yes"])]
     assert compare_models(records, questions).entries[1].differences["answer_length_ratio"].difference == 1
 
 
-def test_records_survive_json(asked):
-    for one in asked[1]:
-        assert ModelResults.from_json(json.loads(json.dumps(one.as_json()))) == one
-    cut = made_up("a", ["yes", "no"])
+def test_records_survive_json(evaluated):
+    for record in evaluated[1]:
+        assert ModelResults.from_json(json.loads(json.dumps(record.as_json()))) == record
+    cut = make_results("a", ["yes", "no"])
     cut.losses[0] = None
     assert ModelResults.from_json(json.loads(json.dumps(cut.as_json()))) == cut
 
@@ -263,52 +266,52 @@ def printed(content, width: int = 80) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "make", [tables.format_details, lambda one: tables.format_overview(one, ["12.3 min, 6.4 GiB"] * 4)]
+    "make", [tables.format_details, lambda result: tables.format_overview(result, ["12.3 min, 6.4 GiB"] * 4)]
 )
 def test_tables_fit_80_columns_uncut(make, comparison):
     lines = printed(make(comparison))
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
 
 
-def test_every_figure_has_a_line(comparison):
+def test_every_metric_has_a_line(comparison):
     text = "\n".join(printed(tables.format_details(comparison)))
     assert "second against first" in text and "first, 2 examples against first" in text
-    shown = set(comparison.entries[0].metrics) - {name for name in comparison.entries[0].metrics if "rate_" in name}
-    assert shown == set(tables.FIGURES)
+    names = set(comparison.entries[0].metrics) - {name for name in comparison.entries[0].metrics if "rate_" in name}
+    assert names == set(tables.FIGURES)
     markdown = tables.format_markdown(comparison)
-    for name, one in tables.FIGURES.items():
-        assert text.count(one.title) == 3
-        assert f"| {one.title} | {one.value(comparison.entries[0].metrics[name])} |" in markdown
+    for name, figure in tables.FIGURES.items():
+        assert text.count(figure.title) == 3
+        assert f"| {figure.title} | {figure.value(comparison.entries[0].metrics[name])} |" in markdown
 
 
-def test_percent_and_intervals_are_spelled():
-    shown = tables.Shown("x", percent=True, decimals=1)
-    assert (shown.value(0.256), shown.value(0.5, "+")) == ("25.6", "+50.0")
-    assert shown.value(None) == shown.interval(None) == ""
-    one = compute_paired_difference([0, 0], [1, 1])
-    assert shown.interval(one) == "[+100.0, +100.0]"
+def test_percentages_and_intervals_are_formatted():
+    figure = tables.Shown("x", percent=True, decimals=1)
+    assert (figure.value(0.256), figure.value(0.5, "+")) == ("25.6", "+50.0")
+    assert figure.value(None) == figure.interval(None) == ""
+    difference = compute_paired_difference([0, 0], [1, 1])
+    assert figure.interval(difference) == "[+100.0, +100.0]"
 
 
-def test_one_model_alone(asked):
-    questions, records = asked
+def test_one_model_alone(evaluated):
+    questions, records = evaluated
     text = "\n".join(printed(tables.format_details(compare_models(records[:1], questions))))
     assert text.split()[:3] == ["first", "figure", "value"] and "95% interval" not in text and "stop rate, %" in text
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_picture_has_a_panel_a_figure_and_a_bar_a_difference(comparison, tmp_path, monkeypatch):
+def test_the_picture_has_a_panel_for_each_metric_and_a_bar_for_each_model(comparison, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: kept.append(self))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     plots.draw_comparison(comparison, tmp_path / "x.png")
-    panels = kept[0].axes
-    assert [one.get_title() for one in panels][:3] == ["held-out nll, nats/token", "stop rate, %", "loop rate, %"]
+    panels = figures[0].axes
+    assert [panel.get_title() for panel in panels][:3] == ["held-out nll, nats/token", "stop rate, %", "loop rate, %"]
     for axes, name in zip(panels, plots.DRAWN, strict=True):
         scale = 100 if tables.FIGURES[name].percent else 1
         dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
-        assert dots == [scale * one.metrics[name] for one in comparison.entries]
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == [one.name for one in comparison.entries]
+        assert dots == [scale * entry.metrics[name] for entry in comparison.entries]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [entry.name for entry in comparison.entries]
 
 
 def test_a_long_name_keeps_its_end():
@@ -316,7 +319,7 @@ def test_a_long_name_keeps_its_end():
     assert len(plots._short("y" * 99)) == plots.LONGEST_NAME
 
 
-def test_without_matplotlib_the_rest_is_kept(data, model_folder, tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_all_other_files_are_written(data, model_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     request = EvaluateOptions(data, num_prompts=2, max_new_tokens=2)
     evaluate_models([str(model_folder)], request, tmp_path / "out", False, Console(quiet=True))
@@ -325,49 +328,51 @@ def test_without_matplotlib_the_rest_is_kept(data, model_folder, tmp_path, monke
     assert names == {"answers.jsonl", "evaluation.json", "evaluation.md"}
 
 
-# The verb.
+# The command.
 
 
-def test_the_verb_prints_json_and_keeps_everything(data, model_folder, other_folder, tmp_path, capsys):
+def test_the_command_prints_json_and_writes_all_files(data, model_folder, other_folder, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["evaluate", str(model_folder), str(other_folder), "--data", data, "--num_prompts", "2"]
     main([*words, "--max_new_tokens", "4", "--output", str(out), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in found["entries"]] == [str(model_folder), str(other_folder)]
-    assert json.loads((out / "evaluation.json").read_text()) == found
+    output = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in output["entries"]] == [str(model_folder), str(other_folder)]
+    assert json.loads((out / "evaluation.json").read_text()) == output
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 2 + 6
     assert lines[0]["prompt"] == [{"role": "user", "content": ROWS[0]["instruction"]}]
-    assert [one["model"] for one in lines[0]["answers"]] == [str(model_folder), str(other_folder)]
+    assert [entry["model"] for entry in lines[0]["answers"]] == [str(model_folder), str(other_folder)]
     assert lines[2]["instruction"] == load_instructions()[0].id
 
 
 def test_without_data_only_instructions(model_folder, capsys):
     main(["evaluate", str(model_folder), "--max_new_tokens", "2"])
-    shown = capsys.readouterr().out
-    assert "instructions followed" in shown and "nll" not in shown and "0 held-out rows, 6 instructions" in shown
+    output = capsys.readouterr().out
+    assert "instructions followed" in output and "nll" not in output and "0 held-out rows, 6 instructions" in output
 
 
 def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_folder):
     """It is asked as the run was: the other way round a run keeps its own."""
     plain = EvaluateOptions(data, num_prompts=2, max_new_tokens=2, template="role", system_prompt=SYSTEM)
     questions = load_prompt_set(plain)
-    [found] = run_model(str(model_folder), "x", questions, plain)
-    conversations = [[{"role": "system", "content": SYSTEM}, *one] for one in questions.rows]
+    [results] = run_model(str(model_folder), "x", questions, plain)
+    conversations = [[{"role": "system", "content": SYSTEM}, *row] for row in questions.rows]
     expected = plain_losses(model_folder, conversations, "role")
-    assert [one.nll_nats for one in found.losses] == pytest.approx([nll for nll, _, _ in expected], rel=1e-4)
-    by_run = [next(run_model(str(other_folder), "x", questions, one)) for one in (plain, EvaluateOptions(data, 2, 2))]
+    assert [loss.nll_nats for loss in results.losses] == pytest.approx([nll for nll, _, _ in expected], rel=1e-4)
+    by_run = [
+        next(run_model(str(other_folder), "x", questions, options)) for options in (plain, EvaluateOptions(data, 2, 2))
+    ]
     assert by_run[0] == by_run[1]
 
 
-def test_a_runs_folder_stands_for_its_held_out_rows(data, model_folder, tmp_path):
+def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp_path):
     keys = {"model_name_or_path": str(model_folder), "train_data": [data], "held_out": 3}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
     held = load_eval_conversations(str(tmp_path))
-    assert len(held) == 3 and {one[0]["content"] for one in held} < {one["instruction"] for one in ROWS}
+    assert len(held) == 3 and {messages[0]["content"] for messages in held} < {row["instruction"] for row in ROWS}
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
-    message = f"^{tmp_path}: this run held no rows out; give a file, folder or hub name of rows$"
+    message = f"^{tmp_path}: this run has no held-out rows; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):
         load_eval_conversations(str(tmp_path))
 
@@ -382,7 +387,7 @@ def refusal(capsys, *words: str) -> str:
     return lines[0].removeprefix("sft-pipeline: ")
 
 
-def test_refusals(data, model_folder, tmp_path, capsys):
+def test_error_messages(data, model_folder, tmp_path, capsys):
     model = str(model_folder)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""A trained folder, and what `export` makes of it, answer alike everywhere: greedy, the same ids, and they stop."""
+"""A trained folder and its export give the same greedy answers here, in transformers and on a server."""
 
 import json
 import socket
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def conversation(texts: list[str]) -> list[Message]:
-    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory):
     """trained(key=value) is the output folder of a run on 24 rows; the same keys are the same run."""
-    place, runs = tmp_path_factory.mktemp("runs"), {}
-    data = place / "data" / "rows.jsonl"
+    runs_folder, runs = tmp_path_factory.mktemp("runs"), {}
+    data = runs_folder / "data" / "rows.jsonl"
     data.parent.mkdir()
     rows = [
         {"prompt": f"Say text {n % 3} times, {n}.", "completion": " ".join(["text"] * (n % 3 + 1))} for n in range(24)
@@ -55,7 +55,7 @@ def trained(model_folder, tmp_path_factory):
     (data.parent / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nRows.\n", encoding="utf-8")
 
     def run(**keys) -> Path:
-        folder = place / f"run-{len(runs)}"
+        folder = runs_folder / f"run-{len(runs)}"
         common = {
             "model_name_or_path": str(model_folder),
             "train_data": [str(data)],
@@ -84,32 +84,33 @@ def trained(model_folder, tmp_path_factory):
     return remembered
 
 
-def ours(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
-    """Prompt and answer of each of ASKED, as `chat` has them, the stop token included where one came."""
+def answer_with_engine(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
+    """Ids of prompt and answer for each of ASKED, as `chat` generates them, with the stop token if there is one."""
     prompts = [template.encode_prompt(add_system_prompt(conversation(texts), system)) for texts in ASKED]
-    found = generate(model, prompts, [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
+    completions = generate(model, prompts, [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
     ends = {"stop": [template.stop_token_id], "length": []}
-    return [prompt + done.ids + ends[done.finish_reason] for prompt, done in zip(prompts, found)]
+    pairs = zip(prompts, completions)
+    return [prompt + completion.ids + ends[completion.finish_reason] for prompt, completion in pairs]
 
 
-def theirs(folder: Path) -> list[list[int]]:
-    """The same by transformers' pipeline, which is told nothing but the most tokens."""
+def answer_with_pipeline(folder: Path) -> list[list[int]]:
+    """The same from transformers' pipeline, whose only setting is the token limit."""
     ask = pipeline("text-generation", str(folder), device="cpu")
-    found = [ask(conversation(texts), max_new_tokens=LIMIT, return_tensors=True) for texts in ASKED]
-    return [one[0]["generated_token_ids"] for one in found]
+    outputs = [ask(conversation(texts), max_new_tokens=LIMIT, return_tensors=True) for texts in ASKED]
+    return [output[0]["generated_token_ids"] for output in outputs]
 
 
 @pytest.mark.parametrize("template", ["role", "chat"])
 def test_pipeline_answers_as_chat_does(trained, template):
     folder = trained(template=template)
-    expected = ours(*load_trained(str(folder)))
+    expected = answer_with_engine(*load_trained(str(folder)))
     # The tokenizer's own template: an answer that begins with a line end would be joined with the template's.
-    found = theirs(folder)
-    assert found[:2] == expected[:2] and (template == "chat" or found == expected)
-    assert any(ids[-1] == 2 for ids in found), "no answer stopped by itself"
+    answers = answer_with_pipeline(folder)
+    assert answers[:2] == expected[:2] and (template == "chat" or answers == expected)
+    assert any(ids[-1] == 2 for ids in answers), "no answer stopped by itself"
 
 
-def test_a_base_that_draws_and_penalizes_is_greedy_once_trained(model_folder, trained, tmp_path):
+def test_a_base_with_sampling_settings_is_greedy_after_training(model_folder, trained, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     base.generation_config.update(
         do_sample=True, temperature=0.6, top_k=20, repetition_penalty=1.3, eos_token_id=[2, 0]
@@ -120,15 +121,15 @@ def test_a_base_that_draws_and_penalizes_is_greedy_once_trained(model_folder, tr
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings.pop("transformers_version")
     assert settings == {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
-    assert theirs(folder) == ours(*load_trained(str(folder)))
+    assert answer_with_pipeline(folder) == answer_with_engine(*load_trained(str(folder)))
 
 
 @pytest.mark.parametrize("keys", [{}, {"lora": True, "lora_rank": 4}], ids=["all parameters", "LoRA"])
 def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
     folder, exported = trained(**keys), tmp_path / "exported"
     export_model(str(folder), exported)
-    expected = ours(*load_trained(str(folder)))
-    assert ours(*load_trained(str(exported))) == expected == theirs(exported)
+    expected = answer_with_engine(*load_trained(str(folder)))
+    assert answer_with_engine(*load_trained(str(exported))) == expected == answer_with_pipeline(exported)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     inputs = tokenizer.apply_chat_template(conversation(ASKED[1]), add_generation_prompt=True, return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=LIMIT)[0].tolist() == expected[1]
@@ -140,14 +141,14 @@ def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
     assert ("as low-rank adapters, which are merged here" in (exported / "README.md").read_text()) == bool(keys)
 
 
-def test_who_may_read_a_folder_may_read_its_weights(trained, tmp_path):
+def test_weights_have_the_permissions_of_other_files(trained, tmp_path):
     export_model(str(folder := trained()), tmp_path / "e")
-    for place in (folder, tmp_path / "e"):
-        modes = {file.name: file.stat().st_mode & 0o777 for file in place.iterdir() if file.is_file()}
+    for path in (folder, tmp_path / "e"):
+        modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir() if file.is_file()}
         assert modes["model.safetensors"] == modes["config.json"]
 
 
-def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
+def test_the_command_converts_and_prints_how_to_serve(trained, tmp_path, capsys):
     exported = tmp_path / "deep" / "exported"
     main(["export", str(trained()), str(exported), "--dtype", "bfloat16", "--license", "mit"])
     assert capsys.readouterr().out == f"exported to {exported}; serve it: transformers serve {exported}\n"
@@ -160,12 +161,12 @@ def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     "prepare, error",
     [
-        (lambda run, place: (place / "no", place / "out"), "no: no such folder; give the output folder of a run"),
-        (lambda run, place: (place, place / "out"), "no results.json, which a run leaves at its end"),
-        (lambda run, place: (run, place), "is there already; choose another folder, or take it away"),
+        (lambda run, parent: (parent / "no", parent / "out"), "no: no such folder; give the output folder of a run"),
+        (lambda run, parent: (parent, parent / "out"), "no results.json, which a run leaves at its end"),
+        (lambda run, parent: (run, parent), "already exists; choose another folder, or delete it"),
     ],
 )
-def test_what_cannot_be_exported(trained, tmp_path, prepare, error):
+def test_error_messages(trained, tmp_path, prepare, error):
     folder, destination = prepare(trained(), tmp_path)
     with pytest.raises(SFTError, match=error):
         export_model(str(folder), destination)
@@ -188,7 +189,7 @@ def test_an_unknown_option_of_export(trained, tmp_path, capsys):
 # ---- the card
 
 
-def test_the_card_has_what_the_run_found(trained, tmp_path):
+def test_the_card_has_the_results_of_the_run(trained, tmp_path):
     folder = trained()
     export_model(str(folder), tmp_path / "exported")
     card, results = (
@@ -197,17 +198,16 @@ def test_the_card_has_what_the_run_found(trained, tmp_path):
     )
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.license is None and card.data.base_model is None and card.data.datasets is None
-    metrics = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert card.data.model_name == "exported"
     assert metrics["loss"] == round(results["eval_loss"]["after"], 4)
     assert metrics["stop_rate"] == results["metrics"]["stop_rate"] and "instructions_followed_rate" in metrics
     text = " ".join(card.text.split())
     assert "- `rows.jsonl`, licence: cc-by-4.0" in text and "/rows.jsonl" not in str(card)
     assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
-    one = results["before_and_after"]["nll_nats_per_token"]
-    assert (
-        f"| held-out loss, nats a token | {one['before']:.3f} | {one['after']:.3f} | {one['difference']:+.3f} |" in text
-    )
+    change = results["before_and_after"]["nll_nats_per_token"]
+    cells = f"{change['before']:.3f} | {change['after']:.3f} | {change['difference']:+.3f}"
+    assert f"| held-out loss, nats a token | {cells} |" in text
     assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
     assert f"torch {torch.__version__}" in text and "What holds for this model was not said." in text
     assert "lora" not in text
@@ -219,7 +219,7 @@ def test_the_card_of_a_run_without_held_out_rows(trained, tmp_path):
     assert card.data.eval_results is None and "No rows were held out, so there are no metrics." in card.text
 
 
-def test_known_licences(tmp_path):
+def test_known_licenses(tmp_path):
     assert find_licence("smollm2-135m", "model") == "apache-2.0"
     assert find_licence("nobody/nothing", "model") is None
     assert find_licence(str(tmp_path), "model") is None
@@ -242,7 +242,7 @@ def test_a_server_answers_as_chat_does(trained):
     openai = pytest.importorskip("openai", reason="needs pip install 'transformers[serving]'")
     folder = trained()
     model, template, system = load_trained(str(folder))
-    expected = ours(model, template, system)
+    expected = answer_with_engine(model, template, system)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -260,13 +260,14 @@ def test_a_server_answers_as_chat_does(trained):
         wait_for(f"http://127.0.0.1:{port}/health", server)
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
             for texts, ids in zip(ASKED, expected):
-                found = client.chat.completions.create(
+                response = client.chat.completions.create(
                     model=str(folder), messages=conversation(texts), max_tokens=LIMIT
                 )
                 prompt = template.encode_prompt(add_system_prompt(conversation(texts), system))
                 answer = ids[len(prompt) :]
-                assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), len(answer))
-                assert found.choices[0].message.content == template.tokenizer.decode(answer, skip_special_tokens=True)
+                assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (len(prompt), len(answer))
+                text = template.tokenizer.decode(answer, skip_special_tokens=True)
+                assert response.choices[0].message.content == text
     finally:
         server.terminate()
         server.wait(30)

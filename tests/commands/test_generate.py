@@ -1,5 +1,6 @@
-"""The verb `generate`: what is written, that a run cut off anywhere goes on to the same file, and every refusal."""
+"""The command `generate`: what it writes, that it continues to the same file after any interruption, its errors."""
 
+import itertools
 import json
 import signal
 import time
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from support.processes import Command
 
 from sft_pipeline import cli
-from sft_pipeline.commands import generate as verb
+from sft_pipeline.commands import generate as generate_module
 from sft_pipeline.commands import resumable_jsonl
 from sft_pipeline.commands.generate import GenerateOptions, compute_row_seed, generate_file
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
 from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.prompts import Prompt
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.inference.answers import answer_prompts
+from sft_pipeline.inference.answers import Answer, answer_prompts
 from sft_pipeline.inference.engine import generate
 from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.model.loading import load_model
@@ -42,15 +44,15 @@ def errors_of(output: Path) -> Path:
     return output.with_name(output.name + ".errors")
 
 
-def same(found: list[dict], expected: list[dict]) -> bool:
+def are_same(rows: list[dict], expected: list[dict]) -> bool:
     """Equal, but for the rounding of the log-probabilities, which a batch's other rows may change."""
-    logprobs = [[row.get("logprob", 0) for row in rows] for rows in (found, expected)]
-    bare = [[{k: v for k, v in row.items() if k != "logprob"} for row in rows] for rows in (found, expected)]
+    logprobs = [[row.get("logprob", 0) for row in part] for part in (rows, expected)]
+    bare = [[{k: v for k, v in row.items() if k != "logprob"} for row in part] for part in (rows, expected)]
     return bare[0] == bare[1] and logprobs[0] == pytest.approx(logprobs[1], abs=2e-3)
 
 
 @pytest.fixture
-def request_(model_folder, tmp_path) -> GenerateOptions:
+def options(model_folder, tmp_path) -> GenerateOptions:
     """Nine prompts, the last of them bad, two drawn answers each."""
     rows = [{"prompt": line} for line in LINES[:-1]] + [{"prompt": " "}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -71,77 +73,76 @@ def test_greedy_answers_are_those_of_the_evaluation(model_folder, tmp_path, toke
     expected = answer_prompts(model, template, conversations, 8, batch_size=1)
     rows = rows_of(output)
     assert [row["messages"] for row in rows] == [
-        [*asked, {"role": "assistant", "content": one.text}] for asked, one in zip(conversations, expected)
+        [*messages, {"role": "assistant", "content": answer.text}] for messages, answer in zip(conversations, expected)
     ]
-    assert [row["tokens"] for row in rows] == [one.tokens for one in expected]
-    assert [row["logprob"] for row in rows] == pytest.approx([one.logprob for one in expected], abs=1e-3)
+    assert [row["tokens"] for row in rows] == [answer.tokens for answer in expected]
+    assert [row["logprob"] for row in rows] == pytest.approx([answer.logprob for answer in expected], abs=1e-3)
     assert [row["origin"] for row in rows] == [f"prompts.txt line {n}" for n in range(1, 10)]
-    assert [row["finish_reason"] for row in rows] == ["stop" if one.stopped else "length" for one in expected]
+    assert [row["finish_reason"] for row in rows] == ["stop" if answer.stopped else "length" for answer in expected]
     assert not partial_of(output).exists() and not errors_of(output).exists()
 
 
-def test_the_output_is_training_data_and_prompts(request_, cache):
-    assert generate_file(request_) == 2
-    rows = rows_of(request_.output)
-    read = load_source(str(request_.output))
+def test_the_output_is_training_data_and_prompts(options, cache):
+    assert generate_file(options) == 2
+    rows = rows_of(options.output)
+    read = load_source(str(options.output))
     assert read["messages"] == [row["messages"] for row in rows] and len(read) == 16
-    again = replace(request_, prompts=str(request_.output), output=request_.output.with_name("again.jsonl"), samples=1)
+    again = replace(options, prompts=str(options.output), output=options.output.with_name("again.jsonl"), samples=1)
     assert generate_file(again) == 0
     assert [row["reference"] for row in rows_of(again.output)] == [row["messages"][-1]["content"] for row in rows]
     assert [row["messages"][:-1] for row in rows_of(again.output)] == [row["messages"][:-1] for row in rows]
 
 
-def test_samples_differ_and_keep_their_seeds(request_, tokenizer):
-    generate_file(request_)
-    rows, model, template = rows_of(request_.output), load_model(request_.model), build_template("chat", tokenizer)
+def test_samples_differ_and_keep_their_seeds(options, tokenizer):
+    generate_file(options)
+    rows, model, template = rows_of(options.output), load_model(options.model), build_template("chat", tokenizer)
     assert [(row["origin"], row["sample"]) for row in rows[:3]] == [
         ("prompts.jsonl line 1", 0), ("prompts.jsonl line 1", 1), ("prompts.jsonl line 2", 0),
     ]  # fmt: skip
     assert len({row["messages"][-1]["content"] for row in rows}) == 16
-    for at, sample in ((0, 1), (5, 0)):
-        ids = template.encode_prompt([{"role": "user", "content": LINES[at]}])
-        [alone] = generate(model, [ids], [template.stop_token_id], DRAWN, seeds=[compute_row_seed(3, (at, sample))])
-        assert rows[2 * at + sample]["messages"][-1]["content"] == template.parse(alone.ids)
-    more = replace(request_, samples=3, batch_size=5, output=request_.output.with_name("three.jsonl"))
+    for index, sample in ((0, 1), (5, 0)):
+        ids = template.encode_prompt([{"role": "user", "content": LINES[index]}])
+        [alone] = generate(model, [ids], [template.stop_token_id], DRAWN, seeds=[compute_row_seed(3, (index, sample))])
+        assert rows[2 * index + sample]["messages"][-1]["content"] == template.parse(alone.ids)
+    more = replace(options, samples=3, batch_size=5, output=options.output.with_name("three.jsonl"))
     generate_file(more)
-    assert same([row for row in rows_of(more.output) if row["sample"] < 2], rows)
+    assert are_same([row for row in rows_of(more.output) if row["sample"] < 2], rows)
 
 
-def test_seeds_lie_apart():
-    assert (
-        len({compute_row_seed(seed, (at, sample)) for seed in range(3) for at in range(50) for sample in range(20)})
-        == 3000
-    )
+def test_seeds_are_distinct():
+    numbers = itertools.product(range(3), range(50), range(20))
+    assert len({compute_row_seed(seed, (index, sample)) for seed, index, sample in numbers}) == 3000
     assert compute_row_seed(0, (1, 23)) != compute_row_seed(0, (12, 3))
 
 
-def test_stop_strings_end_an_answer(request_):
-    generate_file(request_)
-    before = rows_of(request_.output)[0]["messages"][-1]["content"]
-    stopped = replace(request_, stop_strings=(before[2:4],), output=request_.output.with_name("stopped.jsonl"))
+def test_stop_strings_end_an_answer(options):
+    generate_file(options)
+    text = rows_of(options.output)[0]["messages"][-1]["content"]
+    stopped = replace(options, stop_strings=(text[2:4],), output=options.output.with_name("stopped.jsonl"))
     generate_file(stopped)
     row = rows_of(stopped.output)[0]
-    assert row["messages"][-1]["content"] == before.partition(before[2:4])[0].strip() and row["finish_reason"] == "stop"
+    assert row["messages"][-1]["content"] == text.partition(text[2:4])[0].strip() and row["finish_reason"] == "stop"
 
 
-def test_the_system_prompt_is_shown_and_written(request_, model_folder, tmp_path, tokenizer):
+def test_the_system_prompt_is_used_and_written(options, model_folder, tmp_path, tokenizer):
     """The one trained with, or the given one; a row's own comes first."""
     folder = tmp_path / "run"
     folder.mkdir()
     for file in model_folder.iterdir():
         (folder / file.name).symlink_to(file)
     (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": "Be brief."}))
-    own = {"messages": [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]}
-    (tmp_path / "own.jsonl").write_text(json.dumps(own) + "\n" + json.dumps({"messages": own["messages"][1:]}))
-    request = replace(request_, prompts=str(tmp_path / "own.jsonl"), model=str(folder), samples=1, overwrite=True)
+    row_with_system = {"messages": [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]}
+    row_without = {"messages": row_with_system["messages"][1:]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row_with_system) + "\n" + json.dumps(row_without))
+    request = replace(options, prompts=str(tmp_path / "own.jsonl"), model=str(folder), samples=1, overwrite=True)
     for given_, second in ((None, "Be brief."), ("Sing.", "Sing."), ("", None)):
         generate_file(replace(request, system_prompt=given_))
-        first, other = (row["messages"] for row in rows_of(request.output))
-        assert first[0]["content"] == "Mine."
-        assert [message["content"] for message in other[:-1]] == ([second] if second else []) + ["Hi"]
+        first_messages, second_messages = (row["messages"] for row in rows_of(request.output))
+        assert first_messages[0]["content"] == "Mine."
+        assert [message["content"] for message in second_messages[:-1]] == ([second] if second else []) + ["Hi"]
 
 
-def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path, caplog):
+def test_bad_prompts_have_their_errors_and_all_others_are_answered(model_folder, tmp_path, caplog):
     rows = [
         {"prompt": "Hi"},
         {"prompt": ""},
@@ -175,77 +176,79 @@ def test_bad_prompts_are_told_apart_and_the_others_go_on(model_folder, tmp_path,
     assert "exceed the limit of 40: shorten the prompt" in rows_of(errors_of(output))[1]["error"]
 
 
-def test_errors_of_an_earlier_run_do_not_stay(request_):
-    generate_file(request_)
-    assert len(rows_of(errors_of(request_.output))) == 2
-    Path(request_.prompts).write_text(json.dumps({"prompt": "Hi"}))
-    assert generate_file(replace(request_, overwrite=True)) == 0
-    assert not errors_of(request_.output).exists() and len(rows_of(request_.output)) == 2
+def test_errors_of_an_earlier_run_are_deleted(options):
+    generate_file(options)
+    assert len(rows_of(errors_of(options.output))) == 2
+    Path(options.prompts).write_text(json.dumps({"prompt": "Hi"}))
+    assert generate_file(replace(options, overwrite=True)) == 0
+    assert not errors_of(options.output).exists() and len(rows_of(options.output)) == 2
 
 
-def test_an_empty_answer_and_a_refusing_template_are_errors(request_, monkeypatch, tokenizer):
-    empty = verb._build_record(verb.Prompt("a line 1", []), 0, verb.Answer("", True, 0))
+def test_an_empty_answer_and_a_template_that_rejects_a_prompt_are_errors(options, monkeypatch, tokenizer):
+    empty = generate_module._build_record(Prompt("a line 1", []), 0, Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
     refused = SFTError("the chat template refuses it: no system role")
     monkeypatch.setattr(template, "encode_prompt", lambda messages: (_ for _ in ()).throw(refused))
-    ready = verb._encode_prompt(verb.Prompt("a line 1", [{"role": "user", "content": "Hi"}]), template, "Sing.")
-    assert ready.prompt.problem == "the chat template refuses it: no system role" and ready.ids == []
+    prompt = Prompt("a line 1", [{"role": "user", "content": "Hi"}])
+    encoded = generate_module._encode_prompt(prompt, template, "Sing.")
+    assert encoded.prompt.problem == "the chat template refuses it: no system role" and encoded.ids == []
 
 
 # Cut off and begun again.
 
 
 @pytest.fixture
-def whole(request_, monkeypatch) -> SimpleNamespace:
+def whole(options, monkeypatch) -> SimpleNamespace:
     """A run that was not cut off: its output and errors, and the partial file as it was just before the end."""
-    loaded = verb.load_trained(request_.model)
-    monkeypatch.setattr(verb, "load_trained", lambda name: loaded)
-    kept = {}
-    finish = AnswerFile.finish
+    loaded = generate_module.load_trained(options.model)
+    monkeypatch.setattr(generate_module, "load_trained", lambda name: loaded)
+    content = {}
+    write_output = AnswerFile.write_output
 
     def spy(file: AnswerFile) -> None:
-        kept["partial"] = file.partial.read_bytes()
-        finish(file)
+        content["partial"] = file.partial.read_bytes()
+        write_output(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "finish", spy)
-        generate_file(request_)
-    output, errors = rows_of(request_.output), rows_of(errors_of(request_.output))
-    return SimpleNamespace(partial=kept["partial"], output=output, errors=errors)
+        patch.setattr(AnswerFile, "write_output", spy)
+        generate_file(options)
+    output, errors = rows_of(options.output), rows_of(errors_of(options.output))
+    return SimpleNamespace(partial=content["partial"], output=output, errors=errors)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_cut_at_any_byte_it_goes_on_to_the_same_file(request_, whole, data):
+def test_a_partial_file_cut_at_any_byte_continues_to_the_same_output(options, whole, data):
     """Cut twice; with zeros behind the cut, as some file systems leave them after a loss of power."""
-    request = replace(request_, overwrite=True, batch_size=data.draw(st.integers(1, 6)))
+    request = replace(options, overwrite=True, batch_size=data.draw(st.integers(1, 6)))
     assert len(whole.output) == 16 and len(whole.errors) == 2
-    at = data.draw(st.integers(0, len(whole.partial)))
+    cut = data.draw(st.integers(0, len(whole.partial)))
     header = whole.partial.find(b"\n") + 1
-    zeros = bytes(data.draw(st.integers(0, 9))) if at >= header else b""
-    partial_of(request.output).write_bytes(whole.partial[:at] + zeros)
+    zeros = bytes(data.draw(st.integers(0, 9))) if cut >= header else b""
+    partial_of(request.output).write_bytes(whole.partial[:cut] + zeros)
     generate_file(request)
-    assert same(rows_of(request.output), whole.output) and same(rows_of(errors_of(request.output)), whole.errors)
+    assert are_same(rows_of(request.output), whole.output)
+    assert are_same(rows_of(errors_of(request.output)), whole.errors)
     assert not partial_of(request.output).exists()
 
 
-def test_only_what_is_missing_is_generated(request_, whole, monkeypatch, caplog):
+def test_only_missing_answers_are_generated(options, whole, monkeypatch, caplog):
     lines = whole.partial.splitlines(keepends=True)
-    partial_of(request_.output).write_bytes(b"".join(lines[:6]) + lines[6][:-9])
+    partial_of(options.output).write_bytes(b"".join(lines[:6]) + lines[6][:-9])
     seen = []
-    complete = verb.generate_answers
+    complete = generate_module.generate_answers
     monkeypatch.setattr(
-        verb, "generate_answers", lambda *args, **kwargs: seen.extend(args[2]) or complete(*args, **kwargs)
+        generate_module, "generate_answers", lambda *args, **kwargs: seen.extend(args[2]) or complete(*args, **kwargs)
     )
     with caplog.at_level("INFO", "sft_pipeline"):
-        generate_file(replace(request_, overwrite=True))
-    assert f"{partial_of(request_.output)}: goes on after 5 of 18 answers" in caplog.messages
-    assert len(seen) == 13 and same(rows_of(request_.output), whole.output)
+        generate_file(replace(options, overwrite=True))
+    assert f"{partial_of(options.output)}: continuing after 5 of 18 answers" in caplog.messages
+    assert len(seen) == 13 and are_same(rows_of(options.output), whole.output)
 
 
-def test_an_error_while_writing_loses_nothing(request_, whole, monkeypatch):
-    request_ = replace(request_, overwrite=True)
+def test_an_error_while_writing_loses_nothing(options, whole, monkeypatch):
+    options = replace(options, overwrite=True)
     add, calls = AnswerFile.add, []
 
     def interrupted(file, key, row):
@@ -257,13 +260,13 @@ def test_an_error_while_writing_loses_nothing(request_, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            generate_file(request_)
-    assert len(partial_of(request_.output).read_bytes().splitlines()) == 7
-    generate_file(request_)
-    assert same(rows_of(request_.output), whole.output)
+            generate_file(options)
+    assert len(partial_of(options.output).read_bytes().splitlines()) == 7
+    generate_file(options)
+    assert are_same(rows_of(options.output), whole.output)
 
 
-def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
+def test_a_killed_process_is_continued(options, model_folder, tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(LINES * 30))
     arguments = ["generate", str(tmp_path / "many.txt"), "--model", str(model_folder), "--output", "many.jsonl"]
     arguments += ["--max_new_tokens", "24", "--temperature", "1.5", "--seed", "3", "--batch_size", "4"]
@@ -279,11 +282,11 @@ def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
     request = GenerateOptions(
         str(tmp_path / "many.txt"), str(model_folder), tmp_path / "many.jsonl", sampling, batch_size=7
     )
-    kept = partial.read_bytes().count(b"\n") - 1
-    assert 19 <= kept < 270
+    answer_count = partial.read_bytes().count(b"\n") - 1
+    assert 19 <= answer_count < 270
     generate_file(request)
     generate_file(replace(request, output=tmp_path / "whole.jsonl"))
-    assert same(rows_of(tmp_path / "many.jsonl"), rows_of(tmp_path / "whole.jsonl"))
+    assert are_same(rows_of(tmp_path / "many.jsonl"), rows_of(tmp_path / "whole.jsonl"))
     assert len(rows_of(tmp_path / "many.jsonl")) == 270
 
 
@@ -296,53 +299,51 @@ def test_a_killed_process_goes_on(request_, model_folder, tmp_path):
         ({"stop_strings": ("x",), "max_length": 50}, "max_length, stop_strings"),
     ],
 )
-def test_a_partial_file_of_other_settings_is_refused(request_, whole, change, names):
+def test_a_partial_file_with_different_settings_is_an_error(options, whole, change, names):
     begun = whole.partial[: len(whole.partial) // 2]
-    request_.output.unlink()
-    partial_of(request_.output).write_bytes(begun)
+    options.output.unlink()
+    partial_of(options.output).write_bytes(begun)
     with pytest.raises(SFTError) as error:
-        generate_file(replace(request_, **change))
+        generate_file(replace(options, **change))
     assert str(error.value) == (
-        f"{partial_of(request_.output)}: was begun with other {names}; go on with those, choose another output, or add "
-        "--overwrite to begin anew"
+        f"{partial_of(options.output)}: was started with different settings ({names}); use those again to "
+        "continue, choose another output, or add --overwrite to start again"
     )
-    assert partial_of(request_.output).read_bytes() == begun
-    generate_file(replace(request_, **change, overwrite=True))
-    assert request_.output.exists() and not partial_of(request_.output).exists()
+    assert partial_of(options.output).read_bytes() == begun
+    generate_file(replace(options, **change, overwrite=True))
+    assert options.output.exists() and not partial_of(options.output).exists()
 
 
-def test_a_model_or_prompts_that_changed_are_noticed(request_, whole, monkeypatch):
-    request_.output.unlink()
-    partial_of(request_.output).write_bytes(whole.partial)
-    _, *rest = verb.load_trained(request_.model)
-    other = load_model(request_.model)
-    other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+def test_a_changed_model_or_changed_prompts_are_detected(options, whole, monkeypatch):
+    options.output.unlink()
+    partial_of(options.output).write_bytes(whole.partial)
+    _, *template_and_prompt = generate_module.load_trained(options.model)
+    changed = load_model(options.model)
+    changed.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "load_trained", lambda name: (other, *rest))
-        with pytest.raises(SFTError, match="was begun with other model;"):
-            generate_file(request_)
-    Path(request_.prompts).write_text(json.dumps({"prompt": "Hi"}))
-    with pytest.raises(SFTError, match="was begun with other prompts;"):
-        generate_file(request_)
+        patch.setattr(generate_module, "load_trained", lambda name: (changed, *template_and_prompt))
+        with pytest.raises(SFTError, match=r"was started with different settings \(model\);"):
+            generate_file(options)
+    Path(options.prompts).write_text(json.dumps({"prompt": "Hi"}))
+    with pytest.raises(SFTError, match=r"was started with different settings \(prompts\);"):
+        generate_file(options)
 
 
 @pytest.mark.parametrize("content", [b"mine\n", b"mine", b"[1]\n", b'{"generate": 1}\n', b'{"a": {}}\n'])
-def test_a_partial_file_of_somebody_elses_is_refused(request_, content):
-    partial_of(request_.output).write_bytes(content)
-    with pytest.raises(
-        SFTError, match="is no partial file of generate; move it away, or add --overwrite to replace it"
-    ):
-        generate_file(request_)
-    assert partial_of(request_.output).read_bytes() == content
+def test_a_file_that_is_no_partial_file_is_an_error(options, content):
+    partial_of(options.output).write_bytes(content)
+    with pytest.raises(SFTError, match="is not a partial file of generate; move it, or add --overwrite to replace it"):
+        generate_file(options)
+    assert partial_of(options.output).read_bytes() == content
 
 
 # The command line.
 
 
-def test_the_command(request_, monkeypatch, capsys):
+def test_the_command(options, monkeypatch, capsys):
     """Greedy unless an option of drawing is given; status 1 tells that a prompt got no answer."""
     seen = []
-    monkeypatch.setattr(verb, "generate_file", lambda request: seen.append(request) or len(seen) - 1)
+    monkeypatch.setattr(generate_module, "generate_file", lambda request: seen.append(request) or len(seen) - 1)
     command = ["generate", "a.txt", "--model", "m", "--output", "o.jsonl"]
     cli.main(command)
     assert seen[0] == GenerateOptions("a.txt", "m", Path("o.jsonl"), SamplingParams())
@@ -368,14 +369,14 @@ def test_the_command(request_, monkeypatch, capsys):
         ({"stop_strings": ("",)}, "stop_strings: give a list of non-empty strings"),
         (
             {"sampling": SamplingParams()},
-            "samples: 2 greedy answers would be the same; add --temperature 1 to draw them",
+            "samples: 2 greedy answers would be the same; add --temperature 1 to sample",
         ),
-        ({"output": Path("answers.txt")}, "output answers.txt: must end in .jsonl, by which train_data knows it"),
+        ({"output": Path("answers.txt")}, "output answers.txt: must end in .jsonl, as train_data requires"),
         ({"output": Path("folder")}, "output folder: is a folder; name a file in it"),
-        ({"output": Path("file/a.jsonl")}, "output file/a.jsonl: its folder cannot be made (File exists)"),
+        ({"output": Path("file/a.jsonl")}, "output file/a.jsonl: cannot create its folder (File exists)"),
         (
             {"output": Path("old.jsonl")},
-            "output old.jsonl: is complete already; choose another name, or add --overwrite to replace it",
+            "output old.jsonl: already exists; choose another name, or add --overwrite to replace it",
         ),
         (
             {"output": Path("prompts.jsonl"), "overwrite": True},
@@ -385,34 +386,34 @@ def test_the_command(request_, monkeypatch, capsys):
         ({"model": "./none"}, "./none: no such model folder; check the path, or give a hub name or smollm2-135m"),
     ],
 )
-def test_refusals(request_, change, message, tmp_path, monkeypatch):
+def test_error_messages(options, change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for name in ("file", "old.jsonl"):
         (tmp_path / name).write_text("old")
     with pytest.raises(SFTError) as error:
-        generate_file(replace(request_, **change))
+        generate_file(replace(options, **change))
     assert str(error.value) == message
     assert (tmp_path / "old.jsonl").read_text() == "old"
 
 
-def test_a_full_disk_is_said(request_, monkeypatch):
+def test_a_full_disk_is_one_error(options, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(resumable_jsonl, "SYNC_SECONDS", 0.0)
-    message = r"answers.jsonl: cannot be written \(No space left on device\); mend that and run again to go on"
-    file = AnswerFile(request_.output, {})
+    message = r"answers.jsonl: cannot be written \(No space left on device\); fix that and run again to continue"
+    file = AnswerFile(options.output, {})
     monkeypatch.setattr(resumable_jsonl.os, "fsync", full)
     with pytest.raises(SFTError, match=message):
         file.add((0, 0), {})
     with pytest.raises(SFTError, match=message):
-        file.finish()
+        file.write_output()
     file.close()
 
 
-def test_a_bar_counts_the_answers_and_their_tokens(request_, whole, capsys):
-    request_.output.unlink(missing_ok=True)
-    generate_file(request_)
-    shown = capsys.readouterr().err
-    assert "answers: 100%" in shown and "18/18" in shown and " tokens/s" in shown
+def test_a_bar_counts_the_answers_and_their_tokens(options, whole, capsys):
+    options.output.unlink(missing_ok=True)
+    generate_file(options)
+    output = capsys.readouterr().err
+    assert "answers: 100%" in output and "18/18" in output and " tokens/s" in output

@@ -1,4 +1,4 @@
-"""Studies on a tiny model: one held-out set, what is done is not done again, and every error before any training."""
+"""Studies on a tiny model: one held-out set, finished parts are not repeated, and every error before any training."""
 
 import itertools
 import json
@@ -73,17 +73,17 @@ def write(keys, tmp_path_factory) -> Callable[..., str]:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """Names of the configs that were trained; in this process, for the sake of time."""
-    done: list[str] = []
+    """Names of the configs that were trained; in this process, to save time."""
+    names: list[str] = []
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
         assert command[1:4] == ["-m", "sft_pipeline", "train"]
         train(*parse_config(command[4], command[5:]), Console(quiet=True))
-        done.append(Path(command[4]).stem)
+        names.append(Path(command[4]).stem)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(module.subprocess, "run", run)
-    return done
+    return names
 
 
 def study_results(config: str, *overrides: str) -> dict:
@@ -93,10 +93,10 @@ def study_results(config: str, *overrides: str) -> dict:
 
 def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     config = write(few_shot=1)
-    found = study_results(config)
+    results = study_results(config)
     out = Path(config).parent / "out"
     names = ["untrained", "untrained, 1 examples", "4 rows", "4 rows, 1 examples", "attention", "attention, 1 examples"]
-    assert [one["name"] for one in found["entries"]] == names and found["rows"] == 3
+    assert [entry["name"] for entry in results["entries"]] == names and results["rows"] == 3
     assert trained == ["4_rows", "attention"]
 
     # The same as evaluating the folders.
@@ -104,33 +104,34 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     questions = select_prompts(held["messages"], 3, 1)
     request = EvaluateOptions("x", 3, 4, 1, "role")
     paths = {"untrained": model_folder, "4 rows": out / "4_rows", "attention": out / "attention"}
-    records = [one for name, path in paths.items() for one in run_model(str(path), name, questions, request)]
-    assert json.loads(json.dumps(compare_models(records, questions).as_json()))["entries"] == found["entries"]
+    records = [record for name, path in paths.items() for record in run_model(str(path), name, questions, request)]
+    assert json.loads(json.dumps(compare_models(records, questions).as_json()))["entries"] == results["entries"]
 
-    runs = [one for one in found["runs"] if one]
-    assert [one["training_rows"] for one in runs] == [4, 10]
-    assert [bool(one) for one in found["runs"]] == [False, False, True, False, True, False]
-    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, out / "attention"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if "self_attn" in name}
-    assert runs[1]["trainable_parameters"] == sum(before[name].numel() for name in changed)
+    runs = [run for run in results["runs"] if run]
+    assert [run["training_rows"] for run in runs] == [4, 10]
+    assert [bool(run) for run in results["runs"]] == [False, False, True, False, True, False]
+    base, tuned = (load_file(folder / "model.safetensors") for folder in (model_folder, out / "attention"))
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert changed == {name for name in base if "self_attn" in name}
+    assert runs[1]["trainable_parameters"] == sum(base[name].numel() for name in changed)
     assert (out / "study.png").is_file() and "| training rows |  |  | 4 |  | 10 |  |" in (out / "study.md").read_text()
 
-    # Nothing is trained or asked again, though what was cut off is begun again.
-    asked = []
-    monkeypatch.setattr(module, "run_model", lambda path, *args: asked.append(path) or run_model(path, *args))
-    assert study_results(config) == found and len(trained) == 2 and asked == []
+    # Nothing is trained or evaluated again, but an unfinished run is started again.
+    evaluated = []
+    monkeypatch.setattr(module, "run_model", lambda path, *args: evaluated.append(path) or run_model(path, *args))
+    assert study_results(config) == results and len(trained) == 2 and evaluated == []
     (out / "4_rows" / "results.json").unlink()
-    assert study_results(config)["entries"] == found["entries"]
-    assert trained == ["4_rows", "attention", "4_rows"] and asked == [str(out / "4_rows")]
+    assert study_results(config)["entries"] == results["entries"]
+    assert trained == ["4_rows", "attention", "4_rows"] and evaluated == [str(out / "4_rows")]
 
-    with pytest.raises(SFTError, match="out/4_rows: holds a run of other settings; delete it or choose another"):
+    with pytest.raises(SFTError, match="out/4_rows: holds a run with different settings; delete it or choose another"):
         study_results(config, "--learning_rate", "0.02")
 
 
 def test_a_failed_training_is_named(write, monkeypatch):
     monkeypatch.setattr(module.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
-    with pytest.raises(SFTError, match="^variant a: training ended with status 2, see above; what is done is kept$"):
+    message = "^variant a: training failed with status 2, see above; finished variants are kept$"
+    with pytest.raises(SFTError, match=message):
         study_results(write([{"name": "a"}]))
 
 
@@ -138,19 +139,19 @@ REFUSED = {
     "no variants": (None, {}, "study.yaml: a study needs `variants`, a list of keys each with a `name`"),
     "empty": ([], {}, "study.yaml: a study needs `variants`"),
     "no name": ([{"max_train_rows": 3}], {}, "study.yaml: a study needs `variants`"),
-    "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number from 0 on"),
+    "few_shot": (VARIANTS, {"few_shot": "5"}, "study.yaml: few_shot is 5; it has to be a whole number, 0 or more"),
     "held_out": ([{"name": "a", "held_out": 3}], {}, "variant a: held_out must be the same for all variants; set it"),
     "unknown": ([{"name": "a", "lorra": 1}], {}, "variant a: unknown key lorra; did you mean lora?"),
     "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a"),
     "one folder": ([{"name": "a b"}, {"name": "a/b"}], {}, "study.yaml: two variants would share the folder"),
-    "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out rows to ask: set held_out (or eval_data)"),
+    "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out prompts: set held_out (or eval_data)"),
     "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both say what"),
     "negative": ([{"name": "a", "max_train_rows": -1}], {}, "max_train_rows is -1; it has to be 0 or more"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_wrong_is_said_before_anything_is_trained(case, write):
+def test_errors_are_raised_before_anything_is_trained(case, write):
     variants, more, message = REFUSED[case]
     config = write(variants, **more)
     with pytest.raises(SFTError, match=re.escape(message)) as raised:
@@ -162,8 +163,9 @@ def test_what_is_wrong_is_said_before_anything_is_trained(case, write):
 def test_the_projects_studies_are_read(name):
     plan = read_plan(str(ROOT / "configs" / f"study_{name}.yaml"), ["--use_cpu", "true"])
     assert plan.folder == Path("outputs") / f"study_{name}" and not plan.variants[0].trained
-    assert {one.sft.system_prompt for one in plan.variants} == {plan.base.system_prompt}
-    assert {one.sft.held_out for one in plan.variants} == {50} and {one.sft.num_answers for one in plan.variants} == {0}
+    assert {variant.sft.system_prompt for variant in plan.variants} == {plan.base.system_prompt}
+    assert {variant.sft.held_out for variant in plan.variants} == {50}
+    assert {variant.sft.num_answers for variant in plan.variants} == {0}
 
 
 # The two keys that studies vary.
@@ -171,10 +173,12 @@ def test_the_projects_studies_are_read(name):
 
 def test_fewer_rows_are_among_more():
     rows = Dataset.from_dict({"messages": [[{"role": "user", "content": str(n)}] for n in range(20)]})
-    sets = [[one[0]["content"] for one in select_rows(rows, count)["messages"]] for count in (1, 5, 12, 20, 99)]
-    assert [len(one) for one in sets] == [1, 5, 12, 20, 20]
+    sets = [
+        [messages[0]["content"] for messages in select_rows(rows, count)["messages"]] for count in (1, 5, 12, 20, 99)
+    ]
+    assert [len(texts) for texts in sets] == [1, 5, 12, 20, 20]
     assert all(set(few) < set(many) for few, many in itertools.pairwise(sets[:4]))
-    assert all(one == sorted(one, key=int) for one in sets) and sets[1] != sets[4][:5]
+    assert all(texts == sorted(texts, key=int) for texts in sets) and sets[1] != sets[4][:5]
 
 
 def test_the_held_out_rows_do_not_depend_on_max_train_rows(keys):

@@ -279,9 +279,9 @@ def test_the_library_pushes_no_pickle_on_the_way():
 
 def test_a_password_in_a_url_is_not_repeated():
     judge = Judge(f"https://me:{SECRET}@host.test/v1", "m", key="k3y")
-    assert "https://***@host.test/v1" in str(
-        SFTError(judge._format_problem("HTTP 401 k3y"))
-    ) and "k3y" not in repr(judge)
+    assert "https://***@host.test/v1" in str(SFTError(judge._format_problem("HTTP 401 k3y"))) and "k3y" not in repr(
+        judge
+    )
     assert SECRET not in refusal(
         lambda: load_source(f"https://me:{SECRET}@host.test/rows.json"), "https://***@host.test/rows"
     )
@@ -397,14 +397,14 @@ def ways(template, text: str) -> dict[str, list[int]]:
     row = [{"role": role, "content": text} for role in ("system", "user", "assistant")]
     [trained] = template.render([row], "last")
     said = Conversation(SimpleNamespace(config=NoLimit), template, None, 4)
-    said.take(f"/system {text}")
+    said.handle_line(f"/system {text}")
     said.messages = [*row[1:], {"role": "user", "content": text}]
     return {
         "train": [i for run in trained for i in run.ids],
         "held out": template.encode_prompt(row[:-1]),
         "few-shot": template.encode_prompt(add_examples(row[:-1], [row[1:]])),
         "generate": _encode_prompt(Prompt("a line", row[1:2]), template, text).ids,
-        "chat": said._prompt(),
+        "chat": said._encode_prompt(),
     }
 
 
@@ -542,7 +542,7 @@ def test_a_partial_file_that_was_changed_is_gone_on_with(line, tmp_path):
     output.with_name("answers.jsonl.partial").write_text(json.dumps({"generate": {}}) + f"\n{line}\n")
     file = AnswerFile(output, {})
     file.add((1, 0), {"origin": "half a \ud800"})
-    file.finish()
+    file.write_output()
     file.close()
     assert [json.loads(row) for row in output.read_text().splitlines()] == [{"origin": "half a \ud800"}]
 

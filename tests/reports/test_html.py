@@ -183,7 +183,7 @@ def check_numbers(page: Page) -> set[str]:
 
 def test_a_run_ends_with_its_page(trained):
     folder, shown = trained
-    assert f"all of it as a page: {folder / 'report.html'}" in shown.replace("\n", " ")
+    assert f"report: {folder / 'report.html'}" in shown.replace("\n", " ")
     before = (folder / "report.html").read_bytes()
     assert write_report([folder]) == folder / "report.html"
     assert (folder / "report.html").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent wherever a save is cut off, found by themselves, and a run that goes on is the same."""
+"""Checkpoints: complete or absent wherever a save is interrupted, found by `auto`; a resumed run has the same bits."""
 
 import errno
 import json
@@ -26,11 +26,11 @@ from sft_pipeline.runs.checkpoints import (
     clear_leftovers,
     find_newest_checkpoint,
     move_aside,
+    needs_evaluation,
     publish_checkpoint,
     rotate_checkpoints,
 )
 from sft_pipeline.runs.output_dir import RESULTS_FILE, RUN_FILE, check_output_dir
-from sft_pipeline.train import needs_evaluation
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence
 from sft_pipeline.training.preemption import SigtermHandler
 from sft_pipeline.training.trackers import TRACKERS_FILE
@@ -41,25 +41,25 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_checkpoint(folder: Path, step: int, text: str = "weights") -> Path:
-    """A folder with two files and a folder in it, as `publish` takes it."""
-    aside = folder / ".saving" / f"checkpoint-{step}"
-    (aside / "shards").mkdir(parents=True)
-    (aside / "model.safetensors").write_text(text)
-    (aside / "trainer_state.json").write_text("{}")
-    (aside / "shards" / "optimizer.pt").write_text(text)
-    return aside
+    """A folder as `publish_checkpoint` takes it: two files, and a folder with another."""
+    staging = folder / ".saving" / f"checkpoint-{step}"
+    (staging / "shards").mkdir(parents=True)
+    (staging / "model.safetensors").write_text(text)
+    (staging / "trainer_state.json").write_text("{}")
+    (staging / "shards" / "optimizer.pt").write_text(text)
+    return staging
 
 
 def save_checkpoint(folder: Path, step: int, limit: int | None = None, text: str = "weights") -> Path:
     """As the trainer does it."""
-    place = folder / f"checkpoint-{step}"
-    publish_checkpoint(write_checkpoint(folder, step, text), place)
-    rotate_checkpoints(place, limit, None)
+    checkpoint = folder / f"checkpoint-{step}"
+    publish_checkpoint(write_checkpoint(folder, step, text), checkpoint)
+    rotate_checkpoints(checkpoint, limit, None)
     clear_leftovers(folder)
-    return place
+    return checkpoint
 
 
-# Whole or absent.
+# Complete or absent.
 
 
 def calls_of_a_save(folder: Path) -> list[str]:
@@ -70,25 +70,25 @@ def calls_of_a_save(folder: Path) -> list[str]:
     return calls
 
 
-def test_a_save_cut_off_anywhere_leaves_the_newest_whole_one(tmp_path):
+def test_a_save_interrupted_anywhere_leaves_a_complete_checkpoint(tmp_path):
     calls = calls_of_a_save(tmp_path / "counted")
     assert {"fsync", "rename", "write_text"} <= set(calls) and len(calls) > 12
-    found = set()
-    for at in range(len(calls)):
-        folder = tmp_path / str(at)
+    newest = set()
+    for index in range(len(calls)):
+        folder = tmp_path / str(index)
         save_checkpoint(folder, 1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            cut_off(patch, at)
+            cut_off(patch, index)
             save_checkpoint(folder, 2, limit=1)
         seen = [path for path in folder.iterdir() if path.name.startswith("checkpoint-")]
-        assert seen and [find_damage(path) for path in seen] == [None] * len(seen), at
-        found.add(Path(find_newest_checkpoint(folder)).name)
+        assert seen and [find_damage(path) for path in seen] == [None] * len(seen), index
+        newest.add(Path(find_newest_checkpoint(folder)).name)
         clear_leftovers(folder)
         assert names(folder) == sorted(path.name for path in seen)
-    assert found == {"checkpoint-1", "checkpoint-2"}
+    assert newest == {"checkpoint-1", "checkpoint-2"}
 
 
-def test_older_ones_go_when_the_new_one_is_on_the_disk(tmp_path):
+def test_older_checkpoints_are_removed_after_the_new_one_is_synced(tmp_path):
     """The names of its files and its own name are synced before an older one is renamed."""
     calls = calls_of_a_save(tmp_path)
     first_rename = calls.index("rename")
@@ -98,35 +98,35 @@ def test_older_ones_go_when_the_new_one_is_on_the_disk(tmp_path):
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save_checkpoint(tmp_path, 3, text="old")
-    place = save_checkpoint(tmp_path, 3, text="new")
-    assert (place / "model.safetensors").read_text() == "new" and find_damage(place) is None
+    checkpoint = save_checkpoint(tmp_path, 3, text="new")
+    assert (checkpoint / "model.safetensors").read_text() == "new" and find_damage(checkpoint) is None
     assert names(tmp_path) == ["checkpoint-3"]
 
 
 def test_sha256sum_reads_the_checksums(tmp_path):
-    place = save_checkpoint(tmp_path, 3)
-    run = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=place, capture_output=True, text=True, check=True)
+    checkpoint = save_checkpoint(tmp_path, 3)
+    run = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True, check=True)
     assert run.stdout == "model.safetensors: OK\nshards/optimizer.pt: OK\ntrainer_state.json: OK\n"
 
 
 DAMAGES = {
-    "model.safetensors differs from SHA256SUMS": lambda place: (place / "model.safetensors").write_text("weighty"),
-    "shards/optimizer.pt is missing": lambda place: shutil.rmtree(place / "shards"),
-    "SHA256SUMS is missing or empty": lambda place: (place / "SHA256SUMS").write_text(""),
-    "\0 is missing": lambda place: (place / "SHA256SUMS").write_bytes(b"\xff  \0\n"),
+    "model.safetensors differs from SHA256SUMS": lambda folder: (folder / "model.safetensors").write_text("weighty"),
+    "shards/optimizer.pt is missing": lambda folder: shutil.rmtree(folder / "shards"),
+    "SHA256SUMS is missing or empty": lambda folder: (folder / "SHA256SUMS").write_text(""),
+    "\0 is missing": lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff  \0\n"),
 }
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_a_damaged_one_is_named_and_passed_over(reason, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_logged_and_skipped(reason, tmp_path, caplog):
     save_checkpoint(tmp_path, 9)
     DAMAGES[reason](save_checkpoint(tmp_path, 10))
     with caplog.at_level(logging.WARNING):
         assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'}: damaged ({reason}); passed over"]
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'}: damaged ({reason}); skipped"]
     DAMAGES[reason](tmp_path / "checkpoint-9")
     with pytest.raises(
-        SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to begin"
+        SFTError, match=f"^output_dir {tmp_path}: all its checkpoints are damaged; delete them to start"
     ):
         find_newest_checkpoint(tmp_path)
 
@@ -136,7 +136,7 @@ def test_no_checkpoint_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "saved", "limit", "best", "left"),
+    ("steps", "saved", "limit", "best", "remaining"),
     [
         ([2, 4, 10], 10, None, None, [2, 4, 10]),
         ([2, 4, 10], 10, 0, None, [2, 4, 10]),
@@ -149,15 +149,15 @@ def test_no_checkpoint_is_none(tmp_path):
         ([2, 4, 5, 10], 5, 1, 10, [5, 10]),
     ],
 )
-def test_rotation(there, saved, limit, best, left, tmp_path):
-    for step in there:
+def test_rotation(steps, saved, limit, best, remaining, tmp_path):
+    for step in steps:
         save_checkpoint(tmp_path, step)
     rotate_checkpoints(tmp_path / f"checkpoint-{saved}", limit, best and str(tmp_path / f"checkpoint-{best}"))
     clear_leftovers(tmp_path)
-    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
+    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in remaining)
 
 
-def test_what_is_set_aside_is_no_checkpoint(tmp_path):
+def test_a_checkpoint_moved_aside_is_not_found(tmp_path):
     move_aside(save_checkpoint(tmp_path, 3))
     assert find_newest_checkpoint(tmp_path) is None
 
@@ -173,16 +173,16 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_trainers_checkpoints_are_whole(whole):
+def test_the_trainers_checkpoints_are_complete(whole):
     assert names(whole) == [f"checkpoint-{step}" for step in range(1, STEPS + 1)]
-    assert [find_damage(place) for place in whole.iterdir()] == [None] * STEPS
+    assert [find_damage(checkpoint) for checkpoint in whole.iterdir()] == [None] * STEPS
     listed = (whole / "checkpoint-2" / "SHA256SUMS").read_text()
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         assert name in listed
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_a_run_resumed_at_any_step_is_the_run_that_was_not_stopped(step, whole, tmp_path):
+def test_a_run_resumed_at_any_step_equals_the_uninterrupted_run(step, whole, tmp_path):
     """Between two logs, at an epoch's end and within one: weights, optimizer, random states and all that was logged."""
     build(tmp_path, save_steps=STEPS).train(resume_from_checkpoint=str(whole / f"checkpoint-{step}"))
     assert_same_end(whole, tmp_path)
@@ -196,18 +196,18 @@ def test_train_loss_is_of_the_steps_that_were_trained(whole, tmp_path):
     assert resumed.training_loss == pytest.approx(sum(losses[3:]) / (STEPS - 3), rel=1e-5)
 
 
-def test_best_checkpoints_are_known_by_their_own_names(tmp_path):
+def test_the_best_checkpoint_has_its_final_name(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     trainer = build(tmp_path, held_out=HELD_OUT, learning_rate=0.05, **best)
     trainer.train()
-    kept = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
-    assert trainer.state.best_model_checkpoint == str(kept) and find_damage(kept) is None
-    state = json.loads((kept / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(kept)
+    best_checkpoint = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
+    assert trainer.state.best_model_checkpoint == str(best_checkpoint) and find_damage(best_checkpoint) is None
+    state = json.loads((best_checkpoint / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best_checkpoint)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
 
 
-def test_patience_goes_on_where_it_was(tmp_path):
+def test_early_stopping_patience_is_resumed(tmp_path):
     keys = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
     keys |= {"held_out": HELD_OUT, "restore_callback_states_from_checkpoint": True}
     build(tmp_path, [EarlyStoppingCallback(3)], max_steps=3, **keys).train()
@@ -241,14 +241,15 @@ class FailAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_save_that_fails_is_one_line_and_costs_no_older_checkpoint(failure, whole, tmp_path):
+def test_a_failed_save_is_one_line_and_removes_no_older_checkpoint(failure, whole, tmp_path):
     target, function, why = FAILURES[failure]
-    place = tmp_path / "checkpoint-3"
+    checkpoint = tmp_path / "checkpoint-3"
     with pytest.MonkeyPatch.context() as patch:
-        said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept, --resume_from_checkpoint auto"
-        with pytest.raises(SFTError, match=said):
+        message = rf"^{checkpoint}: could not be saved \({why}\); older checkpoints are kept, "
+        message += "--resume_from_checkpoint auto"
+        with pytest.raises(SFTError, match=message):
             build(tmp_path, [FailAt(patch, target, function)], save_total_limit=1).train()
-    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not place.exists()
+    assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not checkpoint.exists()
     build(tmp_path, save_total_limit=1, save_steps=STEPS).train(resume_from_checkpoint=find_newest_checkpoint(tmp_path))
     assert_same_end(whole, tmp_path)
     assert names(tmp_path) == [f"checkpoint-{STEPS}"]
@@ -270,21 +271,21 @@ class Terminate(TrainerCallback):
 
 @pytest.mark.parametrize("save_steps", [1, 100])
 def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    place = tmp_path / "checkpoint-3"
+    handler = signal.getsignal(signal.SIGTERM)
+    checkpoint = tmp_path / "checkpoint-3"
     with pytest.raises(
-        RunPreempted, match=f"^SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it$"
-    ) as told:
+        RunPreempted, match=f"^SIGTERM: saved {checkpoint}; --resume_from_checkpoint auto goes on with it$"
+    ) as preempted:
         build(tmp_path, [Terminate(3)], save_steps=save_steps).train()
-    assert told.value.status == 75 == os.EX_TEMPFAIL
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert find_newest_checkpoint(tmp_path) == str(place)
-    build(tmp_path, save_steps=STEPS).train(resume_from_checkpoint=str(place))
+    assert preempted.value.status == 75 == os.EX_TEMPFAIL
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert find_newest_checkpoint(tmp_path) == str(checkpoint)
+    build(tmp_path, save_steps=STEPS).train(resume_from_checkpoint=str(checkpoint))
     assert_same_end(whole, tmp_path)
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_sigterm_leaves_an_evaluation_to_the_run_that_goes_on_unless_it_tells_the_best(best, tmp_path):
+def test_sigterm_leaves_an_evaluation_to_the_resumed_run_unless_it_selects_the_best_model(best, tmp_path):
     keys = {"held_out": HELD_OUT, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
     with pytest.raises(RunPreempted):
         build(tmp_path, [Terminate(3)], load_best_model_at_end=best, **keys).train()
@@ -307,8 +308,8 @@ def test_sigterm_leaves_an_evaluation_to_the_run_that_goes_on_unless_it_tells_th
         (4, 1.0, [], {"eval_strategy": "no"}, False),
     ],
 )
-def test_an_evaluation_that_a_kill_prevented_is_made_first(step, epoch, evaluated, arguments, lacks, tmp_path):
-    history = [{"eval_loss": 1.0, "step": at} for at in evaluated] + [{"loss": 1.0, "step": step}]
+def test_a_missing_evaluation_is_due(step, epoch, evaluated, arguments, lacks, tmp_path):
+    history = [{"eval_loss": 1.0, "step": eval_step} for eval_step in evaluated] + [{"loss": 1.0, "step": step}]
     state = TrainerState(epoch=epoch, global_step=step, eval_steps=2, log_history=history)
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     training = build(tmp_path / "out", held_out=HELD_OUT, eval_steps=2, **arguments).args
@@ -316,20 +317,20 @@ def test_an_evaluation_that_a_kill_prevented_is_made_first(step, epoch, evaluate
 
 
 def test_in_another_thread_signals_are_left_alone():
-    before, found = signal.getsignal(signal.SIGTERM), []
+    handler, handlers = signal.getsignal(signal.SIGTERM), []
 
     def enter():
         with SigtermHandler():
-            found.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [before]
+    assert handlers == [handler]
 
 
-def work(process: int, folder: str) -> None:
-    """One of two processes; the second alone is told to end."""
+def train_in_process(process: int, folder: str) -> None:
+    """Train as one of two processes, of which only the second gets SIGTERM."""
     callbacks = [Terminate(3)] if process == 1 else []
     try:
         build(Path(folder), callbacks, gradient_accumulation_steps=1, save_steps=100, ddp_backend="gloo").train()
@@ -338,16 +339,17 @@ def work(process: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_stop_at_the_same_step_and_one_names_the_checkpoint(tmp_path):
-    run_ranks(work, 2, str(tmp_path))
-    place = tmp_path / "checkpoint-3"
+def test_all_processes_stop_at_the_same_step(tmp_path):
+    run_ranks(train_in_process, 2, str(tmp_path))
+    checkpoint = tmp_path / "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-3", "told_0", "told_1"]
     assert (tmp_path / "told_0").read_text() == (tmp_path / "told_1").read_text()
-    assert find_damage(place) is None
-    assert {"rng_state_0.pth", "rng_state_1.pth", "running_loss_0.json", "running_loss_1.json"} <= set(names(place))
+    assert find_damage(checkpoint) is None
+    expected = {"rng_state_0.pth", "rng_state_1.pth", "running_loss_0.json", "running_loss_1.json"}
+    assert expected <= set(names(checkpoint))
 
 
-# A lost loss.
+# Divergence.
 
 
 class Poison(TrainerCallback):
@@ -357,16 +359,16 @@ class Poison(TrainerCallback):
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_checkpoint(saved, tmp_path):
+def test_a_nan_loss_stops_the_run_names_its_rows_and_keeps_the_last_checkpoint(saved, tmp_path):
     trainer = build(tmp_path, [Poison()], save_strategy="steps" if saved else "no", save_total_limit=1)
     rows = trainer.training_batches().split_epoch(1)[1].tolist()
     numbers = ", ".join(map(str, rows))
-    kept = f"{tmp_path / 'checkpoint-4'} is from before" if saved else "no checkpoint was saved before"
-    with pytest.raises(SFTError) as told:
+    kept_text = f"{tmp_path / 'checkpoint-4'} is from before" if saved else "no checkpoint was saved before"
+    with pytest.raises(SFTError) as raised:
         trainer.train()
-    assert told.value.status == 2
-    assert str(told.value) == (
-        f"step 5: the loss is nan, in training rows {numbers} (see {tmp_path / 'diverged.jsonl'}); {kept}; "
+    assert raised.value.status == 2
+    assert str(raised.value) == (
+        f"step 5: the loss is nan, in training rows {numbers} (see {tmp_path / 'diverged.jsonl'}); {kept_text}; "
         "lower learning_rate or max_grad_norm, or look at these rows"
     )
     lines = [json.loads(line) for line in (tmp_path / "diverged.jsonl").read_text().splitlines()]
@@ -375,14 +377,15 @@ def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_c
     assert find_newest_checkpoint(tmp_path) == (str(tmp_path / "checkpoint-4") if saved else None)
 
 
-def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
+def test_an_exploding_loss_stops_the_run_and_is_not_saved(tmp_path):
     class Explode(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
                 model.lm_head.weight.data *= 1e3
 
-    said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows \d+, "
-    with pytest.raises(SFTError, match=said):
+    message = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, "
+    message += r"in training rows \d+, "
+    with pytest.raises(SFTError, match=message):
         build(tmp_path, [Explode()]).train()
     assert (
         find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and (tmp_path / "diverged.jsonl").is_file()
@@ -395,13 +398,13 @@ def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
             if state.global_step == 1:
                 next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
 
-    said = r"^step 2: the loss is \d+\.\d{3}, but the norm of its gradient is nan, in training rows"
-    with pytest.raises(SFTError, match=said):
+    message = r"^step 2: the loss is \d+\.\d{3}, but the norm of its gradient is nan, in training rows"
+    with pytest.raises(SFTError, match=message):
         build(tmp_path, [Hook()]).train()
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
-def test_what_counts_as_lost():
+def test_what_is_divergence():
     assert detect_divergence(9.0, 1e9, vocabulary=100) is None
     assert detect_divergence(float("inf"), 1.0, 100) == "the loss is inf"
     assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the norm of its gradient is inf"
@@ -413,33 +416,33 @@ def test_many_rows_are_not_all_named(tmp_path):
     assert "the loss is nan, in rows of unknown numbers; no" in describe_divergence(tmp_path, 1, "the loss is nan", [])
 
 
-# What is gone on with.
+# The checkpoint to resume from.
 
 
 @pytest.fixture
 def check(tmp_path):
-    """check("auto") is what a run in tmp_path/out goes on with."""
+    """check("auto") is the checkpoint that a run in tmp_path/out resumes from."""
 
-    def found(asked: str, *keys: str):
+    def get_checkpoint(key: str, *keys: str):
         words = ["--model_name_or_path=m", "--train_data=d", "--use_cpu=true", f"--output_dir={tmp_path / 'out'}"]
-        sft, training = parse_config(None, [*words, f"--resume_from_checkpoint={asked}", *keys])
+        sft, training = parse_config(None, [*words, f"--resume_from_checkpoint={key}", *keys])
         checkpoint = check_output_dir(sft, training)
         assert (training.resume_from_checkpoint is None) == (checkpoint is None)
         return checkpoint
 
-    return found
+    return get_checkpoint
 
 
-@pytest.mark.parametrize("asked", ["true", "last", "auto"])
-def test_the_newest_whole_one_is_found(asked, check, tmp_path):
+@pytest.mark.parametrize("key", ["true", "last", "auto"])
+def test_the_newest_undamaged_checkpoint_is_resumed(key, check, tmp_path):
     save_checkpoint(tmp_path / "out", 9)
     save_checkpoint(tmp_path / "out", 10)
-    assert check(asked) == str(tmp_path / "out" / "checkpoint-10")
+    assert check(key) == str(tmp_path / "out" / "checkpoint-10")
     (tmp_path / "out" / "checkpoint-10" / "model.safetensors").write_text("torn")
-    assert check(asked) == str(tmp_path / "out" / "checkpoint-9")
+    assert check(key) == str(tmp_path / "out" / "checkpoint-9")
 
 
-def test_auto_begins_where_nothing_was_saved(check, tmp_path):
+def test_auto_starts_from_the_beginning_without_a_checkpoint(check, tmp_path):
     assert check("auto") is None
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / RUN_FILE).write_text("seed: 1\n")
@@ -453,18 +456,19 @@ def test_auto_begins_where_nothing_was_saved(check, tmp_path):
         check("auto")
 
 
-def test_a_named_one_is_checked(check, tmp_path):
-    place = save_checkpoint(tmp_path, 4)
-    assert check(str(place)) == str(place)
-    (place / "model.safetensors").unlink()
-    said = rf"^resume_from_checkpoint {place}: damaged \(model.safetensors is missing\); give an older one, or true$"
-    with pytest.raises(SFTError, match=said):
-        check(str(place))
-    (place / "SHA256SUMS").unlink()
-    assert check(str(place)) == str(place), "another trainer's has no checksums"
-    (place / "trainer_state.json").unlink()
-    with pytest.raises(SFTError, match=rf"{place}: has no trainer_state.json; give a checkpoint-N folder$"):
-        check(str(place))
+def test_a_named_checkpoint_is_checked(check, tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 4)
+    assert check(str(checkpoint)) == str(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    message = rf"^resume_from_checkpoint {checkpoint}: damaged \(model.safetensors is missing\); "
+    message += "give an older one, or true$"
+    with pytest.raises(SFTError, match=message):
+        check(str(checkpoint))
+    (checkpoint / "SHA256SUMS").unlink()
+    assert check(str(checkpoint)) == str(checkpoint), "another trainer's has no checksums"
+    (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(SFTError, match=rf"{checkpoint}: has no trainer_state.json; give a checkpoint-N folder$"):
+        check(str(checkpoint))
 
 
 # Whole runs in processes of their own.
@@ -480,7 +484,7 @@ def command(*words) -> list[str]:
     return [sys.executable, "-m", "sft_pipeline", *map(str, words)]
 
 
-def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(config, tmp_path):
+def test_sigterm_exits_with_status_75_and_auto_resumes(config, tmp_path):
     keys = [
         f"--output_dir={tmp_path / 'out'}",
         "--save_steps=1",
@@ -495,26 +499,26 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
     status, _, errors = run.wait(60)
     assert status == 75, errors
     last = errors.splitlines()[-1]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last
     )
-    assert found and find_newest_checkpoint(tmp_path / "out") == found[1] and "Traceback" not in errors
-    status, _, errors = Command(["train", config, *keys, f"--max_steps={int(found[2]) + 2}"], ROOT, tmp_path).wait()
+    assert match and find_newest_checkpoint(tmp_path / "out") == match[1] and "Traceback" not in errors
+    status, _, errors = Command(["train", config, *keys, f"--max_steps={int(match[2]) + 2}"], ROOT, tmp_path).wait()
     assert status == 0, errors
     results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
-    assert results["steps"] == int(found[2]) + 2
+    assert results["steps"] == int(match[2]) + 2
     assert results["eval_loss"]["before"] > 0, "what the first start found is known"
 
 
 @pytest.mark.real
-def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplog):
-    """Of a config that names trackers, which are told nothing."""
+def test_verify_resume_finds_no_difference(config, tmp_path, caplog):
+    """With a config that names trackers, which get nothing."""
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
         assert (
             verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}", "--report_to", "wandb", "trackio"]) == []
         )
-    said = r"8 steps, and 4, killed, and 4: \d+ values compared, 0 differ"
-    assert re.fullmatch(said, caplog.messages[-1])
+    message = r"8 steps, compared with 4, a kill, and 4 more: \d+ values compared, 0 differ"
+    assert re.fullmatch(message, caplog.messages[-1])
     assert names(tmp_path) == ["out-verify-resume"]
     folder = tmp_path / "out-verify-resume"
     assert names(folder) == ["config.yaml", "stopped", "whole"]
@@ -522,45 +526,48 @@ def test_verify_resume_finds_a_run_that_goes_on_the_same(config, tmp_path, caplo
     assert not (folder / "stopped" / TRACKERS_FILE).exists()
 
 
-def test_what_differs_is_named(whole, tmp_path):
-    one, other = whole / "checkpoint-2", tmp_path / "checkpoint-2"
-    shutil.copytree(one, other)
-    assert compare_checkpoints(one, other)[1] == []
-    state = torch.load(other / "optimizer.pt")
+def test_differences_are_named(whole, tmp_path):
+    first, second = whole / "checkpoint-2", tmp_path / "checkpoint-2"
+    shutil.copytree(first, second)
+    assert compare_checkpoints(first, second)[1] == []
+    state = torch.load(second / "optimizer.pt")
     state["state"][1]["exp_avg"][0] += 1e-7
-    torch.save(state, other / "optimizer.pt")
-    (other / "scheduler.pt").unlink()
-    found = compare_checkpoints(one, other)[1]
-    assert found[0] == "optimizer.pt: state: 1: exp_avg" and all("scheduler.pt" in name for name in found[1:])
+    torch.save(state, second / "optimizer.pt")
+    (second / "scheduler.pt").unlink()
+    differences = compare_checkpoints(first, second)[1]
+    assert differences[0] == "optimizer.pt: state: 1: exp_avg"
+    assert all("scheduler.pt" in name for name in differences[1:])
 
 
 def test_verify_resume_says_when_the_kill_came_too_late_or_training_failed(tmp_path):
-    for status, said in ((0, "could be killed; give more --steps$"), (3, "training ended with status 3, see above$")):
+    messages = {0: "could be killed; give more --steps$", 3: "training failed with status 3, see above$"}
+    for status, message in messages.items():
         run = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
-        with pytest.raises(SFTError, match=said):
+        with pytest.raises(SFTError, match=message):
             _wait_and_kill(run, tmp_path / "never")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "verify-resume: name a config first, such as configs/quickstart.yaml"),
         (["x.yaml", "--steps", "0"], "steps is 0; it has to be 1 or more"),
     ],
 )
-def test_the_verb_says_what_is_missing(words, said, capsys):
+def test_errors_of_verify_resume(words, message, capsys):
     from sft_pipeline.cli import main
 
     with pytest.raises(SystemExit) as exit:
         main(["verify-resume", *words])
-    assert exit.value.code == 2 and capsys.readouterr().err == f"sft-pipeline: {said}\n"
+    assert exit.value.code == 2 and capsys.readouterr().err == f"sft-pipeline: {message}\n"
 
 
-@pytest.mark.parametrize(("found", "status"), [([], None), (["optimizer.pt"], 1)])
-def test_the_verbs_status_tells_whether_anything_differs(found, status, monkeypatch):
+@pytest.mark.parametrize(("differences", "status"), [([], None), (["optimizer.pt"], 1)])
+def test_the_status_of_verify_resume(differences, status, monkeypatch):
     from sft_pipeline.cli import main
 
-    monkeypatch.setattr("sft_pipeline.commands.verify_resume.verify_resume", lambda config, steps, overrides: found)
+    target = "sft_pipeline.commands.verify_resume.verify_resume"
+    monkeypatch.setattr(target, lambda config, steps, overrides: differences)
     if status is None:
         main(["verify-resume", "x.yaml"])
         return

@@ -544,15 +544,15 @@ def answers(content: bytes, header: bool, overwrite: bool) -> None:
     if isinstance(file, SFTError):
         assert not overwrite
         return
-    kept = dict(file.done)
+    kept = dict(file.records)
     for prompt, sample in itertools.product(range(4), range(2)):
         if (prompt, sample) not in kept:
             file.add((prompt, sample), {"origin": f"{prompt} {sample}"})
-    file.finish()
+    file.write_output()
     file.close()
     written = [json.loads(line) for line in (WORK / "answers.jsonl").read_bytes().splitlines()]
-    good = [row for _, row in sorted(file.done.items()) if "error" not in row]
-    assert json.dumps(written) == json.dumps(good) and {*itertools.product(range(4), range(2))} <= file.done.keys()
+    good = [row for _, row in sorted(file.records.items()) if "error" not in row]
+    assert json.dumps(written) == json.dumps(good) and {*itertools.product(range(4), range(2))} <= file.records.keys()
 
 
 # Of all inputs; `sources` goes through datasets, which takes tens of milliseconds a file.

@@ -26,21 +26,21 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-def cut_off(monkeypatch: pytest.MonkeyPatch, at: int, *more: tuple[type, str]) -> list[str]:
-    """Of the calls that change the disk, the one of number `at` is not made, nor any after it."""
+def cut_off(monkeypatch: pytest.MonkeyPatch, number: int, *more: tuple[type, str]) -> list[str]:
+    """Let the first `number` calls that change the disk pass; raise Killed at each later one. Returns the calls."""
     calls: list[str] = []
 
-    def counted(name, function):
+    def count_calls(name, function):
         def call(*args, **kwargs):
             calls.append(name)
-            if len(calls) > at:
+            if len(calls) > number:
                 raise Killed
             return function(*args, **kwargs)
 
         return call
 
-    for place, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "write_text"), *more):
-        monkeypatch.setattr(place, name, counted(name, getattr(place, name)))
+    for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "write_text"), *more):
+        monkeypatch.setattr(owner, name, count_calls(name, getattr(owner, name)))
     return calls
 
 
@@ -51,9 +51,9 @@ def build(folder: Path, callbacks=(), **arguments):
     return make_trainer(folder, "packed", rows=ROWS, callbacks=callbacks, **{**more, **arguments})
 
 
-def assert_same_end(whole: Path, other: Path) -> None:
-    compared, differ = compare_checkpoints(whole / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}")
-    # save_steps is a setting, and one whole checkpoint goes on with another's.
+def assert_same_end(whole: Path, resumed: Path) -> None:
+    compared, differ = compare_checkpoints(whole / f"checkpoint-{STEPS}", resumed / f"checkpoint-{STEPS}")
+    # save_steps differs in the two runs, as the resumed one saves at its end alone.
     assert [name for name in differ if "save_steps" not in name] == [] and compared > 100
-    history = json.loads((other / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((resumed / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history] == [2, 4, 6]

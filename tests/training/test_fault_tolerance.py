@@ -31,9 +31,9 @@ from sft_pipeline.cli import main
 from sft_pipeline.commands.verify_resume import compare_checkpoints
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.batch_sampler import StepBatchSampler
-from sft_pipeline.runs.checkpoints import find_newest_checkpoint, publish_files
+from sft_pipeline.runs.checkpoints import find_newest_checkpoint, needs_evaluation, publish_files
 from sft_pipeline.runs.output_dir import RESULTS_FILE, check_output_dir
-from sft_pipeline.train import needs_evaluation, train
+from sft_pipeline.train import train
 from sft_pipeline.training import memory, rank_failures
 from sft_pipeline.training.memory import find_heaviest_batch
 from sft_pipeline.training.rank_failures import find_missing_ranks, report_lost_ranks
@@ -224,7 +224,7 @@ def test_an_output_folder_that_may_not_be_written_is_refused_before_anything_is_
         None, ["--model_name_or_path=m", "--train_data=d", "--use_cpu=true", f"--output_dir={output}"]
     )
     said = said_to_nobody(lambda: check_output_dir(*parsed))
-    assert said == f"SFTError: output_dir {output}: {public / 'taken'} may not be written to; choose another folder"
+    assert said == f"SFTError: output_dir {output}: no permission to write to {public / 'taken'}; choose another folder"
 
 
 def test_a_cache_that_may_not_be_written_is_named(public, monkeypatch):

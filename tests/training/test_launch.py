@@ -197,7 +197,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(config, tmp_path):
         time.sleep(0.01)
     psutil.Process(run.pid).children()[1].kill()
     _, errors = ends(run, 0)
-    assert [line for line in errors if line.startswith("going on from")], errors
+    assert [line for line in errors if line.startswith("resuming from")], errors
     compared, differ = compare_checkpoints(*(tmp_path / name / "checkpoint-40" for name in ("out", "whole")))
     assert differ == [] and compared > 100, "weights, optimizer, random states, what was logged"
     found, expected = weights(tmp_path / "out"), weights(tmp_path / "whole")

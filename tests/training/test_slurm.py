@@ -145,5 +145,6 @@ def test_a_job_whose_config_is_wrong_ends_with_the_runs_status(slurm, submit):
 def test_submitted_from_elsewhere_it_says_from_where(slurm, tmp_path):
     job = slurm.run("sbatch", "--parsable", "--output=log", ROOT / "launch.sh", "train", folder=tmp_path)
     wait_for(lambda: slurm.state(job) == "FAILED")
-    said = f"launch.sh: {tmp_path} does not hold the project; cd to the folder of launch.sh, then sbatch launch.sh\n"
+    said = f"launch.sh: {tmp_path} is not the project folder; cd to the folder of launch.sh, "
+    said += "then run sbatch launch.sh\n"
     assert (tmp_path / "log").read_text() == said
