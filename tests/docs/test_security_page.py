@@ -223,7 +223,7 @@ def test_a_member_of_an_enum_is_data_as_python_3_11_2_writes_it(name):
         def __reduce__(self) -> tuple:
             return getattr, (_MEM_FORMAT_ENCODING, name)
 
-    metadata = safe_unpickling._Metadata(io.BytesIO(pickle.dumps(Written())))
+    metadata = safe_unpickling._MetadataUnpickler(io.BytesIO(pickle.dumps(Written())))
     if name == "TORCH_CHANNELS_LAST":
         assert metadata.load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
     else:

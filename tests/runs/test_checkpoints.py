@@ -245,7 +245,8 @@ def test_a_save_that_fails_is_one_line_and_costs_no_older_checkpoint(failure, wh
     target, function, why = FAILURES[failure]
     place = tmp_path / "checkpoint-3"
     with pytest.MonkeyPatch.context() as patch:
-        said = rf"^{place}: could not be saved \({why}\); older checkpoints are kept, --resume_from_checkpoint auto"
+        remedy = "older checkpoints are kept, resume with --resume_from_checkpoint auto"
+        said = rf"^{place}: could not be saved \({why}\); {remedy}"
         with pytest.raises(SFTError, match=said):
             build(tmp_path, [FailAt(patch, target, function)], save_total_limit=1).train()
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not place.exists()
@@ -273,7 +274,7 @@ def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole,
     before = signal.getsignal(signal.SIGTERM)
     place = tmp_path / "checkpoint-3"
     with pytest.raises(
-        RunPreempted, match=f"^SIGTERM: saved {place}; --resume_from_checkpoint auto goes on with it$"
+        RunPreempted, match=f"^SIGTERM: saved {place}; resume with --resume_from_checkpoint auto$"
     ) as told:
         build(tmp_path, [Terminate(3)], save_steps=save_steps).train()
     assert told.value.status == 75 == os.EX_TEMPFAIL
@@ -364,15 +365,15 @@ class Poison(TrainerCallback):
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_loss_that_is_nan_ends_the_run_with_its_rows_and_keeps_the_last_good_checkpoint(saved, tmp_path):
     trainer = build(tmp_path, [Poison()], save_strategy="steps" if saved else "no", save_total_limit=1)
-    rows = trainer.training_batches().split_epoch(1)[1].tolist()
+    rows = trainer.build_batch_sampler().split_epoch(1)[1].tolist()
     numbers = ", ".join(map(str, rows))
-    kept = f"{tmp_path / 'checkpoint-4'} is from before" if saved else "no checkpoint was saved before"
+    kept = f"the last checkpoint is {tmp_path / 'checkpoint-4'}" if saved else "no checkpoint was saved"
     with pytest.raises(SFTError) as told:
         trainer.train()
     assert told.value.status == 2
     assert str(told.value) == (
         f"step 5: the loss is nan, in training rows {numbers} (see {tmp_path / 'diverged.jsonl'}); {kept}; "
-        "lower learning_rate or max_grad_norm, or look at these rows"
+        "lower learning_rate or max_grad_norm, or check these rows"
     )
     lines = [json.loads(line) for line in (tmp_path / "diverged.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == rows
@@ -386,7 +387,7 @@ def test_a_loss_that_explodes_ends_the_run_and_is_not_saved(tmp_path):
             if state.global_step == 2:
                 model.lm_head.weight.data *= 1e3
 
-    said = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, in training rows \d+, "
+    said = r"^step 3: the loss exploded: \d+\.\d nats per token, a uniform guess has 4\.6, in training rows \d+, "
     with pytest.raises(SFTError, match=said):
         build(tmp_path, [Explode()]).train()
     assert (
@@ -400,22 +401,22 @@ def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
             if state.global_step == 1:
                 next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
 
-    said = r"^step 2: the loss is \d+\.\d{3}, but the norm of its gradient is nan, in training rows"
+    said = r"^step 2: the loss is \d+\.\d{3}, but the gradient norm is nan, in training rows"
     with pytest.raises(SFTError, match=said):
         build(tmp_path, [Hook()]).train()
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_what_counts_as_lost():
-    assert detect_divergence(9.0, 1e9, vocabulary=100) is None
+    assert detect_divergence(9.0, 1e9, vocab_size=100) is None
     assert detect_divergence(float("inf"), 1.0, 100) == "the loss is inf"
-    assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the norm of its gradient is inf"
-    assert detect_divergence(9.3, 1.0, 100) == "the loss exploded: 9.3 nats a token, where guessing evenly has 4.6"
+    assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the gradient norm is inf"
+    assert detect_divergence(9.3, 1.0, 100) == "the loss exploded: 9.3 nats per token, a uniform guess has 4.6"
 
 
 def test_many_rows_are_not_all_named(tmp_path):
     assert ", 18, 19 and 5 more (see " in describe_divergence(tmp_path, 1, "the loss is nan", list(range(25)))
-    assert "the loss is nan, in rows of unknown numbers; no" in describe_divergence(tmp_path, 1, "the loss is nan", [])
+    assert "the loss is nan, in unknown training rows; no" in describe_divergence(tmp_path, 1, "the loss is nan", [])
 
 
 # What is gone on with.
@@ -500,9 +501,7 @@ def test_sigterm_exits_with_the_status_that_asks_for_requeue_and_auto_goes_on(co
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 75, errors
     last = errors.splitlines()[-1]
-    found = re.fullmatch(
-        r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last
-    )
+    found = re.fullmatch(r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); resume with --resume_from_checkpoint auto", last)
     assert found and find_newest_checkpoint(tmp_path / "out") == found[1] and "Traceback" not in errors
     again = command("train", config, *keys, f"--max_steps={int(found[2]) + 2}")
     subprocess.run(again, cwd=ROOT, capture_output=True, check=True)
