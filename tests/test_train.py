@@ -215,7 +215,7 @@ def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
 
 def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sft_pipeline.data.collators.find_packing_obstacle", lambda model, longest: "it is a teapot")
-    message = r"^tokens_per_batch: 128 needs packed rows, which are off \(it is a teapot\); set it to 0$"
+    message = r"^tokens_per_batch: 128 needs packing, which is off \(it is a teapot\); set it to 0$"
     with pytest.raises(SFTError, match=message):
         run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
 

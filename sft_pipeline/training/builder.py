@@ -1,4 +1,4 @@
-"""The trainer of a run, from its model, rows and arguments."""
+"""Build the trainer of a run from its model, data and arguments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -29,37 +30,29 @@ from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 1000  # rows on which the savings are counted
+SAMPLE_ROWS = 1000  # about as many rows are packed to measure what packing saves
 
 
 def build_trainer(
     sft: SFTArguments, training: TrainingArguments, model: PreTrainedModel, template: Template, data: PreparedData
 ) -> SupervisedTrainer:
-    """The trainer over the prepared rows; says what it trains and how."""
+    """Return the trainer of the prepared rows, and log what is trained and how.
+
+    Raises SFTError for `lora_merge` with FSDP, and for `tokens_per_batch` where rows cannot be packed.
+    """
     with gather_weights(model):
         reason = patch_loss_forward(model)
         collator = build_collator(sft, model, template, data)
     if reason:
-        logger.info("the head is computed at every position: %s", reason)
+        logger.info("logits are computed at every position: %s", reason)
     if sft.lora:
         model = add_lora(model, sft.lora_rank, sft.lora_alpha, sft.lora_target_modules)
     if sft.trainable_modules:
         freeze_except(model, sft.trainable_modules)
-    # ZeRO-3 gathers the weights of a module when it is called; a fused layer calls none of its own.
-    fusible = isinstance(collator, PackedCollator) and not is_deepspeed_zero3_enabled()
-    fused = use_fused_layers(model) if fusible else 0
-    callbacks = [EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else []
-    # Rows of like length side by side need less padding; the order of held-out rows changes no figure.
-    held_out = data.held_out and data.held_out.select(np.argsort(count_row_tokens(data.held_out), kind="stable"))
-    # The rows have no other columns, and the library looks for their names in the model's own forward signature.
-    training.remove_unused_columns = False
-    # One process a device: the old way of one process for all devices would split a packed batch.
-    training._n_gpu = min(1, training.n_gpu)
-    # Every forward pass uses every parameter, also one without a target: no need to walk the graph for unused ones.
-    training.ddp_find_unused_parameters = bool(training.ddp_find_unused_parameters)
-    training.dataloader_pin_memory &= torch.accelerator.is_available()
-    if training.device.type == "cpu":
-        set_malloc_options()
+    packed = isinstance(collator, PackedCollator)
+    # ZeRO-3 gathers the weights of a module when it is called, and a fused layer does not call its submodules.
+    num_fused_layers = use_fused_layers(model) if packed and not is_deepspeed_zero3_enabled() else 0
+    update_training_arguments(training)
     trainable, parameters = count_trainable_parameters(model), model.num_parameters()
     logger.info("training %s of %s parameters in %s", f"{trainable:,}", f"{parameters:,}", model.dtype)
     trainer = SupervisedTrainer(
@@ -67,45 +60,65 @@ def build_trainer(
         args=training,
         data_collator=collator,
         train_dataset=data.train,
-        eval_dataset=held_out,
+        eval_dataset=data.held_out and sort_by_length(data.held_out),
         processing_class=template.tokenizer,
-        callbacks=callbacks,
+        callbacks=[EarlyStoppingCallback(sft.early_stopping_patience)] if sft.early_stopping_patience else [],
         tokens_per_batch=sft.tokens_per_batch,
     )
     log_processes(trainer)
     if sft.lora_merge and trainer.is_fsdp_enabled:
-        raise SFTError("lora_merge: true merges whole weights, and fsdp divides them; leave one out")
-    if isinstance(collator, PackedCollator):
-        batches = trainer.training_batches()
-        sample = islice(batches, -(-len(batches) * SAMPLE // len(data.train)))
-        logger.info("%s; forward and backward are fused in %s layers", describe_savings(data.train, sample), fused)
+        raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of the two off")
+    if packed:
+        batches = trainer.build_batch_sampler()
+        sample = islice(batches, -(-len(batches) * SAMPLE_ROWS // len(data.train)))
+        savings = describe_savings(data.train, sample)
+        logger.info("%s; forward and backward are fused in %s layers", savings, num_fused_layers)
     return trainer
 
 
 def build_collator(
     sft: SFTArguments, model: PreTrainedModel, template: Template, data: PreparedData
 ) -> PackedCollator | PaddingCollator:
-    """Packed batches where they were asked for and the model can take them; says why not."""
-    accounts = [account for account in (data.train_stats, data.held_out_stats) if account]
-    longest = max(account.length_quantiles["most"] for account in accounts)
+    """Return the packing collator if `packing` is on and the model supports it, else the padding one; log why not.
+
+    Raises SFTError for `tokens_per_batch` without packing.
+    """
+    longest = max(stats.length_quantiles["most"] for stats in (data.train_stats, data.held_out_stats) if stats)
     pad_token_id: Any = template.tokenizer.pad_token_id
     collator, reason = choose_collator(model, longest, pad_token_id, sft.pad_to_multiple_of, sft.packing)
     if reason and sft.tokens_per_batch:
-        raise SFTError(
-            f"tokens_per_batch: {sft.tokens_per_batch} needs packed rows, which are off ({reason}); set it to 0"
-        )
+        raise SFTError(f"tokens_per_batch: {sft.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
     if reason:
         logger.info("batches are padded: %s", reason)
     return collator
 
 
+def update_training_arguments(training: TrainingArguments) -> None:
+    """Set in place the arguments that follow from our model and data; on a CPU also configure malloc."""
+    # All columns are inputs of the patched forward; the library would drop those not in the signature of the original.
+    training.remove_unused_columns = False
+    # One process per device: DataParallel, the library's default for several visible GPUs, would split a packed batch.
+    training._n_gpu = min(1, training.n_gpu)
+    # Every forward pass uses every parameter, also for a batch without targets, so DDP need not search for unused ones.
+    training.ddp_find_unused_parameters = bool(training.ddp_find_unused_parameters)
+    training.dataloader_pin_memory &= torch.accelerator.is_available()
+    if training.device.type == "cpu":
+        set_malloc_options()
+
+
+def sort_by_length(dataset: Dataset) -> Dataset:
+    """Sort rows by number of tokens, so that evaluation batches need less padding; metrics stay the same."""
+    return dataset.select(np.argsort(count_row_tokens(dataset), kind="stable"))
+
+
 def log_processes(trainer: SupervisedTrainer) -> None:
-    """How many there are, which a launcher may have taken otherwise, and what each holds."""
+    """Log the number of processes, if more than one, and whether the model is replicated or sharded."""
     args = trainer.args
     if args.world_size > 1:
-        holds = "the model divided among them (FSDP2)" if trainer.is_fsdp_enabled else "the whole model on each"
-        logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, holds)
+        layout = "the model sharded across them (FSDP2)" if trainer.is_fsdp_enabled else "the whole model on each"
+        logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, layout)
 
 
 def count_trainable_parameters(model: PreTrainedModel) -> int:
+    """Count parameters that require gradients; `ds_numel` is the full size of one sharded by ZeRO-3."""
     return sum(getattr(w, "ds_numel", w.numel()) for w in model.parameters() if w.requires_grad)

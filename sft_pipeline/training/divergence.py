@@ -1,4 +1,4 @@
-"""A loss that is lost: when it is, and what is said of it."""
+"""Detect a NaN or exploding loss, and report the rows of the step."""
 
 from __future__ import annotations
 
@@ -11,37 +11,45 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import sort_checkpoints
 
 ROWS_FILE = "diverged.jsonl"
-NAMED = 20  # rows whose numbers are in the message
+MAX_LISTED_ROWS = 20  # row numbers in the message
 
 
-def detect_divergence(loss: float, grad_norm: float, vocabulary: int) -> str | None:
-    """Why a step cannot be trained on from, or None. loss: nats a target, the mean over the step.
+def detect_divergence(loss: float, grad_norm: float, vocab_size: int) -> str | None:
+    """Return why training cannot go on from this step, or None. loss: nats per target, the mean over the step.
 
-    A pretrained model that does twice as badly as one that guesses evenly (the logarithm of the vocabulary) does not
-    come back, and no healthy one begins there.
+    The loss counts as exploded above twice that of a uniform guess, the logarithm of the vocabulary size: a pretrained
+    model does not recover from there, and no working one starts there.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(grad_norm):
-        return f"the loss is {loss:.3f}, but the norm of its gradient is {grad_norm}"
-    if loss > 2 * math.log(vocabulary):
-        return f"the loss exploded: {loss:.1f} nats a token, where guessing evenly has {math.log(vocabulary):.1f}"
+        return f"the loss is {loss:.3f}, but the gradient norm is {grad_norm}"
+    uniform_loss = math.log(vocab_size)
+    if loss > 2 * uniform_loss:
+        return f"the loss exploded: {loss:.1f} nats per token, a uniform guess has {uniform_loss:.1f}"
     return None
 
 
 def describe_divergence(folder: Path, step: int, reason: str, rows: list[int]) -> str:
-    """One line: what happened, in which rows, what is left, what to do."""
-    numbers = ", ".join(map(str, rows[:NAMED])) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
-    where = f"in training rows {numbers} (see {folder / ROWS_FILE})" if rows else "in rows of unknown numbers"
+    """Return one line: the step, the reason, the training rows, the newest checkpoint and the remedy."""
+    where = "in unknown training rows"
+    if rows:
+        numbers = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
+        if len(rows) > MAX_LISTED_ROWS:
+            numbers += f" and {len(rows) - MAX_LISTED_ROWS} more"
+        where = f"in training rows {numbers} (see {folder / ROWS_FILE})"
     checkpoints = sort_checkpoints(str(folder))
-    kept = f"{checkpoints[-1]} is from before" if checkpoints else "no checkpoint was saved before"
-    return f"step {step}: {reason}, {where}; {kept}; lower learning_rate or max_grad_norm, or look at these rows"
+    checkpoint = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved"
+    return f"step {step}: {reason}, {where}; {checkpoint}; lower learning_rate or max_grad_norm, or check these rows"
 
 
 def write_diverged_rows(
     folder: Path, rows: list[int], dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """The step's rows, a line of JSON each: `row` (its number among the training rows), `text`, `input_ids`."""
+    """Write the rows of the step to `diverged.jsonl` in `folder`.
+
+    Each line is a JSON object: `row` (its index in the training data), `text` and `input_ids`.
+    """
     lines = []
     for row in rows:
         ids = dataset[row]["input_ids"]

@@ -1,11 +1,12 @@
-"""Evaluation while training: held-out prompts and checkable instructions are answered, scored, logged and kept.
+"""Evaluate during training: answer held-out prompts and verifiable instructions, score, log and store the answers.
 
     evaluation = EvaluationCallback(trainer, template, held_out_messages, sft)
     trainer.add_callback(evaluation)
 
-The evaluation before the first step and the one of the finished model ask every question. Those on the way ask the
-first ones alone, as many as `eval_answer_share` has room for. Every process answers its share of the questions. The
-model is only lent (inference/eval_mode.py) and no random number is drawn, so training goes as it would without this.
+The evaluations before the first step and of the final model ask every question. Intermediate ones ask only the first
+questions, as many as fit into `eval_answer_share` of the training time. Questions are split among the processes. The
+model is restored after generation (inference/eval_mode.py) and no random number is drawn, so training computes the
+same bits with and without this callback.
 """
 
 from __future__ import annotations
@@ -46,11 +47,14 @@ from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
-UNMEASURED = 8  # questions asked on the way while it is not known what one costs
+INITIAL_QUESTIONS = 8  # asked by an intermediate evaluation while the cost of a question has not been measured
 
 
 class EvaluationCallback(TrainerCallback):
-    """Answers at every evaluation of `trainer`; `evaluations` has all of them, on every process, in order."""
+    """Answer questions at every evaluation of `trainer`.
+
+    `evaluations` holds the results so far, in order and on every process.
+    """
 
     def __init__(
         self, trainer: SupervisedTrainer, template: Template, held_out: Dataset | None, sft: SFTArguments
@@ -61,39 +65,39 @@ class EvaluationCallback(TrainerCallback):
         self.folder = get_output_dir(trainer.args) / EVALUATION_DIR
         self.evaluations: list[StepResults] = []
         self._budget = AnswerBudget(sft.eval_answer_share)
-        self._ended = False
-        self._step_started = 0.0
+        self._training_ended = False
+        self._step_start = 0.0
 
     @property
     def before(self) -> StepResults | None:
         """The evaluation at step 0."""
-        return next((one for one in self.evaluations if one.step == 0), None)
+        return next((results for results in self.evaluations if results.step == 0), None)
 
     def is_complete(self, step: int) -> bool:
-        """Whether the last evaluation is of this step and asked every question."""
+        """Whether the last evaluation was at `step` and asked every question."""
         return bool(self.evaluations) and self.evaluations[-1].step == step and self.evaluations[-1].complete
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run goes on from what was found up to its checkpoint."""
+        """Load the evaluations up to the checkpoint of a resumed run, and log those the trackers lack."""
         earlier = load_earlier_results(self.folder, state.global_step) if state.is_world_process_zero else None
         [self.evaluations] = broadcast_object_list([earlier])
-        self._ended = False
-        told = read_last_tracked_step(args)
-        for one in self.evaluations:
-            self._budget.recall(one)
-            if state.is_world_process_zero and one.step > told:
-                send_table(one.table, args, one.step)
+        self._training_ended = False
+        last_tracked_step = read_last_tracked_step(args)
+        for results in self.evaluations:
+            self._budget.restore(results)
+            if state.is_world_process_zero and results.step > last_tracked_step:
+                send_table(results.table, args, results.step)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._step_started = time.perf_counter()
+        self._step_start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._budget.training_seconds += time.perf_counter() - self._step_started
+        self._budget.training_seconds += time.perf_counter() - self._step_start
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._ended = True
+        self._training_ended = True
 
     def on_evaluate(
         self,
@@ -103,53 +107,54 @@ class EvaluationCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Called inside `trainer.evaluate`, so that the seconds count as evaluation, not as training."""
-        whole = state.global_step == 0 or self._of_the_finished_model(args, state)
-        asked = self.questions if whole else select_first(self.questions, self._room())
-        started = time.perf_counter()
-        answers = self._answers(model, asked)
-        seconds = time.perf_counter() - started
-        self._budget.pay(len(asked), seconds, on_the_way=not whole)
-        best = state.best_global_step if self._ended and args.load_best_model_at_end else None
-        step = state.global_step if best is None else best
-        found = self._evaluation(step, seconds, [build_table_row(*pair) for pair in zip(asked, answers)])
-        self.evaluations.append(found)
-        self._log(found)
+        """Answer, score, log and store. Called inside `trainer.evaluate`, whose time does not count as training."""
+        ask_all = state.global_step == 0 or self._is_final_model(args, state)
+        questions = self.questions if ask_all else select_first(self.questions, self._get_question_count())
+        start = time.perf_counter()
+        answers = self._generate_answers(model, questions)
+        seconds = time.perf_counter() - start
+        self._budget.add_cost(len(questions), seconds, charge=not ask_all)
+        best_step = state.best_global_step if self._training_ended and args.load_best_model_at_end else None
+        step = state.global_step if best_step is None else best_step
+        table = [build_table_row(question, answer) for question, answer in zip(questions, answers)]
+        results = self._build_results(step, seconds, table)
+        self.evaluations.append(results)
+        self._log_metrics(results)
         if state.is_world_process_zero:
-            found.write(self.folder / (get_step_file(step) if best is None else BEST_FILE))
-            send_table(found.table, args, state.global_step)
+            results.write(self.folder / (get_step_file(step) if best_step is None else BEST_FILE))
+            send_table(results.table, args, state.global_step)
             if self.questions and not args.disable_tqdm:
-                tqdm.write(f"step {step}: {describe_results(found, len(self.questions))}")
+                tqdm.write(f"step {step}: {describe_results(results, len(self.questions))}")
 
-    def _of_the_finished_model(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """After the last step the model is finished, unless the best one is still to be brought back."""
-        return self._ended or (state.global_step >= state.max_steps and not args.load_best_model_at_end)
+    def _is_final_model(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether training is over. After the last step the best model may still have to be loaded."""
+        return self._training_ended or (state.global_step >= state.max_steps and not args.load_best_model_at_end)
 
-    def _room(self) -> int:
-        """Process 0 decides for all, whose clocks differ."""
-        [count] = broadcast_object_list([self._budget.questions()])
+    def _get_question_count(self) -> int:
+        """Return the count that process 0 computes, since the clocks of the processes differ."""
+        [count] = broadcast_object_list([self._budget.count_questions()])
         return count
 
-    def _answers(self, model: PreTrainedModel, asked: list[EvalPrompt]) -> list[Answer]:
-        """Every process answers its share; all have all the answers, in the questions' order."""
-        mine = range(self.trainer.args.process_index, len(asked), self.trainer.args.world_size)
-        found = self._share(model, [asked[at] for at in mine])
-        return [one for _, one in sorted(gather_object(list(zip(mine, found))), key=itemgetter(0))]
+    def _generate_answers(self, model: PreTrainedModel, questions: list[EvalPrompt]) -> list[Answer]:
+        """Answer a share of the questions on each process; return all answers, in order, on every process."""
+        indices = range(self.trainer.args.process_index, len(questions), self.trainer.args.world_size)
+        answers = self._generate_local_answers(model, [questions[index] for index in indices])
+        return [answer for _, answer in sorted(gather_object(list(zip(indices, answers))), key=itemgetter(0))]
 
-    def _share(self, model: PreTrainedModel, asked: list[EvalPrompt]) -> list[Answer]:
-        """A model that generation does not serve is trained all the same: the reason stands in every row."""
-        if not asked:
+    def _generate_local_answers(self, model: PreTrainedModel, questions: list[EvalPrompt]) -> list[Answer]:
+        """Answer on this process. If the model cannot generate, training goes on and every row gets the error."""
+        if not questions:
             return []
         try:
             if self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-                raise SFTError("parameters that are divided among processes (FSDP, ZeRO-3) are not generated with")
-            prompts = [one.messages for one in asked]
-            quiet = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
-            return answer_prompts(model, self.template, prompts, self.max_new_tokens, disable_tqdm=quiet)
-        except SFTError as refused:
-            return [Answer("", False, 0, str(refused))] * len(asked)
+                raise SFTError("generation is not supported with sharded parameters (FSDP, ZeRO-3)")
+            prompts = [question.messages for question in questions]
+            disable_tqdm = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
+            return answer_prompts(model, self.template, prompts, self.max_new_tokens, disable_tqdm=disable_tqdm)
+        except SFTError as error:
+            return [Answer("", False, 0, str(error))] * len(questions)
 
-    def _evaluation(self, step: int, seconds: float, table: list[AnswerRow]) -> StepResults:
+    def _build_results(self, step: int, seconds: float, table: list[AnswerRow]) -> StepResults:
         held_out = dict(zip(("nll_nats", "tokens", "correct"), self.trainer.row_loss_sums.T.tolist(), strict=True))
         metrics = compute_held_out_metrics(held_out, self._utf8_bytes) | compute_table_metrics(table)
         complete = len(table) == len(self.questions)
@@ -159,84 +164,87 @@ class EvaluationCallback(TrainerCallback):
     def _utf8_bytes(self) -> int:
         return sum(count_supervised_bytes(labels, self.template) for labels in self.trainer.eval_dataset["labels"])
 
-    def _log(self, found: StepResults) -> None:
-        """To every tracker, beside the loss, perplexity and accuracy, which the trainer has logged already."""
-        logged = {"bits_per_byte": found.metrics["bits_per_byte"], **compute_table_metrics(found.table)}
-        logged["answer_seconds"] = round(found.seconds, 2)
-        self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
+    def _log_metrics(self, results: StepResults) -> None:
+        """Log to every tracker all metrics but loss, perplexity and accuracy, which the trainer has logged already."""
+        metrics = {"bits_per_byte": results.metrics["bits_per_byte"], **compute_table_metrics(results.table)}
+        metrics["answer_seconds"] = round(results.seconds, 2)
+        self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
 
 
 class AnswerBudget:
-    """How many questions an evaluation on the way may ask: seconds of answers / seconds of training is at most `share`.
+    """Limit the time for answers: seconds of intermediate evaluations / seconds of training is at most `share`.
 
-    A question is taken to cost what it did in the evaluation before; what was taken wrongly is paid back later. The
-    number is set at the first evaluation on the way and never rises above that: metrics are of the same questions.
+    A question is estimated to cost what one cost in the previous evaluation; an estimate that was too low is made up
+    for at the next evaluations. The first intermediate evaluation sets the number of questions, and later ones never
+    ask more, so that all metrics are of the same questions.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.training_seconds = self.answer_seconds = 0.0
-        self.seconds_a_question: float | None = None
-        self.planned = 0
+        self.seconds_per_question: float | None = None
+        self.max_questions = 0
 
-    def questions(self) -> int:
-        if self.seconds_a_question is None:
-            return UNMEASURED if self.share else 0
-        room = max(0.0, self.share * self.training_seconds - self.answer_seconds)
-        count = int(room / max(self.seconds_a_question, 1e-9))
-        self.planned = self.planned or count
-        return min(self.planned, count)
+    def count_questions(self) -> int:
+        """Return how many questions the next intermediate evaluation may ask."""
+        if self.seconds_per_question is None:
+            return INITIAL_QUESTIONS if self.share else 0
+        budget = max(0.0, self.share * self.training_seconds - self.answer_seconds)
+        count = int(budget / max(self.seconds_per_question, 1e-9))
+        self.max_questions = self.max_questions or count
+        return min(self.max_questions, count)
 
-    def pay(self, asked: int, seconds: float, on_the_way: bool) -> None:
-        if asked:
-            self.seconds_a_question = seconds / asked
-        if on_the_way:
+    def add_cost(self, num_questions: int, seconds: float, charge: bool) -> None:
+        """Update the cost of a question. charge: whether the seconds count against the budget."""
+        if num_questions:
+            self.seconds_per_question = seconds / num_questions
+        if charge:
             self.answer_seconds += seconds
 
-    def recall(self, earlier: StepResults) -> None:
-        """What an evaluation before the run was interrupted says about the costs, and how many were asked then."""
-        self.pay(len(earlier.table), earlier.seconds, on_the_way=False)
-        if not earlier.complete:
-            self.planned = len(earlier.table) or self.planned
+    def restore(self, results: StepResults) -> None:
+        """Take the cost and the number of questions from an evaluation made before the run was interrupted."""
+        self.add_cost(len(results.table), results.seconds, charge=False)
+        if not results.complete:
+            self.max_questions = len(results.table) or self.max_questions
 
 
 def build_questions(held_out: Dataset | None, sft: SFTArguments) -> list[EvalPrompt]:
-    """The first `num_answers` held-out conversations, then `num_instructions` checkable instructions."""
+    """Return the first `num_answers` held-out conversations, then `num_instructions` verifiable instructions."""
     rows = [] if held_out is None else held_out[: sft.num_answers]["messages"]
     rows = [add_system_prompt(messages, sft.system_prompt) for messages in rows]
     questions = [EvalPrompt(messages[:-1], reference=messages[-1]["content"]) for messages in rows]
-    for one in sample_instructions(sft.num_instructions):
-        messages = add_system_prompt([{"role": "user", "content": one.prompt}], sft.system_prompt)
-        questions.append(EvalPrompt(messages, instruction=one.id))
+    for instruction in sample_instructions(sft.num_instructions):
+        messages = add_system_prompt([{"role": "user", "content": instruction.prompt}], sft.system_prompt)
+        questions.append(EvalPrompt(messages, instruction=instruction.id))
     return questions
 
 
 def select_first(questions: list[EvalPrompt], count: int) -> list[EvalPrompt]:
-    """`count` of the questions: the first held-out ones and the first instructions, in the proportion of the whole."""
-    held_out = [one for one in questions if one.instruction is None]
-    instructions = [one for one in questions if one.instruction is not None]
+    """Return the first held-out questions and the first instructions, `count` together, in the ratio of all."""
+    held_out = [question for question in questions if question.instruction is None]
+    instructions = [question for question in questions if question.instruction is not None]
     count = min(count, len(questions))
-    rows = -(-count * len(held_out) // max(len(questions), 1))
-    return held_out[:rows] + instructions[: count - rows]
+    num_held_out = -(-count * len(held_out) // max(len(questions), 1))
+    return held_out[:num_held_out] + instructions[: count - num_held_out]
 
 
 def count_supervised_bytes(labels: Sequence[int], template: Template) -> int:
-    """UTF-8 bytes of the text that a row's labels spell: its supervised answers, without their stop tokens."""
-    outside = (IGNORED, template.stop_token_id)
-    runs = [list(run) for is_text, run in itertools.groupby(labels, key=lambda label: label not in outside) if is_text]
-    return sum(utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
+    """Count the UTF-8 bytes of the supervised text of a row, without stop tokens."""
+    skipped = (IGNORED, template.stop_token_id)
+    spans = [list(span) for is_text, span in itertools.groupby(labels, lambda label: label not in skipped) if is_text]
+    return sum(utf8_bytes(str(template.tokenizer.decode(span, skip_special_tokens=True))) for span in spans)
 
 
-def describe_results(found: StepResults, questions: int) -> str:
-    """One line: how many were asked and what came of it."""
-    metrics, parts = found.metrics, []
+def describe_results(results: StepResults, num_questions: int) -> str:
+    """Return one line for the terminal: answers, instructions, errors, seconds. num_questions: of all there are."""
+    metrics, parts = results.metrics, []
     if metrics["answers"]:
         parts.append(f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop")
     if metrics["instructions"]:
         parts.append(f"{metrics['instructions_followed_rate']:.0%} of {metrics['instructions']} instructions followed")
     if metrics["answer_errors"]:
-        error = next(row["error"] for row in found.table if row["error"])
+        error = next(row["error"] for row in results.table if row["error"])
         parts.append(f"{metrics['answer_errors']} not answered ({error})")
-    if not found.complete:
-        parts.append(f"the first {len(found.table)} of {questions} questions")
-    return "; ".join([*parts, f"{found.seconds:.0f} s"])
+    if not results.complete:
+        parts.append(f"the first {len(results.table)} of {num_questions} questions")
+    return "; ".join([*parts, f"{results.seconds:.0f} s"])

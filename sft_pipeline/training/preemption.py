@@ -1,4 +1,4 @@
-"""SIGTERM while training: the step is ended and saved before the process ends."""
+"""Handle SIGTERM during training: finish the step and save before the process exits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 
 class SigtermHandler:
-    """While it is entered, SIGTERM is `received` instead of obeyed, so that the step can be ended and saved.
+    """Context manager that sets `received` on SIGTERM instead of ending the process.
 
-    Signals reach the main thread alone: in another one nothing changes.
+    Only the main thread can handle signals; in any other thread this does nothing.
     """
 
     def __init__(self) -> None:
         self.received = False
-        self._before: Any = None
+        self._previous_handler: Any = None
 
     def __enter__(self) -> None:
         self.received = False
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._receive)
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, self._previous_handler or signal.SIG_DFL)
 
     def _receive(self, *signal_and_frame: object) -> None:
         self.received = True

@@ -1,8 +1,9 @@
-"""A process of a distributed run that hangs or is gone: which one, in the place of a library's page of addresses.
+"""Name the ranks that hang or have exited, in one line instead of a library's traceback.
 
-Every collective of torch.distributed waits `ddp_timeout` seconds (of TrainingArguments; 1800) for all processes. Where
-gloo gives up, each process that did arrive says so in the run's store, and whoever is missing there is named. NCCL ends
-the whole process by itself instead, after lines of its own (`Watchdog caught collective operation timeout`).
+Every collective of torch.distributed waits `ddp_timeout` seconds (of TrainingArguments; 1800) for all ranks. When gloo
+times out, each rank that was waiting sets a key in the store of the process group, and the ranks without a key are the
+missing ones. NCCL ends the whole process instead, after log lines of its own (`Watchdog caught collective operation
+timeout`).
 """
 
 from __future__ import annotations
@@ -17,43 +18,47 @@ from torch.distributed import distributed_c10d
 
 from sft_pipeline.utils.errors import SFTError
 
-GAVE_UP = re.compile(r"timed out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
-GRACE = timedelta(seconds=10)  # between the first process that gives up and the last
+TIMEOUT_ERROR = re.compile(r"timed out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+GRACE_PERIOD = timedelta(seconds=10)  # between the timeouts of the first rank and the last
 
 
 @contextmanager
 def report_lost_ranks() -> Iterator[None]:
-    """Raises SFTError that names the ranks that did not arrive where the others had to."""
+    """Raise SFTError naming the ranks that did not reach a collective, in place of its RuntimeError."""
     try:
         yield
     except RuntimeError as error:
         if not is_collective_timeout(error):
             raise
         raise SFTError(
-            f"{_who()}; see its log; ddp_timeout says how long is waited, and checkpoints are kept"
+            f"{_describe_missing_ranks()}; see its log; ddp_timeout sets how long ranks wait; checkpoints are kept"
         ) from error
 
 
 def is_collective_timeout(error: BaseException) -> bool:
-    """Whether a collective waited in vain."""
-    return isinstance(error, RuntimeError) and dist.is_initialized() and bool(GAVE_UP.search(str(error)))
+    """Whether a collective timed out or lost its connection to another rank."""
+    return isinstance(error, RuntimeError) and dist.is_initialized() and bool(TIMEOUT_ERROR.search(str(error)))
 
 
-def _who() -> str:
-    ranks = [str(rank) for rank in find_missing_ranks(GRACE)]
+def _describe_missing_ranks() -> str:
+    ranks = [str(rank) for rank in find_missing_ranks(GRACE_PERIOD)]
     if not ranks:
-        return "the processes lost each other, and all of them still answer: the network failed, or one was too slow"
-    return f"rank {', '.join(ranks)} did not arrive where the other processes wait: it hangs or is gone"
+        return "a collective timed out, but all ranks still respond: the network failed, or a rank was too slow"
+    return f"rank {', '.join(ranks)} did not reach the collective that the other ranks wait in: it hangs or has exited"
 
 
-def find_missing_ranks(grace: timedelta) -> list[int]:
-    """The ranks that do not say within `grace` that they gave up too; rank 0 if the store, which it holds, is gone."""
-    own, names = dist.get_rank(), [f"sft_pipeline/gave_up/{rank}" for rank in range(dist.get_world_size())]
+def find_missing_ranks(grace_period: timedelta) -> list[int]:
+    """Return the ranks that do not report a timeout within the grace period.
+
+    That is rank 0, which holds the store, if the store cannot be reached.
+    """
+    keys = [f"sft_pipeline/timed_out/{rank}" for rank in range(dist.get_world_size())]
+    own_key = keys[dist.get_rank()]
     try:
         store = distributed_c10d._get_default_store()
-        store.set(names[own], "1")
-        with suppress(RuntimeError):  # not all of them came
-            store.wait(names, grace)
-        return [rank for rank, name in enumerate(names) if not store.check([name])]
+        store.set(own_key, "1")
+        with suppress(RuntimeError):  # some keys are missing
+            store.wait(keys, grace_period)
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
     except RuntimeError:
         return [0]

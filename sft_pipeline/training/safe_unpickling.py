@@ -1,8 +1,8 @@
-"""Checkpoints from somebody else: their pickles are data, or refused before anything in them is run.
+"""Refuse pickles in a checkpoint that would run code when they are loaded.
 
-torch reads most of a checkpoint with `weights_only`. Of a sharded one (torch.distributed.checkpoint) it reads two parts
-as any pickle: the file `.metadata`, and each entry that is no tensor, such as a learning rate
-(torch/distributed/checkpoint/default_planner.py, `load_bytes`). These are read here first, under the same rule.
+torch reads most of a checkpoint with `weights_only`. It reads two parts of a sharded one (torch.distributed.checkpoint)
+with plain pickle: the file `.metadata`, and each entry that is not a tensor, such as a learning rate
+(torch/distributed/checkpoint/default_planner.py, `load_bytes`). These are read here first, with the same restriction.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from sft_pipeline.utils.errors import SFTError, format_error
 
-# What the metadata of a sharded checkpoint is made of.
-METADATA_NAMES = {
+# Classes and functions that the metadata of a sharded checkpoint may refer to, by module.
+METADATA_GLOBALS = {
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties _MEM_FORMAT_ENCODING "
     "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
@@ -36,59 +36,61 @@ METADATA_NAMES = {
 
 @contextmanager
 def raise_on_unsafe_pickles(checkpoint: str | bool | None) -> Iterator[None]:
-    """What is read of the checkpoint meanwhile is read by torch's `weights_only` with transformers' list of NumPy's
-    types: tensors, numbers, texts. Raises SFTError for a pickle that names anything else, of which nothing was run.
+    """Raise SFTError if `checkpoint`, loaded inside the context, has a pickle of more than tensors, numbers and text.
+
+    Allowed is what torch's `weights_only` reads, and the NumPy types that transformers adds to it. Nothing of a refused
+    pickle is run.
     """
     for file in Path(checkpoint).rglob(".metadata") if isinstance(checkpoint, str) else ():
-        _check_sharded(file)
+        _check_shard_metadata(file)
     try:
         yield
     except (pickle.UnpicklingError, EOFError) as error:
-        raise _refused(checkpoint, error) from error
+        raise _build_error(checkpoint, error) from error
 
 
-class _Metadata(pickle.Unpickler):
-    """Reads `.metadata` as far as it names what torch itself puts there."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """Load a `.metadata` file; raise UnpicklingError for any global but METADATA_GLOBALS."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            return _member
-        if name in METADATA_NAMES.get(module, "").split():
+            return _get_enum_member
+        if name in METADATA_GLOBALS.get(module, "").split():
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
-def _member(kind: Any, name: str) -> Any:
-    """What early releases of Python 3.11 write for a member of an Enum, and nothing else: getattr(kind, name)."""
-    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
+def _get_enum_member(enum: Any, name: str) -> Any:
+    """Replace `getattr`, with which early releases of Python 3.11 pickle a member of an Enum; refuse any other use."""
+    if not (isinstance(enum, EnumMeta) and name in enum.__members__):
         raise pickle.UnpicklingError("GLOBAL builtins.getattr")
-    return kind[name]
+    return enum[name]
 
 
-def _check_sharded(file: Path) -> None:
-    """Raise SFTError if the metadata in `file`, or an entry beside it that is no tensor, is more than data."""
+def _check_shard_metadata(file: Path) -> None:
+    """Raise SFTError if the metadata in `file`, or a non-tensor entry it describes, is an unsafe pickle."""
     try:
         with file.open("rb") as stream:
-            metadata = _Metadata(stream).load()
-        for index, stored in metadata.storage_data.items():
+            metadata = _MetadataUnpickler(stream).load()
+        for index, storage_info in metadata.storage_data.items():
             if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-                _check_entry(file.parent, stored)
-    except Exception as error:  # a damaged pickle raises whatever its instructions come to
-        raise _refused(file, error) from error
+                _check_entry(file.parent, storage_info)
+    except Exception as error:  # unpickling damaged data can raise anything
+        raise _build_error(file, error) from error
 
 
-def _check_entry(folder: Path, stored: Any) -> None:
-    """`stored` is torch's _StorageInfo: a file in the folder, and which bytes of it."""
-    if getattr(stored, "transform_descriptors", None):
-        raise pickle.UnpicklingError("it is stored in a form that is not torch's own")
-    with (folder / stored.relative_path).open("rb") as stream:
-        stream.seek(stored.offset)
-        torch.load(io.BytesIO(stream.read(stored.length)), weights_only=True)
+def _check_entry(folder: Path, storage_info: Any) -> None:
+    """Load one entry with `weights_only`. storage_info: torch's _StorageInfo, a file in `folder` and a byte range."""
+    if getattr(storage_info, "transform_descriptors", None):
+        raise pickle.UnpicklingError("an entry is stored with a transform, such as compression, which is not supported")
+    with (folder / storage_info.relative_path).open("rb") as stream:
+        stream.seek(storage_info.offset)
+        torch.load(io.BytesIO(stream.read(storage_info.length)), weights_only=True)
 
 
-def _refused(place: object, error: Exception) -> SFTError:
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    reason = f"it names {named[1]}" if named else format_error(error, limit=100)
+def _build_error(path: object, error: Exception) -> SFTError:
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    reason = f"it names {match[1]}" if match else format_error(error, limit=100)
     return SFTError(
-        f"{place}: holds a pickle that is more than data ({reason}); it was not run; go on with a checkpoint of yours"
+        f"{path}: contains an unsafe or damaged pickle ({reason}); it was not run; resume from a checkpoint you trust"
     )

@@ -1,17 +1,17 @@
-"""The trackers that `report_to` names: one run over every resume, told all there is to tell, never in the way.
+"""Log to the trackers named in `report_to`: one tracker run across resumes, and no tracker failure ends training.
 
-    keep_usable(training)                                   # before the trainer is made
-    with tracked(trainer, checkpoint, {"data": accounts}):
+    drop_missing_trackers(training)                         # before the trainer is created
+    with start_trackers(trainer, checkpoint, {"data": stats}):
         trainer.train(resume_from_checkpoint=checkpoint)
 
-transformers' own callbacks log the metrics. Here they are kept from ending the run when they fail, get the run's
-name, which is kept in the output folder, and wandb is begun without ever asking for an account:
+The callbacks of transformers log the metrics. They are wrapped here so that an exception in one only disables that
+tracker. They get the name of the run from a state file in the output folder, and wandb starts without asking for login:
 
-    trackers.json       the run's name (its id at wandb, and without a `run_name` its name at trackio), and the step
-                        up to which they were told all in good order
+    trackers.json       run_name: the id at wandb, and the name at trackio if `run_name` is not set
+                        last_step: the step up to which everything was logged when the run last ended without a kill
 
-Trackers keep what they are told in memory for a while. Of a run that was killed they lack what is not on the disk, so
-the run that goes on tells again what was logged between that step and its checkpoint.
+Trackers buffer what is logged. A killed run loses what was not yet written, so a resumed run logs again what lies
+between `last_step` and its checkpoint.
 """
 
 from __future__ import annotations
@@ -43,129 +43,133 @@ from sft_pipeline.utils.files import write_json
 logger = logging.getLogger(__name__)
 
 TRACKERS_FILE = "trackers.json"
-NOTHING = -1  # is before step 0, at which a model is evaluated
+NO_STEP = -1  # nothing is logged yet, not even the evaluation at step 0
 INSTALL = 'pip install -e ".[track]"'  # wandb and trackio
-BEGIN_SECONDS = 30.0  # to reach wandb's server
-END_SECONDS = 120.0  # for what is not sent yet when the run ends; `wandb sync` sends the rest
-SECRET = re.compile(r"(--[\w-]*token)(=.*)?")
+INIT_TIMEOUT = 30.0  # seconds to reach the server of wandb
+FINISH_TIMEOUT = 120.0  # seconds to upload at the end of the run; `wandb sync` uploads what is missing then
+TOKEN_OPTION = re.compile(r"(--[\w-]*token)(=.*)?")
 
 
 def drop_missing_trackers(training: TrainingArguments) -> None:
-    """Take what is not installed out of `report_to`, in one line each; raises SFTError for what is no tracker."""
-    used = get_trackers(training)
-    for name in list(used):
+    """Remove trackers that are not installed from `report_to`, with a warning. Raises SFTError for an unknown name."""
+    names = get_trackers(training)
+    for name in list(names):
         if name not in INTEGRATION_TO_CALLBACK:
-            raise SFTError(f"report_to: {name} is no tracker; known are {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+            choices = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise SFTError(f"report_to: unknown tracker {name}; choose from {choices}, or none")
         if name not in get_available_reporting_integrations():
             remedy = INSTALL if name in ("wandb", "trackio") else f"pip install {name}"
-            logger.warning("%s is not installed (%s); the run goes on without it", name, remedy)
-            used.remove(name)
-    if "wandb" in used:
-        # Its lines go; ours say where the run is. wandb reads this when it is first used.
+            logger.warning("%s is not installed (%s); training continues without it", name, remedy)
+            names.remove(name)
+    if "wandb" in names:
+        # Instead of wandb's own lines we log one with the address. wandb reads the variable at its first use.
         os.environ.setdefault("WANDB_SILENT", "true")
 
 
 @contextmanager
-def start_trackers(trainer: Trainer, checkpoint: str | None, facts: dict[str, Any]) -> Iterator[None]:
-    """While it is entered, the trackers follow the trainer; `facts` goes to their config beside the arguments."""
-    args, run = trainer.args, _run_name(trainer.args, checkpoint)
-    args.run_name = args.run_name or run
-    guards = _guard(trainer, facts)
-    begun = None
-    if "wandb" in guards and trainer.is_world_process_zero():
-        begun = call_tracker("wandb", args, partial(_begin_wandb, run, args))
-    if "trackio" in guards:
-        logger.info("trackio: %s, project %s; look at it: ./launch.sh dashboard", args.run_name, args.project)
+def start_trackers(trainer: Trainer, checkpoint: str | None, config: dict[str, Any]) -> Iterator[None]:
+    """Start the trackers, and finish them at the end. config: sent to wandb and trackio beside the arguments."""
+    args, run_name = trainer.args, _resolve_run_name(trainer.args, checkpoint)
+    args.run_name = args.run_name or run_name
+    callbacks = _wrap_callbacks(trainer, config)
+    wandb_run = None
+    if "wandb" in callbacks and trainer.is_world_process_zero():
+        wandb_run = call_tracker("wandb", args, partial(_start_wandb, run_name, args))
+    if "trackio" in callbacks:
+        logger.info("trackio: run %s, project %s; view it with ./launch.sh dashboard", args.run_name, args.project)
     status = 1
     try:
         yield
         status = 0
     finally:
-        for one in guards.values():
-            one.close()
-        if begun is not None:
-            call_tracker("wandb", args, partial(_end_wandb, begun, status))
-        _keep(args, run, trainer.state.global_step)
+        for callback in callbacks.values():
+            callback.close()
+        if wandb_run is not None:
+            call_tracker("wandb", args, partial(_finish_wandb, wandb_run, status))
+        _write_state(args, run_name, trainer.state.global_step)
 
 
 def read_last_tracked_step(args: TrainingArguments) -> int:
-    """The step up to which the trackers have been told all, whatever was killed since."""
-    return _kept(get_output_dir(args))["told"]
+    """Return the step up to which the trackers have everything, whatever has been killed since."""
+    return _read_state(get_output_dir(args))["last_step"]
 
 
 def get_trackers(args: TrainingArguments) -> list[str]:
-    """`report_to` as TrainingArguments leaves it: the list itself, which a tracker that fails is taken out of."""
+    """Return the list `report_to` itself, from which a tracker that fails is removed."""
     assert isinstance(args.report_to, list)
     return args.report_to
 
 
 def call_tracker(name: str, args: TrainingArguments, call: Callable[[], Any]) -> Any:
-    """What the tracker's call returns; None if it fails, which takes the tracker out of use in one line."""
+    """Return the result of the call; if it raises, warn, remove the tracker from `report_to` and return None."""
     if name not in get_trackers(args):
         return None
     try:
-        # trackio prints in colour, to whatever it is; what it says is said here.
+        # trackio prints in color, also to a file; what it prints is logged here.
         with redirect_stdout(io.StringIO()) if name == "trackio" else nullcontext():
             return call()
     except Exception as error:
-        logger.warning("%s failed (%s); the run goes on without it", name, format_error(error))
+        logger.warning("%s failed (%s); training continues without it", name, format_error(error))
         get_trackers(args).remove(name)
         return None
 
 
 class GuardedCallback:
-    """A tracker's callback of transformers': called like it, through `attempt`.
+    """Wrap a tracker callback of transformers so that every event goes through `call_tracker`.
 
-    What it does at the end of training waits for `close`: the last evaluation comes after that.
+    `on_train_end` is put off until `close`, since the last evaluation is logged after the end of training.
     """
 
-    def __init__(self, name: str, callback: TrainerCallback, facts: dict[str, Any]) -> None:
-        self.name, self.callback, self.facts = name, callback, facts
-        self._end: Callable[[], Any] = lambda: None
+    def __init__(self, name: str, callback: TrainerCallback, config: dict[str, Any]) -> None:
+        self.name, self.callback, self.config = name, callback, config
+        self._call_train_end: Callable[[], Any] = lambda: None
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         method = getattr(self.callback, event)
-        return lambda args, *rest, **kwargs: call_tracker(self.name, args, partial(method, args, *rest, **kwargs))
+        return lambda args, *more, **kwargs: call_tracker(self.name, args, partial(method, args, *more, **kwargs))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the tracker, send the config, and log again what a resumed run may have lost."""
         call_tracker(self.name, args, partial(self.callback.on_train_begin, args, state, control, **kwargs))
         if not state.is_world_process_zero:
             return
         if self.name in ("wandb", "trackio"):
-            call_tracker(self.name, args, self._tell_facts)
-        told = read_last_tracked_step(args)
+            call_tracker(self.name, args, self._send_config)
+        last_step = read_last_tracked_step(args)
         for entry in state.log_history:
-            if entry["step"] > told:
+            if entry["step"] > last_step:
                 logs = {name: value for name, value in entry.items() if name != "step"}
                 self.on_log(args, replace(state, global_step=int(entry["step"])), control, logs=logs, **kwargs)
 
-    def _tell_facts(self) -> None:
-        importlib.import_module(self.name).config.update(self.facts, allow_val_change=True)
+    def _send_config(self) -> None:
+        importlib.import_module(self.name).config.update(self.config, allow_val_change=True)
 
-    def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        self._end = partial(call_tracker, self.name, args, partial(self.callback.on_train_end, args, *rest, **kwargs))
+    def on_train_end(self, args: TrainingArguments, *more: Any, **kwargs: Any) -> None:
+        call = partial(self.callback.on_train_end, args, *more, **kwargs)
+        self._call_train_end = partial(call_tracker, self.name, args, call)
 
     def close(self) -> None:
-        self._end()
+        """Call the `on_train_end` that was put off, if there was one."""
+        self._call_train_end()
 
 
-def _guard(trainer: Trainer, facts: dict[str, Any]) -> dict[str, GuardedCallback]:
-    """Put a guard in the place of each tracker's callback."""
+def _wrap_callbacks(trainer: Trainer, config: dict[str, Any]) -> dict[str, GuardedCallback]:
+    """Replace each tracker callback of the trainer by a guarded one; return those by tracker name."""
     names = {INTEGRATION_TO_CALLBACK[name]: name for name in get_trackers(trainer.args)}
     callbacks = trainer.callback_handler.callbacks
-    guards = {}
-    for at, one in enumerate(callbacks):
-        if name := names.get(type(one)):
-            guards[name] = callbacks[at] = GuardedCallback(name, one, facts)
+    guarded = {}
+    for index, callback in enumerate(callbacks):
+        if name := names.get(type(callback)):
+            guarded[name] = callbacks[index] = GuardedCallback(name, callback, config)
             if name == "trackio":
-                one._trackio = TrackioWithSteps(one._trackio)
-    return guards
+                callback._trackio = TrackioWithSteps(callback._trackio)
+    return guarded
 
 
 class TrackioWithSteps:
-    """The trackio module, but that a row stands at its training step, where trackio would count the rows."""
+    """The trackio module, except that `log` uses the training step, where trackio would count the calls."""
 
     def __init__(self, trackio: Any) -> None:
         self.trackio = trackio
@@ -177,93 +181,94 @@ class TrackioWithSteps:
         self.trackio.log(metrics, step=metrics["train/global_step"])
 
 
-def _run_name(args: TrainingArguments, checkpoint: str | None) -> str:
-    """The name of the run that the checkpoint is of, or a new one; kept in the output folder."""
+def _resolve_run_name(args: TrainingArguments, checkpoint: str | None) -> str:
+    """Return the run name of the checkpoint's state file, or a new one, and write it to the output folder."""
     folder = get_output_dir(args)
-    # Not drawn from a generator that training draws from.
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.name)[:60]}-{secrets.token_hex(3)}"
-    kept = {"run": name} | _kept(Path(checkpoint).parent if checkpoint else None)
-    _keep(args, kept["run"], kept["told"])
-    return kept["run"]
+    # `secrets` does not draw from a random generator that training uses.
+    run_name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.name)[:60]}-{secrets.token_hex(3)}"
+    state = {"run_name": run_name} | _read_state(Path(checkpoint).parent if checkpoint else None)
+    _write_state(args, state["run_name"], state["last_step"])
+    return state["run_name"]
 
 
-def _kept(folder: Path | None) -> dict[str, Any]:
-    """What a run's folder keeps of its trackers: `run`, where it has one, and `told`."""
+def _read_state(folder: Path | None) -> dict[str, Any]:
+    """Read the state file of a run; without one there is no `run_name`, and `last_step` is NO_STEP."""
     file = folder / TRACKERS_FILE if folder else None
-    return {"told": NOTHING} | (json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {})
+    return {"last_step": NO_STEP} | (json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {})
 
 
-def _keep(args: TrainingArguments, run: str, told: int) -> None:
+def _write_state(args: TrainingArguments, run_name: str, last_step: int) -> None:
     if args.report_to and args.process_index == 0:
-        write_json(get_output_dir(args) / TRACKERS_FILE, {"run": run, "told": told})
+        write_json(get_output_dir(args) / TRACKERS_FILE, {"run_name": run_name, "last_step": last_step})
 
 
-def _begin_wandb(run: str, args: TrainingArguments) -> Any:
-    """Begin the run, or go on with it; offline where there is no account or no server. Says where it is.
+def _start_wandb(run_name: str, args: TrainingArguments) -> Any:
+    """Start or resume the wandb run and log its address; offline without a login or a server.
 
-    None where the caller has begun a run, which is used then, and left open.
+    Returns None if the caller has started a run already, which is used and left open.
     """
     import wandb
 
     if wandb.run is not None:
         return None
     _hide_secrets(sys.argv)
-    chosen = wandb.setup().settings.mode
-    reason = None if chosen in ("offline", "dryrun", "disabled") else _why_not_online(wandb)
+    mode = wandb.setup().settings.mode
+    reason = None if mode in ("offline", "dryrun", "disabled") else _get_login_error(wandb)
     try:
-        begun = _init_wandb(run, args, "offline" if reason else chosen)
+        run = _init_wandb(run_name, args, "offline" if reason else mode)
     except (wandb.Error, OSError) as error:
         reason = format_error(error)
-        begun = _init_wandb(run, args, "offline")
-    if begun.settings.mode in ("offline", "dryrun"):
-        why = f"{reason}; " if reason else ""
-        logger.info("wandb: %soffline; wandb sync %s sends it", why, Path(begun.dir).parent)
-    elif begun.url:
-        logger.info("wandb: %s", begun.url)
-    return begun
+        run = _init_wandb(run_name, args, "offline")
+    if run.settings.mode in ("offline", "dryrun"):
+        prefix = f"{reason}; " if reason else ""
+        logger.info("wandb: %soffline; upload it with wandb sync %s", prefix, Path(run.dir).parent)
+    elif run.url:
+        logger.info("wandb: %s", run.url)
+    return run
 
 
-def _init_wandb(run: str, args: TrainingArguments, mode: Any) -> Any:
+def _init_wandb(run_name: str, args: TrainingArguments, mode: Any) -> Any:
     import wandb
 
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", args.project),
-        id=run,
+        id=run_name,
         name=args.run_name,
         resume="allow",
         mode=mode,
-        settings=wandb.Settings(init_timeout=BEGIN_SECONDS, finish_timeout=END_SECONDS, finish_timeout_raises=True),
+        settings=wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True),
     )
 
 
-def _end_wandb(begun: Any, status: int) -> None:
+def _finish_wandb(run: Any, status: int) -> None:
+    """Upload what is left within FINISH_TIMEOUT, or log how to upload it later. status: the exit code to record."""
     try:
-        begun.finish(exit_code=status)
+        run.finish(exit_code=status)
     except TimeoutError:
-        folder = Path(begun.dir).parent
-        logger.warning("wandb: not all was sent within %.0f s; wandb sync %s sends the rest", END_SECONDS, folder)
+        folder = Path(run.dir).parent
+        logger.warning("wandb: upload not finished in %.0f s; finish it with wandb sync %s", FINISH_TIMEOUT, folder)
 
 
-def _why_not_online(wandb: Any) -> str | None:
-    """Looks for an account, and asks the server whether it is one; never a person."""
+def _get_login_error(wandb: Any) -> str | None:
+    """Log in with a stored key and check it with the server, without a prompt; return why it fails, or None."""
     try:
-        return None if wandb.login(prompt=False) else "no account here: set WANDB_API_KEY or run `wandb login`"
+        return None if wandb.login(prompt=False) else "not logged in: set WANDB_API_KEY or run `wandb login`"
     except wandb.Error as error:
         return format_error(error)
 
 
-def _hide_secrets(words: list[str]) -> None:
-    """wandb keeps the command line."""
-    for at, word in enumerate(words):
-        found = SECRET.fullmatch(word)
-        if found and found[2]:
-            words[at] = f"{found[1]}=***"
-        elif found and at + 1 < len(words):
-            words[at + 1] = "***"
+def _hide_secrets(argv: list[str]) -> None:
+    """Mask tokens in the command line in place, since wandb uploads it."""
+    for index, word in enumerate(argv):
+        option = TOKEN_OPTION.fullmatch(word)
+        if option and option[2]:
+            argv[index] = f"{option[1]}=***"
+        elif option and index + 1 < len(argv):
+            argv[index + 1] = "***"
 
 
 def send_table(rows: list[dict[str, Any]], args: TrainingArguments, step: int) -> None:
-    """To the trackers that take tables and are in use, under the step that transformers' own callbacks give metrics."""
+    """Log a table to the trackers in use that support tables, at the step under which transformers logs metrics."""
     for name in ("wandb", "trackio"):
         if rows:
             call_tracker(name, args, partial(_log_table, name, rows, step))
@@ -271,7 +276,7 @@ def send_table(rows: list[dict[str, Any]], args: TrainingArguments, step: int) -
 
 def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:
     tracker = importlib.import_module(name)
-    # As objects, for a column of texts or truth values would turn None into NaN.
+    # With dtype object, None in a column of strings or booleans does not become NaN.
     frame = pandas.DataFrame(rows, dtype=object)
     row = {"eval/table": tracker.Table(dataframe=frame), "train/global_step": step}
     (TrackioWithSteps(tracker) if name == "trackio" else tracker).log(row)

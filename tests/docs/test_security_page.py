@@ -110,7 +110,7 @@ def test_every_call_that_loads_is_a_safe_one():
     for file, call in [*calls("load"), *calls("safe_load")]:
         told = ast.unparse(call)
         # What torch's own reader of sharded checkpoints runs is told in docs/security.md.
-        safe = told.startswith(("yaml.safe_load(", "_Metadata(", "dcp.load("))
+        safe = told.startswith(("yaml.safe_load(", "_MetadataUnpickler(", "dcp.load("))
         assert safe or "weights_only=True" in told or "_Loader" in told, file
     for forbidden in ("eval", "exec", "compile_restricted", "system", "popen", "read_pickle", "load_from_disk"):
         hits = [hit for hit in calls(forbidden) if not ast.unparse(hit[1].func).endswith((".eval", "re.compile"))]
@@ -223,7 +223,7 @@ def test_a_member_of_an_enum_is_data_as_python_3_11_2_writes_it(name):
         def __reduce__(self) -> tuple:
             return getattr, (_MEM_FORMAT_ENCODING, name)
 
-    metadata = safe_unpickling._Metadata(io.BytesIO(pickle.dumps(Written())))
+    metadata = safe_unpickling._MetadataUnpickler(io.BytesIO(pickle.dumps(Written())))
     if name == "TORCH_CHANNELS_LAST":
         assert metadata.load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
     else:

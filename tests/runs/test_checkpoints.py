@@ -245,8 +245,8 @@ def test_a_failed_save_is_one_line_and_removes_no_older_checkpoint(failure, whol
     target, function, why = FAILURES[failure]
     checkpoint = tmp_path / "checkpoint-3"
     with pytest.MonkeyPatch.context() as patch:
-        message = rf"^{checkpoint}: could not be saved \({why}\); older checkpoints are kept, "
-        message += "--resume_from_checkpoint auto"
+        remedy = "older checkpoints are kept, resume with --resume_from_checkpoint auto"
+        message = rf"^{checkpoint}: could not be saved \({why}\); {remedy}"
         with pytest.raises(SFTError, match=message):
             build(tmp_path, [FailAt(patch, target, function)], save_total_limit=1).train()
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not checkpoint.exists()
@@ -274,7 +274,7 @@ def test_sigterm_saves_the_step_and_a_resumed_run_is_the_same(save_steps, whole,
     handler = signal.getsignal(signal.SIGTERM)
     checkpoint = tmp_path / "checkpoint-3"
     with pytest.raises(
-        RunPreempted, match=f"^SIGTERM: saved {checkpoint}; --resume_from_checkpoint auto goes on with it$"
+        RunPreempted, match=f"^SIGTERM: saved {checkpoint}; resume with --resume_from_checkpoint auto$"
     ) as preempted:
         build(tmp_path, [Terminate(3)], save_steps=save_steps).train()
     assert preempted.value.status == 75 == os.EX_TEMPFAIL
@@ -361,15 +361,15 @@ class Poison(TrainerCallback):
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_nan_loss_stops_the_run_names_its_rows_and_keeps_the_last_checkpoint(saved, tmp_path):
     trainer = build(tmp_path, [Poison()], save_strategy="steps" if saved else "no", save_total_limit=1)
-    rows = trainer.training_batches().split_epoch(1)[1].tolist()
+    rows = trainer.build_batch_sampler().split_epoch(1)[1].tolist()
     numbers = ", ".join(map(str, rows))
-    kept_text = f"{tmp_path / 'checkpoint-4'} is from before" if saved else "no checkpoint was saved before"
+    last_checkpoint = f"the last checkpoint is {tmp_path / 'checkpoint-4'}" if saved else "no checkpoint was saved"
     with pytest.raises(SFTError) as raised:
         trainer.train()
     assert raised.value.status == 2
     assert str(raised.value) == (
-        f"step 5: the loss is nan, in training rows {numbers} (see {tmp_path / 'diverged.jsonl'}); {kept_text}; "
-        "lower learning_rate or max_grad_norm, or look at these rows"
+        f"step 5: the loss is nan, in training rows {numbers} (see {tmp_path / 'diverged.jsonl'}); {last_checkpoint}; "
+        "lower learning_rate or max_grad_norm, or check these rows"
     )
     lines = [json.loads(line) for line in (tmp_path / "diverged.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == rows
@@ -383,8 +383,7 @@ def test_an_exploding_loss_stops_the_run_and_is_not_saved(tmp_path):
             if state.global_step == 2:
                 model.lm_head.weight.data *= 1e3
 
-    message = r"^step 3: the loss exploded: \d+\.\d nats a token, where guessing evenly has 4\.6, "
-    message += r"in training rows \d+, "
+    message = r"^step 3: the loss exploded: \d+\.\d nats per token, a uniform guess has 4\.6, in training rows \d+, "
     with pytest.raises(SFTError, match=message):
         build(tmp_path, [Explode()]).train()
     assert (
@@ -398,22 +397,22 @@ def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
             if state.global_step == 1:
                 next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
 
-    message = r"^step 2: the loss is \d+\.\d{3}, but the norm of its gradient is nan, in training rows"
+    message = r"^step 2: the loss is \d+\.\d{3}, but the gradient norm is nan, in training rows"
     with pytest.raises(SFTError, match=message):
         build(tmp_path, [Hook()]).train()
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_what_is_divergence():
-    assert detect_divergence(9.0, 1e9, vocabulary=100) is None
+    assert detect_divergence(9.0, 1e9, vocab_size=100) is None
     assert detect_divergence(float("inf"), 1.0, 100) == "the loss is inf"
-    assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the norm of its gradient is inf"
-    assert detect_divergence(9.3, 1.0, 100) == "the loss exploded: 9.3 nats a token, where guessing evenly has 4.6"
+    assert detect_divergence(1.0, float("inf"), 100) == "the loss is 1.000, but the gradient norm is inf"
+    assert detect_divergence(9.3, 1.0, 100) == "the loss exploded: 9.3 nats per token, a uniform guess has 4.6"
 
 
 def test_many_rows_are_not_all_named(tmp_path):
     assert ", 18, 19 and 5 more (see " in describe_divergence(tmp_path, 1, "the loss is nan", list(range(25)))
-    assert "the loss is nan, in rows of unknown numbers; no" in describe_divergence(tmp_path, 1, "the loss is nan", [])
+    assert "the loss is nan, in unknown training rows; no" in describe_divergence(tmp_path, 1, "the loss is nan", [])
 
 
 # The checkpoint to resume from.
@@ -499,9 +498,7 @@ def test_sigterm_exits_with_status_75_and_auto_resumes(config, tmp_path):
     status, _, errors = run.wait(60)
     assert status == 75, errors
     last = errors.splitlines()[-1]
-    match = re.fullmatch(
-        r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); --resume_from_checkpoint auto goes on with it", last
-    )
+    match = re.fullmatch(r"sft-pipeline: SIGTERM: saved (\S+-(\d+)); resume with --resume_from_checkpoint auto", last)
     assert match and find_newest_checkpoint(tmp_path / "out") == match[1] and "Traceback" not in errors
     status, _, errors = Command(["train", config, *keys, f"--max_steps={int(match[2]) + 2}"], ROOT, tmp_path).wait()
     assert status == 0, errors

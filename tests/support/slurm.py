@@ -1,6 +1,6 @@
-"""A Slurm of the tests' own: munged, slurmctld and one slurmd a node, all on this machine and in one temporary folder.
+"""A Slurm cluster for tests: munged, slurmctld and one slurmd per node, on this machine and in a temporary folder.
 
-The nodes are called by addresses of the loopback network: names that can be resolved, as those of a cluster can.
+The nodes are named by loopback addresses, since node names have to resolve.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NODES = ("127.0.0.1", "127.0.0.2")
-# 5 is the least that Slurm takes for cred_expire, which is also how long a requeued job waits (120 s by default).
+# A requeued job waits for cred_expire (120 s by default); 5 is the minimum.
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -48,9 +48,11 @@ PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 """
 
 
-def why_no_slurm() -> str | None:
-    """What is missing for a cluster on this machine, or None."""
-    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name, path=_path())]
+def get_missing_requirements() -> str | None:
+    """Return what this machine lacks to run a cluster, or None."""
+    missing = [
+        name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name, path=_build_path())
+    ]
     if missing:
         return f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)"
     return None if os.geteuid() == 0 else "slurmd has to be started by root"
@@ -60,39 +62,39 @@ class Slurm:
     """A running cluster, whose partition `urgent` preempts the jobs of the default one."""
 
     def __init__(self, folder: Path) -> None:
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _build_path()}
 
-    def run(self, *command: str | Path, folder: Path = ROOT, **more: str) -> str:
-        """What one of Slurm's commands prints, called from `folder`; `more` goes to its environment."""
-        words, environment = [*map(str, command)], self.environment | more
-        found = subprocess.run(
-            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    def run(self, *command: str | Path, folder: Path = ROOT, **variables: str) -> str:
+        """Run a command of Slurm in `folder` and return its output. variables: added to its environment."""
+        arguments, environment = [*map(str, command)], self.environment | variables
+        result = subprocess.run(
+            arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
-        assert found.returncode == 0, found.stderr
-        return found.stdout.strip()
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
-    def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED ..."""
-        return self.field(job, "JobState")
+    def get_state(self, job: str) -> str:
+        """Return the job state: PENDING, RUNNING, COMPLETED ..."""
+        return self.get_field(job, "JobState")
 
-    def field(self, job: str, name: str) -> str:
-        """A field of `scontrol show job`."""
+    def get_field(self, job: str, name: str) -> str:
+        """Return a field of `scontrol show job`."""
         fields = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return next(field.removeprefix(f"{name}=") for field in fields if field.startswith(f"{name}="))
 
 
-def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
-    """Until `what()` is true."""
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    """Wait until `condition()` is true; fail after so many seconds."""
     end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Slurm]:
-    """Started in `folder`, and gone with all its jobs at the end."""
-    ports = _free_ports(1 + len(NODES))
+def start_cluster(folder: Path) -> Iterator[Slurm]:
+    """Start a cluster in `folder`; at the end cancel all jobs and stop it."""
+    ports = _find_free_ports(1 + len(NODES))
     nodes = "".join(
         f"NodeName={node} NodeHostname={socket.gethostname()} CPUs=4 Port={port} State=UNKNOWN\n"
         for node, port in zip(NODES, ports[1:])
@@ -106,11 +108,11 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     with ExitStack() as daemons:
         munge = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
         options = [f"--{option}={folder}/munge.{name}" for option, name in munge.items()]
-        daemons.enter_context(_daemon(slurm, "munged", "--foreground", "--force", *options))
+        daemons.enter_context(_start_daemon(slurm, "munged", "--foreground", "--force", *options))
         wait_for((folder / "munge.socket").exists)
-        daemons.enter_context(_daemon(slurm, "slurmctld", "-D"))
+        daemons.enter_context(_start_daemon(slurm, "slurmctld", "-D"))
         for node in NODES:
-            daemons.enter_context(_daemon(slurm, "slurmd", "-D", "-N", node))
+            daemons.enter_context(_start_daemon(slurm, "slurmd", "-D", "-N", node))
         wait_for(lambda: slurm.run("sinfo", "--noheader", "--format=%T %D") == f"idle {len(NODES)}")
         yield slurm
         slurm.run("scancel", "--state=PENDING")
@@ -119,9 +121,9 @@ def cluster(folder: Path) -> Iterator[Slurm]:
 
 
 @contextmanager
-def _daemon(slurm: Slurm, *command: str) -> Iterator[None]:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=slurm.environment, **quiet)
+def _start_daemon(slurm: Slurm, *command: str) -> Iterator[None]:
+    no_output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=slurm.environment, **no_output)
     try:
         yield
     finally:
@@ -129,14 +131,14 @@ def _daemon(slurm: Slurm, *command: str) -> Iterator[None]:
         process.wait(30)
 
 
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as open_ones:
-        sockets = [open_ones.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def _find_free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
 
 
-def _path() -> str:
-    """Debian has the daemons where only root looks."""
+def _build_path() -> str:
+    """Return PATH with /usr/sbin, where Debian installs the daemons."""
     return f"{os.environ['PATH']}:/usr/sbin"

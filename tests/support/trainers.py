@@ -1,4 +1,4 @@
-"""A tiny model, random rows and a trainer over them."""
+"""A tiny model, random rows and a trainer for them."""
 
 import torch
 from datasets import Dataset
@@ -19,20 +19,22 @@ IGNORED, VOCABULARY = -100, 97
 COLLATORS = {"padded": PaddingCollator(0), "packed": PackedCollator()}
 
 
-def make_model(**more) -> LlamaForCausalLM:
+def make_model(**config) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **sizes, **ends, **more))
+    special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **sizes, **special_tokens, **config)
+    )
     patch_loss_forward(model)
     use_packed_attention(model)
     return model
 
 
 def make_rows(lengths: list[tuple[int, int]], seed: int = 3) -> Dataset:
-    """Rows of (given, trained) tokens, random but for a common start of two."""
-    random = torch.Generator().manual_seed(seed)
-    ids = [[1, 2, *torch.randint(3, VOCABULARY, (g + t,), generator=random).tolist()] for g, t in lengths]
+    """Return random rows with a common prefix of two tokens. lengths: (prompt, trained) tokens of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [[1, 2, *torch.randint(3, VOCABULARY, (g + t,), generator=generator).tolist()] for g, t in lengths]
     labels = [[IGNORED] * (len(row) - t - 1) + row[len(row) - t :] + [IGNORED] for row, (_, t) in zip(ids, lengths)]
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 

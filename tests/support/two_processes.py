@@ -1,12 +1,12 @@
-"""The rows and sizes of runs in two processes."""
+"""Rows and sizes for runs with two processes."""
 
 from support.trainers import make_rows
 
 PROCESSES, STEPS = 2, 10
 
-# 17 rows, 8 a step: the third and last step of an epoch has one row, so that one of two processes has none.
-GIVEN_AND_TRAINED = [(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6, 5), (9, 1), (1, 1), (3, 17), (2, 2)]
+# 17 rows, 8 per step: the third and last step of an epoch has one row, so one of two processes has none.
+LENGTHS = [(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6, 5), (9, 1), (1, 1), (3, 17), (2, 2)]
 
-ROWS = make_rows([*GIVEN_AND_TRAINED, (8, 4), (2, 11), (1, 3), (5, 6), (4, 1)])
+ROWS = make_rows([*LENGTHS, (8, 4), (2, 11), (1, 3), (5, 6), (4, 1)])
 
 HELD_OUT = make_rows([(3, 9), (2, 12), (4, 1), (1, 5), (6, 2)], seed=4)

@@ -1,4 +1,4 @@
-"""Answers while training: what is asked, logged and kept, at what cost, and that training does not notice."""
+"""Evaluation during training: questions, logs, files and cost, and no effect on training."""
 
 import json
 import math
@@ -35,7 +35,7 @@ from sft_pipeline.train import train
 from sft_pipeline.training import evaluation_callback as callback_module
 from sft_pipeline.training.builder import build_trainer
 from sft_pipeline.training.evaluation_callback import (
-    UNMEASURED,
+    INITIAL_QUESTIONS,
     AnswerBudget,
     EvaluationCallback,
     build_questions,
@@ -47,12 +47,12 @@ from sft_pipeline.utils.errors import SFTError
 
 ROOT = Path(__file__).parents[2]
 SYSTEM = "You are 冬瓜."
-ROWS, ASKED, INSTRUCTIONS = 5, 4, 3
+ROWS, NUM_ANSWERS, NUM_INSTRUCTIONS = 5, 4, 3
 
 
 @pytest.fixture(scope="module")
 def config(model_folder, tmp_path_factory) -> Path:
-    """Evaluations at the steps 0, 2 and 4, checkpoints at 2 and 4; time enough for every question at each."""
+    """Config with evaluations at steps 0, 2 and 4 that ask every question, and checkpoints at 2 and 4."""
     folder = tmp_path_factory.mktemp("config")
     rows = [
         {"instruction": f"Say {word} {count} times.", "input": "", "output": " ".join([word] * count) + "。"}
@@ -66,8 +66,8 @@ def config(model_folder, tmp_path_factory) -> Path:
         "held_out": ROWS,
         "template": "role",
         "system_prompt": SYSTEM,
-        "num_answers": ASKED,
-        "num_instructions": INSTRUCTIONS,
+        "num_answers": NUM_ANSWERS,
+        "num_instructions": NUM_INSTRUCTIONS,
         "max_new_tokens": 6,
         "eval_answer_share": 1000,
         "max_steps": 4,
@@ -97,72 +97,79 @@ def run(config, tmp_path_factory) -> tuple[Path, dict]:
     return folder, run_train(config, folder)
 
 
-def evaluations(folder: Path) -> dict[str, dict]:
+def load_evaluations(folder: Path) -> dict[str, dict]:
     files = sorted((folder / EVALUATION_DIR).iterdir())
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
-# What is asked and kept.
+# Questions and files.
 
 
-def test_a_file_an_evaluation(run):
-    kept = evaluations(run[0])
-    assert list(kept) == ["step_000000", "step_000002", "step_000004"]
-    for name, one in kept.items():
-        assert (one["step"], one["complete"], len(one["table"])) == (int(name[-6:]), True, ASKED + INSTRUCTIONS)
-        assert one["seconds"] > 0
+def test_each_evaluation_writes_a_file(run):
+    results = load_evaluations(run[0])
+    assert list(results) == ["step_000000", "step_000002", "step_000004"]
+    for name, result in results.items():
+        assert (result["step"], result["complete"]) == (int(name[-6:]), True)
+        assert len(result["table"]) == NUM_ANSWERS + NUM_INSTRUCTIONS and result["seconds"] > 0
 
 
-def test_the_table_asks_held_out_prompts_and_instructions_and_has_the_models_answers(run, config):
+def test_the_table_has_held_out_prompts_and_instructions_with_the_answers_of_the_model(run, config):
     folder, _ = run
     _, held_out = load_conversations(parse_config(str(config), [])[0])
-    rows, told = held_out["messages"][:ASKED], sample_instructions(INSTRUCTIONS)
-    prompts = [row[-2]["content"] for row in rows] + [one.prompt for one in told]
+    rows, instructions = held_out["messages"][:NUM_ANSWERS], sample_instructions(NUM_INSTRUCTIONS)
+    prompts = [row[-2]["content"] for row in rows] + [instruction.prompt for instruction in instructions]
     template = build_template("role", AutoTokenizer.from_pretrained(folder))
-    asked = [add_system_prompt([{"role": "user", "content": prompt}], SYSTEM) for prompt in prompts]
-    expected = answer_prompts(AutoModelForCausalLM.from_pretrained(folder), template, asked, 6)
-    table = evaluations(folder)["step_000004"]["table"]
+    messages = [add_system_prompt([{"role": "user", "content": prompt}], SYSTEM) for prompt in prompts]
+    expected = answer_prompts(AutoModelForCausalLM.from_pretrained(folder), template, messages, 6)
+    table = load_evaluations(folder)["step_000004"]["table"]
     assert [row["prompt"] for row in table] == prompts
-    assert [row["reference"] for row in table] == [row[-1]["content"] for row in rows] + [None] * INSTRUCTIONS
-    assert [row["instruction"] for row in table] == [None] * ASKED + [one.id for one in told]
-    found = [(row["answer"], row["stopped"], row["tokens"], row["error"]) for row in table]
-    assert found == [(one.text, one.stopped, one.tokens, None) for one in expected]
-    assert [row["followed"] for row in table[:ASKED]] == [None] * ASKED
-    assert [row["followed"] for row in table[ASKED:]] == [
-        follows(one, row["answer"]) for one, row in zip(told, table[ASKED:])
+    assert [row["reference"] for row in table] == [row[-1]["content"] for row in rows] + [None] * NUM_INSTRUCTIONS
+    assert [row["instruction"] for row in table] == [None] * NUM_ANSWERS + [
+        instruction.id for instruction in instructions
+    ]
+    answers = [(row["answer"], row["stopped"], row["tokens"], row["error"]) for row in table]
+    assert answers == [(answer.text, answer.stopped, answer.tokens, None) for answer in expected]
+    assert [row["followed"] for row in table[:NUM_ANSWERS]] == [None] * NUM_ANSWERS
+    assert [row["followed"] for row in table[NUM_ANSWERS:]] == [
+        follows(instruction, row["answer"]) for instruction, row in zip(instructions, table[NUM_ANSWERS:])
     ]
 
 
-def plain_figures(one: dict) -> dict[str, float]:
-    """From the file alone, by the definitions; the metrics left out here have their own tests with their functions."""
-    rows = [row for row in one["table"] if row["instruction"] is None]
-    told = [row for row in one["table"] if row["instruction"]]
-    nll, tokens, correct = (sum(one["held_out"][name]) for name in ("nll_nats", "tokens", "correct"))
+def compute_expected_metrics(results: dict) -> dict[str, float]:
+    """Compute metrics from a file by their definitions; the other metrics are tested with their functions."""
+    rows = [row for row in results["table"] if row["instruction"] is None]
+    instructions = [row for row in results["table"] if row["instruction"]]
+    nll, tokens, correct = (sum(results["held_out"][name]) for name in ("nll_nats", "tokens", "correct"))
     answers, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
     return {
         "answers": len(rows),
-        "instructions": len(told),
+        "instructions": len(instructions),
         "answer_errors": 0,
         "nll_nats_per_token": nll / tokens,
         "perplexity": math.exp(nll / tokens),
-        "bits_per_byte": nll / math.log(2) / one["utf8_bytes"],
+        "bits_per_byte": nll / math.log(2) / results["utf8_bytes"],
         "token_accuracy": correct / tokens,
         "stop_rate": sum(row["stopped"] for row in rows) / len(rows),
         "cap_rate": sum(not row["stopped"] for row in rows) / len(rows),
         "loop_rate": sum(map(is_loop, answers)) / len(rows),
         "bleu_percent": sacrebleu.corpus_bleu(answers, [references], tokenize="zh", force=True).score,
         "chrf_percent": sacrebleu.corpus_chrf(answers, [references]).score,
-        "instructions_followed_rate": sum(row["followed"] for row in told) / len(told),
+        "instructions_followed_rate": sum(row["followed"] for row in instructions) / len(instructions),
     }
 
 
-def test_every_figure_can_be_computed_again_from_the_file(run):
-    for one in evaluations(run[0]).values():
-        for name, value in plain_figures(one).items():
-            assert one["metrics"][name] == pytest.approx(value, rel=1e-12), name
-        assert callback_module.compute_table_metrics(one["table"]).items() <= one["metrics"].items()
-        assert one["metrics"].keys() >= {"rep_4_share", "distinct_2_share", "prompt_echo_share", "answer_length_ratio"}
-        assert one["metrics"].keys() >= {
+def test_every_metric_can_be_computed_from_the_file(run):
+    for results in load_evaluations(run[0]).values():
+        for name, value in compute_expected_metrics(results).items():
+            assert results["metrics"][name] == pytest.approx(value, rel=1e-12), name
+        assert callback_module.compute_table_metrics(results["table"]).items() <= results["metrics"].items()
+        assert results["metrics"].keys() >= {
+            "rep_4_share",
+            "distinct_2_share",
+            "prompt_echo_share",
+            "answer_length_ratio",
+        }
+        assert results["metrics"].keys() >= {
             "rouge_l_f1",
             "exact_match_rate",
             "word_f1",
@@ -170,53 +177,57 @@ def test_every_figure_can_be_computed_again_from_the_file(run):
         }
 
 
-def test_the_figures_are_logged_at_their_step_beside_the_loss(run):
+def test_the_metrics_are_logged_at_their_step(run):
     folder, results = run
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = {entry["step"]: entry for entry in history if "eval_answers" in entry}
     losses = {entry["step"]: entry for entry in history if "eval_loss" in entry}
-    for one in evaluations(folder).values():
-        entry, loss = logged[one["step"]], losses[one["step"]]
-        beside = {"nll_nats_per_token": "loss", "perplexity": "perplexity", "token_accuracy": "token_accuracy"}
-        for name, value in one["metrics"].items():
-            if name in beside:
-                assert loss[f"eval_{beside[name]}"] == pytest.approx(value, rel=1e-12)
+    for evaluation in load_evaluations(folder).values():
+        entry, loss = logged[evaluation["step"]], losses[evaluation["step"]]
+        logged_by_trainer = {
+            "nll_nats_per_token": "loss",
+            "perplexity": "perplexity",
+            "token_accuracy": "token_accuracy",
+        }
+        for name, value in evaluation["metrics"].items():
+            if name in logged_by_trainer:
+                assert loss[f"eval_{logged_by_trainer[name]}"] == pytest.approx(value, rel=1e-12)
             else:
                 assert entry[f"eval_{name}"] == value
-        assert entry["eval_answer_seconds"] == pytest.approx(one["seconds"], abs=0.006)
+        assert entry["eval_answer_seconds"] == pytest.approx(evaluation["seconds"], abs=0.006)
     assert len(logged) == len(losses) == 3
-    assert results["metrics"] == evaluations(folder)["step_000004"]["metrics"]
+    assert results["metrics"] == load_evaluations(folder)["step_000004"]["metrics"]
 
 
 @pytest.mark.parametrize("train_on", ["all", "last"])
 @pytest.mark.parametrize("name", ["role", "chat"])
-def test_bytes_are_those_of_the_supervised_answers(name, train_on, tokenizer):
+def test_count_supervised_bytes(name, train_on, tokenizer):
     template = build_template(name, tokenizer)
-    talk = ["Hi", "Hello, 你好!", "Spell the stop token", "It is <|im_end|>.", "Bye", "再见"]
-    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(talk)]
+    texts = ["Hi", "Hello, 你好!", "Spell the stop token", "It is <|im_end|>.", "Bye", "再见"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     _, labels = build_input_ids_and_labels(template.render([messages], train_on)[0])
-    answers = talk[1::2] if train_on == "all" else talk[-1:]
+    answers = texts[1::2] if train_on == "all" else texts[-1:]
     assert count_supervised_bytes(labels, template) == sum(len(text.encode()) for text in answers)
     # An answer cut by the length limit has no stop token.
-    cut = labels[: max(at for at, label in enumerate(labels) if label == template.stop_token_id)]
+    cut = labels[: max(i for i, label in enumerate(labels) if label == template.stop_token_id)]
     assert count_supervised_bytes(cut, template) == count_supervised_bytes(labels, template)
 
 
-def test_instructions_are_sampled_fairly():
-    everything = sample_instructions(1000)
-    assert sorted(one.id for one in everything) == sorted(one.id for one in load_instructions())
-    groups = {(one.language, one.category) for one in load_instructions()}
+def test_instructions_are_sampled_evenly_from_languages_and_categories():
+    instructions = sample_instructions(1000)
+    assert sorted(item.id for item in instructions) == sorted(item.id for item in load_instructions())
+    groups = {(item.language, item.category) for item in load_instructions()}
     for count in range(1, 3 * len(groups) + 1):
-        taken = [(one.language, one.category) for one in sample_instructions(count)]
-        assert len(taken) == count
-        assert max(map(taken.count, groups)) - min(map(taken.count, groups)) <= 1
+        sample = [(item.language, item.category) for item in sample_instructions(count)]
+        assert len(sample) == count
+        assert max(map(sample.count, groups)) - min(map(sample.count, groups)) <= 1
 
 
-# Errors in rows.
+# Rows with errors.
 
 
-def with_positions(config: Path, folder: Path, positions: int) -> list[str]:
-    """Overrides for a copy of the tiny model with so many positions."""
+def limit_positions(config: Path, folder: Path, positions: int) -> list[str]:
+    """Copy the tiny model with another number of positions; return config overrides for it."""
     source = Path(yaml.safe_load(config.read_text())["model_name_or_path"])
     shutil.copytree(source, folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -224,7 +235,7 @@ def with_positions(config: Path, folder: Path, positions: int) -> list[str]:
     return ["--model_name_or_path", str(folder), "--max_steps", "1", "--save_strategy", "no"]
 
 
-def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tmp_path):
+def test_prompts_longer_than_the_context_have_an_error_in_the_table(config, tmp_path):
     lengths = []
     template = build_template(
         "role", AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["model_name_or_path"])
@@ -233,52 +244,51 @@ def test_prompts_over_the_context_stand_in_the_table_with_their_error(config, tm
     for question in build_questions(load_conversations(sft)[1], sft):
         lengths.append(len(template.encode_prompt(question.messages)))
     limit = sorted(lengths)[len(lengths) // 2] + 6
-    results = run_train(config, tmp_path / "out", *with_positions(config, tmp_path / "model", limit))
-    one = evaluations(tmp_path / "out")["step_000001"]
+    results = run_train(config, tmp_path / "out", *limit_positions(config, tmp_path / "model", limit))
+    evaluation = load_evaluations(tmp_path / "out")["step_000001"]
     refused = [length + 6 > limit for length in lengths]
     assert any(refused) and not all(refused)
-    assert [row["error"] is not None for row in one["table"]] == refused
-    for row in one["table"]:
+    assert [row["error"] is not None for row in evaluation["table"]] == refused
+    for row in evaluation["table"]:
         if row["error"]:
             message = f"new tokens exceed the limit of {limit}: shorten the prompt or reduce max_new_tokens"
             assert row["error"].endswith(message) and row["answer"] == ""
-    assert one["metrics"]["answer_errors"] == sum(refused)
-    assert one["metrics"]["answers"] == ASKED - sum(refused[:ASKED])
-    assert results["before_and_after"]["stop_rate"]["items"] == ASKED - sum(refused[:ASKED])
-    assert [bool(one["error"]) for one in results["answers"]] == refused[:ASKED]
+    assert evaluation["metrics"]["answer_errors"] == sum(refused)
+    assert evaluation["metrics"]["answers"] == NUM_ANSWERS - sum(refused[:NUM_ANSWERS])
+    assert results["before_and_after"]["stop_rate"]["items"] == NUM_ANSWERS - sum(refused[:NUM_ANSWERS])
+    assert [bool(answer["error"]) for answer in results["answers"]] == refused[:NUM_ANSWERS]
 
 
-def test_a_model_that_cannot_generate_is_trained_all_the_same(config, tmp_path, monkeypatch, caplog):
+def test_a_model_that_cannot_generate_is_trained(config, tmp_path, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise SFTError("Mamba: no")
 
     monkeypatch.setattr(callback_module, "answer_prompts", refuse)
     results = run_train(config, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
-    one = evaluations(tmp_path / "out")["step_000001"]
-    assert [row["error"] for row in one["table"]] == ["Mamba: no"] * (ASKED + INSTRUCTIONS)
-    assert one["metrics"]["answers"] == 0 and one["metrics"]["bits_per_byte"] > 0
+    evaluation = load_evaluations(tmp_path / "out")["step_000001"]
+    assert [row["error"] for row in evaluation["table"]] == ["Mamba: no"] * (NUM_ANSWERS + NUM_INSTRUCTIONS)
+    assert evaluation["metrics"]["answers"] == 0 and evaluation["metrics"]["bits_per_byte"] > 0
     assert list(results["before_and_after"]) == ["nll_nats_per_token"]
 
 
-def test_parameters_in_parts_are_not_generated_with(trainer):
+def test_sharded_parameters_do_not_generate(trainer):
     trainer.is_fsdp_enabled = True
-    found = trainer.answering._share(trainer.model, trainer.answering.questions[:2])
-    assert [one.error for one in found] == [
-        "parameters that are divided among processes (FSDP, ZeRO-3) are not generated with"
-    ] * 2
+    answers = trainer.evaluation._generate_local_answers(trainer.model, trainer.evaluation.questions[:2])
+    message = "generation is not supported with sharded parameters (FSDP, ZeRO-3)"
+    assert [answer.error for answer in answers] == [message] * 2
 
 
-def test_references_without_words_cost_no_run():
+def test_references_without_words_have_no_bleu():
     rows = [{"instruction": None, "prompt": "p", "reference": "?!", "answer": "a", "stopped": True, "error": None}]
     metrics = callback_module.compute_table_metrics(rows)
     assert metrics["stop_rate"] == 1 and "bleu_percent" not in metrics
 
 
-# Training does not notice.
+# No effect on training.
 
 
 @pytest.mark.parametrize(("dropout", "packing"), [(0.0, "true"), (0.2, "true"), (0.2, "false")])
-def test_training_gives_the_same_bits_without_it(dropout, packing, config, tmp_path, monkeypatch):
+def test_training_computes_the_same_bits_without_the_callback(dropout, packing, config, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(yaml.safe_load(config.read_text())["model_name_or_path"], model)
     settings = json.loads((model / "config.json").read_text()) | {"attention_dropout": dropout}
@@ -286,12 +296,12 @@ def test_training_gives_the_same_bits_without_it(dropout, packing, config, tmp_p
     keys = ["--packing", packing, "--model_name_or_path", str(model), "--eval_steps", "1", "--max_steps", "3"]
     keys += ["--save_strategy", "no"]
     run_train(config, tmp_path / "with", *keys)
-    assert len(evaluations(tmp_path / "with")) == 4
+    assert len(load_evaluations(tmp_path / "with")) == 4
     monkeypatch.setattr(EvaluationCallback, "on_evaluate", lambda *args, **kwargs: None)
     run_train(config, tmp_path / "without", *keys)
     assert not (tmp_path / "without" / EVALUATION_DIR).exists()
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
     history = [
         json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("with", "without")
     ]
@@ -301,19 +311,19 @@ def test_training_gives_the_same_bits_without_it(dropout, packing, config, tmp_p
 
 @pytest.fixture
 def trainer(config, tmp_path, tiny_model, make_tokenizer):
-    """A trainer with the callback as its `answering`, evaluated once."""
+    """A trainer with the callback as its `evaluation`, evaluated once."""
     sft, training = parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--report_to", "none"])
     template = build_template("role", make_tokenizer())
     data = prepare_data(sft, template)
     trainer = build_trainer(sft, training, tiny_model, template, data)
-    trainer.answering = EvaluationCallback(trainer, template, data.held_out_messages, sft)
-    trainer.add_callback(trainer.answering)
+    trainer.evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
+    trainer.add_callback(trainer.evaluation)
     trainer.evaluate()
     return trainer
 
 
-def state_of(model: torch.nn.Module) -> dict:
-    """Everything of a model and of the process that an evaluation could leave changed."""
+def get_state(model: torch.nn.Module) -> dict:
+    """Return all state of the model and the process that an evaluation could change."""
     return {
         "modes": {name: module.training for name, module in model.named_modules()},
         "attributes": {name: set(vars(module)) for name, module in model.named_modules()},
@@ -328,26 +338,26 @@ def state_of(model: torch.nn.Module) -> dict:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_and_every_random_state_are_left_as_they_were(fails, trainer, monkeypatch):
+def test_the_model_and_every_random_state_are_restored(fails, trainer, monkeypatch):
     model = trainer.model.train()
     model.model.layers[1].eval()  # a frozen part keeps its mode
     model.model.embed_tokens.weight.requires_grad_(False)
-    before = state_of(model)
+    state = get_state(model)
     if fails:
         monkeypatch.setattr("sft_pipeline.inference.engine._check_layers", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            trainer.answering.on_evaluate(trainer.args, trainer.state, TrainerControl(), model=model)
+            trainer.evaluation.on_evaluate(trainer.args, trainer.state, TrainerControl(), model=model)
     else:
-        trainer.answering.on_evaluate(trainer.args, trainer.state, TrainerControl(), model=model)
-        assert len(trainer.answering.evaluations) == 2
-    assert state_of(model) == before
+        trainer.evaluation.on_evaluate(trainer.args, trainer.state, TrainerControl(), model=model)
+        assert len(trainer.evaluation.evaluations) == 2
+    assert get_state(model) == state
 
 
 # Resuming and ending.
 
 
-def interrupted(run: tuple[Path, dict], folder: Path) -> Path:
-    """The run's folder as it was when it was killed between the evaluation at step 4 and the checkpoint there."""
+def prepare_interrupted_run(run: tuple[Path, dict], folder: Path) -> Path:
+    """Copy the folder of the run as if killed between the evaluation and the checkpoint of step 4."""
     shutil.copytree(run[0], folder)
     shutil.rmtree(folder / "checkpoint-4")
     for file in folder.iterdir():
@@ -358,54 +368,60 @@ def interrupted(run: tuple[Path, dict], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("same_folder", [True, False])
-def test_a_resumed_run_asks_nothing_twice(same_folder, run, config, tmp_path, monkeypatch):
-    old = interrupted(run, tmp_path / "old")
+def test_a_resumed_run_asks_no_question_again(same_folder, run, config, tmp_path, monkeypatch):
+    old = prepare_interrupted_run(run, tmp_path / "old")
     folder = old if same_folder else tmp_path / "new"
-    asked = []
-    plain = callback_module.answer_prompts
-    counted = lambda *args, **key: asked.append(len(args[2])) or plain(*args, **key)  # noqa: E731
+    num_asked = []
+    original = callback_module.answer_prompts
+    counted = lambda *args, **kwargs: num_asked.append(len(args[2])) or original(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(callback_module, "answer_prompts", counted)
     resumed = run_train(config, folder, "--resume_from_checkpoint", str(old / "checkpoint-2"))
-    assert asked == [ASKED + INSTRUCTIONS]
-    kept, whole = evaluations(folder), evaluations(run[0])
-    assert kept.keys() == whole.keys()
+    assert num_asked == [NUM_ANSWERS + NUM_INSTRUCTIONS]
+    evaluations, expected = load_evaluations(folder), load_evaluations(run[0])
+    assert evaluations.keys() == expected.keys()
     for name in ("step_000000", "step_000002"):
-        assert kept[name] == whole[name]
-    assert kept["step_000004"]["table"] == whole["step_000004"]["table"]
+        assert evaluations[name] == expected[name]
+    assert evaluations["step_000004"]["table"] == expected["step_000004"]["table"]
     assert resumed["before_and_after"] == run[1]["before_and_after"]
     assert resumed["config"]["eval_on_start"] is True
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 2, 4]
 
 
-def test_the_finished_model_is_always_asked_everything(config, tmp_path):
-    """With no time for answers on the way, and a last step that is none of the evaluations'."""
+def test_the_final_model_is_asked_every_question(config, tmp_path):
+    """With no time for intermediate answers, and no evaluation due at the last step."""
     run_train(config, tmp_path / "out", "--max_steps", "3", "--eval_answer_share", "0")
-    found = [(one["step"], one["complete"], len(one["table"])) for one in evaluations(tmp_path / "out").values()]
-    assert found == [(0, True, 7), (2, False, 0), (3, True, 7)]
+    evaluations = load_evaluations(tmp_path / "out").values()
+    assert [(item["step"], item["complete"], len(item["table"])) for item in evaluations] == [
+        (0, True, 7),
+        (2, False, 0),
+        (3, True, 7),
+    ]
 
 
-def test_the_best_model_has_a_file_of_its_own(config, tmp_path):
-    # The greater loss is called the better one, so that the best model is not the last.
+def test_the_best_model_has_its_own_file(config, tmp_path):
+    # A greater loss counts as better, so that the best model is not the last.
     keys = ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
     results = run_train(config, tmp_path / "out", *keys)
-    kept = evaluations(tmp_path / "out")
-    losses = {one["step"]: one["metrics"]["nll_nats_per_token"] for name, one in kept.items() if name != "best"}
+    evaluations = load_evaluations(tmp_path / "out")
+    steps = [item for name, item in evaluations.items() if name != "best"]
+    losses = {item["step"]: item["metrics"]["nll_nats_per_token"] for item in steps}
     best = max(list(losses)[1:], key=losses.get)
     assert list(losses) == [0, 2, 4] and best == 2
-    assert kept["best"]["step"] == best and kept["best"]["table"] == kept["step_000002"]["table"]
-    assert results["metrics"] == kept["best"]["metrics"]
+    assert evaluations["best"]["step"] == best
+    assert evaluations["best"]["table"] == evaluations["step_000002"]["table"]
+    assert results["metrics"] == evaluations["best"]["metrics"]
     assert results["before_and_after"]["nll_nats_per_token"]["after"] == pytest.approx(losses[best], rel=1e-12)
 
 
-def test_without_an_evaluation_at_step_0_there_is_no_before(config, tmp_path, capsys):
+def test_without_an_evaluation_at_step_0_nothing_is_compared(config, tmp_path, capsys):
     results = run_train(config, tmp_path / "out", "--eval_on_start", "false", "--max_steps", "2")
-    assert list(evaluations(tmp_path / "out")) == ["step_000002"]
-    assert results["before_and_after"] == {} and results["metrics"]["answers"] == ASKED
-    assert [one["before"] for one in results["answers"]] == [None] * ASKED
+    assert list(load_evaluations(tmp_path / "out")) == ["step_000002"]
+    assert results["before_and_after"] == {} and results["metrics"]["answers"] == NUM_ANSWERS
+    assert [answer["before"] for answer in results["answers"]] == [None] * NUM_ANSWERS
     print_results(results, "out", Console(width=80))
-    shown = capsys.readouterr().out
-    assert "after" in shown and "before" not in shown
+    output = capsys.readouterr().out
+    assert "after" in output and "before" not in output
 
 
 # The budget.
@@ -416,122 +432,122 @@ def test_without_an_evaluation_at_step_0_there_is_no_before(config, tmp_path, ca
     cost=st.floats(0.01, 10),
     intervals=st.lists(st.floats(0, 500), min_size=1, max_size=9),
 )
-def test_answers_on_the_way_stay_under_their_share(share, cost, intervals):
-    """Whatever the intervals; the number never rises once there is one."""
+def test_intermediate_answers_stay_under_their_share(share, cost, intervals):
+    """For any intervals; the number of questions never rises above the first one."""
     budget, counts = AnswerBudget(share), []
-    budget.pay(50, 50 * cost, on_the_way=False)  # step 0 is not on the way
+    budget.add_cost(50, 50 * cost, charge=False)  # step 0 does not count against the budget
     for seconds in intervals:
         budget.training_seconds += seconds
-        counts.append(budget.questions())
-        budget.pay(counts[-1], counts[-1] * cost, on_the_way=True)
+        counts.append(budget.count_questions())
+        budget.add_cost(counts[-1], counts[-1] * cost, charge=True)
         assert budget.answer_seconds <= share * budget.training_seconds * (1 + 1e-9)
-    begun = next((at for at, count in enumerate(counts) if count), len(counts))
-    assert all(count <= counts[begun] for count in counts[begun:])
-    assert begun == len(counts) or counts[begun] <= share * sum(intervals[: begun + 1]) / cost
+    first = next((i for i, count in enumerate(counts) if count), len(counts))
+    assert all(count <= counts[first] for count in counts[first:])
+    assert first == len(counts) or counts[first] <= share * sum(intervals[: first + 1]) / cost
 
 
 def test_equal_intervals_ask_the_same_number():
     budget, counts = AnswerBudget(0.1), []
-    budget.pay(10, 20.0, on_the_way=False)
+    budget.add_cost(10, 20.0, charge=False)
     for _ in range(5):
         budget.training_seconds += 100.0
-        counts.append(budget.questions())
-        budget.pay(counts[-1], 2.0 * counts[-1], on_the_way=True)
+        counts.append(budget.count_questions())
+        budget.add_cost(counts[-1], 2.0 * counts[-1], charge=True)
     assert counts == [5] * 5
 
 
-def test_what_cost_more_than_thought_is_paid_back():
+def test_an_underestimated_cost_is_made_up_for():
     budget = AnswerBudget(0.1)
-    budget.pay(10, 10.0, on_the_way=False)
+    budget.add_cost(10, 10.0, charge=False)
     budget.training_seconds = 100.0
-    assert budget.questions() == 10
-    budget.pay(10, 40.0, on_the_way=True)
+    assert budget.count_questions() == 10
+    budget.add_cost(10, 40.0, charge=True)
     budget.training_seconds = 300.0
-    assert budget.questions() == 0
+    assert budget.count_questions() == 0
     budget.training_seconds = 600.0
-    assert budget.questions() == 5
+    assert budget.count_questions() == 5
 
 
-def test_an_unknown_cost_is_measured_on_a_few():
-    assert AnswerBudget(0.1).questions() == UNMEASURED and AnswerBudget(0).questions() == 0
+def test_an_unknown_cost_is_measured_on_a_few_questions():
+    assert AnswerBudget(0.1).count_questions() == INITIAL_QUESTIONS and AnswerBudget(0).count_questions() == 0
 
 
-def evaluation(step: int, table: list, complete: bool = True, nll=(4.0, 6.0), tokens=(2.0, 3.0)) -> StepResults:
+def make_results(step: int, table: list, complete: bool = True, nll=(4.0, 6.0), tokens=(2.0, 3.0)) -> StepResults:
     return StepResults(step, complete, 3.0, {}, {"nll_nats": list(nll), "tokens": list(tokens)}, 9, table)
 
 
-def test_a_resumed_run_goes_on_with_the_same_number():
+def test_a_resumed_run_keeps_the_number_of_questions():
     budget = AnswerBudget(0.1)
-    for one in (evaluation(0, [{}] * 6), evaluation(2, [{}] * 3, complete=False)):
-        budget.recall(one)
+    for results in (make_results(0, [{}] * 6), make_results(2, [{}] * 3, complete=False)):
+        budget.restore(results)
     budget.training_seconds = 1000.0
-    assert budget.questions() == 3
+    assert budget.count_questions() == 3
 
 
-@given(held_out=st.integers(0, 12), instructions=st.integers(0, 12), count=st.integers(0, 30))
-def test_fewer_questions_are_the_first_of_both_kinds(held_out, instructions, count):
-    rows = [EvalPrompt([], reference=str(at)) for at in range(held_out)]
-    told = [EvalPrompt([], instruction=str(at)) for at in range(instructions)]
-    asked = select_first(rows + told, count)
-    kept = [one for one in asked if one.instruction is None]
-    assert len(asked) == min(count, held_out + instructions)
-    assert asked == rows[: len(kept)] + told[: len(asked) - len(kept)]
-    if asked:
-        assert abs(len(kept) - len(asked) * held_out / (held_out + instructions)) < 1
+@given(num_held_out=st.integers(0, 12), num_instructions=st.integers(0, 12), count=st.integers(0, 30))
+def test_select_first_takes_the_first_of_both_kinds(num_held_out, num_instructions, count):
+    held_out = [EvalPrompt([], reference=str(i)) for i in range(num_held_out)]
+    instructions = [EvalPrompt([], instruction=str(i)) for i in range(num_instructions)]
+    selected = select_first(held_out + instructions, count)
+    num_selected = sum(question.instruction is None for question in selected)
+    assert len(selected) == min(count, num_held_out + num_instructions)
+    assert selected == held_out[:num_selected] + instructions[: len(selected) - num_selected]
+    if selected:
+        assert abs(num_selected - len(selected) * num_held_out / (num_held_out + num_instructions)) < 1
 
 
-# Before and after.
+# Changes since step 0.
 
 
-def row(answered: str, stopped: bool = True, **more) -> dict:
+def make_row(answer: str, stopped: bool = True, **fields) -> dict:
     return {
         "instruction": None,
         "prompt": "p",
         "reference": "r",
-        "answer": answered,
+        "answer": answer,
         "stopped": stopped,
         "error": None,
-    } | more
+    } | fields
 
 
 LOOP = "again and " * 12
 
 
-def test_changes_are_paired_differences_over_what_both_have():
-    old = [row(LOOP, False), row("a"), row("b", error="too long"), row("c", False, prompt="other")]
-    new = [row("x"), row("y"), row("z"), row("c")]
-    told = {"instruction": "i", "followed": False}
-    before, after = (
-        evaluation(0, [*old, row("i", **told)]),
-        evaluation(4, [*new, row("i", **told | {"followed": True})], nll=(2.0, 5.0)),
+def test_changes_are_paired_differences_over_common_rows():
+    old = [make_row(LOOP, False), make_row("a"), make_row("b", error="too long"), make_row("c", False, prompt="other")]
+    new = [make_row("x"), make_row("y"), make_row("z"), make_row("c")]
+    instruction = {"instruction": "i", "followed": False}
+    first, last = (
+        make_results(0, [*old, make_row("i", **instruction)]),
+        make_results(4, [*new, make_row("i", **instruction | {"followed": True})], nll=(2.0, 5.0)),
     )
-    found = compute_changes(before, after)
+    changes = compute_changes(first, last)
     expected = compute_paired_difference([0, 1], [1, 1])
     stop = {"before": 0.5, "after": 1.0, "difference": 0.5, "low": expected.low, "high": expected.high, "items": 2}
-    assert found["stop_rate"] == stop
-    assert found["loop_rate"]["before"] == 0.5 and found["loop_rate"]["after"] == 0
-    one = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": None, "high": None, "items": 1}
-    assert found["instructions_followed_rate"] == one
+    assert changes["stop_rate"] == stop
+    assert changes["loop_rate"]["before"] == 0.5 and changes["loop_rate"]["after"] == 0
+    followed = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": None, "high": None, "items": 1}
+    assert changes["instructions_followed_rate"] == followed
     loss = compute_paired_difference([4, 6], [2, 5], a_weights=[2, 3], b_weights=[2, 3])
-    assert found["nll_nats_per_token"] == {
+    assert changes["nll_nats_per_token"] == {
         "before": 2.0, "after": 1.4, "difference": pytest.approx(-0.6), "low": loss.low, "high": loss.high, "items": 2,
     }  # fmt: skip
-    assert [one["before"] for one in join_answers(before, after)] == [LOOP, "a", "b"]
+    assert [answer["before"] for answer in join_answers(first, last)] == [LOOP, "a", "b"]
 
 
-def test_a_diverged_loss_has_no_interval_and_other_rows_no_change():
-    diverged = compute_changes(evaluation(0, []), evaluation(4, [], nll=(math.nan, 1.0)))["nll_nats_per_token"]
+def test_a_nan_loss_has_no_interval_and_different_rows_no_change():
+    diverged = compute_changes(make_results(0, []), make_results(4, [], nll=(math.nan, 1.0)))["nll_nats_per_token"]
     assert math.isnan(diverged["after"]) and diverged["low"] is None and diverged["before"] == 2
-    assert compute_changes(evaluation(0, []), evaluation(4, [], tokens=(2.0, 4.0))) == {}
+    assert compute_changes(make_results(0, []), make_results(4, [], tokens=(2.0, 4.0))) == {}
 
 
 def test_the_printed_table_fits_80_columns(capsys):
-    changed = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": 0.25, "high": 1.0, "items": 1000}
+    change = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": 0.25, "high": 1.0, "items": 1000}
     loss = {"before": 13.0656, "after": 12.2367, "difference": -10.829, "low": -10.91, "high": -10.745, "items": 1000}
     metrics = {"nll_nats_per_token": loss} | dict.fromkeys(
-        ("stop_rate", "loop_rate", "instructions_followed_rate"), changed
+        ("stop_rate", "loop_rate", "instructions_followed_rate"), change
     )
-    metrics["loop_rate"] = changed | {"low": None, "high": None}
+    metrics["loop_rate"] = change | {"low": None, "high": None}
     results = {
         "answers": [],
         "before_and_after": metrics,
@@ -553,45 +569,44 @@ def test_the_printed_table_fits_80_columns(capsys):
     ]
 
 
-def test_the_line_of_an_evaluation_says_how_many_were_asked(config, tmp_path, capsys):
+def test_the_line_of_an_evaluation_has_the_number_of_questions(config, tmp_path, capsys):
     keys = ["--disable_tqdm", "false", "--max_steps", "3", "--eval_answer_share", "0", "--save_strategy", "no"]
     run_train(config, tmp_path / "out", *keys)
-    shown = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("step 0: 4 answers, ") and "of 3 instructions followed; " in line for line in shown)
-    assert "step 2: the first 0 of 7 questions; 0 s" in shown
+    output = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("step 0: 4 answers, ") and "of 3 instructions followed; " in line for line in output)
+    assert "step 2: the first 0 of 7 questions; 0 s" in output
     failed = StepResults(
-        1, True, 2.0, {"answers": 0, "instructions": 0, "answer_errors": 1}, {}, 0, [row("", error="too long")]
+        1, True, 2.0, {"answers": 0, "instructions": 0, "answer_errors": 1}, {}, 0, [make_row("", error="too long")]
     )
     assert describe_results(failed, 1) == "1 not answered (too long); 2 s"
 
 
-def test_where_nothing_is_to_be_asked_no_line_says_so(config, tmp_path, capsys):
-    nothing = ("--num_answers", "0", "--num_instructions", "0", "--disable_tqdm", "False")
-    run_train(config, tmp_path / "out", *nothing)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert told and all("held-out loss" in line for line in told)
+def test_without_questions_no_line_is_printed(config, tmp_path, capsys):
+    keys = ("--num_answers", "0", "--num_instructions", "0", "--disable_tqdm", "False")
+    run_train(config, tmp_path / "out", *keys)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines and all("held-out loss" in line for line in lines)
 
 
 # Several processes.
 
 
-def test_two_processes_make_the_table_of_one(run, config, tmp_path):
-    """Real processes over gloo; before the first step the model is the same, so the whole file is."""
-    port = find_free_port()
+def test_two_processes_write_the_same_table_as_one(run, config, tmp_path):
+    """With gloo. Before the first step the model is the same, so the complete file is."""
     keys = ["--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2", "--eval_answer_share", "0"]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     processes = [Command(["train", config, *keys], ROOT, tmp_path, **rank) for rank in ranks]
     statuses, outputs, errors = zip(*(process.wait() for process in processes))
     assert statuses == (0, 0), errors
-    two, one = evaluations(tmp_path / "out"), evaluations(run[0])
-    assert two.keys() == one.keys()
-    assert two["step_000000"]["table"] == one["step_000000"]["table"]
-    assert two["step_000000"]["held_out"]["tokens"] == one["step_000000"]["held_out"]["tokens"]
-    for name, value in one["step_000000"]["metrics"].items():
-        assert two["step_000000"]["metrics"][name] == pytest.approx(value, rel=1e-5)
-    assert two["step_000002"]["table"] == []
-    assert [row["prompt"] for row in two["step_000004"]["table"]] == [
-        row["prompt"] for row in one["step_000004"]["table"]
+    evaluations, expected = load_evaluations(tmp_path / "out"), load_evaluations(run[0])
+    assert evaluations.keys() == expected.keys()
+    assert evaluations["step_000000"]["table"] == expected["step_000000"]["table"]
+    assert evaluations["step_000000"]["held_out"]["tokens"] == expected["step_000000"]["held_out"]["tokens"]
+    for name, value in expected["step_000000"]["metrics"].items():
+        assert evaluations["step_000000"]["metrics"][name] == pytest.approx(value, rel=1e-5)
+    assert evaluations["step_000002"]["table"] == []
+    assert [row["prompt"] for row in evaluations["step_000004"]["table"]] == [
+        row["prompt"] for row in expected["step_000004"]["table"]
     ]
     assert "held-out loss" in outputs[0] and "held-out loss" not in outputs[1]

@@ -1,6 +1,6 @@
-"""Two real processes (gloo) that divide a model by FSDP2, against one: losses, weights, checkpoints.
+"""Two processes (gloo) that shard a model with FSDP2, compared with one: losses, weights, checkpoints.
 
-With what makes a step cheap: rows packed, their common start once, the head in chunks, layers fused.
+With every optimization on: packed rows, shared prefix computed once, the head in chunks, fused layers.
 """
 
 import json
@@ -23,35 +23,36 @@ from transformers import AutoModelForCausalLM
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model import linear_cross_entropy
 from sft_pipeline.model.lora import add_lora
-from sft_pipeline.training.fsdp import FULL, SHARDED, _check, detect_state_dict_type, gather_weights
+from sft_pipeline.training.fsdp import FULL, SHARDED, _check_plugin, detect_state_dict_type, gather_weights
 from sft_pipeline.utils.errors import SFTError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
-AT = 5  # the step of the checkpoint that is gone on from, within the second epoch
-ONE, TWO = (8, 1), (2, 2)  # rows a micro-batch, accumulation
-CHUNK_BYTES = 4 * 3 * VOCABULARY  # the head at three positions at a time
+CHECKPOINT_STEP = 5  # resumed from there, within the second epoch
+ONE_PROCESS_SIZES, TWO_PROCESS_SIZES = (8, 1), (2, 2)  # rows per micro-batch, accumulation
+CHUNK_BYTES = 4 * 3 * VOCABULARY  # three positions of the head per chunk
 
 
-def build(folder: Path, kind: str | None, tied: bool = True, adapters: bool = False, **arguments):
-    """A trainer of eight rows a step, packed, the layers fused; `kind` is the state_dict_type of FSDP."""
-    size, accumulation = ONE if kind is None else TWO
+def build(folder: Path, state_dict_type: str | None, tied: bool = True, adapters: bool = False, **arguments):
+    """Return a trainer of eight packed rows per step with fused layers. state_dict_type: None for no FSDP."""
+    size, accumulation = ONE_PROCESS_SIZES if state_dict_type is None else TWO_PROCESS_SIZES
     model = make_model(tie_word_embeddings=tied)
     if adapters:
         torch.manual_seed(1)
         model = add_lora(model, 4, 8, ["all-linear"])
     assert use_fused_layers(model) == (0 if adapters else 2)
-    if kind:
-        arguments = {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"state_dict_type": kind}} | arguments
-    plan = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": AT, "max_grad_norm": 1.0}
-    plan["logging_steps"] = 2  # a mean over the step before and the one after the checkpoint
+    if state_dict_type:
+        fsdp = {"fsdp": True, "fsdp_config": {"state_dict_type": state_dict_type}}
+        arguments = {"ddp_backend": "gloo", **fsdp, **arguments}
+    steps = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT_STEP, "max_grad_norm": 1.0}
+    steps["logging_steps"] = 2  # one logged mean spans the checkpoint
     adam = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-4}
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    more = {"per_device_eval_batch_size": 2, "held_out": HELD_OUT, **plan, **adam, **sizes, **arguments}
-    return make_trainer(folder, "packed", rows=ROWS, model=model, **more)
+    options = {"per_device_eval_batch_size": 2, "held_out": HELD_OUT, **steps, **adam, **sizes, **arguments}
+    return make_trainer(folder, "packed", rows=ROWS, model=model, **options)
 
 
-def report(trainer, checkpoint: str | None = None) -> dict:
-    """What is compared of the steps up to the last."""
+def train_and_report(trainer, checkpoint: str | None = None) -> dict:
+    """Train, and return what the tests compare."""
     trainer.train(resume_from_checkpoint=checkpoint)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trainer.model.named_parameters()}
@@ -63,115 +64,118 @@ def report(trainer, checkpoint: str | None = None) -> dict:
     }
 
 
-def work(process: int, folder: str) -> None:
-    """One of the two processes: all runs in turn; the first writes what it found."""
+def run_worker(process: int, folder: str) -> None:
+    """Run all trainings in turn in one of two processes; process 0 writes the reports."""
     linear_cross_entropy.CHUNK_BYTES = CHUNK_BYTES
-    out, found = Path(folder), {}
-    for kind in (FULL, SHARDED):
-        trainer = build(out / kind, kind)
-        found[kind] = report(trainer)
+    out, reports = Path(folder), {}
+    for state_dict_type in (FULL, SHARDED):
+        trainer = build(out / state_dict_type, state_dict_type)
+        reports[state_dict_type] = train_and_report(trainer)
         prefixes = [int(batch["row_lengths"][0]) for batch in trainer.get_train_dataloader()]
-        assert prefixes.count(2) >= len(prefixes) / 2, "what rows share is computed once"
+        assert prefixes.count(2) >= len(prefixes) / 2, "the shared prefix is computed once"
         assert isinstance(trainer.model, FSDPModule)
         assert isinstance(trainer.model.model.layers[0].self_attn.q_proj.weight, DTensor)
-        assert detect_state_dict_type(out / kind / f"checkpoint-{AT}") == kind
+        checkpoint = out / state_dict_type / f"checkpoint-{CHECKPOINT_STEP}"
+        assert detect_state_dict_type(checkpoint) == state_dict_type
         trainer.save_model()
-        found[f"{kind} resumed"] = report(build(out / "resumed", kind), str(out / kind / f"checkpoint-{AT}"))
-    found["untied"] = report(build(out / "untied", SHARDED, tied=False, save_strategy="no"))
-    trainer = build(out / "adapters", SHARDED, adapters=True, max_steps=AT)
-    found["adapters"] = report(trainer)
+        resumed = build(out / "resumed", state_dict_type)
+        reports[f"{state_dict_type} resumed"] = train_and_report(resumed, str(checkpoint))
+    reports["untied"] = train_and_report(build(out / "untied", SHARDED, tied=False, save_strategy="no"))
+    trainer = build(out / "adapters", SHARDED, adapters=True, max_steps=CHECKPOINT_STEP)
+    reports["adapters"] = train_and_report(trainer)
     trainer.save_model()
-    with pytest.raises(SFTError) as refused:
-        report(build(out / "other", FULL), str(out / SHARDED / f"checkpoint-{AT}"))
-    found["other"] = str(refused.value)
-    with pytest.raises(SFTError) as refused:
+    with pytest.raises(SFTError) as error_info:
+        train_and_report(build(out / "other", FULL), str(out / SHARDED / f"checkpoint-{CHECKPOINT_STEP}"))
+    reports["other"] = str(error_info.value)
+    with pytest.raises(SFTError) as error_info:
         build(out / "other", FULL, fsdp_config={"cpu_offload": True})
-    found["offload"] = str(refused.value)
+    reports["offload"] = str(error_info.value)
     if process == 0:
-        (out / "found.json").write_text(json.dumps(found))
+        (out / "reports.json").write_text(json.dumps(reports))
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two processes have left their runs and what they found."""
+    """Folder of the runs of two processes and their reports."""
     folder = tmp_path_factory.mktemp("two")
-    run_ranks(work, PROCESSES, str(folder))
+    run_ranks(run_worker, PROCESSES, str(folder))
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> dict:
-    """One process that divides nothing, eight rows at a time."""
-    return report(build(tmp_path_factory.mktemp("one"), None))
+def one_process(tmp_path_factory) -> dict:
+    """Report of one process without FSDP, eight rows per micro-batch."""
+    return train_and_report(build(tmp_path_factory.mktemp("one"), None))
 
 
-def assert_same(found: dict, expected: dict) -> None:
+def assert_same(report: dict, expected: dict) -> None:
     for key in ("losses", "norms"):
-        assert found[key] == pytest.approx(expected[key][-len(found[key]) :], rel=1e-5)
-    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        assert report[key] == pytest.approx(expected[key][-len(report[key]) :], rel=1e-5)
+    assert report["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     for name, weights in expected["weights"].items():
-        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(report["weights"][name]), torch.tensor(weights), rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def found(folder) -> dict:
-    return json.loads((folder / "found.json").read_text())
+def reports(folder) -> dict:
+    return json.loads((folder / "reports.json").read_text())
 
 
 @pytest.mark.parametrize("name", [FULL, SHARDED, f"{FULL} resumed", f"{SHARDED} resumed"])
-def test_two_processes_that_divide_the_model_are_one(name, found, one):
-    assert_same(found[name], one)
+def test_two_processes_with_a_sharded_model_train_like_one(name, reports, one_process):
+    assert_same(reports[name], one_process)
 
 
-def test_so_are_they_without_tied_embeddings(found, tmp_path):
-    assert_same(found["untied"], report(build(tmp_path, None, tied=False, save_strategy="no")))
+def test_two_processes_without_tied_embeddings_train_like_one(reports, tmp_path):
+    assert_same(reports["untied"], train_and_report(build(tmp_path, None, tied=False, save_strategy="no")))
 
 
-@pytest.mark.parametrize("kind", [FULL, SHARDED])
-def test_one_process_goes_on_from_a_checkpoint_of_two(kind, folder, one, tmp_path, monkeypatch):
+@pytest.mark.parametrize("state_dict_type", [FULL, SHARDED])
+def test_one_process_resumes_from_a_checkpoint_of_two(state_dict_type, folder, one_process, tmp_path, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", CHUNK_BYTES)
-    assert_same(report(build(tmp_path, None), str(folder / kind / f"checkpoint-{AT}")), one)
+    checkpoint = folder / state_dict_type / f"checkpoint-{CHECKPOINT_STEP}"
+    assert_same(train_and_report(build(tmp_path, None), str(checkpoint)), one_process)
 
 
-@pytest.mark.parametrize("kind", [FULL, SHARDED])
-def test_the_finished_model_is_saved_whole(kind, folder, found):
-    model = AutoModelForCausalLM.from_pretrained(folder / kind)
+@pytest.mark.parametrize("state_dict_type", [FULL, SHARDED])
+def test_the_final_model_is_saved_unsharded(state_dict_type, folder, reports):
+    model = AutoModelForCausalLM.from_pretrained(folder / state_dict_type)
     assert (
         model.config.architectures == ["LlamaForCausalLM"] and model.lm_head.weight is model.model.embed_tokens.weight
     )
     for name, weight in model.named_parameters():
-        assert weight.flatten().tolist() == found[kind]["weights"][name]
+        assert weight.flatten().tolist() == reports[state_dict_type]["weights"][name]
 
 
-def test_so_are_they_with_adapters_which_are_saved_whole(folder, found, tmp_path):
-    trainer = build(tmp_path, None, adapters=True, max_steps=AT)
-    assert_same(found["adapters"], report(trainer))
+def test_two_processes_with_adapters_train_like_one_and_save_them_unsharded(folder, reports, tmp_path):
+    trainer = build(tmp_path, None, adapters=True, max_steps=CHECKPOINT_STEP)
+    assert_same(reports["adapters"], train_and_report(trainer))
     trainer.save_model()
-    saved, expected = (load_file(place / "adapter_model.safetensors") for place in (folder / "adapters", tmp_path))
+    saved, expected = (load_file(path / "adapter_model.safetensors") for path in (folder / "adapters", tmp_path))
     assert saved.keys() == expected.keys() and saved
     for name, weight in expected.items():
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_that_this_run_cannot_read_is_refused(folder, found, tmp_path):
-    place = folder / SHARDED / f"checkpoint-{AT}"
-    said = f"{place}: has state_dict_type {SHARDED} and this run has {FULL}; use the one it was saved with"
-    assert found["other"] == said
-    place = folder / "adapters" / f"checkpoint-{AT}"
+def test_a_checkpoint_that_cannot_be_loaded_is_refused(folder, reports, tmp_path):
+    checkpoint = folder / SHARDED / f"checkpoint-{CHECKPOINT_STEP}"
+    expected = f"{checkpoint}: has state_dict_type {SHARDED} and this run has {FULL}; use the one it was saved with"
+    assert reports["other"] == expected
+    checkpoint = folder / "adapters" / f"checkpoint-{CHECKPOINT_STEP}"
     with pytest.raises(
-        SFTError, match=f"^{place}: adapters saved with fsdp go on with it alone; start more processes$"
+        SFTError, match=f"^{checkpoint}: adapters saved with fsdp are loaded with fsdp only; start more processes$"
     ):
-        build(tmp_path, None, adapters=True).train(resume_from_checkpoint=str(place))
+        build(tmp_path, None, adapters=True).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_cpus_have_nowhere_to_offload_to(found):
-    said = "fsdp_config: cpu_offload moves weights from an accelerator to the CPU, and this run is on CPUs"
-    assert found["offload"] == said
+def test_cpu_offload_is_refused_on_cpus(reports):
+    expected = "fsdp_config: cpu_offload needs an accelerator and this run is on CPUs; set it to false"
+    assert reports["offload"] == expected
 
 
-def test_weights_that_zero3_divided_are_gathered_for_a_moment(monkeypatch):
-    """The package is not there; what is asked of it is."""
+def test_weights_sharded_by_zero3_are_gathered(monkeypatch):
+    """With a stand-in for deepspeed, which is not installed."""
     gathered, model = [], torch.nn.Linear(2, 2)
     with gather_weights(model):
         assert not gathered
@@ -184,26 +188,26 @@ def test_weights_that_zero3_divided_are_gathered_for_a_moment(monkeypatch):
 
 
 @pytest.fixture
-def one_process(monkeypatch) -> None:
-    """accelerate leaves a mark in the environment."""
+def reset_fsdp(monkeypatch) -> None:
+    """Undo the environment variable that accelerate sets."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
 
 
-def test_one_process_has_nobody_to_divide_with(one_process, tmp_path):
+def test_fsdp_with_one_process_is_refused(reset_fsdp, tmp_path):
     with pytest.raises(
-        SFTError, match="^fsdp divides a model among processes and this is one: start more, or leave fsdp out$"
+        SFTError, match="^fsdp needs two or more processes and this run has one: start more, or turn fsdp off$"
     ):
         make_trainer(tmp_path, fsdp=True)
 
 
 @pytest.mark.parametrize(
-    ("plugin", "said"),
+    ("plugin", "message"),
     [
-        ({"fsdp_version": 1}, "fsdp_config: version 1 is not served; set version to 2"),
+        ({"fsdp_version": 1}, "fsdp_config: version 1 is not supported; set version to 2"),
         ({"cpu_ram_efficient_loading": True}, "fsdp_config: cpu_ram_efficient_loading leaves all processes but one .*"),
     ],
 )
-def test_what_is_not_served_is_refused(plugin, said):
+def test_unsupported_settings_are_refused(plugin, message):
     plugin = {"fsdp_version": 2, "cpu_ram_efficient_loading": False} | plugin
-    with pytest.raises(SFTError, match=f"^{said}$"):
-        _check(SimpleNamespace(**plugin))
+    with pytest.raises(SFTError, match=f"^{message}$"):
+        _check_plugin(SimpleNamespace(**plugin))

@@ -1,4 +1,4 @@
-"""Trackers: what wandb and trackio have is what the run logged, over a resume; whatever fails, the run goes on."""
+"""Trackers: wandb and trackio get what the run logged, across a resume; no failure of a tracker ends training."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ from sft_pipeline.training.trackers import (
 from sft_pipeline.utils.errors import SFTError
 
 SECRET = "hf_SeCrEtOfTheHub"
-# transformers' callbacks put these into the summary, not into the history; trackio has no summary.
+# The callbacks of transformers log these to the summary, not to the history; trackio has no summary.
 SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def offline(folder) -> Iterator[None]:
-    """wandb without a network or an account, its files in `folder`."""
+    """Run wandb without network or login, with its files in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         for key in [key for key in os.environ if key.startswith("WANDB_")]:
             patch.delenv(key)
@@ -65,7 +66,7 @@ def offline(folder) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(model_folder, folder, offline) -> SimpleNamespace:
-    """Two steps, then two more from the checkpoint: `logged` is what each part logged."""
+    """Train two steps, then two more from the checkpoint; `logged` is what each part logged."""
     rows = [{"instruction": f"Say {n}.", "input": "", "output": "the answer " * n} for n in range(1, 25)]
     (folder / "rows.json").write_text(json.dumps(rows))
     keys = {
@@ -91,21 +92,21 @@ def run(model_folder, folder, offline) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", SECRET)
         patch.setattr(sys, "argv", ["sft-pipeline", "train", "--hub_token", SECRET, f"--hub-token={SECRET}"])
-        logged = [_train(folder / "tiny.yaml", out)]
-        later = _train(folder / "tiny.yaml", out, "--max_steps", "4", "--resume_from_checkpoint", "true")
-    kept = next(n for n, (one, other) in enumerate(zip(logged[0], later)) if one != other)
+        logged = [run_training(folder / "tiny.yaml", out)]
+        later = run_training(folder / "tiny.yaml", out, "--max_steps", "4", "--resume_from_checkpoint", "true")
+    num_equal = next(n for n, (entry, resumed) in enumerate(zip(logged[0], later)) if entry != resumed)
     results = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
-    return SimpleNamespace(out=out, logged=[logged[0], later[kept:]], results=results)
+    return SimpleNamespace(out=out, logged=[logged[0], later[num_equal:]], results=results)
 
 
-def _train(config: Path, out: Path, *more: str) -> list[dict]:
-    """What the trainer's history holds in the end."""
-    train(*parse_config(str(config), ["--output_dir", str(out), *more]), Console(quiet=True))
+def run_training(config: Path, out: Path, *overrides: str) -> list[dict]:
+    """Train, and return the log history of the trainer."""
+    train(*parse_config(str(config), ["--output_dir", str(out), *overrides]), Console(quiet=True))
     return json.loads((out / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
 
 
-def expected(entries: list[dict]) -> list[dict]:
-    """The rows a tracker should have of them."""
+def build_expected_rows(entries: list[dict]) -> list[dict]:
+    """Return the rows a tracker should have of the entries."""
     rows = []
     for entry in entries:
         row = {"train/global_step": entry["step"]}
@@ -116,41 +117,42 @@ def expected(entries: list[dict]) -> list[dict]:
     return rows
 
 
-def records(file: Path) -> Iterator:
-    """The records of a .wandb file: LevelDB's log format behind a header of seven bytes, blocks of 32 KiB."""
+def read_wandb_records(file: Path) -> Iterator:
+    """Read a .wandb file: a header of seven bytes, then the log format of LevelDB in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, parts = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
+    data, offset, parts = file.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        space = 32768 - offset % 32768
+        if space < 7:
+            offset += space
             continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        length, kind = struct.unpack("<HB", data[offset + 4 : offset + 7])
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # complete, or the last part
             yield Record.FromString(parts)
             parts = b""
 
 
-def items(update) -> dict:
-    return {"/".join(one.nested_key) or one.key: json.loads(one.value_json) for one in update}
+def decode_items(update) -> dict:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in update}
 
 
-def wandb_files(folder: Path) -> list[Path]:
+def find_wandb_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("DIR/wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
 
 
-def test_wandb_has_every_value_of_each_part(run, folder):
-    for file, entries in zip(wandb_files(folder), run.logged, strict=True):
-        history = [items(record.history.item) for record in records(file) if record.HasField("history")]
+def test_wandb_has_every_logged_value(run, folder):
+    for file, entries in zip(find_wandb_files(folder), run.logged, strict=True):
+        records = [record for record in read_wandb_records(file) if record.HasField("history")]
+        history = [decode_items(record.history.item) for record in records]
         metrics = [{name: value for name, value in row.items() if name[0] != "_"} for row in history]
-        assert [row for row in metrics if "eval/table/nrows" not in row] == expected(entries)
+        assert [row for row in metrics if "eval/table/nrows" not in row] == build_expected_rows(entries)
         assert [row["_step"] for row in history] == list(range(len(history)))
         summary = {}
-        for record in records(file):
-            summary |= items(record.summary.update)
+        for record in read_wandb_records(file):
+            summary |= decode_items(record.summary.update)
         last = {name: value for entry in entries for name, value in entry.items() if name in SUMMARY}
         assert last and {name: summary[name] for name in last} == last
 
@@ -158,64 +160,64 @@ def test_wandb_has_every_value_of_each_part(run, folder):
 def test_wandb_has_the_answers(run, folder):
     files = folder.glob("DIR/wandb/offline-run-*/files/media/table/eval/*.table.json")
     tables = [json.loads(file.read_text()) for file in files]
-    rows = [dict(zip(one["columns"], line)) for one in tables for line in one["data"]]
-    kept = [row for step in range(5) for row in _table(run.out, step)]
-    assert len(rows) == len(kept) == 5 * 4
-    assert all(row in rows for row in kept)
+    rows = [dict(zip(table["columns"], line)) for table in tables for line in table["data"]]
+    expected = [row for step in range(5) for row in load_table(run.out, step)]
+    assert len(rows) == len(expected) == 5 * 4
+    assert all(row in rows for row in expected)
 
 
-def _table(out: Path, step: int) -> list[dict]:
+def load_table(out: Path, step: int) -> list[dict]:
     return json.loads((out / EVALUATION_DIR / get_step_file(step)).read_text(encoding="utf-8"))["table"]
 
 
-def test_wandb_goes_on_under_one_name(run, folder):
+def test_wandb_keeps_the_run_name_after_a_resume(run, folder):
     names = set()
-    for file in wandb_files(folder):
-        [begun] = [record.run for record in records(file) if record.HasField("run")]
-        names.add((begun.run_id, begun.display_name, begun.project))
-    assert names == {(_name(run), _name(run), "sft_pipeline")}
-    assert _name(run).startswith("out-")
+    for file in find_wandb_files(folder):
+        [wandb_run] = [record.run for record in read_wandb_records(file) if record.HasField("run")]
+        names.add((wandb_run.run_id, wandb_run.display_name, wandb_run.project))
+    assert names == {(get_run_name(run), get_run_name(run), "sft_pipeline")}
+    assert get_run_name(run).startswith("out-")
 
 
-def _name(run: SimpleNamespace) -> str:
-    return json.loads((run.out / TRACKERS_FILE).read_text())["run"]
+def get_run_name(run: SimpleNamespace) -> str:
+    return json.loads((run.out / TRACKERS_FILE).read_text())["run_name"]
 
 
-def test_wandb_has_the_config_and_the_data_account(run, folder):
+def test_wandb_has_the_config_and_the_data_statistics(run, folder):
     config = {}
-    for record in records(wandb_files(folder)[-1]):
-        config |= items(record.run.config.update) | items(record.config.update)
+    for record in read_wandb_records(find_wandb_files(folder)[-1]):
+        config |= decode_items(record.run.config.update) | decode_items(record.config.update)
     assert config["data"] == run.results["rows"]
-    account = config["data"]["train"]
-    assert account["dropped"] and account["rows"] == account["kept"] + sum(account["dropped"].values())
-    assert config["supervised_share"]["train"] == account["supervised_tokens"] / account["tokens"]
+    stats = config["data"]["train"]
+    assert stats["dropped"] and stats["rows"] == stats["kept"] + sum(stats["dropped"].values())
+    assert config["supervised_share"]["train"] == stats["supervised_tokens"] / stats["tokens"]
     assert (config["sft"]["max_length"], config["max_steps"], config["hub_token"]) == (80, 4, "<HUB_TOKEN>")
 
 
-def trackio_rows(query: str) -> list[tuple]:
+def query_trackio(query: str) -> list[tuple]:
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "sft_pipeline.db") as base:
         return base.execute(query).fetchall()
 
 
-def test_trackio_has_every_value_in_one_run(run):
-    rows = trackio_rows("SELECT run_name, step, metrics FROM metrics ORDER BY id")
-    assert {name for name, _, _ in rows} == {_name(run)}
+def test_trackio_has_every_logged_value_in_one_run(run):
+    rows = query_trackio("SELECT run_name, step, metrics FROM metrics ORDER BY id")
+    assert {name for name, _, _ in rows} == {get_run_name(run)}
     logged = [json.loads(metrics) for _, _, metrics in rows]
     entries = [entry for part in run.logged for entry in part]
-    assert [row for row in logged if "eval/table" not in row] == expected(entries)
+    assert [row for row in logged if "eval/table" not in row] == build_expected_rows(entries)
     assert [step for _, step, _ in rows] == [row["train/global_step"] for row in logged]
     tables = [row["eval/table"]["_value"] for row in logged if "eval/table" in row]
-    assert tables == [_table(run.out, step) for step in range(5)]
+    assert tables == [load_table(run.out, step) for step in range(5)]
 
 
-def test_trackio_has_the_config_and_the_data_account(run):
-    [(name, text)] = trackio_rows("SELECT run_name, config FROM configs")
+def test_trackio_has_the_config_and_the_data_statistics(run):
+    [(name, text)] = query_trackio("SELECT run_name, config FROM configs")
     config = json.loads(text)
-    assert (name, config["data"]) == (_name(run), run.results["rows"])
+    assert (name, config["data"]) == (get_run_name(run), run.results["rows"])
     assert (config["sft"]["max_length"], config["hub_token"]) == (80, "<HUB_TOKEN>")
 
 
-def test_no_tracker_has_the_secret(run, folder):
+def test_no_tracker_has_the_token(run, folder):
     roots = (folder / "DIR", Path(os.environ["TRACKIO_DIR"]))
     files = [path for root in roots for path in root.rglob("*") if path.is_file()]
     files += [run.out / name for name in (TRACKERS_FILE, RESULTS_FILE, RUN_FILE, REPORT_FILE)]
@@ -223,29 +225,29 @@ def test_no_tracker_has_the_secret(run, folder):
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_an_overwritten_run_has_another_name(tmp_path):
+def test_each_new_run_has_its_own_name(tmp_path):
     args = TrainingArguments(str(tmp_path / "out folder"), report_to="none", use_cpu=True)
-    names = {trackers._run_name(args, None) for _ in range(5)}
+    names = {trackers._resolve_run_name(args, None) for _ in range(5)}
     assert len(names) == 5 and all(name.startswith("out-folder-") for name in names)
 
 
-def test_another_folder_goes_on_with_the_run_of_its_checkpoint(tmp_path):
+def test_a_run_in_a_new_folder_takes_the_name_from_its_checkpoint(tmp_path):
     for name in ("old/checkpoint-2", "new"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "old" / TRACKERS_FILE).write_text('{"run": "old-123456"}')
+    (tmp_path / "old" / TRACKERS_FILE).write_text('{"run_name": "old-123456"}')
     args = TrainingArguments(str(tmp_path / "new"), report_to=["wandb"], use_cpu=True)
-    assert trackers._run_name(args, str(tmp_path / "old" / "checkpoint-2")) == "old-123456"
-    assert json.loads((tmp_path / "new" / TRACKERS_FILE).read_text()) == {"run": "old-123456", "told": -1}
-    (tmp_path / "old" / TRACKERS_FILE).write_text('{"run": "old-123456", "told": 7}')
-    trackers._run_name(args, str(tmp_path / "old" / "checkpoint-2"))
+    assert trackers._resolve_run_name(args, str(tmp_path / "old" / "checkpoint-2")) == "old-123456"
+    assert json.loads((tmp_path / "new" / TRACKERS_FILE).read_text()) == {"run_name": "old-123456", "last_step": -1}
+    (tmp_path / "old" / TRACKERS_FILE).write_text('{"run_name": "old-123456", "last_step": 7}')
+    trackers._resolve_run_name(args, str(tmp_path / "old" / "checkpoint-2"))
     assert trackers.read_last_tracked_step(args) == 7
 
 
-# Killed.
+# A run that is killed.
 
 
-class Kill(TrainerCallback):
-    """SIGKILL to this process when the event comes in a step."""
+class KillCallback(TrainerCallback):
+    """Kill this process with SIGKILL at an event of a step."""
 
     def __init__(self, event: str, step: int) -> None:
         self.step = step
@@ -256,46 +258,46 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed(config: Path, out: Path, event: str, step: int) -> None:
-    """The life of a process of its own, which starts or goes on and is killed."""
+def train_until_killed(config: Path, out: Path, event: str, step: int) -> None:
+    """Train in this process, which is killed at the event."""
 
     def build(*args):
         trainer = build_trainer(*args)
-        trainer.add_callback(Kill(event, step))
+        trainer.add_callback(KillCallback(event, step))
         return trainer
 
-    os.environ.pop("WANDB_SERVICE", None)  # that of the tests' process, which outlives this one
+    os.environ.pop("WANDB_SERVICE", None)  # the service of the parent process
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sft_pipeline.training.builder.build_trainer", build)
-        _train(config, out)
+        run_training(config, out)
 
 
-def told(rows: list[dict]) -> list[str]:
-    """Each row once, without what the clock and the machine decide and what a file is called."""
-    others = (*MEASURED, "path", "client_id")
-    kept = [{name: value for name, value in row.items() if not name.endswith(others)} for row in rows]
-    return sorted({json.dumps(row, sort_keys=True) for row in kept})
+def normalize_rows(rows: list[dict]) -> list[str]:
+    """Return each row once as JSON, without values that depend on the clock or the machine, and without file names."""
+    ignored = (*MEASURED, "path", "client_id")
+    compared = [{name: value for name, value in row.items() if not name.endswith(ignored)} for row in rows]
+    return sorted({json.dumps(row, sort_keys=True) for row in compared})
 
 
-def wandb_told(folder: Path, name: str) -> list[dict]:
-    """All rows of the runs with this id."""
-    found = []
-    for file in wandb_files(folder):
-        every = list(records(file))
-        if [record.run.run_id for record in every if record.HasField("run")] == [name]:
-            found += [items(record.history.item) for record in every if record.HasField("history")]
-    return [{key: value for key, value in row.items() if key[0] != "_"} for row in found]
+def read_wandb_rows(folder: Path, name: str) -> list[dict]:
+    """Return all rows of the runs with this id."""
+    rows_of_run = []
+    for file in find_wandb_files(folder):
+        run_records = list(read_wandb_records(file))
+        if [record.run.run_id for record in run_records if record.HasField("run")] == [name]:
+            rows_of_run += [decode_items(record.history.item) for record in run_records if record.HasField("history")]
+    return [{key: value for key, value in row.items() if key[0] != "_"} for row in rows_of_run]
 
 
-def trackio_told(name: str) -> list[dict]:
-    rows = trackio_rows(f"SELECT step, metrics FROM metrics WHERE run_name = '{name}' ORDER BY id")
+def read_trackio_rows(name: str) -> list[dict]:
+    rows = query_trackio(f"SELECT step, metrics FROM metrics WHERE run_name = '{name}' ORDER BY id")
     assert [step for step, _ in rows] == [json.loads(metrics)["train/global_step"] for step, metrics in rows]
     return [json.loads(metrics) for _, metrics in rows]
 
 
-def test_what_was_logged_before_a_kill_is_told_again_and_what_is_surely_known_is_not(tmp_path):
+def test_only_entries_after_the_last_step_are_logged_again(tmp_path):
     args = TrainingArguments(str(tmp_path), report_to=["wandb", "trackio"], use_cpu=True)
-    trackers._keep(args, "out-1", 4)
+    trackers._write_state(args, "out-1", 4)
     seen = []
     callback = SimpleNamespace(
         on_train_begin=lambda *args, **kwargs: None,
@@ -318,119 +320,123 @@ def test_what_was_logged_before_a_kill_is_told_again_and_what_is_surely_known_is
 
 
 @pytest.mark.real
-def test_trackers_of_a_run_that_is_killed_twice_have_what_those_of_an_undisturbed_one_have(run, folder, tmp_path):
-    """Right after a checkpoint, and between two: a step that is trained again is told again, with the same values."""
+def test_trackers_of_a_run_killed_twice_have_the_rows_of_an_uninterrupted_one(run, folder, tmp_path):
+    """Killed right after a checkpoint, and between two: steps trained again are logged again with the same values."""
     keys = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"max_steps": 6, "eval_steps": 2}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(keys | {"resume_from_checkpoint": "auto"}))
     context = multiprocessing.get_context("spawn")
     for event, step in (("on_save", 2), ("on_step_begin", 5)):
-        process = context.Process(target=killed, args=(tmp_path / "tiny.yaml", tmp_path / "killed", event, step))
+        args = (tmp_path / "tiny.yaml", tmp_path / "killed", event, step)
+        process = context.Process(target=train_until_killed, args=args)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
     for name in ("killed", "whole"):
-        _train(tmp_path / "tiny.yaml", tmp_path / name)
-    _train(tmp_path / "tiny.yaml", tmp_path / "alone", "--report_to", "none")
-    names = [json.loads((tmp_path / name / TRACKERS_FILE).read_text())["run"] for name in ("killed", "whole")]
-    for found, expected in ([wandb_told(folder, name) for name in names], [trackio_told(name) for name in names]):
-        assert told(found) == told(expected) and len(expected) > 15
+        run_training(tmp_path / "tiny.yaml", tmp_path / name)
+    run_training(tmp_path / "tiny.yaml", tmp_path / "alone", "--report_to", "none")
+    names = [json.loads((tmp_path / name / TRACKERS_FILE).read_text())["run_name"] for name in ("killed", "whole")]
+    for read_rows in (partial(read_wandb_rows, folder), read_trackio_rows):
+        killed, whole = (read_rows(name) for name in names)
+        assert normalize_rows(killed) == normalize_rows(whole) and len(whole) > 15
     for name in ("killed", "whole"):
         assert compare_checkpoints(tmp_path / name / "checkpoint-6", tmp_path / "alone" / "checkpoint-6")[1] == []
 
 
-# What fails.
+# Failing trackers.
 
 
-def arguments(*report_to: str) -> SimpleNamespace:
+def make_arguments(*report_to: str) -> SimpleNamespace:
     keys = {"report_to": list(report_to), "run_name": "out-1", "project": "sft_pipeline", "output_dir": "nowhere"}
     return SimpleNamespace(**keys)
 
 
-def test_what_is_not_installed_is_left_out_in_a_line(monkeypatch, caplog):
+def test_trackers_that_are_not_installed_are_removed_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard"])
-    args = arguments("wandb", "tensorboard", "mlflow")
+    args = make_arguments("wandb", "tensorboard", "mlflow")
     drop_missing_trackers(args)
     assert args.report_to == ["tensorboard"]
     assert caplog.messages == [
-        f"wandb is not installed ({INSTALL}); the run goes on without it",
-        "mlflow is not installed (pip install mlflow); the run goes on without it",
+        f"wandb is not installed ({INSTALL}); training continues without it",
+        "mlflow is not installed (pip install mlflow); training continues without it",
     ]
-    with pytest.raises(SFTError, match="report_to: wand is no tracker; known are azure_ml, .*, or none"):
-        drop_missing_trackers(arguments("wand"))
+    with pytest.raises(SFTError, match="report_to: unknown tracker wand; choose from azure_ml, .*, or none"):
+        drop_missing_trackers(make_arguments("wand"))
 
 
-def test_a_tracker_that_fails_is_given_up_in_one_line(caplog):
+def test_a_tracker_that_fails_is_removed_with_one_warning(caplog):
     class Broken:
         def on_log(self, *args, **kwargs):
             raise RuntimeError("the server\nis down")
 
         on_train_begin = on_train_end = on_log
 
-    args, state = arguments("trackio", "wandb"), TrainerState(is_world_process_zero=True)
-    one = GuardedCallback("trackio", Broken(), {})
-    for event in (one.on_train_begin, one.on_log, one.on_log, one.on_train_end):
+    args, state = make_arguments("trackio", "wandb"), TrainerState(is_world_process_zero=True)
+    guarded = GuardedCallback("trackio", Broken(), {})
+    for event in (guarded.on_train_begin, guarded.on_log, guarded.on_log, guarded.on_train_end):
         assert event(args, state, TrainerControl(), logs={}) is None
-    one.close()
+    guarded.close()
     assert args.report_to == ["wandb"]
-    assert caplog.messages == ["trackio failed (the server is down); the run goes on without it"]
+    assert caplog.messages == ["trackio failed (the server is down); training continues without it"]
 
 
-def test_a_tracker_that_could_not_begin_does_not_end_the_run(monkeypatch, tmp_path, caplog):
-    """wandb's config is none before its run has begun; whoever asks for it gets an error."""
+def test_a_tracker_that_cannot_start_does_not_end_training(monkeypatch, tmp_path, caplog):
+    """Before its run has started, wandb.config raises an error on any access."""
     wandb = SimpleNamespace(config=type("NoRun", (), {"__getattr__": lambda *args: 1 / 0})())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     args = TrainingArguments(str(tmp_path), report_to=["wandb"], use_cpu=True)
     callback = SimpleNamespace(on_train_begin=lambda *args, **kwargs: None)
     state = TrainerState(is_world_process_zero=True)
     GuardedCallback("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
-    assert args.report_to == [] and caplog.messages == ["wandb failed (division by zero); the run goes on without it"]
+    assert args.report_to == [] and caplog.messages == [
+        "wandb failed (division by zero); training continues without it"
+    ]
     GuardedCallback("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
     assert len(caplog.messages) == 1
 
 
-def test_what_a_tracker_does_at_the_end_comes_after_the_last_evaluation():
+def test_on_train_end_is_called_after_the_last_evaluation():
     calls = []
     callback = SimpleNamespace(on_log=lambda *args: calls.append("log"), on_train_end=lambda *args: calls.append("end"))
-    one = GuardedCallback("mlflow", callback, {})
-    one.close()
-    one.on_train_end(arguments("mlflow"), None, None)
-    one.on_log(arguments("mlflow"), None, None)
-    one.close()
+    guarded = GuardedCallback("mlflow", callback, {})
+    guarded.close()
+    guarded.on_train_end(make_arguments("mlflow"), None, None)
+    guarded.on_log(make_arguments("mlflow"), None, None)
+    guarded.close()
     assert calls == ["log", "end"]
 
 
-def test_tables_go_to_trackers_in_use_alone(monkeypatch, caplog):
+def test_tables_go_only_to_trackers_in_use(monkeypatch, caplog):
     logged = []
     for name in ("wandb", "trackio"):
         stand_in = SimpleNamespace(
-            Table=lambda dataframe: dataframe.to_dict("records"), log=lambda row, **more: logged.append((row, more))
+            Table=lambda dataframe: dataframe.to_dict("records"), log=lambda row, **kwargs: logged.append((row, kwargs))
         )
         monkeypatch.setitem(sys.modules, name, stand_in)
     rows = [{"answer": "a", "followed": None}, {"answer": "b", "followed": True}]
-    send_table(rows, arguments("trackio"), 7)
-    send_table(rows, arguments("mlflow"), 8)
-    send_table([], arguments("wandb"), 9)
-    send_table(rows, arguments("wandb"), 10)
+    send_table(rows, make_arguments("trackio"), 7)
+    send_table(rows, make_arguments("mlflow"), 8)
+    send_table([], make_arguments("wandb"), 9)
+    send_table(rows, make_arguments("wandb"), 10)
     assert logged == [
         ({"eval/table": rows, "train/global_step": 7}, {"step": 7}),
         ({"eval/table": rows, "train/global_step": 10}, {}),
     ]
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
-    send_table(rows, args := arguments("wandb"), 7)
-    assert args.report_to == [] and "the run goes on without it" in caplog.text
+    send_table(rows, args := make_arguments("wandb"), 7)
+    assert args.report_to == [] and "training continues without it" in caplog.text
 
 
-# wandb without an account.
+# wandb without login.
 
 
 class Wandb:
-    """A stand-in for the module: an account, a server, or neither."""
+    """A stand-in for the module, with or without login and server."""
 
     Error = type("Error", (Exception,), {})
 
     def __init__(self, mode: str = "online", account: bool | Exception = True, server: bool = True) -> None:
         self.mode, self.account, self.server, self.run = mode, account, server, None
-        self.begun: list[dict] = []
+        self.init_calls: list[dict] = []
 
     def setup(self) -> SimpleNamespace:
         return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
@@ -441,56 +447,57 @@ class Wandb:
             raise self.account
         return self.account
 
-    def Settings(self, **given: float) -> dict:
-        assert all(value > 0 for value in given.values())
-        return given
+    def Settings(self, **settings: float) -> dict:
+        assert all(value > 0 for value in settings.values())
+        return settings
 
-    def init(self, **given) -> SimpleNamespace:
-        self.begun.append(given)
-        if given["mode"] == "online" and not self.server:
+    def init(self, **kwargs) -> SimpleNamespace:
+        self.init_calls.append(kwargs)
+        if kwargs["mode"] == "online" and not self.server:
             raise TimeoutError("no answer in 30 s")
-        url = "https://wandb.ai/me/sft_pipeline/runs/out-1" if given["mode"] == "online" else None
-        return SimpleNamespace(url=url, dir="wandb/offline-run-1/files", settings=SimpleNamespace(mode=given["mode"]))
+        url = "https://wandb.ai/me/sft_pipeline/runs/out-1" if kwargs["mode"] == "online" else None
+        return SimpleNamespace(url=url, dir="wandb/offline-run-1/files", settings=SimpleNamespace(mode=kwargs["mode"]))
 
 
-OFFLINE = "offline; wandb sync wandb/offline-run-1 sends it"
+OFFLINE_MESSAGE = "offline; upload it with wandb sync wandb/offline-run-1"
 
 
 @pytest.mark.parametrize(
-    ("wandb", "modes", "said"),
+    ("wandb", "modes", "messages"),
     [
         (Wandb(), ["online"], ["wandb: https://wandb.ai/me/sft_pipeline/runs/out-1"]),
-        (Wandb("offline", account=False), ["offline"], [f"wandb: {OFFLINE}"]),
+        (Wandb("offline", account=False), ["offline"], [f"wandb: {OFFLINE_MESSAGE}"]),
         (Wandb("disabled", account=False), ["disabled"], []),
         (
             Wandb(account=False),
             ["offline"],
-            [f"wandb: no account here: set WANDB_API_KEY or run `wandb login`; {OFFLINE}"],
+            [f"wandb: not logged in: set WANDB_API_KEY or run `wandb login`; {OFFLINE_MESSAGE}"],
         ),
-        (Wandb(account=Wandb.Error("no such\nkey")), ["offline"], [f"wandb: no such key; {OFFLINE}"]),
-        (Wandb(server=False), ["online", "offline"], [f"wandb: no answer in 30 s; {OFFLINE}"]),
+        (Wandb(account=Wandb.Error("no such\nkey")), ["offline"], [f"wandb: no such key; {OFFLINE_MESSAGE}"]),
+        (Wandb(server=False), ["online", "offline"], [f"wandb: no answer in 30 s; {OFFLINE_MESSAGE}"]),
     ],
 )
-def test_wandb_begins_online_or_offline_and_never_asks(wandb, modes, said, monkeypatch, caplog):
+def test_wandb_starts_online_or_offline_without_a_prompt(wandb, modes, messages, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     caplog.set_level("INFO", "sft_pipeline")
-    begun = call_tracker("wandb", args := arguments("wandb"), lambda: trackers._begin_wandb("out-1", args))
-    assert [one["mode"] for one in wandb.begun] == modes and begun is not None
-    assert {(one["id"], one["resume"], one["project"]) for one in wandb.begun} == {("out-1", "allow", "sft_pipeline")}
-    assert caplog.messages == said
+    wandb_run = call_tracker("wandb", args := make_arguments("wandb"), lambda: trackers._start_wandb("out-1", args))
+    assert [call["mode"] for call in wandb.init_calls] == modes and wandb_run is not None
+    names = {(call["id"], call["resume"], call["project"]) for call in wandb.init_calls}
+    assert names == {("out-1", "allow", "sft_pipeline")}
+    assert caplog.messages == messages
 
 
-def test_a_run_of_the_callers_own_is_left_open(monkeypatch):
+def test_a_wandb_run_started_by_the_caller_is_used_and_left_open(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
     wandb.run = object()
-    assert trackers._begin_wandb("out-1", arguments("wandb")) is None and wandb.begun == []
+    assert trackers._start_wandb("out-1", make_arguments("wandb")) is None and wandb.init_calls == []
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_an_end_that_takes_too_long_is_told_with_what_sends_the_rest(slow, monkeypatch, caplog):
+def test_an_upload_that_takes_too_long_ends_with_a_warning(slow, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
-    begun = trackers._begin_wandb("out-1", arguments("wandb"))
-    assert wandb.begun[0]["settings"]["finish_timeout_raises"]
+    wandb_run = trackers._start_wandb("out-1", make_arguments("wandb"))
+    assert wandb.init_calls[0]["settings"]["finish_timeout_raises"]
     statuses = []
 
     def finish(exit_code: int) -> None:
@@ -498,15 +505,15 @@ def test_an_end_that_takes_too_long_is_told_with_what_sends_the_rest(slow, monke
         if slow:
             raise TimeoutError("Timed out finishing run.")
 
-    begun.finish = finish
+    wandb_run.finish = finish
     caplog.clear()
-    trackers._end_wandb(begun, 1)
-    said = ["wandb: not all was sent within 120 s; wandb sync wandb/offline-run-1 sends the rest"] if slow else []
-    assert statuses == [1] and caplog.messages == said
+    trackers._finish_wandb(wandb_run, 1)
+    messages = ["wandb: upload not finished in 120 s; finish it with wandb sync wandb/offline-run-1"] if slow else []
+    assert statuses == [1] and caplog.messages == messages
 
 
 @pytest.mark.real
-def test_wandb_itself_gives_up_a_server_that_does_not_answer(monkeypatch, tmp_path, offline, caplog):
+def test_the_real_wandb_goes_offline_if_the_server_does_not_respond(monkeypatch, tmp_path, offline, caplog):
     wandb = pytest.importorskip("wandb")
     caplog.set_level("INFO", "sft_pipeline")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -516,16 +523,16 @@ def test_wandb_itself_gives_up_a_server_that_does_not_answer(monkeypatch, tmp_pa
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         wandb.teardown()
         started = time.monotonic()
-        begun = trackers._begin_wandb("out-1", arguments("wandb"))
-        assert begun.settings.mode == "offline" and time.monotonic() - started < 2 * trackers.BEGIN_SECONDS
-        begun.finish()
+        wandb_run = trackers._start_wandb("out-1", make_arguments("wandb"))
+        assert wandb_run.settings.mode == "offline" and time.monotonic() - started < 2 * trackers.INIT_TIMEOUT
+        wandb_run.finish()
     wandb.teardown()
     [line] = [record.message for record in caplog.records if record.name == "sft_pipeline.training.trackers"]
-    assert re.fullmatch(r"wandb: .* did not respond in time.*; offline; wandb sync \S+ sends it", line)
+    assert re.fullmatch(r"wandb: .* did not respond in time.*; offline; upload it with wandb sync \S+", line)
 
 
-def test_wandb_itself_does_not_ask_in_a_terminal(monkeypatch, tmp_path, offline):
-    """No key anywhere, and a terminal to ask in: the real `login` says no."""
+def test_the_real_wandb_does_not_prompt_in_a_terminal(monkeypatch, tmp_path, offline):
+    """Without a key, and with a terminal, the real `login` returns False."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -534,6 +541,6 @@ def test_wandb_itself_does_not_ask_in_a_terminal(monkeypatch, tmp_path, offline)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(wandb.sdk.lib.wbauth.prompt, "prompt_and_save_api_key", pytest.fail)
     wandb.teardown()
-    reason = trackers._why_not_online(wandb)
+    reason = trackers._get_login_error(wandb)
     wandb.teardown()
-    assert reason == "no account here: set WANDB_API_KEY or run `wandb login`"
+    assert reason == "not logged in: set WANDB_API_KEY or run `wandb login`"

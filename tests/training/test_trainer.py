@@ -1,4 +1,4 @@
-"""SupervisedTrainer: accumulation is exact, evaluation weighs tokens, best models and early stopping work."""
+"""SupervisedTrainer: exact accumulation, evaluation weighted by tokens, best model and early stopping."""
 
 import math
 
@@ -19,37 +19,37 @@ from sft_pipeline.training.trainer import compute_eval_metrics, count_tokens
 from sft_pipeline.utils.progress import TrainingProgress
 
 
-def trained_ids(folder, **arguments) -> list[list[int]]:
-    """The first epoch's rows in order, a row a batch."""
+def get_trained_ids(folder, **arguments) -> list[list[int]]:
+    """Return the input_ids of the first epoch, one row per batch, in training order."""
     loader = make_trainer(folder, per_device_train_batch_size=1, **arguments).get_train_dataloader()
     return [batch["input_ids"][batch["attention_mask"].bool()].tolist() for batch in loader]
 
 
-def test_rows_come_in_the_order_that_was_asked_for(tmp_path):
+def test_row_order_follows_seed_and_sampling_strategy(tmp_path):
     rows = list(UNEVEN["input_ids"])
-    shuffled = trained_ids(tmp_path, seed=5)
+    shuffled = get_trained_ids(tmp_path, seed=5)
     assert sorted(shuffled) == sorted(rows) != shuffled != rows
-    assert trained_ids(tmp_path, seed=9, data_seed=5) == shuffled != trained_ids(tmp_path, seed=9)
-    assert trained_ids(tmp_path, train_sampling_strategy="sequential") == rows
-    grouped = trained_ids(tmp_path, train_sampling_strategy="group_by_length")
-    assert sorted(grouped) == sorted(rows) and len(grouped[0]) == max(map(len, rows)), "the library's own"
+    assert get_trained_ids(tmp_path, seed=9, data_seed=5) == shuffled != get_trained_ids(tmp_path, seed=9)
+    assert get_trained_ids(tmp_path, train_sampling_strategy="sequential") == rows
+    grouped = get_trained_ids(tmp_path, train_sampling_strategy="group_by_length")
+    assert sorted(grouped) == sorted(rows) and len(grouped[0]) == max(map(len, rows)), "the sampler of the library"
 
 
-class KeepGradients(TrainerCallback):
+class GradientRecorder(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def step_gradients(folder, collator: str, size: int, accumulation: int) -> dict[str, torch.Tensor]:
-    keep = KeepGradients()
+def compute_step_gradients(folder, collator: str, size: int, accumulation: int) -> dict[str, torch.Tensor]:
+    recorder = GradientRecorder()
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    make_trainer(folder, collator, callbacks=[keep], **sizes).train()
-    return keep.gradients
+    make_trainer(folder, collator, callbacks=[recorder], **sizes).train()
+    return recorder.gradients
 
 
 @pytest.fixture(scope="module")
 def reference_gradients() -> dict[str, torch.Tensor]:
-    """Of the mean over all targets of the eight rows, from the plain model, a row at a time."""
+    """Gradients of the mean loss over all targets of the eight rows, by the plain forward pass, row by row."""
     model = make_model()
     total = sum(label != IGNORED for row in UNEVEN["labels"] for label in row)
     for row in UNEVEN:
@@ -60,41 +60,43 @@ def reference_gradients() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("collator", COLLATORS)
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (4, 2), (1, 8)])
-def test_accumulated_gradients_are_the_whole_batchs(size, accumulation, collator, reference_gradients, tmp_path):
-    found = step_gradients(tmp_path, collator, size, accumulation)
-    assert found.keys() == reference_gradients.keys()
+def test_accumulated_gradients_equal_those_of_the_whole_batch(
+    size, accumulation, collator, reference_gradients, tmp_path
+):
+    grads = compute_step_gradients(tmp_path, collator, size, accumulation)
+    assert grads.keys() == reference_gradients.keys()
     for name, expected in reference_gradients.items():
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
-    assert max(g.abs().max() for g in found.values()) > 1e-2  # else the tolerance would hide everything
+        torch.testing.assert_close(grads[name], expected, rtol=0, atol=1e-5)
+    assert max(g.abs().max() for g in grads.values()) > 1e-2  # else the tolerance would hide everything
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
-def test_checkpointed_gradients_are_the_same(collator, reference_gradients, tmp_path, monkeypatch):
-    """Each layer is computed again in the backward pass, and nothing else changes."""
+def test_activation_checkpointing_does_not_change_gradients(collator, reference_gradients, tmp_path, monkeypatch):
+    """Each layer runs twice, in the forward and in the backward pass."""
     # The rehearsal computes the layers as well.
     monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *_: None)
-    keep, calls = KeepGradients(), []
+    recorder, calls = GradientRecorder(), []
     options = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
-    trainer = make_trainer(tmp_path, collator, callbacks=[keep], **options)
+    trainer = make_trainer(tmp_path, collator, callbacks=[recorder], **options)
     for layer in trainer.model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert len(calls) == 2 * len(trainer.model.model.layers)
     for name, expected in reference_gradients.items():
-        torch.testing.assert_close(keep.gradients[name], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(recorder.gradients[name], expected, rtol=0, atol=1e-5)
 
 
-def plain_figures(model, rows: Dataset) -> tuple[float, float]:
-    """Loss in nats a target and share of hits over all rows, each run alone through the plain forward pass."""
-    nll = targets = hits = 0.0
+def compute_reference_metrics(model, rows: Dataset) -> tuple[float, float]:
+    """Return loss (nats per target) and token accuracy over all rows, by the plain forward pass, row by row."""
+    nll = targets = correct = 0.0
     for row in rows:
         labels = torch.tensor(row["labels"])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         targets += labels.ne(IGNORED).sum().item()
-        hits += (logits.argmax(-1) == labels).sum().item()
-    return nll / targets, hits / targets
+        correct += (logits.argmax(-1) == labels).sum().item()
+    return nll / targets, correct / targets
 
 
 @settings(deadline=None, max_examples=12)
@@ -103,43 +105,43 @@ def plain_figures(model, rows: Dataset) -> tuple[float, float]:
     size=st.integers(1, 10),
     collator=st.sampled_from(list(COLLATORS)),
 )
-def test_evaluation_weighs_tokens_whatever_the_batch(lengths, size, collator, tmp_path_factory):
+def test_evaluation_is_weighted_by_tokens_for_any_batch_size(lengths, size, collator, tmp_path_factory):
     rows = make_rows(lengths)
     trainer = make_trainer(
         tmp_path_factory.getbasetemp() / "eval", collator, held_out=rows, per_device_eval_batch_size=size
     )
     metrics = trainer.evaluate()
-    loss, accuracy = plain_figures(make_model().eval(), rows)
+    loss, accuracy = compute_reference_metrics(make_model().eval(), rows)
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert metrics["eval_token_accuracy"] == pytest.approx(accuracy)
 
 
-def test_token_weighted_sums_before_it_divides():
-    """A mean of the rows' means would be 2.5 here; a loss beyond a double's exponent has no finite perplexity."""
+def test_eval_metrics_sum_before_dividing():
+    """The mean of the rows' means would be 2.5 here. A loss whose exponential overflows has infinite perplexity."""
     metrics = compute_eval_metrics(EvalPrediction(torch.tensor([[4.0, 1, 0], [3.0, 3, 3]]).double().numpy(), None))
     assert metrics == {"loss": 1.75, "perplexity": math.exp(1.75), "token_accuracy": 0.75}
     assert compute_eval_metrics(EvalPrediction(torch.tensor([[800.0, 1, 0]]).numpy(), None))["perplexity"] == math.inf
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
-def test_real_tokens_are_the_rows_own(collator):
+def test_count_tokens_excludes_padding(collator):
     assert count_tokens(COLLATORS[collator](list(UNEVEN))) == sum(map(len, UNEVEN["input_ids"]))
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
-def test_tokens_of_the_steps_are_counted(collator, tmp_path, monkeypatch):
-    """Two passes over eight rows, evaluation not among them; train() starts the count anew."""
+def test_tokens_per_second_counts_training_tokens(collator, tmp_path, monkeypatch):
+    """Two epochs of eight rows, without evaluations; train() resets the count."""
     sizes = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = make_trainer(tmp_path, collator, held_out=UNEVEN, eval_strategy="steps", eval_steps=1, **sizes)
     trainer.train()
-    assert trainer._tokens == 2 * sum(map(len, UNEVEN["input_ids"]))
+    assert trainer._num_tokens == 2 * sum(map(len, UNEVEN["input_ids"]))
     trainer.train()
-    assert trainer._tokens == 2 * sum(map(len, UNEVEN["input_ids"]))
+    assert trainer._num_tokens == 2 * sum(map(len, UNEVEN["input_ids"]))
     # 10 seconds of training and 30 of evaluation.
-    trainer._started, trainer._paused_seconds = 100.0, 30.0
+    trainer._start_time, trainer._eval_seconds = 100.0, 30.0
     monkeypatch.setattr("sft_pipeline.training.trainer.time.perf_counter", lambda: 140.0)
-    assert trainer.tokens_per_second() == pytest.approx(trainer._tokens / 10)
+    assert trainer.tokens_per_second() == pytest.approx(trainer._num_tokens / 10)
 
 
 def test_the_first_evaluation_is_before_the_first_step(tmp_path):
@@ -147,14 +149,16 @@ def test_the_first_evaluation_is_before_the_first_step(tmp_path):
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 1]
-    assert evaluations[0]["eval_loss"] == pytest.approx(plain_figures(make_model().eval(), UNEVEN)[0], rel=1e-5)
+    assert evaluations[0]["eval_loss"] == pytest.approx(
+        compute_reference_metrics(make_model().eval(), UNEVEN)[0], rel=1e-5
+    )
     [logged] = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logged["tokens_per_second"] > 0 and logged["peak_memory_gib"] == pytest.approx(
         measure_peak_memory_gib(), abs=0.1
     )
 
 
-# Random rows teach nothing about other random rows, so the held-out loss soon rises.
+# Training on random rows does not help on other random rows, so the held-out loss soon rises.
 WORSENING = {
     "held_out": make_rows([(3, 9), (2, 12), (4, 7)], seed=4),
     "learning_rate": 1.0,
@@ -169,7 +173,7 @@ WORSENING = {
 }
 
 
-def test_early_stopping_ends_the_run_and_the_best_model_stays(tmp_path):
+def test_early_stopping_ends_the_run_and_loads_the_best_model(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[EarlyStoppingCallback(2)], **WORSENING)
     trainer.train()
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e and e["step"]}
@@ -184,20 +188,20 @@ def test_progress_bar_shows_loss_speed_and_evaluations(tmp_path, capsys):
     trainer = make_trainer(tmp_path, held_out=UNEVEN, eval_on_start=True, **arguments)
     assert sum(isinstance(c, TrainingProgress) for c in trainer.callback_handler.callbacks) == 1
     trainer.train()
-    shown = "".join(capsys.readouterr())
-    assert "training" in shown and "tokens/s" in shown and "loss" in shown
+    output = "".join(capsys.readouterr())
+    assert "training" in output and "tokens/s" in output and "loss" in output
     for step in (0, 1, 2):
-        assert f"step {step}: held-out loss" in shown
+        assert f"step {step}: held-out loss" in output
 
 
-def test_no_bar_where_it_was_turned_off(tmp_path, capsys):
+def test_no_progress_bar_with_disable_tqdm(tmp_path, capsys):
     trainer = make_trainer(tmp_path)
     assert not any(isinstance(c, TrainingProgress) for c in trainer.callback_handler.callbacks)
     trainer.train()
     assert "tokens/s" not in "".join(capsys.readouterr())
 
 
-def test_memory_is_the_devices_where_it_keeps_count(monkeypatch):
+def test_peak_memory_is_of_the_gpu_if_there_is_one(monkeypatch):
     assert 0.05 < measure_peak_memory_gib() < 1000
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)

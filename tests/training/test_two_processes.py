@@ -1,4 +1,4 @@
-"""Two real processes (gloo) against one: losses, weights, evaluation, throughput, resuming."""
+"""Two processes (gloo) compared with one: losses, weights, evaluation, token counts, resuming."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from sft_pipeline.config import SFTArguments, build_config_record
 
 REFERENCE = ("padded", 8, 1, 0)
 BUDGET = ("packed", 1, 2, 48)
-# collator, rows a micro-batch, accumulation, tokens a micro-batch
+# collator, rows per micro-batch, accumulation, tokens per micro-batch
 ONE_PROCESS = {
     "packed 8 x 1": ("packed", 8, 1, 0),
     "packed 2 x 4": ("packed", 2, 4, 0),
@@ -31,96 +31,96 @@ SAVING = {"save_strategy": "steps", "save_steps": RESUMED_AT}
 
 
 def build(folder: Path, run: tuple[str, int, int, int], **arguments):
-    collator, size, accumulation, tokens = run
+    collator, size, accumulation, tokens_per_batch = run
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    more = {"max_steps": STEPS, "max_grad_norm": 1.0, "held_out": HELD_OUT, "per_device_eval_batch_size": 2}
-    return make_trainer(folder, collator, rows=ROWS, tokens_per_batch=tokens, **more, **sizes, **arguments)
+    options = {"max_steps": STEPS, "max_grad_norm": 1.0, "held_out": HELD_OUT, "per_device_eval_batch_size": 2}
+    return make_trainer(folder, collator, rows=ROWS, tokens_per_batch=tokens_per_batch, **options, **sizes, **arguments)
 
 
-def report(trainer, checkpoint: str | None = None) -> dict:
-    """Ten steps, and what is compared of them."""
+def train_and_report(trainer, checkpoint: str | None = None) -> dict:
+    """Train, and return what the tests compare."""
     trainer.train(resume_from_checkpoint=checkpoint)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "losses": [entry["loss"] for entry in logged],
         "norms": [entry["grad_norm"] for entry in logged],
         "eval_loss": trainer.evaluate()["eval_loss"],
-        "tokens": trainer.accelerator.reduce(torch.tensor(trainer._tokens)).item(),
+        "tokens": trainer.accelerator.reduce(torch.tensor(trainer._num_tokens)).item(),
         "steps": trainer.state.global_step,
         "weights": {name: p.detach().flatten().tolist() for name, p in trainer.model.named_parameters()},
     }
 
 
-def work(process: int, folder: str) -> None:
-    """One of the two processes: all runs in turn; the first writes what it found."""
+def run_worker(process: int, folder: str) -> None:
+    """Run all trainings in turn in one of two processes; process 0 writes the reports."""
     out, ddp = Path(folder), {"ddp_backend": "gloo"}
-    found = {name: report(build(out / name, run, **SAVING, **ddp)) for name, run in TWO_PROCESSES.items()}
+    reports = {name: train_and_report(build(out / name, run, **SAVING, **ddp)) for name, run in TWO_PROCESSES.items()}
     resumed = build(out / "resumed", TWO_PROCESSES[RESUMED], **ddp)
-    found["budget"] = report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
-    found["resumed"] = report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
+    reports["budget"] = train_and_report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
+    reports["resumed"] = train_and_report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
     if process == 0:  # as the first process of a run does before it trains
         build_config_record(SFTArguments("model", ["rows"]), resumed.args)
     assert resumed.args.world_size == PartialState().num_processes == PROCESSES
     if process == 0:
-        (out / "found.json").write_text(json.dumps(found))
+        (out / "reports.json").write_text(json.dumps(reports))
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> dict[str, dict]:
-    """What two processes found, by run."""
+def two_processes(tmp_path_factory) -> dict[str, dict]:
+    """Reports of two processes, by run."""
     folder = tmp_path_factory.mktemp("two")
-    run_ranks(work, PROCESSES, str(folder))
-    return json.loads((folder / "found.json").read_text())
+    run_ranks(run_worker, PROCESSES, str(folder))
+    return json.loads((folder / "reports.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> dict:
-    """One process, padded, eight rows at a time."""
-    return report(build(tmp_path_factory.mktemp("one"), REFERENCE))
+def one_process(tmp_path_factory) -> dict:
+    """Report of one process, padded, eight rows per micro-batch."""
+    return train_and_report(build(tmp_path_factory.mktemp("one"), REFERENCE))
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    assert found["steps"] == expected["steps"] == STEPS
+def assert_same(report: dict, expected: dict) -> None:
+    assert report["steps"] == expected["steps"] == STEPS
     for key in ("losses", "norms"):
-        assert found[key] == pytest.approx(expected[key][-len(found[key]) :], rel=1e-5)
-    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        assert report[key] == pytest.approx(expected[key][-len(report[key]) :], rel=1e-5)
+    assert report["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     for name, weights in expected["weights"].items():
-        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(report["weights"][name]), torch.tensor(weights), rtol=0, atol=1e-5)
 
 
-def test_ten_steps_teach_something(one):
-    """Else equal weights would say little."""
-    assert len(one["losses"]) == STEPS and one["losses"][-1] < one["losses"][0] - 0.1
-    assert len(set(one["losses"])) == STEPS
+def test_ten_steps_lower_the_loss(one_process):
+    """Otherwise equal weights would prove little."""
+    assert len(one_process["losses"]) == STEPS and one_process["losses"][-1] < one_process["losses"][0] - 0.1
+    assert len(set(one_process["losses"])) == STEPS
 
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
-def test_two_processes_are_one(name, two, one):
-    assert_same(two[name], one)
+def test_two_processes_train_like_one(name, two_processes, one_process):
+    assert_same(two_processes[name], one_process)
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
-def test_packed_is_padded_and_accumulation_changes_nothing(name, one, tmp_path):
-    assert_same(report(build(tmp_path, ONE_PROCESS[name])), one)
+def test_packing_and_accumulation_do_not_change_training(name, one_process, tmp_path):
+    assert_same(train_and_report(build(tmp_path, ONE_PROCESS[name])), one_process)
 
 
-def test_two_processes_with_a_budget_are_one_with_twice_the_accumulation(two, tmp_path):
-    expected = report(build(tmp_path, BUDGET))
-    assert_same(two["budget"], expected)
-    assert two["budget"]["tokens"] == pytest.approx(expected["tokens"], abs=STEPS)
+def test_two_processes_with_tokens_per_batch_train_like_one_with_twice_the_accumulation(two_processes, tmp_path):
+    expected = train_and_report(build(tmp_path, BUDGET))
+    assert_same(two_processes["budget"], expected)
+    assert two_processes["budget"]["tokens"] == pytest.approx(expected["tokens"], abs=STEPS)
 
 
-def test_tokens_of_all_processes_are_counted(two, one):
-    """An empty micro-batch, one in each of three epochs that ended, is one token."""
-    assert two["packed 4 x 1"]["tokens"] == one["tokens"] + 3
+def test_tokens_of_all_processes_are_counted(two_processes, one_process):
+    """An empty micro-batch counts one token; there is one in each of three complete epochs."""
+    assert two_processes["packed 4 x 1"]["tokens"] == one_process["tokens"] + 3
 
 
 @pytest.mark.parametrize("where", ["one process", "two processes"])
-def test_a_run_resumed_within_an_epoch_sees_the_rows_it_would_have_seen(where, two, one, tmp_path):
+def test_a_run_resumed_within_an_epoch_continues_with_the_same_rows(where, two_processes, one_process, tmp_path):
     if where == "two processes":
-        found = two["resumed"]
+        report = two_processes["resumed"]
     else:
-        report(build(tmp_path, REFERENCE, **SAVING))
-        found = report(build(tmp_path / "resumed", REFERENCE), str(tmp_path / f"checkpoint-{RESUMED_AT}"))
-    assert_same(found, one)
+        train_and_report(build(tmp_path, REFERENCE, **SAVING))
+        report = train_and_report(build(tmp_path / "resumed", REFERENCE), str(tmp_path / f"checkpoint-{RESUMED_AT}"))
+    assert_same(report, one_process)
