@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 SEARCH_EPOCHS = 3  # the heaviest micro-batch is searched for in the first epochs only
-# mallopt parameters of glibc's malloc.h: the number of blocks allocated with mmap, and the amount of free memory at the
-# top of the heap above which it is returned to the kernel.
+# mallopt parameters of glibc's malloc.h: the maximum number of blocks allocated with mmap, and the free memory at
+# the top of the heap above which it is returned to the kernel.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 

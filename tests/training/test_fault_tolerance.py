@@ -308,7 +308,7 @@ def test_the_rehearsal_restores_all_state(tmp_path, monkeypatch):
     trainer = add_random_embedding(build(tmp_path, save_strategy="no"))
     trainer.train()
     [(_, inputs, targets)] = step_calls
-    rows = find_heaviest_batch(trainer.training_batches())
+    rows = find_heaviest_batch(trainer.build_batch_sampler())
     assert inputs["row_lengths"].tolist()[1:] and targets == inputs["shift_labels"].ne(-100).sum()
     assert len(inputs["row_lengths"]) - 1 == len(rows)
 
