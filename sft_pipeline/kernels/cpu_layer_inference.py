@@ -1,11 +1,11 @@
-"""A decoder layer of Llama's kind for inference in fp32 on the CPU: the same arithmetic in a third of the operations.
+"""A Llama-like decoder layer for inference in fp32 on the CPU: the same arithmetic in a third of the operations.
 
-Decoding one row spends a quarter of its time between the products: forty small operations a layer, each a few
-microseconds of dispatch. Here the three projections of attention are one product, activations and residual sums are
-done inside the products by oneDNN, and modules are not called one by one.
+Between the matrix products, decoding one row spends a quarter of its time on some forty small operations a layer, each
+with a few microseconds of dispatch. Here query, key and value are one product, oneDNN applies activations and residual
+sums inside the products, and the submodules are not called one by one.
 
-On the CPU, `torch.nn.functional.linear` in fp32 also calls a BLAS that reads the weights of a decoding step at less
-than half the memory's bandwidth. oneDNN, which torch ships, reads them at full bandwidth from its own layout. The
+In fp32 on the CPU, `torch.nn.functional.linear` also calls a BLAS that reads the weights of a decoding step at less
+than half the memory's bandwidth. oneDNN, which ships with torch, reads them at full bandwidth from its own layout. The
 arithmetic is fp32 either way; only the order of the sums differs.
 """
 
@@ -16,48 +16,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# Layers that compute norm, attention with rotary positions, sum, norm, silu-gated MLP, sum (and Qwen3's norms of
-# heads).
-FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-Part = Any  # a module of such a layer: torch types what it is made of as tensors or modules, whichever it is
+# Layers that compute norm, attention with rotary positions, residual sum, norm, silu-gated MLP, residual sum; in Qwen3
+# queries and keys are normed as well.
+LAYER_CLASSES = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+AnyModule = Any  # a decoder layer or a module inside it: torch types the attributes of a module as Tensor | Module
 
-# What oneDNN is told of the number of tokens. Its layout for 16 is as fast on 1 as that for 1, and faster on more.
+# The number of tokens that oneDNN picks a weight layout for. The layout for 16 is as fast on 1 token as the layout for
+# 1, and faster on more.
 LAYOUT_TOKENS = 16
 
 
 class OneDnnLinear:
-    """x W^T + b of linear layers that share their input x, with W in a layout of oneDNN's."""
+    """x W^T + b of linear layers that share their input x, with W in oneDNN's own layout."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_TOKENS)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        self.multiply = torch.ops.mkldnn._linear_pointwise.default
-        self.multiply_with = torch.ops.mkldnn._linear_pointwise.binary
+        self.linear = torch.ops.mkldnn._linear_pointwise.default
+        self.linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 
-    def __call__(self, x: Tensor, then: str = "none") -> Tensor:
-        """`then` is oneDNN's name of what is done to the product: "none" or "swish"."""
-        return self.multiply(x, self.weight, self.bias, then, [], "")
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Return activation(x W^T + b). `activation` is a name of oneDNN's: "none", or "swish" for silu."""
+        return self.linear(x, self.weight, self.bias, activation, [], "")
 
-    def with_(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
-        """The product plus ("add") or times ("mul") `other`."""
-        return self.multiply_with(x, other, self.weight, self.bias, operation)
+    def compute_binary(self, x: Tensor, operand: Tensor, operation: str) -> Tensor:
+        """Return x W^T + b plus ("add") or times ("mul") `operand`."""
+        return self.linear_binary(x, operand, self.weight, self.bias, operation)
 
 
 def can_fuse_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `layer` is a plain fp32 linear layer on the CPU. One of another class, or whose forward is already
-    replaced, is someone else's; a build of torch without the operators of its inductor for oneDNN keeps its own
-    product."""
+    """Return whether `layer` is a plain fp32 linear layer on the CPU that oneDNN can compute.
+
+    Subclasses of nn.Linear and layers whose forward is already replaced are not, nor is any layer in a build of torch
+    without the oneDNN operators of its inductor.
+    """
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
-    ours = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
-    return ours and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    is_fp32_on_cpu = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    return is_fp32_on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def can_fuse_layer(layer: Part) -> bool:
-    """Whether `layer` is of the family, untouched: no adapter in it, no hook on it, nothing that a fused layer would
-    skip."""
-    if type(layer).__name__ not in FAMILY or not type(layer).__module__.startswith("transformers."):
+def can_fuse_layer(layer: AnyModule) -> bool:
+    """Return whether `layer` is one of LAYER_CLASSES without adapters, hooks or replaced forwards in it."""
+    if type(layer).__name__ not in LAYER_CLASSES or not type(layer).__module__.startswith("transformers."):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules()):
         return False
@@ -69,60 +71,76 @@ def can_fuse_layer(layer: Part) -> bool:
 
 
 def build_linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A forward for a linear layer: oneDNN's product, and torch's own under autocast."""
-    product = OneDnnLinear([layer])
+    """Build a forward for a linear layer: oneDNN's product, and torch's own under autocast or for other dtypes."""
+    onednn_linear = OneDnnLinear([layer])
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return linear(x, layer.weight, layer.bias)
-        return product(x)
+        return onednn_linear(x)
 
     return forward
 
 
-def build_layer_forward(layer: Part, attend: Callable) -> Callable[..., Tensor]:
-    """A forward for a decoder layer that `can_fuse_layer`; `attend` is an attention function of transformers'
-    interface."""
-    self_attention, mlp = _attention(layer.self_attn, attend), _mlp(layer.mlp)
-    before, after = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+def build_layer_forward(layer: AnyModule, attention_function: Callable) -> Callable[..., Tensor]:
+    """Build a forward for a decoder layer that `can_fuse_layer` accepts.
+
+    attention_function: a function of transformers' attention interface. Under autocast or for other dtypes than
+    float32 the layer's own forward runs.
+    """
+    apply_attention = _build_attention(layer.self_attn, attention_function)
+    apply_mlp = _build_mlp(layer.mlp)
+    apply_input_norm = _build_norm(layer.input_layernorm)
+    apply_post_attention_norm = _build_norm(layer.post_attention_layernorm)
 
     def forward(hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
         if hidden_states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return type(layer).forward(layer, hidden_states, position_embeddings=position_embeddings, **kwargs)
-        hidden_states = self_attention(before(hidden_states), hidden_states, *position_embeddings)
-        return mlp(after(hidden_states), hidden_states)
+        hidden_states = apply_attention(apply_input_norm(hidden_states), hidden_states, *position_embeddings)
+        return apply_mlp(apply_post_attention_norm(hidden_states), hidden_states)
 
     return forward
 
 
-def _norm(norm: Part) -> Callable[[Tensor], Tensor]:
+def _build_norm(norm: AnyModule) -> Callable[[Tensor], Tensor]:
     shape, weight, epsilon = tuple(norm.weight.shape), norm.weight, norm.variance_epsilon
     return lambda x: torch.rms_norm(x, shape, weight, epsilon)
 
 
-def _attention(module: Part, attend: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    project, output = OneDnnLinear([module.q_proj, module.k_proj, module.v_proj]), OneDnnLinear([module.o_proj])
-    size = module.head_dim
-    heads, shared = module.q_proj.out_features // size, module.k_proj.out_features // size
-    norms = [_norm(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
-    window = getattr(module, "sliding_window", None)
+def _build_attention(
+    module: AnyModule, attention_function: Callable
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    qkv_proj, o_proj = OneDnnLinear([module.q_proj, module.k_proj, module.v_proj]), OneDnnLinear([module.o_proj])
+    head_dim = module.head_dim
+    num_heads, num_kv_heads = module.q_proj.out_features // head_dim, module.k_proj.out_features // head_dim
+    head_norms = [_build_norm(getattr(module, name)) for name in ("q_norm", "k_norm") if hasattr(module, name)]
+    sliding_window = getattr(module, "sliding_window", None)
 
-    def forward(x: Tensor, residual: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """`x` and `residual` are (1, tokens, hidden size), `cosine` and `sine` (1, tokens, head size)."""
-        queries_keys, value = project(x).unflatten(-1, (-1, size)).split([heads + shared, shared], 2)
-        if norms:
-            parts = queries_keys.split([heads, shared], 2)
-            queries_keys = torch.cat([norm(part) for norm, part in zip(norms, parts)], 2)
-        first, second = queries_keys.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
-        queries_keys = queries_keys * cosine.unsqueeze(2) + turned * sine.unsqueeze(2)
-        query, key = queries_keys.transpose(1, 2).split([heads, shared], 1)
-        mixed, _ = attend(module, query, key, value.transpose(1, 2), None, module.scaling, window)
-        return output.with_(mixed.flatten(2), residual, "add")
+    def forward(x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x and residual: (1, tokens, hidden size); cos and sin: (1, tokens, head size)."""
+        query_key, value = qkv_proj(x).unflatten(-1, (-1, head_dim)).split([num_heads + num_kv_heads, num_kv_heads], 2)
+        if head_norms:
+            parts = query_key.split([num_heads, num_kv_heads], 2)
+            query_key = torch.cat([apply_norm(part) for apply_norm, part in zip(head_norms, parts)], 2)
+        first_half, second_half = query_key.chunk(2, -1)
+        rotated_half = torch.cat((-second_half, first_half), -1)
+        query_key = query_key * cos.unsqueeze(2) + rotated_half * sin.unsqueeze(2)
+        query, key = query_key.transpose(1, 2).split([num_heads, num_kv_heads], 1)
+        attn_output, _ = attention_function(
+            module, query, key, value.transpose(1, 2), None, scaling=module.scaling, sliding_window=sliding_window
+        )
+        return o_proj.compute_binary(attn_output.flatten(2), residual, "add")
 
     return forward
 
 
-def _mlp(module: Part) -> Callable[[Tensor, Tensor], Tensor]:
-    gate, up, down = (OneDnnLinear([layer]) for layer in (module.gate_proj, module.up_proj, module.down_proj))
-    return lambda x, residual: down.with_(up.with_(x, gate(x, "swish"), "mul"), residual, "add")
+def _build_mlp(module: AnyModule) -> Callable[[Tensor, Tensor], Tensor]:
+    gate_proj, up_proj, down_proj = (
+        OneDnnLinear([layer]) for layer in (module.gate_proj, module.up_proj, module.down_proj)
+    )
+
+    def forward(x: Tensor, residual: Tensor) -> Tensor:
+        intermediate = up_proj.compute_binary(x, gate_proj(x, "swish"), "mul")
+        return down_proj.compute_binary(intermediate, residual, "add")
+
+    return forward

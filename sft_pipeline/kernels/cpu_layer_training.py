@@ -1,14 +1,14 @@
-"""A decoder layer of Llama's kind for training over packed rows in fp32 on the CPU: forward and backward by hand.
+"""A Llama-like decoder layer for training over packed rows in fp32 on the CPU, with a hand-written backward pass.
 
-Autograd keeps every intermediate of a layer and walks over each of them several times, which between the products
-costs a quarter of a step and half of its memory. Here a layer is two functions, attention and MLP. Each keeps the
-inputs of its products alone, forms norms and activations again in the backward pass, and runs activations over blocks
-of tokens small enough for the processor's cache. The arithmetic is that of the modules; only the order of sums differs.
+Autograd keeps every intermediate of a layer and reads each of them several times, which outside the matrix products
+costs a quarter of a step and half of its memory. Here a layer is two autograd functions, attention and MLP. Each saves
+only the inputs of its matrix products, recomputes norms and activations in the backward pass, and runs activations over
+blocks of tokens small enough for the CPU cache. The arithmetic is that of the modules; only the order of sums differs.
 
-    use_fused_layers(model)        # after use_packed_attention and LoRA
-    with fused_layers_set_aside(model): ...        # the modules as they were
+    use_fused_layers(model)        # after use_packed_attention and add_lora
+    with disable_fused_layers(model): ...        # the layers' own forwards
 
-Calls that are not packed, or not fp32 on the CPU, go to the modules themselves.
+Calls that are not packed, or not fp32 on the CPU, run the modules themselves.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from sft_pipeline.kernels.cpu_attention import PackedRows, attend, attend_backward
-from sft_pipeline.kernels.cpu_layer_inference import Part, can_fuse_layer
+from sft_pipeline.kernels.cpu_attention import PackedRows, compute_attention, compute_attention_grads
+from sft_pipeline.kernels.cpu_layer_inference import AnyModule, can_fuse_layer
 
-TOKENS = 128  # at a time in the activations of the MLP
-Pairs = list[Any]  # weight, bias, weight, bias, ...: tensors, a bias may be None
+BLOCK_TOKENS = 128  # tokens per block in the activations of the MLP
+ProjectionParams = list[Any]  # weight, bias, weight, bias, ...: tensors; a bias may be None
 
 
 def use_fused_layers(model: nn.Module) -> int:
-    """Give every layer of `model` that can take it the forward below; returns how many did."""
+    """Replace the forward of every layer of `model` that can be fused; returns the number of these layers."""
     layers = [module for module in model.modules() if can_fuse_layer(module)]
     for layer in layers:
         layer.forward = FusedTrainingForward(layer)
@@ -37,255 +37,304 @@ def use_fused_layers(model: nn.Module) -> int:
 
 @contextmanager
 def disable_fused_layers(model: nn.Module) -> Iterator[None]:
-    """Within this block the layers of `model` have the forwards of their classes."""
-    aside = [
-        (m, vars(m).pop("forward")) for m in model.modules() if isinstance(vars(m).get("forward"), FusedTrainingForward)
-    ]
+    """Within this block, the fused layers of `model` run the forwards of their classes."""
+    layers = [module for module in model.modules() if isinstance(vars(module).get("forward"), FusedTrainingForward)]
+    forwards = [vars(layer).pop("forward") for layer in layers]
     try:
         yield
     finally:
-        for layer, forward in aside:
+        for layer, forward in zip(layers, forwards):
             layer.forward = forward
 
 
 @dataclass(frozen=True, eq=False)
 class FusedTrainingForward:
-    """The forward of one decoder layer."""
+    """The fused forward of one decoder layer; calls that it does not support run the layer's own."""
 
-    layer: Part
+    layer: AnyModule
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         rows = kwargs.get("packed_rows")
-        if rows is None or not self._serves(hidden_states):
+        if rows is None or not self._can_run(hidden_states):
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
         attention, mlp = self.layer.self_attn, self.layer.mlp
-        before, after = self.layer.input_layernorm, self.layer.post_attention_layernorm
-        cosine, sine = (t[0].unsqueeze(1) for t in kwargs["position_embeddings"])
-        shape = _Shape(rows, cosine, sine, attention.head_dim, attention.scaling, before.variance_epsilon)
-        norms = [getattr(attention, name).weight if hasattr(attention, name) else None for name in ("q_norm", "k_norm")]
-        parameters = _weights(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        x = _Attention.apply(shape, hidden_states[0], before.weight, *norms, *parameters)
-        parameters = _weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        return _MLP.apply(after.variance_epsilon, x, after.weight, *parameters)[None]
+        input_norm, post_attention_norm = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        cos, sin = (t[0].unsqueeze(1) for t in kwargs["position_embeddings"])
+        options = _AttentionOptions(rows, cos, sin, attention.head_dim, attention.scaling, input_norm.variance_epsilon)
+        head_norms = [
+            getattr(attention, name).weight if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
+        ]
+        params = _list_params(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        x = _FusedAttention.apply(options, hidden_states[0], input_norm.weight, *head_norms, *params)
+        params = _list_params(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return _FusedMLP.apply(post_attention_norm.variance_epsilon, x, post_attention_norm.weight, *params)[None]
 
-    def _serves(self, x: Tensor) -> bool:
+    def _can_run(self, hidden_states: Tensor) -> bool:
+        """Return whether the fused functions compute what the modules of the layer would."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        # Adapters may have been put in since.
-        untouched = all(type(p) is nn.Linear for p in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        dropout = self.layer.training and attention.attention_dropout
-        plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return untouched and plain and not dropout
+        # Adapters may have replaced some of them since the layer was fused.
+        all_linear = all(type(p) is nn.Linear for p in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        has_dropout = self.layer.training and attention.attention_dropout
+        is_fp32_on_cpu = (
+            hidden_states.dtype == torch.float32
+            and hidden_states.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+        )
+        return all_linear and is_fp32_on_cpu and not has_dropout
 
 
-def _weights(*layers: nn.Linear) -> Pairs:
-    return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+def _list_params(*layers: nn.Linear) -> ProjectionParams:
+    return [param for layer in layers for param in (layer.weight, layer.bias)]
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What attention needs beside tensors that have a gradient. cosine, sine: (tokens, 1, head size)."""
+class _AttentionOptions:
+    """The inputs of attention that need no gradient. cos and sin: (tokens, 1, head size)."""
 
     rows: PackedRows
-    cosine: Tensor
-    sine: Tensor
-    head_size: int
+    cos: Tensor
+    sin: Tensor
+    head_dim: int
     scaling: float
     epsilon: float
 
 
-class _Attention(torch.autograd.Function):
-    """x + o(attention(q, k, v of norm(x))): x (tokens, hidden size) -> (tokens, hidden size)."""
+class _FusedAttention(torch.autograd.Function):
+    """x + o_proj(attention(q, k, v of norm(x))): x (tokens, hidden size) -> (tokens, hidden size)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        shape: _Shape,
+        options: _AttentionOptions,
         x: Tensor,
-        norm: Tensor,
+        norm_weight: Tensor,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
-        *projections: Any,
+        *params: Any,
     ) -> Tensor:
-        *qkv, output, output_bias = projections
-        weight, bias = _joined(qkv)
-        scale = _inverse_rms(x, shape.epsilon)
-        raw = linear(_normed(x, scale, norm), weight, bias)
-        query, key, value = _turned(raw, qkv, shape, (q_norm, k_norm))
-        mixed = attend(query, key, value, shape.rows, shape.scaling)[0].flatten(1)
-        # Without norms of heads the turned queries and keys are all that is needed: raw was turned in place.
-        ctx.save_for_backward(x, scale, raw, mixed, norm, q_norm, k_norm, *projections)
-        ctx.shape = shape
-        result = torch.addmm(x, mixed, output.t())
-        return result if output_bias is None else result.add_(output_bias)
+        *qkv_params, o_weight, o_bias = params
+        qkv_weight, qkv_bias = _concat_projections(qkv_params)
+        inv_rms = _compute_inv_rms(x, options.epsilon)
+        qkv = linear(_apply_rms_norm(x, inv_rms, norm_weight), qkv_weight, qkv_bias)
+        query, key, value = _prepare_heads(qkv, qkv_params, options, (q_norm, k_norm))
+        attn_output = compute_attention(query, key, value, options.rows, options.scaling)[0].flatten(1)
+        # Without head norms, backward needs only the rotated queries and keys: they have replaced those in qkv.
+        ctx.save_for_backward(x, inv_rms, qkv, attn_output, norm_weight, q_norm, k_norm, *params)
+        ctx.options = options
+        output = torch.addmm(x, attn_output, o_weight.t())
+        return output if o_bias is None else output.add_(o_bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, raw, mixed, norm, q_norm, k_norm, *projections = ctx.saved_tensors
-        shape, needs = ctx.shape, ctx.needs_input_grad
-        *qkv, output, output_bias = projections
-        weight, _ = _joined(qkv)
-        output_grads = [_weight_slope(grad, mixed, needs[-2]), _bias_slope(grad, output_bias, needs[-1])]
-        parts = _turned(raw, qkv, shape, (q_norm, k_norm), again=True)
-        slope = torch.empty_like(raw)
-        slopes = _heads(slope, qkv, shape)
-        mixed_slope = (grad @ output).view(1, len(x), -1, shape.head_size)
-        by_head = [t.transpose(0, 1)[None] for t in slopes]
-        attend_backward(*parts, mixed_slope, shape.rows, shape.scaling, (by_head[0], by_head[1], by_head[2]))
-        head_norms = _turned_back(slopes, _heads(raw, qkv, shape), shape, (q_norm, k_norm))
-        unit = x * scale
-        projection_slope = _weight_slope(slope, unit * norm, any(needs[5:11:2]))
-        x_slope, norm_slope = _norm_slopes(slope @ weight, unit, scale, norm, grad)
-        sizes = [w.shape[0] for w in qkv[::2]]
-        weights = [None] * 3 if projection_slope is None else projection_slope.split(sizes)
-        biases = [_bias_slope(part, b, b is not None) for part, b in zip(slope.split(sizes, 1), qkv[1::2])]
-        pairs = [t for pair in zip(weights, biases) for t in pair]
-        return None, x_slope, norm_slope, *head_norms, *pairs, *output_grads
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, inv_rms, qkv, attn_output, norm_weight, q_norm, k_norm, *params = ctx.saved_tensors
+        options, needs_grad = ctx.options, ctx.needs_input_grad
+        *qkv_params, o_weight, o_bias = params
+        qkv_weight, _ = _concat_projections(qkv_params)
+        grad_o_weight = _compute_weight_grad(grad_output, attn_output, needs_grad[-2])
+        grad_o_bias = _compute_bias_grad(grad_output, o_bias, needs_grad[-1])
+
+        query, key, value = _prepare_heads(qkv, qkv_params, options, (q_norm, k_norm), is_rotated=True)
+        grad_qkv = torch.empty_like(qkv)
+        grad_heads = _split_heads(grad_qkv, qkv_params, options)
+        grad_attn_output = (grad_output @ o_weight).view(1, len(x), -1, options.head_dim)
+        grads_by_head = [grad.transpose(0, 1)[None] for grad in grad_heads]
+        compute_attention_grads(query, key, value, grad_attn_output, options.rows, options.scaling, out=grads_by_head)
+        grad_head_norms = _prepare_heads_backward(
+            grad_heads, _split_heads(qkv, qkv_params, options), options, (q_norm, k_norm)
+        )
+
+        normalized = x * inv_rms
+        grad_qkv_weight = _compute_weight_grad(grad_qkv, normalized * norm_weight, any(needs_grad[5:11:2]))
+        grad_x, grad_norm = _rms_norm_backward(grad_qkv @ qkv_weight, normalized, inv_rms, norm_weight, grad_output)
+
+        sizes = [weight.shape[0] for weight in qkv_params[::2]]
+        grad_weights = [None] * 3 if grad_qkv_weight is None else grad_qkv_weight.split(sizes)
+        grad_biases = [
+            _compute_bias_grad(grad, bias, bias is not None)
+            for grad, bias in zip(grad_qkv.split(sizes, 1), qkv_params[1::2])
+        ]
+        grad_qkv_params = [grad for pair in zip(grad_weights, grad_biases) for grad in pair]
+        return None, grad_x, grad_norm, *grad_head_norms, *grad_qkv_params, grad_o_weight, grad_o_bias
 
 
-class _MLP(torch.autograd.Function):
-    """x + down(silu(gate(n)) * up(n)) with n = norm(x): x (tokens, hidden size) -> (tokens, hidden size)."""
+class _FusedMLP(torch.autograd.Function):
+    """x + down_proj(silu(gate_proj(n)) * up_proj(n)) with n = norm(x): (tokens, hidden size) -> same shape."""
 
     @staticmethod
     def forward(
         ctx: Any,
         epsilon: float,
         x: Tensor,
-        norm: Tensor,
-        gate: Tensor,
+        norm_weight: Tensor,
+        gate_weight: Tensor,
         gate_bias: Tensor | None,
-        up: Tensor,
+        up_weight: Tensor,
         up_bias: Tensor | None,
-        down: Tensor,
+        down_weight: Tensor,
         down_bias: Tensor | None,
     ) -> Tensor:
-        scale = _inverse_rms(x, epsilon)
-        normed = _normed(x, scale, norm)
-        gated, raised = linear(normed, gate, gate_bias), linear(normed, up, up_bias)
-        inner = torch.empty_like(gated)
-        for part in _token_blocks(len(x)):
-            torch.mul(silu(gated[part]), raised[part], out=inner[part])
-        ctx.save_for_backward(x, scale, gated, raised, norm, gate, up, down)
+        inv_rms = _compute_inv_rms(x, epsilon)
+        normed = _apply_rms_norm(x, inv_rms, norm_weight)
+        gate, up = linear(normed, gate_weight, gate_bias), linear(normed, up_weight, up_bias)
+        intermediate = torch.empty_like(gate)
+        for block in _split_tokens(len(x)):
+            torch.mul(silu(gate[block]), up[block], out=intermediate[block])
+        ctx.save_for_backward(x, inv_rms, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.biases = gate_bias, up_bias, down_bias
-        result = torch.addmm(x, inner, down.t())
-        return result if down_bias is None else result.add_(down_bias)
+        output = torch.addmm(x, intermediate, down_weight.t())
+        return output if down_bias is None else output.add_(down_bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, gated, raised, norm, gate, up, down = ctx.saved_tensors
-        needs, (gate_bias, up_bias, down_bias) = ctx.needs_input_grad, ctx.biases
-        inner, gated_slope, raised_slope = _silu_slopes(gated, raised, grad @ down)
-        down_grad = _weight_slope(grad, inner, needs[7])
-        del inner
-        unit = x * scale
-        normed = unit * norm
-        gate_grad, up_grad = _weight_slope(gated_slope, normed, needs[3]), _weight_slope(raised_slope, normed, needs[5])
-        slope = torch.mm(gated_slope, gate, out=normed).addmm_(raised_slope, up)
-        x_slope, norm_slope = _norm_slopes(slope, unit, scale, norm, grad)
-        biases = zip((gated_slope, raised_slope, grad), (gate_bias, up_bias, down_bias))
-        gate_b, up_b, down_b = (_bias_slope(g, b, b is not None) for g, b in biases)
-        return None, x_slope, norm_slope, gate_grad, gate_b, up_grad, up_b, down_grad, down_b
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, inv_rms, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        needs_grad, biases = ctx.needs_input_grad, ctx.biases
+        intermediate, grad_gate, grad_up = _silu_mul_backward(gate, up, grad_output @ down_weight)
+        grad_down_weight = _compute_weight_grad(grad_output, intermediate, needs_grad[7])
+        del intermediate  # frees its memory for the products below
+
+        normalized = x * inv_rms
+        normed = normalized * norm_weight
+        grad_gate_weight = _compute_weight_grad(grad_gate, normed, needs_grad[3])
+        grad_up_weight = _compute_weight_grad(grad_up, normed, needs_grad[5])
+        # The memory of `normed`, which is not needed any more, takes its gradient.
+        grad_normed = torch.mm(grad_gate, gate_weight, out=normed).addmm_(grad_up, up_weight)
+        grad_x, grad_norm = _rms_norm_backward(grad_normed, normalized, inv_rms, norm_weight, grad_output)
+
+        grad_gate_bias, grad_up_bias, grad_down_bias = (
+            _compute_bias_grad(grad, bias, bias is not None)
+            for grad, bias in zip((grad_gate, grad_up, grad_output), biases)
+        )
+        return (
+            None,
+            grad_x,
+            grad_norm,
+            grad_gate_weight,
+            grad_gate_bias,
+            grad_up_weight,
+            grad_up_bias,
+            grad_down_weight,
+            grad_down_bias,
+        )
 
 
-def _silu_slopes(gated: Tensor, raised: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gated) * raised, and the gradients of both factors by `slope`, that of their product, which is used up."""
-    inner, gated_slope, raised_slope = torch.empty_like(gated), slope, torch.empty_like(raised)
-    for part in _token_blocks(len(gated)):
-        active = silu(gated[part])
-        torch.mul(active, raised[part], out=inner[part])
-        torch.mul(active, slope[part], out=raised_slope[part])
-        by_active = slope[part] * raised[part]
-        torch.ops.aten.silu_backward.grad_input(by_active, gated[part], grad_input=gated_slope[part])
-    return inner, gated_slope, raised_slope
+def _silu_mul_backward(gate: Tensor, up: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Recompute silu(gate) * up; returns it and the gradients of `gate` and `up`.
+
+    grad_output: the gradient of the product; it is overwritten with that of `gate`.
+    """
+    output, grad_gate, grad_up = torch.empty_like(gate), grad_output, torch.empty_like(up)
+    for block in _split_tokens(len(gate)):
+        activated = silu(gate[block])
+        torch.mul(activated, up[block], out=output[block])
+        torch.mul(activated, grad_output[block], out=grad_up[block])
+        grad_activated = grad_output[block] * up[block]
+        torch.ops.aten.silu_backward.grad_input(grad_activated, gate[block], grad_input=grad_gate[block])
+    return output, grad_gate, grad_up
 
 
-def _token_blocks(tokens: int) -> list[slice]:
-    return [slice(at, at + TOKENS) for at in range(0, tokens, TOKENS)]
+def _split_tokens(num_tokens: int) -> list[slice]:
+    return [slice(start, start + BLOCK_TOKENS) for start in range(0, num_tokens, BLOCK_TOKENS)]
 
 
-def _joined(qkv: Pairs) -> tuple[Tensor, Tensor | None]:
-    """The three projections as one: a product with few outputs runs at half the rate."""
-    weights, biases = qkv[::2], qkv[1::2]
+def _concat_projections(qkv_params: ProjectionParams) -> tuple[Tensor, Tensor | None]:
+    """Concatenate the weights and the biases of q_proj, k_proj and v_proj.
+
+    One product is faster than three: those with few outputs run at half the rate.
+    """
+    weights, biases = qkv_params[::2], qkv_params[1::2]
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
-def _heads(joined: Tensor, qkv: Pairs, shape: _Shape) -> list[Tensor]:
-    """Views of (tokens, outputs) as queries, keys and values, each (tokens, heads, head size)."""
-    counts = [weight.shape[0] // shape.head_size for weight in qkv[::2]]
-    return list(joined.unflatten(1, (-1, shape.head_size)).split(counts, 1))
+def _split_heads(qkv: Tensor, qkv_params: ProjectionParams, options: _AttentionOptions) -> list[Tensor]:
+    """Split (tokens, outputs) into views of the queries, keys and values, each (tokens, heads, head size)."""
+    num_heads = [weight.shape[0] // options.head_dim for weight in qkv_params[::2]]
+    return list(qkv.unflatten(1, (-1, options.head_dim)).split(num_heads, 1))
 
 
-def _turned(
-    raw: Tensor, qkv: Pairs, shape: _Shape, norms: tuple[Tensor | None, ...], again: bool = False
+def _prepare_heads(
+    qkv: Tensor,
+    qkv_params: ProjectionParams,
+    options: _AttentionOptions,
+    head_norms: tuple[Tensor | None, ...],
+    is_rotated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys normed where they have norms, and turned by their positions; values. (1, heads, tokens, size).
+    """Return query, key and value (1, heads, tokens, head size) from the output `qkv` of the projections.
 
-    Without norms the queries and keys are turned in place, and `again` finds them turned.
+    Queries and keys are normed if the model has `head_norms` (the weights of q_norm and k_norm), then rotated by their
+    positions. Without norms they are rotated in place; a later call with `is_rotated` takes them as they are.
     """
-    *parts, value = _heads(raw, qkv, shape)
-    turned = []
-    for part, norm in zip(parts, norms):
-        if norm is not None:
-            turned.append(_turn(_normed(part, _inverse_rms(part, shape.epsilon), norm), shape.cosine, shape.sine))
-        elif again:
-            turned.append(part)
+    *query_key, value = _split_heads(qkv, qkv_params, options)
+    rotated = []
+    for heads, norm_weight in zip(query_key, head_norms):
+        if norm_weight is not None:
+            normed = _apply_rms_norm(heads, _compute_inv_rms(heads, options.epsilon), norm_weight)
+            rotated.append(_apply_rotary(normed, options.cos, options.sin))
+        elif is_rotated:
+            rotated.append(heads)
         else:
-            turned.append(part.copy_(_turn(part, shape.cosine, shape.sine)))
-    query, key, value = (t.transpose(0, 1)[None] for t in (*turned, value))
+            rotated.append(heads.copy_(_apply_rotary(heads, options.cos, options.sin)))
+    query, key, value = (heads.transpose(0, 1)[None] for heads in (*rotated, value))
     return query, key, value
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions: x (tokens, heads, size) * cosine + its halves exchanged, the second negative, * sine."""
-    result = x * cosine
-    half = x.shape[-1] // 2
-    result[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
-    result[..., half:].addcmul_(x[..., :half], sine[..., half:])
-    return result
-
-
-def _turned_back(
-    slopes: list[Tensor], raw: list[Tensor], shape: _Shape, norms: tuple[Tensor | None, ...]
+def _prepare_heads_backward(
+    grads: list[Tensor], qkv_heads: list[Tensor], options: _AttentionOptions, head_norms: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """The way back of `_turned`: makes the slopes of queries and keys those of `raw`, in place; the norms' gradients.
+    """Turn the gradients of the rotated queries and keys into those of the projections' outputs, in place.
 
-    The turn is linear, so its transpose turns the other way: the sines change their signs.
+    grads, qkv_heads: queries, keys and values, each (tokens, heads, head size). Returns the gradients of the weights of
+    q_norm and k_norm. A rotation is linear and its transpose is the inverse rotation: the sines change their signs.
     """
-    grads = []
-    for slope, part, norm in zip(slopes, raw, norms):
-        turned = _turn(slope, shape.cosine, -shape.sine)
-        grad = None
-        if norm is not None:
-            scale = _inverse_rms(part, shape.epsilon)
-            turned, grad = _norm_slopes(turned, part * scale, scale, norm)
-        slope.copy_(turned)
-        grads.append(grad)
-    return grads
+    grad_head_norms = []
+    for grad, heads, norm_weight in zip(grads, qkv_heads, head_norms):
+        grad_heads = _apply_rotary(grad, options.cos, -options.sin)
+        grad_norm = None
+        if norm_weight is not None:
+            inv_rms = _compute_inv_rms(heads, options.epsilon)
+            grad_heads, grad_norm = _rms_norm_backward(grad_heads, heads * inv_rms, inv_rms, norm_weight)
+        grad.copy_(grad_heads)
+        grad_head_norms.append(grad_norm)
+    return grad_head_norms
 
 
-def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + epsilon) over the last dimension, which is kept."""
+def _apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embeddings to x (tokens, heads, head size): x * cos + rotate_half(x) * sin."""
+    output = x * cos
+    half = x.shape[-1] // 2
+    output[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    output[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return output
+
+
+def _compute_inv_rms(x: Tensor, epsilon: float) -> Tensor:
+    """Compute 1 / sqrt(mean(x^2) + epsilon) over the last dimension, which is kept."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 
-def _normed(x: Tensor, scale: Tensor, norm: Tensor) -> Tensor:
-    return (x * scale).mul_(norm)
+def _apply_rms_norm(x: Tensor, inv_rms: Tensor, weight: Tensor) -> Tensor:
+    return (x * inv_rms).mul_(weight)
 
 
-def _norm_slopes(
-    slope: Tensor, unit: Tensor, scale: Tensor, norm: Tensor, residual: Tensor | None = None
+def _rms_norm_backward(
+    grad_output: Tensor, normalized: Tensor, inv_rms: Tensor, weight: Tensor, grad_residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (added to `residual`) and of the norm's weight; `unit` is x * scale, `slope` is used up."""
-    by_unit = slope * unit
-    norm_slope = by_unit.flatten(0, -2).sum(0)
-    along = (by_unit @ norm).div_(-norm.shape[0]).unsqueeze(-1)
-    slope.mul_(norm).addcmul_(unit, along)
-    return (slope.mul_(scale) if residual is None else torch.addcmul(residual, slope, scale)), norm_slope
+    """Return the gradients of the input x of an RMS norm and of its weight.
+
+    normalized: x * inv_rms; grad_output: overwritten; grad_residual: added to the gradient of x.
+    """
+    grad_times_normalized = grad_output * normalized
+    grad_weight = grad_times_normalized.flatten(0, -2).sum(0)
+    coefficient = (grad_times_normalized @ weight).div_(-weight.shape[0]).unsqueeze(-1)
+    grad_normalized = grad_output.mul_(weight).addcmul_(normalized, coefficient)
+    if grad_residual is None:
+        return grad_normalized.mul_(inv_rms), grad_weight
+    return torch.addcmul(grad_residual, grad_normalized, inv_rms), grad_weight
 
 
-def _weight_slope(slope: Tensor, inputs: Tensor, needed: bool) -> Tensor | None:
-    return slope.t() @ inputs if needed else None
+def _compute_weight_grad(grad_output: Tensor, inputs: Tensor, needs_grad: bool) -> Tensor | None:
+    return grad_output.t() @ inputs if needs_grad else None
 
 
-def _bias_slope(slope: Tensor, bias: Tensor | None, needed: bool) -> Tensor | None:
-    return slope.sum(0) if needed and bias is not None else None
+def _compute_bias_grad(grad_output: Tensor, bias: Tensor | None, needs_grad: bool) -> Tensor | None:
+    return grad_output.sum(0) if needs_grad and bias is not None else None

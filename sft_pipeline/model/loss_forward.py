@@ -1,18 +1,18 @@
-"""The seam between a causal language model and its training: forward passes that end in a loss, not in logits.
+"""Forward passes of a causal language model that return losses instead of logits, for training and evaluation.
 
-    supervise(model)
+    patch_loss_forward(model)
     model(input_ids=..., attention_mask=..., shift_labels=..., num_items_in_batch=n).loss     # training
     model(input_ids=..., attention_mask=..., shift_labels=..., return_row_losses=True).logits  # evaluation, (rows, 3)
 
-Both also take packed batches (data/packing.py), whose `row_lengths` stand in the place of `attention_mask`.
+Both also take packed batches (data/packing.py), which have `row_lengths` instead of `attention_mask`.
 
-Without `shift_labels` the model is what it was, so generation and saving see no difference. The method stays on the
-model itself, below any wrapper of `peft`, DDP or FSDP, whose hooks therefore see one ordinary forward pass.
+Without `shift_labels` the model's own forward runs, so generation and saving are unchanged. The patch is on the model
+itself, below any wrapper of `peft`, DDP or FSDP, so that their hooks see one ordinary forward pass.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ from sft_pipeline.model.packed_attention import build_packed_arguments
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
-logger = logging.getLogger(__name__)
-
-POSITIONS = 1024  # positions at a time whose logits are formed in evaluation
+CHUNK_POSITIONS = 1024  # positions whose logits are computed at a time in evaluation
 
 
 def patch_loss_forward(model: PreTrainedModel) -> str | None:
-    """Teach `model` the two calls above. Returns why it stays with full logits instead, or None."""
+    """Patch the forward of `model` to take the two calls above.
+
+    Returns None, or the reason why the logits are computed at every position: its head cannot be split off.
+    """
     try:
         head, reason = split_head(model), None
     except SFTError as error:
         head, reason = None, str(error)
-    inner = unwrap_peft(model)
-    plain = inner.forward
+    causal_lm = unwrap_peft(model)
+    original_forward = causal_lm.forward
 
     def forward(
         *args: Any,
@@ -50,59 +51,77 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
         **kwargs: Any,
     ) -> Any:
         if shift_labels is None:
-            return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
+            if labels is not None:
+                kwargs["labels"] = labels
+            return original_forward(*args, **kwargs)
         if row_lengths is not None:
             kwargs |= build_packed_arguments(row_lengths)
         if head is None:
-            return _with_full_logits(plain, shift_labels, num_items_in_batch, row_lengths, return_row_losses, kwargs)
-        hidden = head.hidden(**kwargs)
+            return _run_with_full_logits(
+                original_forward, shift_labels, num_items_in_batch, row_lengths, return_row_losses, kwargs
+            )
+        hidden_states = head.compute_hidden_states(**kwargs)
         if return_row_losses:
-            sums = head.call(lambda states: sum_row_losses(states, shift_labels, row_lengths, head), hidden)
-            return CausalLMOutput(logits=sums)
-        count = num_items_in_batch
-        if count is None:
-            count = shift_labels.ne(IGNORED).sum().clamp(min=1)
-        return CausalLMOutput(loss=head.loss(hidden, shift_labels, count))
+            row_losses = head.run_as_forward(
+                lambda states: sum_row_losses(states, shift_labels, row_lengths, head), hidden_states
+            )
+            return CausalLMOutput(logits=row_losses)
+        num_items = num_items_in_batch
+        if num_items is None:
+            num_items = shift_labels.ne(IGNORED).sum().clamp(min=1)
+        return CausalLMOutput(loss=head.compute_loss(hidden_states, shift_labels, num_items))
 
-    inner.forward = forward
+    causal_lm.forward = forward
     return reason
 
 
-def _with_full_logits(
-    plain: Any, labels: Tensor, count: Any, row_lengths: Tensor | None, return_row_losses: bool, kwargs: dict[str, Any]
+def _run_with_full_logits(
+    original_forward: Callable[..., Any],
+    labels: Tensor,
+    num_items: int | Tensor | None,
+    row_lengths: Tensor | None,
+    return_row_losses: bool,
+    kwargs: dict[str, Any],
 ) -> Any:
-    """The library's own way, for a model whose head cannot be taken apart."""
+    """Run the model's own forward, for a model whose head cannot be split off. labels: shifted."""
     if not return_row_losses:
-        return plain(**kwargs, use_cache=False, labels=labels, shift_labels=labels, num_items_in_batch=count)
-    logits = plain(**kwargs, use_cache=False).logits
+        return original_forward(
+            **kwargs, use_cache=False, labels=labels, shift_labels=labels, num_items_in_batch=num_items
+        )
+    logits = original_forward(**kwargs, use_cache=False).logits
     return CausalLMOutput(logits=sum_row_losses(logits, labels, row_lengths, None))
 
 
 @torch.no_grad()
-def sum_row_losses(hidden: Tensor, labels: Tensor, row_lengths: Tensor | None, head: LMHead | None) -> Tensor:
-    """(rows, 3) in float64: summed nll in nats, targets, and targets that were the likeliest id, of each row.
+def sum_row_losses(hidden_states: Tensor, labels: Tensor, row_lengths: Tensor | None, head: LMHead | None) -> Tensor:
+    """Sum the losses of each row: (rows, 3) in float64.
 
-    hidden: (lines, length, hidden size), or the logits themselves where `head` is None; labels: (lines, length),
-    shifted. A line is a row, or with `row_lengths` the one line that holds them all.
+    The columns are the summed negative log-likelihood in nats, the number of targets, and the number of targets that
+    have the largest logit. hidden_states: (lines, length, hidden size), or the logits where `head` is None; labels:
+    (lines, length), shifted. Without `row_lengths` each line is a row; with them one line holds all rows.
     """
-    numbers = _row_numbers(labels, row_lengths)
+    row_indices = _get_row_indices(labels, row_lengths)
     lines, columns = labels.ne(IGNORED).nonzero(as_tuple=True)
-    # Apple's devices have no float64; the sums go there where they can be exact.
-    sums = torch.zeros(len(labels) if row_lengths is None else len(row_lengths) - 1, 3, dtype=torch.float64)
-    for at in range(0, len(lines), POSITIONS):
-        where = lines[at : at + POSITIONS], columns[at : at + POSITIONS]
-        states, target = hidden[where], labels[where]
-        logits = (states if head is None else head.logits(states)).float()
-        nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        correct = (logits.argmax(-1) == target).float()
-        metrics = torch.stack([nll, torch.ones_like(nll), correct], 1)
-        sums.index_add_(0, numbers[where].cpu(), metrics.cpu().double())
+    num_rows = len(labels) if row_lengths is None else len(row_lengths) - 1
+    # On the CPU, because MPS has no float64: only the result is rounded to float32 there.
+    sums = torch.zeros(num_rows, 3, dtype=torch.float64)
+    for start in range(0, len(lines), CHUNK_POSITIONS):
+        positions = lines[start : start + CHUNK_POSITIONS], columns[start : start + CHUNK_POSITIONS]
+        states, targets = hidden_states[positions], labels[positions]
+        logits = (states if head is None else head.compute_logits(states)).float()
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        is_correct = (logits.argmax(-1) == targets).float()
+        metrics = torch.stack([nll, torch.ones_like(nll), is_correct], 1)
+        sums.index_add_(0, row_indices[positions].cpu(), metrics.cpu().double())
     return sums.to(torch.float32 if labels.device.type == "mps" else torch.float64).to(labels.device)
 
 
-def _row_numbers(labels: Tensor, row_lengths: Tensor | None) -> Tensor:
-    """For each position the row it belongs to; the shared prefix, which has no targets, counts to the first."""
+def _get_row_indices(labels: Tensor, row_lengths: Tensor | None) -> Tensor:
+    """Return the index of the row that each position belongs to, in the shape of `labels`.
+
+    The shared prefix, which has no targets, is given the index of the first row.
+    """
     if row_lengths is None:
         return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    own = torch.arange(len(row_lengths) - 1, device=labels.device)
-    return torch.cat([own[:1], own]).repeat_interleave(row_lengths)[None]
+    indices = torch.arange(len(row_lengths) - 1, device=labels.device)
+    return torch.cat([indices[:1], indices]).repeat_interleave(row_lengths)[None]

@@ -1,4 +1,4 @@
-"""Small context managers and lookups over a model's modules."""
+"""Small helpers for models and their modules: the model inside a `peft` wrapper, temporary changes."""
 
 from __future__ import annotations
 
@@ -14,35 +14,38 @@ from sft_pipeline.utils.errors import SFTError
 
 
 def unwrap_peft(model: Any) -> PreTrainedModel:
-    """The causal LM inside a `peft` model."""
+    """Return the causal LM inside a `peft` model; any other model is returned unchanged.
+
+    Raises SFTError for prompt learning, which changes the model's inputs.
+    """
     if not hasattr(model, "peft_config"):
         return model
-    if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
+    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
         raise SFTError("prompt learning changes the inputs of the model; use `lora: true` instead")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def replace_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Inside, the module's own attribute `name` is `value`."""
-    before = vars(module).get(name)
+    """Within this block, the attribute `name` of the module instance is `value`."""
+    previous = vars(module).get(name)
     vars(module)[name] = value
     try:
         yield
     finally:
         del vars(module)[name]
-        if before is not None:
-            vars(module)[name] = before
+        if previous is not None:
+            vars(module)[name] = previous
 
 
 @contextmanager
 def use_eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's mode is put back."""
-    training = {module: module.training for module in model.modules()}
+    """Within this block, `model` is in evaluation mode without gradients; the mode of every module is restored."""
+    training_modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
+        for module, is_training in training_modes.items():
+            module.training = is_training

@@ -61,11 +61,11 @@ def run(model, prefix, lengths, seed=0):
     return states.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
-    assert found[1].keys() == expected[1].keys()
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert actual[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-4), name
+        assert (actual[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-4), name
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -75,22 +75,22 @@ def test_states_and_gradients_are_those_of_the_modules(name, prefix, lengths, bl
     plain, fused = PAIRS[name]
     expected = run(plain, prefix, lengths, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_layer_training, "TOKENS", block)
-        patch.setattr(cpu_attention, "BLOCK", block)
+        patch.setattr(cpu_layer_training, "BLOCK_TOKENS", block)
+        patch.setattr(cpu_attention, "BLOCK_QUERIES", block)
         assert_same(run(fused, prefix, lengths, seed), expected)
 
 
 def was_fused(model) -> list[bool]:
     """Which layers a packed call computes by the fused functions."""
-    seen = []
-    handles = [layer.register_forward_hook(lambda m, i, out: seen.append(out)) for layer in model.base_model.layers]
+    outputs = []
+    handles = [layer.register_forward_hook(lambda m, i, out: outputs.append(out)) for layer in model.base_model.layers]
     tokens = torch.arange(3, 9)[None]
     arguments = build_packed_arguments(torch.tensor([0, 6]))
     model.base_model(input_ids=tokens, position_ids=tokens - 3, use_cache=False, **arguments)
     for handle in handles:
         handle.remove()
-    # The last function of a fused layer is the MLP's, seen through the new first dimension.
-    return ["_MLP" in str(out.grad_fn.next_functions) for out in seen]
+    # The last function of a fused layer is the MLP's, below the index that adds the first dimension.
+    return ["_FusedMLP" in str(out.grad_fn.next_functions) for out in outputs]
 
 
 FROZEN = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "layernorm", "k_norm", "embed"]
@@ -138,8 +138,8 @@ def test_adapters_put_in_later_are_not_passed_over():
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 def test_other_families_and_adapted_layers_are_not_taken():
-    other = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
-    assert use_fused_layers(AutoModelForCausalLM.from_config(other)) == 0
+    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
+    assert use_fused_layers(AutoModelForCausalLM.from_config(gpt2)) == 0
     adapted = get_peft_model(copy.deepcopy(PAIRS["llama"][0]), LoraConfig(r=2, target_modules="all-linear"))
     assert use_fused_layers(adapted) == 0
 
@@ -155,10 +155,10 @@ def test_generation_sets_the_layers_aside_and_puts_them_back():
     forwards = [vars(layer)["forward"] for layer in fused.base_model.layers]
     with disable_fused_layers(fused):
         assert not any("forward" in vars(module) for module in fused.modules())
-    found, expected = (
+    answers, expected = (
         generate(model, [[3, 4, 5], [6]], [2], SamplingParams(max_new_tokens=8)) for model in (fused, plain)
     )
-    assert [one.ids for one in found] == [one.ids for one in expected]
+    assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
     assert [vars(layer)["forward"] for layer in fused.base_model.layers] == forwards
     assert all(isinstance(forward, FusedTrainingForward) for forward in forwards)
 

@@ -43,8 +43,8 @@ def leaves(*tensors):
     return [t.clone().requires_grad_() for t in tensors]
 
 
-def close(found, expected, relative):
-    return (found - expected).abs().max() <= relative * expected.abs().max().clamp_min(1e-12)
+def close(actual, expected, relative):
+    return (actual - expected).abs().max() <= relative * expected.abs().max().clamp_min(1e-12)
 
 
 @settings(deadline=None, max_examples=40)
@@ -59,13 +59,13 @@ def test_loss_and_gradients_are_those_of_the_full_logits(seed, rows, length, chu
     labels[torch.rand(rows, length, generator=draw) > share] = IGNORED
     ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
     options = {"num_items": 7, "scale": scale, "softcap": cap}
-    found = linear_cross_entropy(ours[0], labels, ours[1], ours[2] if biased else None, chunk=chunk, **options)
+    loss = linear_cross_entropy(ours[0], labels, ours[1], ours[2] if biased else None, chunk_size=chunk, **options)
     expected = reference(theirs[0], labels, theirs[1], theirs[2] if biased else None, **options)
-    (found * factor).backward()
+    (loss * factor).backward()
     (expected * factor).backward()
-    assert abs(found - expected) < 1e-5 * max(1.0, expected.item())
-    for one, other in zip(ours[: 2 + biased], theirs):
-        assert close(one.grad, other.grad, 1e-4)
+    assert abs(loss - expected) < 1e-5 * max(1.0, expected.item())
+    for tensor, expected_tensor in zip(ours[: 2 + biased], theirs):
+        assert close(tensor.grad, expected_tensor.grad, 1e-4)
 
 
 def test_nothing_supervised_is_a_zero_on_the_graph():
@@ -85,9 +85,9 @@ def test_without_gradients_only_the_loss_is_computed():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
     labels = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        found = linear_cross_entropy(hidden, labels, weight, num_items=3)
-    assert not found.requires_grad
-    assert torch.allclose(found, reference(hidden, labels, weight, None, 3, 1.0, None))
+        loss = linear_cross_entropy(hidden, labels, weight, num_items=3)
+    assert not loss.requires_grad
+    assert torch.allclose(loss, reference(hidden, labels, weight, None, 3, 1.0, None))
 
 
 def test_parts_of_a_step_add_up():
@@ -104,7 +104,7 @@ def test_a_second_backward_pass_is_an_error():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
     loss = linear_cross_entropy(hidden, torch.tensor([[1, 2, 3]]), weight, num_items=3)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="used up by an earlier backward"):
+    with pytest.raises(RuntimeError, match="consumed by an earlier backward pass; compute it again"):
         loss.backward()
 
 
@@ -114,14 +114,14 @@ def test_sixteen_bits_keep_their_types_and_a_float32_loss(dtype):
     hidden, weight = leaves(torch.randn(1, 40, 16).to(dtype), torch.randn(50, 16).to(dtype))
     labels = torch.randint(50, (1, 40))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, labels, weight, num_items=40, chunk=16)
+        loss = linear_cross_entropy(hidden, labels, weight, num_items=40, chunk_size=16)
     loss.backward()
-    other = leaves(hidden.detach().float(), weight.detach().float())
-    expected = reference(other[0], labels, other[1], None, 40, 1.0, None)
+    exact = leaves(hidden.detach().float(), weight.detach().float())
+    expected = reference(exact[0], labels, exact[1], None, 40, 1.0, None)
     expected.backward()
     assert loss.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == dtype
     assert torch.allclose(loss, expected, rtol=2e-2)
-    assert close(weight.grad.float(), other[1].grad, 3e-2) and close(hidden.grad.float(), other[0].grad, 3e-2)
+    assert close(weight.grad.float(), exact[1].grad, 3e-2) and close(hidden.grad.float(), exact[0].grad, 3e-2)
 
 
 FAMILIES = [
@@ -144,7 +144,7 @@ def test_every_parameter_gets_the_gradient_of_the_full_logits(config, extra):
     for ours in (True, False):
         model.zero_grad()
         if ours:
-            loss = head.loss(head.backbone(input_ids=ids).last_hidden_state, labels, 8)
+            loss = head.compute_loss(head.backbone(input_ids=ids).last_hidden_state, labels, 8)
         else:
             logits = model(input_ids=ids).logits
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 8
@@ -185,7 +185,9 @@ def test_peft_models():
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(tiny(LlamaConfig), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     head = split_head(lora)
-    loss = head.loss(head.backbone(input_ids=torch.tensor([[3, 4, 5]])).last_hidden_state, torch.tensor([[4, 5, 6]]), 3)
+    loss = head.compute_loss(
+        head.backbone(input_ids=torch.tensor([[3, 4, 5]])).last_hidden_state, torch.tensor([[4, 5, 6]]), 3
+    )
     loss.backward()
     trained = {name for name, p in lora.named_parameters() if p.grad is not None}
     assert trained and all("lora_" in name for name in trained)

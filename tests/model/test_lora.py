@@ -84,8 +84,8 @@ def test_packed_and_padded_runs_agree(config, tmp_path):
 
 def test_checkpointing_changes_nothing(config, tmp_path):
     plain = run(config)
-    other = run(config, "--activation_checkpointing", "true", "--output_dir", str(tmp_path / "checkpointed"))
-    assert other["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
+    checkpointed = run(config, "--activation_checkpointing", "true", "--output_dir", str(tmp_path / "checkpointed"))
+    assert checkpointed["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
 
 
 def test_unknown_layers_are_named(tiny_model):
@@ -93,7 +93,7 @@ def test_unknown_layers_are_named(tiny_model):
         add_lora(tiny_model, 4, 8, ["nowhere"])
 
 
-def test_missing_peft_is_said(tiny_model, monkeypatch):
+def test_missing_peft_is_reported(tiny_model, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SFTError, match="lora: true needs peft"):
         add_lora(tiny_model, 4, 8, ["all-linear"])
@@ -110,8 +110,9 @@ def test_adapters_are_merged_into_their_base(config, tmp_path):
     by_hand = PeftModel.from_pretrained(load_model(json.loads((folder / ADAPTERS).read_text())[BASE]), str(folder))
     torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)
     results = json.loads((folder / "results.json").read_text())["answers"]
-    asked = [[{"role": "user", "content": one["prompt"]}] for one in results]
-    assert [one.text for one in answer_prompts(model, template, asked, 4)] == [one["after"] for one in results]
+    prompts = [[{"role": "user", "content": result["prompt"]}] for result in results]
+    answers = answer_prompts(model, template, prompts, 4)
+    assert [answer.text for answer in answers] == [result["after"] for result in results]
 
 
 # peft looks for the base's configuration in its folder, which holds adapters alone.
@@ -131,12 +132,12 @@ def test_adapters_on_a_model_of_adapters(config, tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{}", "adapter_config.json: names no base_model_name_or_path; put the base model's folder there"),
-        ("mine", "adapter_config.json: names no base_model_name_or_path"),
-        ('{"base_model_name_or_path": null}', "adapter_config.json: names no base_model_name_or_path"),
+        ("{}", "adapter_config.json: has no base_model_name_or_path; set it to the base model's folder"),
+        ("mine", "adapter_config.json: has no base_model_name_or_path"),
+        ('{"base_model_name_or_path": null}', "adapter_config.json: has no base_model_name_or_path"),
         (
             '{"base_model_name_or_path": "/not/there"}',
-            "adapter_config.json: the base model /not/there is not there; set base_model_name_or_path to where it is",
+            "adapter_config.json: no base model at /not/there; set base_model_name_or_path to its folder",
         ),
     ],
 )

@@ -68,12 +68,12 @@ def make(maker) -> nn.Module:
 def rows(seed: int = 1) -> list[dict[str, list[int]]]:
     """Rows with a common start, of uneven lengths and numbers of targets; the last has a single one."""
     random = torch.Generator().manual_seed(seed)
-    made = []
+    rows = []
     for length, first in ((9, 5), (17, 8), (6, 4), (12, 11)):
-        own = torch.randint(4, VOCABULARY, (length - 4,), generator=random).tolist()
-        ids = [1, 2, 3, 4, *own]
-        made.append({"input_ids": ids, "labels": [IGNORED] * (first - 1) + ids[first:] + [IGNORED]})
-    return made
+        rest = torch.randint(4, VOCABULARY, (length - 4,), generator=random).tolist()
+        ids = [1, 2, 3, 4, *rest]
+        rows.append({"input_ids": ids, "labels": [IGNORED] * (first - 1) + ids[first:] + [IGNORED]})
+    return rows
 
 
 def targets(batch: list[dict[str, list[int]]]) -> int:
@@ -97,10 +97,10 @@ def plain_sums(model: nn.Module, row: dict[str, list[int]]) -> list[float]:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
     nll = count = hits = 0.0
-    for at, label in enumerate(row["labels"]):
+    for index, label in enumerate(row["labels"]):
         if label != IGNORED:
-            nll += (logits[at].logsumexp(-1) - logits[at, label]).item()
-            count, hits = count + 1, hits + (logits[at].argmax().item() == label)
+            nll += (logits[index].logsumexp(-1) - logits[index, label]).item()
+            count, hits = count + 1, hits + (logits[index].argmax().item() == label)
     return [nll, count, hits]
 
 
@@ -118,8 +118,8 @@ def test_loss_and_gradients_are_those_of_transformers(name):
         assert abs(loss.item() - expected.item()) < 1e-6 * max(1, expected.item())
         expected.backward(), loss.backward()
         assert gradients(ours)
-        for ours_one, plain_one in zip(gradients(ours), gradients(plain), strict=True):
-            torch.testing.assert_close(ours_one, plain_one, rtol=1e-4, atol=1e-6)
+        for ours_grad, plain_grad in zip(gradients(ours), gradients(plain), strict=True):
+            torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -135,10 +135,10 @@ def test_packed_rows_give_the_padded_loss(name):
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *WHOLE])
-@pytest.mark.parametrize("positions", [loss_forward.POSITIONS, 3])
+@pytest.mark.parametrize("positions", [loss_forward.CHUNK_POSITIONS, 3])
 def test_row_sums_are_those_of_each_row_alone(name, positions, monkeypatch):
     """Padded, and where the model can take them packed, with the positions at once or in chunks of three."""
-    monkeypatch.setattr(loss_forward, "POSITIONS", positions)
+    monkeypatch.setattr(loss_forward, "CHUNK_POSITIONS", positions)
     maker = SPLIT.get(name) or WHOLE[name][0]
     plain, ours = make(maker), make(maker)
     patch_loss_forward(ours)
@@ -207,6 +207,6 @@ def test_a_tied_embedding_gets_one_dense_gradient_over_an_accumulated_step(name)
     for part in (rows()[:2], rows()[2:]):
         plain(**ordinary_batch(part), num_items_in_batch=41).loss.backward()
         ours(**PaddingCollator(0)(part), num_items_in_batch=41).loss.backward()
-    found, expected = (model.get_input_embeddings().weight.grad for model in (ours, plain))
-    assert found.layout == torch.strided and not ours.get_input_embeddings().sparse
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    actual, expected = (model.get_input_embeddings().weight.grad for model in (ours, plain))
+    assert actual.layout == torch.strided and not ours.get_input_embeddings().sparse
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)

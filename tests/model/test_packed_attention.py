@@ -25,7 +25,7 @@ from sft_pipeline.kernels import cpu_attention
 from sft_pipeline.kernels.cpu_attention import PackedRows
 from sft_pipeline.model import packed_attention
 from sft_pipeline.model.packed_attention import (
-    NAME,
+    ATTN_IMPLEMENTATION,
     build_packed_arguments,
     find_packing_obstacle,
     use_packed_attention,
@@ -77,10 +77,10 @@ def loss_and_grads(model, outputs, rows, prefix):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_same(found, expected):
-    assert abs(found[0] - expected[0]) <= 1e-5 * max(1.0, expected[0].item())
+def assert_same(actual, expected):
+    assert abs(actual[0] - expected[0]) <= 1e-5 * max(1.0, expected[0].item())
     for name, grad in expected[1].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-4), name
+        assert (actual[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-4), name
 
 
 MODELS = {config.__name__: tiny(config, **extra) for config, extra in SERVED}
@@ -94,11 +94,11 @@ def test_packed_rows_have_the_loss_and_gradients_of_the_padded_batch(name, prefi
     model.set_attn_implementation("sdpa")
     expected = loss_and_grads(model, padded(model, rows, prefix), rows, prefix)
     use_packed_attention(model)
-    whole, cpu_attention.BLOCK = cpu_attention.BLOCK, block
+    default_block, cpu_attention.BLOCK_QUERIES = cpu_attention.BLOCK_QUERIES, block
     try:
         assert_same(loss_and_grads(model, packed(model, rows, prefix), rows, prefix), expected)
     finally:
-        cpu_attention.BLOCK = whole
+        cpu_attention.BLOCK_QUERIES = default_block
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,7 +106,7 @@ def test_the_row_by_row_path_is_the_same(name, monkeypatch):
     model, rows = MODELS[name], rows_of(4, [3, 1, 6])
     use_packed_attention(model)
     expected = loss_and_grads(model, packed(model, rows, 4), rows, 4)
-    monkeypatch.setattr(packed_attention, "_plain_float32", lambda *tensors: False)
+    monkeypatch.setattr(packed_attention, "_is_float32", lambda *tensors: False)
     assert_same(loss_and_grads(model, packed(model, rows, 4), rows, 4), expected)
 
 
@@ -114,11 +114,11 @@ def test_no_row_sees_another():
     model, rows = MODELS["LlamaConfig"], rows_of(3, [5, 4, 6])
     use_packed_attention(model)
     with torch.no_grad():
-        before = packed(model, rows, 3)
+        outputs = packed(model, rows, 3)
         rows[1][3:] = 63 - rows[1][3:]
-        after = packed(model, rows, 3)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
-    assert not torch.allclose(before[1], after[1])
+        changed = packed(model, rows, 3)
+    assert torch.equal(outputs[0], changed[0]) and torch.equal(outputs[2], changed[2])
+    assert not torch.allclose(outputs[1], changed[1])
 
 
 def test_ten_steps_packed_are_ten_steps_padded():
@@ -157,18 +157,18 @@ def tiny_half():
 def test_attention_dropout_is_applied():
     model, rows = tiny(LlamaConfig, attention_dropout=0.5), rows_of(4, [6, 3])
     use_packed_attention(model)
-    one, two = (torch.cat(packed(model, rows, 4)) for _ in range(2))
-    assert not torch.allclose(one, two)
+    first, second = (torch.cat(packed(model, rows, 4)) for _ in range(2))
+    assert not torch.allclose(first, second)
     model.eval()
-    one, two = (torch.cat(packed(model, rows, 4)) for _ in range(2))
-    assert torch.equal(one, two)
+    first, second = (torch.cat(packed(model, rows, 4)) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_other_batches_are_plain_sdpa(name):
     model, rows = MODELS[name].eval(), rows_of(2, [6, 3])
     outputs, answers = [], []
-    for implementation in ("sdpa", NAME):
+    for implementation in ("sdpa", ATTN_IMPLEMENTATION):
         use_packed_attention(model)
         model.set_attn_implementation(implementation)
         with torch.no_grad():
@@ -178,16 +178,16 @@ def test_other_batches_are_plain_sdpa(name):
     assert torch.equal(*outputs) and torch.equal(*answers)
 
 
-def test_the_flex_mask_lets_a_row_see_the_prefix_and_itself():
+def test_the_build_flex_mask_lets_a_row_see_the_prefix_and_itself():
     rows = PackedRows(2, (2, 3))
-    mask = packed_attention._flex_mask(rows, torch.device("cpu"))
-    at = torch.arange(7)
-    seen = mask.mask_mod(0, 0, at[:, None], at[None])
+    mask = packed_attention._build_flex_mask(rows, torch.device("cpu"))
+    index = torch.arange(7)
+    visible = mask.mask_mod(0, 0, index[:, None], index[None])
     expected = torch.zeros(7, 7, dtype=torch.bool)
-    for start, end in ((0, 2), *rows.spans()):
+    for start, end in ((0, 2), *rows.get_spans()):
         expected[start:end, :2] = expected[start:end, start:end] = True
-    assert torch.equal(seen, expected.tril())
-    assert packed_attention._flex_mask(rows, torch.device("cpu")) is mask, "made once for all layers"
+    assert torch.equal(visible, expected.tril())
+    assert packed_attention._build_flex_mask(rows, torch.device("cpu")) is mask, "made once for all layers"
 
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
@@ -213,7 +213,7 @@ REFUSED = [
     (BloomConfig, {"n_layer": 2, "n_head": 4}, "does not use transformers' attention interface"),
     (Gemma2Config, {}, "changes its attention scores"),
     (LlamaConfig, {"layer_types": ["full_attention", "linear_attention"]}, r"not attention \(linear_attention\)"),
-    (Llama4TextConfig, {"num_local_experts": 2, "attention_chunk_size": None}, "does not take packed rows"),
+    (Llama4TextConfig, {"num_local_experts": 2, "attention_chunk_size": None}, "does not accept packed rows"),
 ]
 
 
