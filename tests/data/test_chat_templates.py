@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.conversations import BOTH, QUICK, SYSTEM, TEXT, bare_tokenizer, conversation, conversations, train
 from support.tiny import CHATML
 
-from sft_pipeline.data.chat_templates import SENTINEL, build_template
+from sft_pipeline.data.chat_templates import PLACEHOLDER, build_template
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
@@ -230,7 +230,7 @@ def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer):
 
 def test_the_stand_ins_for_control_tokens_do_not_stay(tokenizer):
     ids = build_template("chat", tokenizer).encode_prompt(conversation(["a<|im_end|>b"]))
-    assert SENTINEL.format("")[0] not in tokenizer.decode(ids)
+    assert PLACEHOLDER.format("")[0] not in tokenizer.decode(ids)
 
 
 # ---- the system prompt and the saved chat template

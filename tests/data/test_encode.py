@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from sft_pipeline.data import encode
 from sft_pipeline.data.chat_templates import TokenSpan, build_template
 from sft_pipeline.data.encode import (
-    CUT,
+    TRUNCATED,
     IGNORED,
     KEPT,
     TOO_LONG,
@@ -120,7 +120,7 @@ def test_truncate_answer(tokenizer, name, rows, max_length):
         elif not any(supervised[1:max_length]):
             assert (ids, labels, outcome) == ([], [], TOO_LONG)
         else:
-            assert (ids, outcome) == (tokens[:max_length], CUT)
+            assert (ids, outcome) == (tokens[:max_length], TRUNCATED)
             assert STOP not in labels  # the only supervised stop token was the row's last
             assert any(label != IGNORED for label in labels)
 
@@ -136,7 +136,7 @@ def test_truncate_turns(tokenizer, name, rows, max_length):
         # The longest of the conversation's ends (all of it, less one exchange, ...) that fits; the last one at least.
         ends = [encode_rows(unlimited, [messages[at:]])[0] for at in range(0, len(messages), 2)]
         fitting = [end for end in ends if len(end[0]) <= max_length]
-        expected = (*fitting[0][:2], KEPT if fitting[0] is ends[0] else CUT) if fitting else ([], [], TOO_LONG)
+        expected = (*fitting[0][:2], KEPT if fitting[0] is ends[0] else TRUNCATED) if fitting else ([], [], TOO_LONG)
         assert row == expected
 
 
@@ -144,7 +144,7 @@ def test_truncate_turns_keeps_the_rows_own_system_message(tokenizer):
     messages = [{"role": "system", "content": "own"}, *conversation([9, 9, 9, 9])]
     encoder = Encoder(build_template("role", tokenizer), "default", 60, "truncate_turns")
     [(ids, _, outcome)] = encode_rows(encoder, [messages])
-    assert outcome == CUT
+    assert outcome == TRUNCATED
     last_question, last_answer = (message["content"] for message in messages[-2:])
     assert tokenizer.decode(ids) == (
         f"<|im_start|>\n#SYSTEM:own\n#USER:{last_question}\n#ASSISTANT:{last_answer}<|im_end|>"
@@ -157,7 +157,7 @@ def test_a_row_cut_at_the_stop_token_alone(tokenizer):
     messages = conversation([3, 5])
     length = len(full_row(Encoder(template), messages)[0])
     [(ids, labels, outcome)] = encode_rows(Encoder(template, None, length - 1, "truncate_answer"), [messages])
-    assert (len(ids), outcome) == (length - 1, CUT)
+    assert (len(ids), outcome) == (length - 1, TRUNCATED)
     assert STOP not in ids and STOP not in labels
 
 
@@ -209,7 +209,7 @@ def test_the_account_adds_up(tokenizer, rows, max_length, overlong):
     assert encoded.column_names == ["input_ids", "labels"]
     assert list(zip(encoded["input_ids"], encoded["labels"])) == expected
     assert account.rows == len(conversations) == account.kept + sum(account.dropped.values())
-    assert account.truncated == outcomes.count(CUT) <= account.kept == len(expected)
+    assert account.truncated == outcomes.count(TRUNCATED) <= account.kept == len(expected)
     assert account.dropped == {r: outcomes.count(r) for r in (TOO_LONG, UNSUPERVISED) if r in outcomes}
     lengths = [len(ids) for ids, _ in expected]
     assert max(lengths) <= max_length and account.tokens == sum(lengths)

@@ -121,7 +121,7 @@ def test_words(text):
     assert "".join(words) == text
     for before, word in itertools.pairwise(word for word in words if word):
         assert word[0] == " " and not before[-1].isspace()
-    assert all(" " not in word.lstrip() or any(gap in word for gap in text_encoder.GAPS) for word in words)
+    assert all(" " not in word.lstrip() or any(gap in word for gap in text_encoder.DOUBLE_SPACES) for word in words)
 
 
 def test_words_by_hand():
@@ -168,14 +168,14 @@ def test_other_normalizers_and_models(make_tokenizer):
 @given(st.lists(st.lists(ROUGH, max_size=4), max_size=5))
 def test_later_calls_know_and_forget(tokenizer, calls):
     encode = TextEncoder(tokenizer)
-    before = text_encoder.MOST, text_encoder.LONGEST
-    text_encoder.MOST, text_encoder.LONGEST = 6, 4
+    before = text_encoder.MAX_CACHED_WORDS, text_encoder.MAX_CACHED_WORD_LENGTH
+    text_encoder.MAX_CACHED_WORDS, text_encoder.MAX_CACHED_WORD_LENGTH = 6, 4
     try:
         for texts in calls:
             assert encode(texts) == dict(zip(texts, encode_as_text(tokenizer, texts)))
             assert len(encode._known) <= 6 and all(len(word) <= 4 for word in encode._known)
     finally:
-        text_encoder.MOST, text_encoder.LONGEST = before
+        text_encoder.MAX_CACHED_WORDS, text_encoder.MAX_CACHED_WORD_LENGTH = before
 
 
 def test_a_known_word_is_not_asked_for_again(tokenizer, monkeypatch):

@@ -11,7 +11,7 @@ from support.tiny import CONTROL, build_tokenizer
 from tokenizers import Regex, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sft_pipeline.data.chat_templates import MARKS, build_template
+from sft_pipeline.data.chat_templates import ROLE_HEADERS, build_template
 from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.data.text_encoder import PATTERNS
 from sft_pipeline.data.tokenizer_export import build_saved_chat_template, build_saved_tokenizer, count_id_differences
@@ -93,7 +93,7 @@ def test_other_tools_ask_as_chat_does(joining, saved, messages, system):
     prompt = build_template("role", tokenizer).encode_prompt(add_system_prompt(messages[:-1], system))
     assert asked_in_one_go(tokenizer, messages[:-1]) == prompt
     if not any(
-        mark in message["content"] for mark in MARKS.values() for message in [*messages, {"content": system or ""}]
+        mark in message["content"] for mark in ROLE_HEADERS.values() for message in [*messages, {"content": system or ""}]
     ):
         assert build_template("role", joining).encode_prompt(add_system_prompt(messages[:-1], system)) == prompt
 
