@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from jinja2.exceptions import SecurityError
 from rich.console import Console
-from support.fuzz import real_tokenizers
+from support.fuzz import find_tokenizers
 from support.tiny import CHATML
 from support.trainers import make_trainer
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
@@ -371,9 +371,9 @@ def test_yaml_makes_no_objects(tag, tmp_path, trap):
 # ---- control tokens
 
 
-@pytest.fixture(scope="module", params=["tiny", *(path.name for path in real_tokenizers())])
+@pytest.fixture(scope="module", params=["tiny", *(path.name for path in find_tokenizers())])
 def real(request, tokenizer):
-    return next((AutoTokenizer.from_pretrained(p) for p in real_tokenizers() if p.name == request.param), tokenizer)
+    return next((AutoTokenizer.from_pretrained(p) for p in find_tokenizers() if p.name == request.param), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["role", "chat"])
