@@ -21,7 +21,7 @@ from report import SYSTEM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from sft_pipeline.data.chat_templates import MARKS, build_template
+from sft_pipeline.data.chat_templates import ROLE_HEADERS, build_template
 from sft_pipeline.data.encode import Encoder, encode_dataset
 from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.data.sources import load_source
@@ -57,8 +57,8 @@ def trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> flo
 def as_text(row: dict[str, list[Message]]) -> dict[str, str]:
     """The role template's prompt and completion; the start token is spelled, TRL adds the end token."""
     *before, answer = add_system_prompt(row["messages"], SYSTEM)
-    prompt = "".join(MARKS[message["role"]] + message["content"] for message in before)
-    return {"prompt": f"<|im_start|>{prompt}{MARKS['assistant']}", "completion": answer["content"]}
+    prompt = "".join(ROLE_HEADERS[message["role"]] + message["content"] for message in before)
+    return {"prompt": f"<|im_start|>{prompt}{ROLE_HEADERS['assistant']}", "completion": answer["content"]}
 
 
 def as_messages(row: dict[str, list[Message]]) -> dict[str, list[Message]]:

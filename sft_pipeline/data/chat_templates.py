@@ -1,13 +1,13 @@
-"""Messages to token ids and back: one object serves training, evaluation, chat and the saved `chat_template`.
+"""Convert messages to token ids and back, the same way for training, evaluation, chat and the saved `chat_template`.
 
     template = build_template("role", tokenizer)
-    [runs] = template.render([messages])            # training ids, as runs of (ids, supervised)
-    ids = template.encode_prompt(messages)                 # generation; always a prefix of the training ids
+    [spans] = template.render([messages])     # training ids, as spans of (ids, supervised)
+    ids = template.encode_prompt(messages)    # ids for generation, always a prefix of the training ids
     text = template.parse(answer_ids)
 
-The prefix holds by construction: training and generation cut a conversation into the same pieces at the same places
-and tokenize each piece alone. Text of a row is always encoded as text: `<|im_end|>` in a message becomes the ids of
-its characters, never the control token.
+The prompt is a prefix by construction: training and generation split a conversation into pieces at the same positions
+and tokenize each piece separately. The text of a row is always encoded as text: `<|im_end|>` in a message becomes the
+ids of its characters, never the control token.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sft_pipeline.data.messages import Message
 from sft_pipeline.data.text_encoder import TextEncoder
 from sft_pipeline.utils.errors import SFTError, format_error
 
-# What stands for a control token's spelling in a row while jinja puts the row into the template: private-use
+# Replaces a control token's spelling in a message while jinja renders the conversation. The delimiters are private-use
 # characters, which no tokenizer has as a special token.
-SENTINEL = "\ue000sft{}\ue001"
-STAND_IN = re.compile(SENTINEL.format("([0-9]+)"))
-MARKS = {"system": "\n#SYSTEM:", "user": "\n#USER:", "assistant": "\n#ASSISTANT:"}
+PLACEHOLDER = "\ue000sft{}\ue001"
+PLACEHOLDER_PATTERN = re.compile(PLACEHOLDER.format("([0-9]+)"))
+ROLE_HEADERS = {"system": "\n#SYSTEM:", "user": "\n#USER:", "assistant": "\n#ASSISTANT:"}
 
 
 class TemplatePiece(NamedTuple):
-    """A stretch of a conversation that is tokenized alone: either text, or one control token's id."""
+    """A part of a conversation that is tokenized separately: text, or the id of one control token."""
 
     text: str
     token_id: int | None
@@ -40,107 +40,116 @@ class TemplatePiece(NamedTuple):
 
 
 class TokenSpan(NamedTuple):
-    """Ids that are all supervised or all not."""
+    """Consecutive ids that are either all supervised or all not."""
 
     ids: list[int]
     supervised: bool
 
 
 class Template:
-    """What both templates share: pieces to ids, in batches. A subclass says how messages become pieces."""
+    """Base class: encodes pieces in batches. Subclasses define how messages are split into pieces."""
 
     name: str
     chat_template: str  # the jinja text to save with the tokenizer
-    marks: tuple[str, ...] = ()  # texts of that template, not control tokens, before which a piece begins
+    role_headers: tuple[str, ...] = ()  # texts (not control tokens) before which a piece begins
     stop_token_id: int
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._encode = TextEncoder(tokenizer)
+        self._encode_texts = TextEncoder(tokenizer)
 
     def split_conversation(self, messages: list[Message], train_on: str = "all") -> list[TemplatePiece]:
-        """The whole conversation, up to its last answer's stop token."""
+        """Split a whole conversation into pieces, up to the stop token of its last answer."""
         raise NotImplementedError
 
     def split_prompt(self, messages: list[Message]) -> list[TemplatePiece]:
-        """A conversation that ends with a user message, up to where the answer begins."""
+        """Split a conversation that ends with a user message into pieces, up to where the answer begins."""
         raise NotImplementedError
 
     def render(self, conversations: Iterable[list[Message]], train_on: str = "all") -> list[list[TokenSpan]]:
-        """Training ids of each conversation as runs. train_on: "all" assistant turns are supervised, or the "last".
+        """Return the training ids of each conversation as spans.
 
-        Raises SFTError where the template rewrites earlier turns, so that what was trained could not be prompted.
+        train_on: "all" supervises every assistant message, "last" only the last one.
+
+        Raises SFTError if the chat template rewrites earlier messages, because the prompt would then not be a prefix
+        of the training ids.
         """
-        return self._to_runs([self.split_conversation(messages, train_on) for messages in conversations])
+        return self._encode_pieces([self.split_conversation(messages, train_on) for messages in conversations])
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
-        """Ids to generate an answer from."""
-        [runs] = self._to_runs([self.split_prompt(messages)])
-        return list(itertools.chain.from_iterable(run.ids for run in runs))
+        """Return the ids from which the next answer is generated."""
+        [spans] = self._encode_pieces([self.split_prompt(messages)])
+        return list(itertools.chain.from_iterable(span.ids for span in spans))
 
     def parse(self, ids: list[int]) -> str:
-        """The answer's text: what stands before the stop token."""
+        """Decode the generated ids of an answer, up to the stop token."""
         end = ids.index(self.stop_token_id) if self.stop_token_id in ids else len(ids)
         return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
-    def _to_runs(self, rows: list[list[TemplatePiece]]) -> list[list[TokenSpan]]:
-        """Tokenize all rows' texts in one call."""
+    def _encode_pieces(self, conversations: list[list[TemplatePiece]]) -> list[list[TokenSpan]]:
+        """Tokenize the texts of all conversations in one call."""
+        texts = (piece.text for pieces in conversations for piece in pieces if piece.token_id is None)
         try:
-            known = self._encode(piece.text for pieces in rows for piece in pieces if piece.token_id is None)
+            ids = self._encode_texts(texts)
         except (TypeError, UnicodeEncodeError) as error:
-            raise SFTError("a text holds half a character (a lone surrogate), which no tokenizer takes") from error
+            raise SFTError(
+                "a text contains a lone surrogate (half of a UTF-16 pair), which cannot be tokenized; remove it"
+            ) from error
         return [
-            [TokenSpan(known[p.text] if p.token_id is None else [p.token_id], p.supervised) for p in pieces]
-            for pieces in rows
+            [
+                TokenSpan(ids[piece.text] if piece.token_id is None else [piece.token_id], piece.supervised)
+                for piece in pieces
+            ]
+            for pieces in conversations
         ]
 
 
 class RoleTemplate(Template):
-    """`<|im_start|>` then `\\n#SYSTEM:`, `\\n#USER:`, `\\n#ASSISTANT:` and their texts; `<|im_end|>` ends each answer.
+    """`<|im_start|>`, then each text after `\\n#SYSTEM:`, `\\n#USER:` or `\\n#ASSISTANT:`; `<|im_end|>` ends an answer.
 
-    A tokenizer without `<|im_start|>` and `<|im_end|>` lends its bos and eos token.
+    If the tokenizer has no `<|im_start|>` or `<|im_end|>`, its bos or eos token is used instead.
     """
 
     name = "role"
-    marks = tuple(MARKS.values())
+    role_headers = tuple(ROLE_HEADERS.values())
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
-        vocabulary = tokenizer.get_vocab()
-        self.start_token_id = vocabulary.get("<|im_start|>", tokenizer.bos_token_id)
-        stop = vocabulary.get("<|im_end|>", tokenizer.eos_token_id)
-        if stop is None:
+        vocab = tokenizer.get_vocab()
+        self.start_token_id = vocab.get("<|im_start|>", tokenizer.bos_token_id)
+        stop_token_id = vocab.get("<|im_end|>", tokenizer.eos_token_id)
+        if stop_token_id is None:
             raise SFTError(
-                "template role: the tokenizer has neither <|im_end|> nor an eos token, so no answer could stop; "
+                "template role: the tokenizer has neither <|im_end|> nor an eos token to end an answer with; "
                 "set eos_token in its tokenizer_config.json"
             )
-        self.stop_token_id = stop
-        self.chat_template = self._jinja()
+        self.stop_token_id = stop_token_id
+        self.chat_template = self._build_jinja()
 
     def split_conversation(self, messages: list[Message], train_on: str = "all") -> list[TemplatePiece]:
-        start = [] if self.start_token_id is None else [TemplatePiece("", self.start_token_id, False)]
-        last = len(messages) - 1
-        return start + [
-            piece
-            for at, message in enumerate(messages)
-            for piece in self._turn(message, supervised=train_on == "all" or at == last)
-        ]
+        pieces = [] if self.start_token_id is None else [TemplatePiece("", self.start_token_id, False)]
+        for index, message in enumerate(messages):
+            pieces += self._split_message(message, supervised=train_on == "all" or index == len(messages) - 1)
+        return pieces
 
     def split_prompt(self, messages: list[Message]) -> list[TemplatePiece]:
-        return [*self.split_conversation(messages), TemplatePiece(MARKS["assistant"], None, False)]
+        return [*self.split_conversation(messages), TemplatePiece(ROLE_HEADERS["assistant"], None, False)]
 
-    def _turn(self, message: Message, supervised: bool) -> list[TemplatePiece]:
+    def _split_message(self, message: Message, supervised: bool) -> list[TemplatePiece]:
         role, content = message["role"], message["content"]
         if role != "assistant":
-            return [TemplatePiece(MARKS[role] + content, None, False)]
-        answer = [TemplatePiece(content, None, supervised), TemplatePiece("", self.stop_token_id, supervised)]
-        return [TemplatePiece(MARKS["assistant"], None, False), *answer]
+            return [TemplatePiece(ROLE_HEADERS[role] + content, None, False)]
+        return [
+            TemplatePiece(ROLE_HEADERS["assistant"], None, False),
+            TemplatePiece(content, None, supervised),
+            TemplatePiece("", self.stop_token_id, supervised),
+        ]
 
-    def _jinja(self) -> str:
-        """The same text as a chat template, for tools that know only that."""
+    def _build_jinja(self) -> str:
+        """Build the jinja chat template that renders the same text, for tools that only support chat templates."""
         start = "" if self.start_token_id is None else self.tokenizer.convert_ids_to_tokens(self.start_token_id)
         stop = self.tokenizer.convert_ids_to_tokens(self.stop_token_id)
-        assistant = json.dumps(MARKS["assistant"])
+        assistant = json.dumps(ROLE_HEADERS["assistant"])
         return (
             f"{{{{ {json.dumps(start)} }}}}{{% for message in messages %}}"
             f"{{% if message['role'] == 'assistant' %}}{{{{ {assistant} + message['content'] + {json.dumps(stop)} }}}}"
@@ -150,7 +159,7 @@ class RoleTemplate(Template):
 
 
 class ChatTemplate(Template):
-    """The tokenizer's own chat template (ChatML and others), rendered by transformers' sandboxed jinja."""
+    """The tokenizer's own chat template (ChatML and others), rendered by transformers in its jinja sandbox."""
 
     name = "chat"
 
@@ -159,107 +168,124 @@ class ChatTemplate(Template):
         if not tokenizer.chat_template:
             raise SFTError("template chat: the tokenizer has no chat template; use `template: role`")
         self.chat_template = tokenizer.chat_template
-        self._control = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        # The stand-ins' own first character has a stand-in too: a row may spell one.
-        self._shown = [*longest_first, SENTINEL[0]]
-        self._hidden = {text: SENTINEL.format(at) for at, text in enumerate(self._shown)}
-        self._to_hide = re.compile("|".join(map(re.escape, self._shown)))
-        self.stop_token_id = self._find_stop()
+        self._control_ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        self._control_pattern = (
+            re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        )
+        # A message may contain the placeholders' first character, so that is replaced by a placeholder too.
+        self._spellings = [*longest_first, PLACEHOLDER[0]]
+        self._placeholders = {text: PLACEHOLDER.format(index) for index, text in enumerate(self._spellings)}
+        self._spelling_pattern = re.compile("|".join(map(re.escape, self._spellings)))
+        self.stop_token_id = self._find_stop_token()
 
     def split_conversation(self, messages: list[Message], train_on: str = "all") -> list[TemplatePiece]:
-        text, bounds = self._bounds(messages, strict=train_on == "all")
-        supervised = bounds if train_on == "all" else bounds[-1:]
-        pieces = self._cut(text, bounds, supervised)
-        # What a template writes behind the last stop token, mostly a line end, is never generated: leave it out.
-        last = max((at for at, piece in enumerate(pieces) if piece.supervised), default=len(pieces) - 1)
-        return pieces[: last + 1]
+        text, answers = self._find_answers(messages, strict=train_on == "all")
+        pieces = self._split_text(text, answers, supervised=answers if train_on == "all" else answers[-1:])
+        # What a template writes after the last stop token, usually a newline, is never generated: leave it out.
+        end = max((i for i, piece in enumerate(pieces) if piece.supervised), default=len(pieces) - 1)
+        return pieces[: end + 1]
 
     def split_prompt(self, messages: list[Message]) -> list[TemplatePiece]:
-        text, bounds = self._bounds(messages, strict=False, generate=True)
-        return self._cut(text, bounds, [])
+        text, answers = self._find_answers(messages, strict=False, add_generation_prompt=True)
+        return self._split_text(text, answers, supervised=[])
 
-    def _bounds(
-        self, messages: list[Message], strict: bool, generate: bool = False
+    def _find_answers(
+        self, messages: list[Message], strict: bool, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text and each answer's (start, end) in it, found by rendering what stands before the answer.
+        """Return the rendered text and the (start, end) of each answer in it, placeholders included.
 
-        A history that the template rewrites has no such place: an error if `strict`, else left uncut, but the last
-        answer of a training row always needs one.
+        An answer starts where the rendered prompt of that answer ends. If the template renders the messages before an
+        answer differently in the whole conversation than in that prompt, there is no such position. This raises
+        SFTError if `strict`, or for the last answer of a training row; other such answers are left out.
         """
-        hidden = [{**message, "content": self._hide(message["content"])} for message in messages]
-        text, bounds = self._jinja(hidden, generate), []
-        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        for at in answers:
-            before = self._jinja(hidden[:at], True)
-            through = text if at == len(hidden) - 1 else self._jinja(hidden[: at + 1], False)
-            if text.startswith(before) and text.startswith(through) and through.startswith(before):
-                bounds.append((len(before), len(through)))
-            elif strict or (not generate and at == answers[-1]):
+        escaped = [{**message, "content": self._insert_placeholders(message["content"])} for message in messages]
+        text = self._render_jinja(escaped, add_generation_prompt)
+        answers: list[tuple[int, int]] = []
+        positions = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in positions:
+            prompt = self._render_jinja(escaped[:i], True)
+            answered = text if i == len(escaped) - 1 else self._render_jinja(escaped[: i + 1], False)
+            if text.startswith(prompt) and text.startswith(answered) and answered.startswith(prompt):
+                answers.append((len(prompt), len(answered)))
+            elif strict or (not add_generation_prompt and i == positions[-1]):
                 raise SFTError(
-                    f"the chat template rewrites the conversation before answer {answers.index(at) + 1} of "
-                    f"{len(answers)}, so its prompt is no prefix; use `train_on: last` or `template: role`"
+                    f"the chat template rewrites the conversation before answer {positions.index(i) + 1} of "
+                    f"{len(positions)}, so the prompt is not a prefix of the row; "
+                    "use `train_on: last` or `template: role`"
                 )
-        return text, bounds
+        return text, answers
 
-    def _cut(self, text: str, bounds: list[tuple[int, int]], supervised: list[tuple[int, int]]) -> list[TemplatePiece]:
-        """Pieces of the rendered text, cut at answers and at control tokens; supervised through the stop token."""
-        edges = [0, *itertools.chain.from_iterable(bounds), len(text)]
+    def _split_text(
+        self, text: str, answers: list[tuple[int, int]], supervised: list[tuple[int, int]]
+    ) -> list[TemplatePiece]:
+        """Split the rendered text at answers and control tokens.
+
+        The answers in `supervised` are supervised up to and including their last stop token.
+        """
+        edges = [0, *itertools.chain.from_iterable(answers), len(text)]
         pieces: list[TemplatePiece] = []
         for start, end in itertools.pairwise(edges):
-            part = self._tokens_apart(text[start:end])
-            stops = [at for at, piece in enumerate(part) if piece.token_id == self.stop_token_id]
+            section = self._split_control_tokens(text[start:end])
+            stops = [i for i, piece in enumerate(section) if piece.token_id == self.stop_token_id]
             if (start, end) in supervised and stops:
-                part = [piece._replace(supervised=at <= stops[-1]) for at, piece in enumerate(part)]
-            pieces += part
+                section = [piece._replace(supervised=i <= stops[-1]) for i, piece in enumerate(section)]
+            pieces += section
         return pieces
 
-    def _tokens_apart(self, text: str) -> list[TemplatePiece]:
-        """Control tokens as ids, and between them the text with the rows' own spellings put back."""
-        parts = self._split.split(text) if self._split else [text]
+    def _split_control_tokens(self, text: str) -> list[TemplatePiece]:
+        """Split the text at control tokens, and restore the spellings in the text between them."""
+        parts = self._control_pattern.split(text) if self._control_pattern else [text]
         return [
-            TemplatePiece("", self._control[part], False)
-            if part in self._control
-            else TemplatePiece(self._show(part), None, False)
+            TemplatePiece("", self._control_ids[part], False)
+            if part in self._control_ids
+            else TemplatePiece(self._restore_spellings(part), None, False)
             for part in parts
             if part
         ]
 
-    def _jinja(self, messages: list[Message], generate: bool) -> str:
-        """Sandboxed by transformers: a template reaches neither files nor code."""
+    def _render_jinja(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Render in transformers' sandbox, where a template has access to neither files nor code."""
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
-        except Exception as error:  # a template is a program: what it raises may be anything
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # a template is a program and may raise anything
             reason = format_error(error)
-            raise SFTError(f"the chat template refuses the conversation ({type(error).__name__}: {reason})") from error
+            raise SFTError(
+                f"the chat template cannot render the conversation ({type(error).__name__}: {reason}); "
+                "fix the row or the chat template, or use `template: role`"
+            ) from error
 
-    def _hide(self, content: str) -> str:
-        """The content with every control token's spelling replaced, so that rendering cannot tell it from text."""
-        return self._to_hide.sub(lambda match: self._hidden[match[0]], content)
+    def _insert_placeholders(self, content: str) -> str:
+        """Replace every control token's spelling, so that the rendered text has only the template's own tokens."""
+        return self._spelling_pattern.sub(lambda match: self._placeholders[match[0]], content)
 
-    def _show(self, text: str) -> str:
-        return STAND_IN.sub(lambda match: self._shown[int(match[1])], text)
+    def _restore_spellings(self, text: str) -> str:
+        """Undo `_insert_placeholders`."""
+        return PLACEHOLDER_PATTERN.sub(lambda match: self._spellings[int(match[1])], text)
 
-    def _find_stop(self) -> int:
-        """The first control token after an answer."""
-        asked, answered = {"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}
-        text = self._jinja([asked, answered], False)
-        after = self._tokens_apart(text.split("sft-answer", 1)[-1])
-        stop = next((piece.token_id for piece in after if piece.token_id is not None), None)
-        if stop is None:
+    def _find_stop_token(self) -> int:
+        """Return the id of the first control token that the template writes after an answer."""
+        messages = [{"role": "user", "content": "sft-question"}, {"role": "assistant", "content": "sft-answer"}]
+        text = self._render_jinja(messages, False)
+        pieces = self._split_control_tokens(text.split("sft-answer", 1)[-1])
+        stop_token_id = next((piece.token_id for piece in pieces if piece.token_id is not None), None)
+        if stop_token_id is None:
             raise SFTError(
                 "the chat template writes no stop token after an answer, so a model trained on it would never stop; "
                 "use `template: role` or a chat template that ends answers with the eos token"
             )
-        return stop
+        return stop_token_id
 
 
 TEMPLATES: dict[str, type[Template]] = {"role": RoleTemplate, "chat": ChatTemplate}
 
 
 def build_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template called `name` ("role" or "chat") over `tokenizer`. Raises SFTError for one it cannot serve."""
+    """Build the template `name` ("role" or "chat"). Raises SFTError if the tokenizer does not support it."""
     if not tokenizer.is_fast:
-        raise SFTError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json first")
+        raise SFTError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json first")
     return TEMPLATES[name](tokenizer)

@@ -1,8 +1,9 @@
-"""Packed rows: the rows of a micro-batch laid end to end, without padding, the prefix they share once.
+"""Pack the rows of a micro-batch into one sequence without padding, with their common prefix computed once.
 
-A packed batch is one line of tokens `[prefix, rest of row 1, rest of row 2, ...]` with positions that restart after
-the prefix for every row, and `row_lengths` = [prefix, rest 1, rest 2, ...], which is all that attention needs to let
-every row see the prefix and itself alone. Nothing here draws a random number, so a run can resume anywhere.
+A packed batch is one sequence of tokens `[prefix, remainder of row 1, remainder of row 2, ...]`. The positions of every
+remainder begin after those of the prefix, and `row_lengths` = [prefix, remainder 1, remainder 2, ...] is all that
+attention needs to let each row attend to the prefix and to itself only. Nothing here uses random numbers, so a run can
+resume anywhere.
 """
 
 import bisect
@@ -13,95 +14,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_pipeline.data.padding import NO_ROW
+from sft_pipeline.data.padding import DUMMY_ROW
 from sft_pipeline.utils.constants import IGNORED
 
-MIN_SAVED_SHARE = 0.05  # share of the tokens a common prefix must save to be worth its bookkeeping
+MIN_SAVED_SHARE = 0.05  # share of the tokens that a common prefix must save to be worth its overhead
 
 
 def pack_best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Pack rows of the given lengths (tokens) into bins of at most `budget` tokens; lists of row numbers.
+    """Pack rows of the given lengths (tokens) into bins of at most `budget` tokens; return lists of row indices.
 
-    Best fit decreasing: longest rows first, each into the fullest bin that still holds it. A row over the budget gets
-    a bin of its own (the length limit is decided before packing). Rows keep their order within a bin, and bins are
-    ordered by their first row, so that equal input gives equal output in every process.
+    Best fit decreasing: longest rows first, each into the fullest bin that still has space for it. A row over the
+    budget gets a bin of its own (the length limit is applied before packing). Rows keep their order within a bin, and
+    bins are ordered by their first row, so equal input gives equal output in every process.
     """
-    space: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    free: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     bins: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        at = bisect.bisect_left(space, (lengths[row], -1))
-        if at == len(space):
+        index = bisect.bisect_left(free, (lengths[row], -1))
+        if index == len(free):
             bins.append([])
-            free, number = budget, len(bins) - 1
+            free_tokens, bin_index = budget, len(bins) - 1
         else:
-            free, number = space.pop(at)
-        bins[number].append(row)
-        if lengths[row] < free:
-            bisect.insort(space, (free - lengths[row], number))
+            free_tokens, bin_index = free.pop(index)
+        bins[bin_index].append(row)
+        if lengths[row] < free_tokens:
+            bisect.insort(free, (free_tokens - lengths[row], bin_index))
     return sorted((sorted(rows) for rows in bins), key=lambda rows: rows[0])
 
 
 def find_common_prefix(input_ids: Sequence[Tensor], labels: Sequence[Tensor]) -> int:
-    """How many tokens at the start all rows share and can be computed once; 0 where that would save under 5%.
+    """Return how many tokens at the start of all rows are equal and can be computed once; 0 if that saves under 5%.
 
-    Every row keeps a token of its own, and a position counts only if no row has a target there: the target of the
-    prefix's last position differs from row to row.
+    Every row keeps at least one token after the prefix. A position counts only if no row has a target there, because
+    the targets at the end of the prefix differ between rows.
     """
     if len(input_ids) < 2:
         return 0
-    most = min(len(ids) for ids in input_ids) - 1
-    first = input_ids[0][:most]
-    same = torch.stack([(ids[:most] == first) & (label[:most] == IGNORED) for ids, label in zip(input_ids, labels)])
-    length = int(same.all(0).long().cumprod(0).sum())
+    limit = min(len(ids) for ids in input_ids) - 1
+    first = input_ids[0][:limit]
+    equal = torch.stack([(ids[:limit] == first) & (label[:limit] == IGNORED) for ids, label in zip(input_ids, labels)])
+    length = int(equal.all(0).long().cumprod(0).sum())
     saved = length * (len(input_ids) - 1)
     return length if saved >= MIN_SAVED_SHARE * sum(len(ids) for ids in input_ids) else 0
 
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Turns dataset rows (`input_ids` and shifted `labels` of one length) into one packed batch of tensors.
+    """Collate dataset rows (`input_ids` and shifted `labels` of equal length) into one packed batch.
 
-    `input_ids`, `position_ids`, `labels` (1, tokens); `shift_labels`, the same tensor as `labels`, tells transformers
-    that nothing is to be shifted again; `row_lengths` (1 + rows) as described above. `share_prefix` computes the
-    common prefix once.
+    The batch has `input_ids`, `position_ids`, `labels`, each (1, tokens) int64, `shift_labels`, the same tensor as
+    `labels`, which tells transformers not to shift them again, and `row_lengths` (1 + rows) as described above.
+    `share_prefix` computes the common prefix once.
     """
 
     share_prefix: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = rows or [NO_ROW]
+        rows = rows or [DUMMY_ROW]
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-        prefix = find_common_prefix(ids, labels) if self.share_prefix else 0
+        row_labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+        prefix = find_common_prefix(ids, row_labels) if self.share_prefix else 0
         positions = [torch.arange(prefix), *(torch.arange(prefix, len(row)) for row in ids)]
-        targets = _laid_out(labels, prefix)
+        labels = _join_rows(row_labels, prefix)
         return {
-            "input_ids": _laid_out(ids, prefix),
+            "input_ids": _join_rows(ids, prefix),
             "position_ids": torch.cat(positions)[None],
-            "labels": targets,
-            "shift_labels": targets,
+            "labels": labels,
+            "shift_labels": labels,
             "row_lengths": torch.tensor([prefix, *(len(row) - prefix for row in ids)]),
         }
 
 
-def _laid_out(rows: Sequence[Tensor], prefix: int) -> Tensor:
-    """(1, tokens): the prefix of the first row, then what follows it in every row."""
+def _join_rows(rows: Sequence[Tensor], prefix: int) -> Tensor:
+    """Concatenate the prefix of the first row and what follows the prefix in every row, (1, tokens)."""
     return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
 
 
 def describe_savings(rows: Sequence[dict[str, Any]], batches: Iterable[list[int]]) -> str:
-    """One line on what packing saves over the same micro-batches padded; `batches` are lists of row numbers."""
-    padded = real = computed = targets = 0
+    """Describe in one line what packing saves compared with padding the same micro-batches (lists of row indices)."""
+    padded_tokens = row_tokens = packed_tokens = targets = 0
     collate = PackedCollator()
-    for numbers in filter(None, batches):
-        batch = [rows[number] for number in numbers]
+    for indices in filter(None, batches):
+        batch = [rows[index] for index in indices]
         lengths = [len(row["input_ids"]) for row in batch]
         packed = collate(batch)
-        padded += max(lengths) * len(lengths)
-        real += sum(lengths)
-        computed += packed["input_ids"].numel()
+        padded_tokens += max(lengths) * len(lengths)
+        row_tokens += sum(lengths)
+        packed_tokens += packed["input_ids"].numel()
         targets += int(packed["labels"].ne(IGNORED).sum())
     return (
-        f"packed rows: no padding (saves {1 - real / padded:.0%} of the tokens of padded batches), the common prefix "
-        f"once (saves {1 - computed / real:.0%} of the rest), the head at {targets / computed:.0%} of the positions"
+        f"packed rows: no padding (saves {1 - row_tokens / padded_tokens:.0%} of the tokens of padded batches), common "
+        f"prefix computed once (saves {1 - packed_tokens / row_tokens:.0%} of the rest), "
+        f"lm_head at {targets / packed_tokens:.0%} of the positions"
     )

@@ -1,17 +1,21 @@
-"""Text to token ids, each text alone and always as text: `<|im_end|>` in it never becomes the control token.
+"""Encode texts separately and always as text: `<|im_end|>` in a text never becomes the control token.
 
     encode = TextEncoder(tokenizer)
     ids = encode(["What is the question?"])      # {text: its ids}
 
-Three quarters of encoding is the tokenizer's pre-tokenization, which it does anew for a word that it has met a
-thousand times. So texts are cut into words and the words' ids remembered, where the text's ids are those of its words.
+Three quarters of the encoding time is the tokenizer's pre-tokenization, which it repeats for every occurrence of a
+word. So texts are split into words and the ids of words are cached, if the ids of a text are the concatenated ids of
+its words.
 
-They are, at a space that follows a character that is no white space, under these rules. The patterns of PATTERNS (and
-GPT-2's, which ByteLevel brings itself) match a space at a match's start or inside a run of white space, and nowhere
-else, so that one match ends before such a space and another begins there; no pattern looks behind, and only a run of
-white space looks ahead, which the left word does not end with. NFC never composes a space with what precedes it. BPE
-sees one match at a time. Added tokens that hold white space or look at their neighbours could reach across; a
-tokenizer that has one, or any other part, is asked for whole texts.
+This holds for a split before each space that follows a character other than white space, for these reasons:
+
+- The patterns in PATTERNS (and GPT-2's, built into ByteLevel) match a space only at the start of a match or inside a
+  run of white space, so one match ends before such a space and another begins there. No pattern looks behind, and only
+  a run of white space looks ahead, which the word to the left does not end with.
+- NFC never composes a space with the character before it.
+- BPE sees one match at a time.
+- Added tokens that contain white space or look at their neighbors could cross the boundary. A tokenizer that has one,
+  or any other component, encodes whole texts.
 """
 
 from __future__ import annotations
@@ -26,87 +30,93 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
-# Qwen's and Llama 3's.
+# The patterns of Qwen and of Llama 3.
 PATTERNS = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     + digits
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("", "{1,3}")
 ]
-# All that Python calls white space, which is all that the tokenizer's \s matches and four control characters.
+# All white space of Python: everything that the tokenizers library's \s matches, plus four control characters.
 WHITE_SPACE = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 )
 WHITE_SPACE += "\u2028\u2029\u202f\u205f\u3000"
-GAPS = [character + " " for character in WHITE_SPACE]
+DOUBLE_SPACES = [character + " " for character in WHITE_SPACE]
 WORD_START = re.compile(r"(?<=\S)(?= )")
-LONGEST = 32  # characters of a word worth remembering: a Chinese text is one word
-MOST = 100_000  # words, some 30 MB
+MAX_CACHED_WORD_LENGTH = 32  # characters; longer words rarely repeat (a text without spaces, like Chinese, is one word)
+MAX_CACHED_WORDS = 100_000  # about 30 MB
 
 
 class TextEncoder:
-    """Ids of texts, equal to `encode_as_text`. Asks the tokenizer for each word once, until MOST are known.
+    """Encode texts like `encode_as_text`, with a cache of the ids of words.
 
-    What is remembered is forgotten when the tokenizer is given another part, token or option (another BPE of as many
-    tokens is not noticed), and stays behind when the object is pickled.
+    The cache is cleared if the tokenizer's components, tokens or options change (replacing its BPE by another one with
+    as many tokens is not detected), and it is not pickled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, tuple[int, ...]] = {}  # tuples of numbers cost the garbage collector nothing
-        self._rules: tuple[Any, ...] = ()
-        self._cuts = False
+        self._word_ids: dict[str, tuple[int, ...]] = {}  # the garbage collector does not track tuples of ints
+        self._state: tuple[Any, ...] = ()
+        self._by_word = False
 
     def __reduce__(self) -> tuple[type[TextEncoder], tuple[PreTrainedTokenizerBase]]:
         return TextEncoder, (self._tokenizer,)
 
     def __call__(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Each text's ids, by text."""
-        self._heed_changes()
-        different = list(dict.fromkeys(texts))
-        if not self._cuts:
-            return dict(zip(different, encode_as_text(self._tokenizer, different)))
-        cut = [split_words(text) for text in different]
-        fresh = list(set(itertools.chain.from_iterable(cut)).difference(self._known))
-        self._known.update(zip(fresh, map(tuple, encode_as_text(self._tokenizer, fresh))))
-        ids = [list(itertools.chain.from_iterable(map(self._known.__getitem__, words))) for words in cut]
-        self._forget(fresh)
-        return dict(zip(different, ids))
+        """Return {text: its ids}."""
+        self._check_tokenizer()
+        unique = list(dict.fromkeys(texts))
+        if not self._by_word:
+            return dict(zip(unique, encode_as_text(self._tokenizer, unique)))
+        words_of_texts = [split_words(text) for text in unique]
+        missing = list(set(itertools.chain.from_iterable(words_of_texts)).difference(self._word_ids))
+        self._word_ids.update(zip(missing, map(tuple, encode_as_text(self._tokenizer, missing))))
+        ids = [list(itertools.chain.from_iterable(map(self._word_ids.__getitem__, words))) for words in words_of_texts]
+        self._remove_words(missing)
+        return dict(zip(unique, ids))
 
-    def _heed_changes(self) -> None:
-        rules = _rules(self._tokenizer.backend_tokenizer)
-        if rules != self._rules:
-            self._rules, self._cuts = rules, can_encode_by_word(self._tokenizer.backend_tokenizer)
-            self._known.clear()
+    def _check_tokenizer(self) -> None:
+        """Clear the cache if the tokenizer has changed since the last call."""
+        state = _get_state(self._tokenizer.backend_tokenizer)
+        if state != self._state:
+            self._state, self._by_word = state, can_encode_by_word(self._tokenizer.backend_tokenizer)
+            self._word_ids.clear()
 
-    def _forget(self, fresh: list[str]) -> None:
-        """Long words at once, and all when they are too many: those that are frequent come back."""
-        for word in fresh:
-            if len(word) > LONGEST:
-                del self._known[word]
-        if len(self._known) > MOST:
-            self._known.clear()
+    def _remove_words(self, added: list[str]) -> None:
+        """Remove the long words of those just added, and all words if there are too many: frequent ones come back."""
+        for word in added:
+            if len(word) > MAX_CACHED_WORD_LENGTH:
+                del self._word_ids[word]
+        if len(self._word_ids) > MAX_CACHED_WORDS:
+            self._word_ids.clear()
 
 
 def split_words(text: str) -> list[str]:
-    """The text cut before each space that follows no white space."""
-    if any(gap in text for gap in GAPS):
+    """Split the text before each space that does not follow white space."""
+    if any(pair in text for pair in DOUBLE_SPACES):
         return WORD_START.split(text)
-    first, *others = text.split(" ")
-    return [first, *[" " + word for word in others]]  # the same, and much faster
+    first, *following = text.split(" ")
+    return [first, *[" " + word for word in following]]  # the same result, much faster
 
 
 def can_encode_by_word(backend: Tokenizer) -> bool:
-    """Whether a text's ids are its words' ids in turn; the reasons are at the head of this file."""
-    # Digits, which parts them from all else, reaches across no space wherever it stands, nor does a text without one.
-    parts = [part for part in list_components(backend.pre_tokenizer) if part["type"] != "Digits" and not _is_cut(part)]
-    first, *others = parts or [{}]
+    """Return whether the ids of a text are the concatenated ids of its words (reasons in the module's docstring)."""
+    # Digits separates digits from everything else: it never crosses a space, in any position, nor does a split at a
+    # literal text without a space.
+    components = [
+        part
+        for part in list_components(backend.pre_tokenizer)
+        if part["type"] != "Digits" and not _is_literal_split(part)
+    ]
+    first, *following = components or [{}]
     return (
         isinstance(backend.model, BPE)
         and not backend.model.dropout
         and [part["type"] for part in list_components(backend.normalizer)] in ([], ["NFC"])
-        and (_is_split(first) or (_is_byte_level(first) and first["use_regex"]))
-        and all(_is_split(part) or _is_byte_level(part) for part in others)
+        and (_is_pattern_split(first) or (_is_byte_level(first) and first["use_regex"]))
+        and all(_is_pattern_split(part) or _is_byte_level(part) for part in following)
         and not any(
             token.lstrip or token.rstrip or token.single_word or set(token.content) & set(WHITE_SPACE)
             for token in backend.get_added_tokens_decoder().values()
@@ -118,28 +128,28 @@ def _is_byte_level(part: dict[str, Any]) -> bool:
     return part.get("type") == "ByteLevel" and not part["add_prefix_space"]
 
 
-def _is_split(part: dict[str, Any]) -> bool:
-    """One of PATTERNS, each match a piece."""
-    plain = {"type": "Split", "behavior": "Isolated", "invert": False}
-    return any(part == {**plain, "pattern": {"Regex": pattern}} for pattern in PATTERNS)
+def _is_pattern_split(part: dict[str, Any]) -> bool:
+    """Whether the component splits at every match of one of PATTERNS."""
+    isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
+    return any(part == {**isolated, "pattern": {"Regex": pattern}} for pattern in PATTERNS)
 
 
-def _is_cut(part: dict[str, Any]) -> bool:
-    """A cut at each occurrence of a text (see tokenizer_export.py)."""
-    text = part["pattern"].get("String", " ") if part["type"] == "Split" else " "
-    return " " not in text and not part["invert"] and part["behavior"] in ("Isolated", "MergedWithNext")
+def _is_literal_split(part: dict[str, Any]) -> bool:
+    """Whether the component splits at each occurrence of a text without a space (see tokenizer_export.py)."""
+    literal = part["pattern"].get("String", " ") if part["type"] == "Split" else " "
+    return " " not in literal and not part["invert"] and part["behavior"] in ("Isolated", "MergedWithNext")
 
 
 def list_components(component: Any) -> list[dict[str, Any]]:
-    """The parts of a normalizer or pre-tokenizer as tokenizer.json has them."""
+    """List the components of a normalizer or pre-tokenizer as they are written in tokenizer.json."""
     if component is None:
         return []
     state = json.loads(component.__getstate__())
     return state.get("pretokenizers") or state.get("normalizers") or [state]
 
 
-def _rules(backend: Tokenizer) -> tuple[Any, ...]:
-    """What decides a text's ids and can be changed on a tokenizer, but for the words of its BPE."""
+def _get_state(backend: Tokenizer) -> tuple[Any, ...]:
+    """Return everything mutable that decides the ids of a text, except the merges and tokens of the model."""
     names = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
     model = backend.model
     return (
@@ -154,17 +164,17 @@ def _rules(backend: Tokenizer) -> tuple[Any, ...]:
 
 
 def encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, in which no control token appears even where the text spells one.
+    """Return the ids of each text, without control tokens even if the text spells one.
 
-    The same as `tokenizer(texts, add_special_tokens=False, split_special_tokens=True)`, a fifth faster because no
-    character offsets are made.
+    Equal to `tokenizer(texts, add_special_tokens=False, split_special_tokens=True)`, and a fifth faster because no
+    character offsets are computed. Turns off the tokenizer's truncation and padding.
     """
     backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
+    previous = backend.encode_special_tokens
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     try:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
-        backend.encode_special_tokens = before
+        backend.encode_special_tokens = previous

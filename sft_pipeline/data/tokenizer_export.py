@@ -1,15 +1,15 @@
-"""The tokenizer that is saved with a trained model, so that tools which know nothing of this project ask it as it was
-trained: `pipeline`, `transformers serve` and others.
+"""Build the tokenizer to save with a trained model, with which other tools (`pipeline`, `transformers serve`, ...) get
+the same ids as training.
 
-    saved_tokenizer(template, system_prompt).save_pretrained(folder)
-    others = count_other_ids(template, conversations, system_prompt)
+    build_saved_tokenizer(template, system_prompt).save_pretrained(folder)
+    differing = count_id_differences(template, conversations, system_prompt)
 
-Such tools render the saved chat template and tokenize its text in one go, where training tokenizes each piece alone.
-The role template's marks are no control tokens, and a tokenizer may join the full stop or the line end before a mark
-with the mark's own line end. So the saved `tokenizer.json` cuts at the marks, before its own pre-tokenization; for
-BPE over bytes this gives the pieces' ids. Other ids remain where a message spells a control token (text here, the
-token itself to whoever tokenizes the whole) and, with the tokenizer's own chat template, where an earlier answer
-begins or ends with white space.
+Such tools render the saved chat template and tokenize its whole text at once, while training tokenizes each piece
+separately. The headers of the role template are not control tokens, and a tokenizer may merge a full stop or newline
+before a header with the newline that the header begins with. So the pre-tokenizer in the saved `tokenizer.json` first
+splits at the headers, which for byte-level BPE gives the ids of the pieces. The ids still differ where a message spells
+a control token (text in training, the token itself when the whole text is tokenized) and, with the tokenizer's own chat
+template, where an earlier answer begins or ends with white space.
 """
 
 from __future__ import annotations
@@ -26,75 +26,82 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft_pipeline.data.chat_templates import MARKS, Template
+from sft_pipeline.data.chat_templates import ROLE_HEADERS, Template
 from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.data.text_encoder import list_components
 
 
 def build_saved_chat_template(template: Template, system_prompt: str | None) -> str:
-    """The jinja text to save, which puts in the system prompt that the model was trained with."""
+    """Return the jinja text to save, which adds the system prompt of training to conversations without one."""
     if not system_prompt:
         return template.chat_template
     system = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
-    unless = "{%- if not messages or messages[0]['role'] != 'system' %}"
-    lead = unless + "{%- set messages = [" + system + "] + messages %}{%- endif %}"
-    # A model that is trained on, or exported, has it already.
-    return template.chat_template if template.chat_template.startswith(lead) else lead + template.chat_template
+    condition = "{%- if not messages or messages[0]['role'] != 'system' %}"
+    prefix = condition + "{%- set messages = [" + system + "] + messages %}{%- endif %}"
+    # A trained model that is trained again or exported already has the prefix.
+    return template.chat_template if template.chat_template.startswith(prefix) else prefix + template.chat_template
 
 
 def build_saved_tokenizer(template: Template, system_prompt: str | None) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer as other tools will load it: chat template with the system prompt, cuts at marks."""
+    """Return a copy of the tokenizer as other tools will load it.
+
+    Its chat template adds the system prompt, and its pre-tokenizer splits at the role headers.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        with _cut_at_marks(template):
+        with _split_at_role_headers(template):
             template.tokenizer.save_pretrained(folder)
-        if template.marks:
-            # A model's own class may build its pre-tokenizer anew; this one takes tokenizer.json as it is.
+        if template.role_headers:
+            # A model's own tokenizer class may rebuild its pre-tokenizer; this class uses tokenizer.json unchanged.
             file = Path(folder) / "tokenizer_config.json"
-            settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
-            file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+            config = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
+            file.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = build_saved_chat_template(template, system_prompt)
     return tokenizer
 
 
 @contextmanager
-def _cut_at_marks(template: Template) -> Iterator[None]:
-    """Within this block the template's own tokenizer cuts at the marks."""
+def _split_at_role_headers(template: Template) -> Iterator[None]:
+    """Let the template's own tokenizer split at the role headers within this block."""
     backend = template.tokenizer.backend_tokenizer
-    own = backend.pre_tokenizer
-    if template.marks:
-        backend.pre_tokenizer = _cutting(own, template.marks)
+    original = backend.pre_tokenizer
+    if template.role_headers:
+        backend.pre_tokenizer = _build_pre_tokenizer(original, template.role_headers)
     try:
         yield
     finally:
-        backend.pre_tokenizer = own
+        backend.pre_tokenizer = original
 
 
-def _cutting(own: PreTokenizer | None, marks: tuple[str, ...]) -> PreTokenizer:
-    """`own` behind a cut before each mark, and one behind the assistant's, whose answer is a piece of its own."""
-    cuts = [
+def _build_pre_tokenizer(original: PreTokenizer | None, headers: tuple[str, ...]) -> PreTokenizer:
+    """Build a pre-tokenizer that splits before each header, then applies `original`.
+
+    It also splits after the assistant's header, because the answer that follows is a separate piece.
+    """
+    splits = [
         {
             "type": "Split",
-            "pattern": {"String": mark},
-            "behavior": "Isolated" if mark == MARKS["assistant"] else "MergedWithNext",
+            "pattern": {"String": header},
+            "behavior": "Isolated" if header == ROLE_HEADERS["assistant"] else "MergedWithNext",
             "invert": False,
         }
-        for mark in marks
+        for header in headers
     ]
-    parts = [*cuts, *(part for part in list_components(own) if part not in cuts)]
-    # Parts are made of what tokenizer.json says of them by way of a tokenizer without words.
-    content = json.loads(Tokenizer(BPE()).to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
+    components = [*splits, *(part for part in list_components(original) if part not in splits)]
+    # Components can only be built from their JSON as part of a tokenizer: use one with an empty vocabulary.
+    content = json.loads(Tokenizer(BPE()).to_str())
+    content |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": components}}
     return Tokenizer.from_str(json.dumps(content)).pre_tokenizer
 
 
 def count_id_differences(template: Template, conversations: list[list[Message]], system_prompt: str | None) -> int:
-    """How many conversations the saved chat template gives other ids than training does."""
-    jinja = build_saved_chat_template(template, system_prompt)
+    """Count the conversations for which the saved chat template gives other ids than training."""
+    chat_template = build_saved_chat_template(template, system_prompt)
     rows = template.render([add_system_prompt(messages, system_prompt) for messages in conversations])
-    others = 0
-    with _cut_at_marks(template):
-        for runs, messages in zip(rows, conversations):
-            trained = list(itertools.chain.from_iterable(run.ids for run in runs))
-            saved = template.tokenizer.apply_chat_template(messages, chat_template=jinja, return_dict=False)
-            others += saved[: len(trained)] != trained
-    return others
+    count = 0
+    with _split_at_role_headers(template):
+        for spans, messages in zip(rows, conversations):
+            expected = list(itertools.chain.from_iterable(span.ids for span in spans))
+            ids = template.tokenizer.apply_chat_template(messages, chat_template=chat_template, return_dict=False)
+            count += ids[: len(expected)] != expected
+    return count

@@ -17,71 +17,73 @@ from sft_pipeline.utils.constants import IGNORED
 lengths_of_rows = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 counted = st.fixed_dictionaries({"rows": st.integers(1, 5), "packed": st.booleans()})
 budgeted = st.fixed_dictionaries({"rows": st.just(1), "tokens": st.integers(30, 90), "epochs": st.integers(1, 3)})
-ways = st.one_of(counted, budgeted)
+modes = st.one_of(counted, budgeted)
 spread = {"accumulation": st.integers(1, 4), "processes": st.integers(1, 3), "seed": st.integers(0, 5)}
 
 
-def shares(lengths, epoch, processes=1, **keys) -> list[list[list[int]]]:
-    """The micro-batches of each process."""
-    found = []
+def list_batches(lengths, epoch, processes=1, **keys) -> list[list[list[int]]]:
+    """Return the micro-batches of each process."""
+    shares = []
     for process in range(processes):
-        batches = StepBatchSampler(lengths, processes=processes, process=process, **keys)
-        batches.set_epoch(epoch)
-        found.append(list(batches))
-        assert len(found[-1]) == len(batches)
-    return found
+        sampler = StepBatchSampler(lengths, processes=processes, process=process, **keys)
+        sampler.set_epoch(epoch)
+        shares.append(list(sampler))
+        assert len(shares[-1]) == len(sampler)
+    return shares
 
 
-def as_trainer_takes_them(found: list[list[list[int]]], accumulation: int) -> list[set[int]]:
-    """The rows of each optimizer step: `accumulation` micro-batches of each process at a time, then what is left."""
-    starts = range(0, len(found[0]), accumulation)
-    return [{row for share in found for batch in share[at : at + accumulation] for row in batch} for at in starts]
-
-
-@settings(deadline=None, max_examples=150)
-@given(lengths=lengths_of_rows, way=ways, epoch=st.integers(0, 2), **spread)
-def test_an_epoch_has_every_row_once(lengths, way, epoch, **keys):
-    found = shares(lengths, epoch % way.get("epochs", 3), **way, **keys)
-    assert sorted(row for share in found for batch in share for row in batch) == list(range(len(lengths)))
-    assert len({len(share) for share in found}) == 1, "all processes go through as many forward passes"
-    for batches in zip(*found):
-        assert any(batches) or "tokens" in way, "no forward pass where all processes have nothing"
+def group_into_steps(shares: list[list[list[int]]], accumulation: int) -> list[set[int]]:
+    """Return the rows of each optimizer step as `Trainer` takes them: `accumulation` micro-batches of each process."""
+    starts = range(0, len(shares[0]), accumulation)
+    return [{row for share in shares for batch in share[i : i + accumulation] for row in batch} for i in starts]
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=lengths_of_rows, way=ways, seed=st.integers(0, 5), epoch=st.integers(0, 2), processes=st.integers(1, 3))
-def test_the_rows_of_a_step_are_the_same_for_any_spread(lengths, way, seed, epoch, processes):
+@given(lengths=lengths_of_rows, mode=modes, epoch=st.integers(0, 2), **spread)
+def test_an_epoch_has_every_row_once(lengths, mode, epoch, **keys):
+    shares = list_batches(lengths, epoch % mode.get("epochs", 3), **mode, **keys)
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1, "all processes run as many forward passes"
+    for batches in zip(*shares):
+        assert any(batches) or "tokens" in mode, "no forward pass in which all processes have no rows"
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    lengths=lengths_of_rows, mode=modes, seed=st.integers(0, 5), epoch=st.integers(0, 2), processes=st.integers(1, 3)
+)
+def test_the_rows_of_a_step_are_the_same_for_any_spread(lengths, mode, seed, epoch, processes):
     """Six micro-batches a step, or of six times `rows` rows."""
-    if "tokens" in way:
+    if "tokens" in mode:
         spreads = [(6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 6, 1)]
     else:
         spreads = [(6, 1, 1), (1, 2, 3), (2, 3, 1), (1, 1, 6), (6 // processes, processes, 1)]
-    plan = StepBatchSampler(lengths, seed=seed, **way | {"accumulation": 6})
-    assert [row for step in plan.split_epoch(epoch) for row in step] == plan.shuffle_rows(epoch).tolist()
-    for accumulation, share_of, times in spreads:
-        keys = way | {"rows": way["rows"] * times, "accumulation": accumulation, "seed": seed}
-        found = as_trainer_takes_them(shares(lengths, epoch, share_of, **keys), accumulation)
-        assert found == [set(step) for step in plan.split_epoch(epoch)]
+    sampler = StepBatchSampler(lengths, seed=seed, **mode | {"accumulation": 6})
+    assert [row for step in sampler.split_epoch(epoch) for row in step] == sampler.shuffle_rows(epoch).tolist()
+    for accumulation, process_count, times in spreads:
+        keys = mode | {"rows": mode["rows"] * times, "accumulation": accumulation, "seed": seed}
+        steps = group_into_steps(list_batches(lengths, epoch, process_count, **keys), accumulation)
+        assert steps == [set(step) for step in sampler.split_epoch(epoch)]
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=lengths_of_rows, way=budgeted, **spread)
-def test_a_budget_holds_and_every_epoch_has_as_many_steps(lengths, way, **keys):
-    for epoch in range(way["epochs"]):
-        [found] = shares(lengths, epoch, **way, **keys | {"processes": 1})
-        assert all(sum(lengths[row] for row in batch) <= way["tokens"] for batch in found)
-    plan = StepBatchSampler(lengths, **way, **keys)
-    needed = [len(plan._by_tokens(epoch)) for epoch in range(way["epochs"])]
-    assert {len(plan.split_epoch(epoch)) for epoch in range(way["epochs"])} == {max(needed)}
-    assert len(plan) == max(needed) * keys["accumulation"]
+@given(lengths=lengths_of_rows, mode=budgeted, **spread)
+def test_a_budget_holds_and_every_epoch_has_as_many_steps(lengths, mode, **keys):
+    for epoch in range(mode["epochs"]):
+        [batches] = list_batches(lengths, epoch, **mode, **keys | {"processes": 1})
+        assert all(sum(lengths[row] for row in batch) <= mode["tokens"] for batch in batches)
+    sampler = StepBatchSampler(lengths, **mode, **keys)
+    needed = [len(sampler._split_by_tokens(epoch)) for epoch in range(mode["epochs"])]
+    assert {len(sampler.split_epoch(epoch)) for epoch in range(mode["epochs"])} == {max(needed)}
+    assert len(sampler) == max(needed) * keys["accumulation"]
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths=lengths_of_rows, way=budgeted, max_steps=st.integers(1, 40))
-def test_a_budget_plans_for_all_epochs_that_max_steps_reach(lengths, way, max_steps):
-    plan = StepBatchSampler(lengths, seed=0, max_steps=max_steps, **way)
-    for epoch in range(math.ceil(max_steps / len(plan))):
-        assert len(plan.split_epoch(epoch)) == len(plan)
+@given(lengths=lengths_of_rows, mode=budgeted, max_steps=st.integers(1, 40))
+def test_a_budget_plans_for_all_epochs_that_max_steps_reach(lengths, mode, max_steps):
+    sampler = StepBatchSampler(lengths, seed=0, max_steps=max_steps, **mode)
+    for epoch in range(math.ceil(max_steps / len(sampler))):
+        assert len(sampler.split_epoch(epoch)) == len(sampler)
 
 
 def test_a_budgets_steps_are_full():
@@ -94,19 +96,19 @@ def test_a_budgets_steps_are_full():
 
 
 def test_a_row_above_the_budget_is_a_batch_alone():
-    [found] = shares([5, 50, 5, 5], 0, seed=0, rows=1, tokens=10)
-    assert [1] in found and all(sum([5, 50, 5, 5][row] for row in batch) <= 10 for batch in found if batch != [1])
+    [batches] = list_batches([5, 50, 5, 5], 0, seed=0, rows=1, tokens=10)
+    assert [1] in batches and all(sum([5, 50, 5, 5][row] for row in batch) <= 10 for batch in batches if batch != [1])
 
 
 @settings(deadline=None, max_examples=100)
-@given(lengths=lengths_of_rows, way=ways, epoch=st.integers(0, 2), **spread)
-def test_equal_seeds_give_equal_batches(lengths, way, epoch, **keys):
-    assert shares(lengths, epoch, **way, **keys) == shares(lengths, epoch, **way, **keys)
+@given(lengths=lengths_of_rows, mode=modes, epoch=st.integers(0, 2), **spread)
+def test_equal_seeds_give_equal_batches(lengths, mode, epoch, **keys):
+    assert list_batches(lengths, epoch, **mode, **keys) == list_batches(lengths, epoch, **mode, **keys)
 
 
 def test_epochs_and_seeds_shuffle_differently():
-    plans = [StepBatchSampler([1] * 50, seed=seed, rows=5) for seed in (0, 1)]
-    orders = [tuple(plan.shuffle_rows(epoch)) for plan in plans for epoch in range(3)]
+    samplers = [StepBatchSampler([1] * 50, seed=seed, rows=5) for seed in (0, 1)]
+    orders = [tuple(sampler.shuffle_rows(epoch)) for sampler in samplers for epoch in range(3)]
     assert len(set(orders)) == 6 and tuple(range(50)) not in orders
     assert StepBatchSampler([1] * 50, seed=0, rows=5, shuffle=False).split_epoch(4)[1].tolist() == [5, 6, 7, 8, 9]
 
@@ -114,27 +116,27 @@ def test_epochs_and_seeds_shuffle_differently():
 def test_every_row_is_as_likely_in_every_step():
     """Row lengths must not decide when a row is trained: 400 epochs of long and short rows."""
     lengths = [40] * 4 + [4] * 12
-    plan = StepBatchSampler(lengths, seed=0, rows=4)
-    first = [row for epoch in range(400) for row in plan.split_epoch(epoch)[0]]
+    sampler = StepBatchSampler(lengths, seed=0, rows=4)
+    first = [row for epoch in range(400) for row in sampler.split_epoch(epoch)[0]]
     counts = torch.bincount(torch.tensor(first), minlength=16)
     assert counts.min() > 60 and counts.max() < 140  # 100 expected, 4.6 standard deviations on either side
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60), parts=st.integers(1, 12))
-def test_divided_rows_are_balanced(lengths, parts):
-    bins = divide_rows(lengths, parts)
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60), count=st.integers(1, 12))
+def test_divided_rows_are_balanced(lengths, count):
+    bins = divide_rows(lengths, count)
     assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
-    assert len(bins) == parts and sum(not rows for rows in bins) == max(0, parts - len(lengths))
-    assert max(sum(lengths[row] for row in rows) for rows in bins) <= math.ceil(sum(lengths) / parts) + max(lengths)
+    assert len(bins) == count and sum(not rows for rows in bins) == max(0, count - len(lengths))
+    assert max(sum(lengths[row] for row in rows) for rows in bins) <= math.ceil(sum(lengths) / count) + max(lengths)
 
 
 @settings(deadline=None, max_examples=150)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), budget=st.integers(1, 80))
 def test_divided_rows_keep_a_budget_that_best_fit_can_keep(lengths, budget):
-    parts = len(pack_best_fit(lengths, budget))
-    bins = divide_rows(lengths, parts, budget)
-    assert len(bins) == parts
+    count = len(pack_best_fit(lengths, budget))
+    bins = divide_rows(lengths, count, budget)
+    assert len(bins) == count
     assert all(sum(lengths[row] for row in rows) <= budget or len(rows) == 1 for rows in bins)
 
 
@@ -149,15 +151,14 @@ def test_divided_rows_of_a_usual_batch_are_nearly_even():
     """80 rows of 20 to 600 tokens in 10 micro-batches: within 2% of the mean."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 600, (80,), generator=random).tolist()
-    most = max(sum(lengths[row] for row in rows) for rows in divide_rows(lengths, 10))
-    assert most <= 1.02 * sum(lengths) / 10
+    largest = max(sum(lengths[row] for row in rows) for rows in divide_rows(lengths, 10))
+    assert largest <= 1.02 * sum(lengths) / 10
 
 
 @settings(deadline=None, max_examples=60)
 @given(lengths=lengths_of_rows, rows=st.integers(1, 5), **spread)
 def test_padded_batches_have_rows_in_equal_number(lengths, rows, **keys):
-    found = shares(lengths, 0, rows=rows, packed=False, **keys)
-    for step in zip(*found):
+    for step in zip(*list_batches(lengths, 0, rows=rows, packed=False, **keys)):
         sizes = [len(batch) for batch in step]
         assert max(sizes) <= rows and max(sizes) - min(sizes) <= 1
 
@@ -171,16 +172,16 @@ def test_lengths_are_those_of_the_rows_as_selected():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_reads_an_empty_batch_as_one_token_without_a_target(collate, workers):
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[2, 3, IGNORED]]})
-    batches = StepBatchSampler([3], seed=0, rows=1, processes=2, process=1)
-    [batch] = EpochDataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    sampler = StepBatchSampler([3], seed=0, rows=1, processes=2, process=1)
+    [batch] = EpochDataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
     assert (batch["shift_labels"] == IGNORED).all()
     assert batch.get("attention_mask", batch["input_ids"].new_ones(1)).sum() == 1
     assert batch.get("row_lengths", torch.tensor([0, 1])).tolist() == [0, 1]
 
 
 def test_the_loader_hands_the_epoch_on():
-    batches = StepBatchSampler([1] * 20, seed=0, rows=20)
-    loader = EpochDataLoader(range(20), batch_sampler=batches, collate_fn=list)
+    sampler = StepBatchSampler([1] * 20, seed=0, rows=20)
+    loader = EpochDataLoader(range(20), batch_sampler=sampler, collate_fn=list)
     first = next(iter(loader))
     loader.set_epoch(1)
-    assert next(iter(loader)) != first == batches.shuffle_rows(0).tolist()
+    assert next(iter(loader)) != first == sampler.shuffle_rows(0).tolist()

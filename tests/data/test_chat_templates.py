@@ -1,14 +1,23 @@
-"""Templates: the reference's ids, prompts that are prefixes, and text that never becomes a control token."""
+"""Templates: reference ids, prompts that are prefixes, and text that never becomes a control token."""
 
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.conversations import BOTH, QUICK, SYSTEM, TEXT, bare_tokenizer, conversation, conversations, train
+from support.conversations import (
+    BOTH,
+    QUICK,
+    SYSTEM,
+    TEXT,
+    build_bare_tokenizer,
+    build_conversation,
+    conversations,
+    render_row,
+)
 from support.tiny import CHATML
 
-from sft_pipeline.data.chat_templates import SENTINEL, build_template
+from sft_pipeline.data.chat_templates import PLACEHOLDER, build_template
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
@@ -26,39 +35,41 @@ REFERENCE = [
     *(715, 17, 13, 32818, 15502, 311, 2506, 697, 2487, 4541, 323, 3746, 13, 715, 18, 13, 2126, 3322, 6084, 323),
     *(10306, 264, 12966, 6084, 9700, 13, 151645),
 ]
-# Rewrites history: every answer but the last is left out.
-FORGETFUL = CHATML.replace("message['content']", "(message['content'] if message.role == 'user' or loop.last else '')")
+# Rewrites the history: leaves out every answer but the last.
+HISTORY_DROPPING = CHATML.replace(
+    "message['content']", "(message['content'] if message.role == 'user' or loop.last else '')"
+)
 WORDS = st.lists(st.sampled_from(["the", "answer", "冬瓜", "is", "question?", "🙂", "42"]), min_size=1, max_size=5)
 
 
-# ---- the reference
+# ---- the reference implementation's ids
 
 
-def test_the_references_ids(qwen3):
-    messages = conversation(["Give three tips for staying healthy.", ANSWER], SYSTEM)
-    ids, supervised = train(build_template("role", qwen3), messages)
+def test_the_reference_ids(qwen3):
+    messages = build_conversation(["Give three tips for staying healthy.", ANSWER], SYSTEM)
+    ids, supervised = render_row(build_template("role", qwen3), messages)
     assert len(REFERENCE) == 81
     assert ids == REFERENCE
     assert supervised == [False] * 37 + [True] * 44
 
 
-def test_the_references_ids_of_a_text_alone(qwen3):
+def test_the_reference_ids_of_a_single_text(qwen3):
     assert encode_as_text(qwen3, ["如何学习python?"]) == [[100007, 100134, 12669, 30]]
 
 
-def test_the_references_prompt(qwen3):
-    messages = conversation(["Give three tips for staying healthy."], SYSTEM)
+def test_the_reference_prompt(qwen3):
+    messages = build_conversation(["Give three tips for staying healthy."], SYSTEM)
     assert build_template("role", qwen3).encode_prompt(messages) == REFERENCE[:37]
 
 
-def test_the_role_template_to_the_letter(tokenizer):
-    """The same without the real tokenizer: every segment is tokenized alone."""
-    ids, supervised = train(build_template("role", tokenizer), conversation(["Why?", "So."], "Be short."))
+def test_the_segments_of_the_role_template(tokenizer):
+    """Every segment is tokenized separately."""
+    ids, supervised = render_row(build_template("role", tokenizer), build_conversation(["Why?", "So."], "Be short."))
     segments = ["\n#SYSTEM:Be short.", "\n#USER:Why?", "\n#ASSISTANT:"]
-    given_ids = [1, *(i for text in segments for i in tokenizer(text).input_ids)]
+    prompt_ids = [1, *(i for text in segments for i in tokenizer(text).input_ids)]
     answer_ids = [*tokenizer("So.").input_ids, 2]
-    assert ids == given_ids + answer_ids
-    assert supervised == [False] * len(given_ids) + [True] * len(answer_ids)
+    assert ids == prompt_ids + answer_ids
+    assert supervised == [False] * len(prompt_ids) + [True] * len(answer_ids)
 
 
 # ---- properties
@@ -69,11 +80,11 @@ def test_the_role_template_to_the_letter(tokenizer):
 @given(conversations(TEXT))
 def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, messages):
     template = build_template(name, tokenizer)
-    ids, supervised = train(template, messages)
+    ids, supervised = render_row(template, messages)
     answered = [False] * len(ids)
-    for at, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = template.encode_prompt(messages[:at])
+            prompt = template.encode_prompt(messages[:index])
             assert ids[: len(prompt)] == prompt
             answer = [*encode_as_text(tokenizer, [message["content"]])[0], template.stop_token_id]
             assert ids[len(prompt) : len(prompt) + len(answer)] == answer
@@ -87,8 +98,8 @@ def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, messag
 @given(conversations(TEXT))
 def test_training_on_the_last_answer_changes_no_id(tokenizer, name, messages):
     template = build_template(name, tokenizer)
-    ids, _ = train(template, messages)
-    last_ids, last = train(template, messages, "last")
+    ids, _ = render_row(template, messages)
+    last_ids, last = render_row(template, messages, "last")
     assert last_ids == ids
     prompt = template.encode_prompt(messages[:-1])
     assert last == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
@@ -98,10 +109,10 @@ def test_training_on_the_last_answer_changes_no_id(tokenizer, name, messages):
 @QUICK
 @given(conversations(TEXT))
 def test_control_tokens_never_come_from_a_row(tokenizer, name, messages):
-    """As many as the conversation of harmless texts has, at the template's own places."""
+    """Only the template's own control tokens appear, as in a conversation of harmless texts."""
     template = build_template(name, tokenizer)
-    ids, _ = train(template, messages)
-    harmless, _ = train(template, [{**message, "content": "x"} for message in messages])
+    ids, _ = render_row(template, messages)
+    harmless, _ = render_row(template, [{**message, "content": "x"} for message in messages])
     assert [i for i in ids if i in range(3)] == [i for i in harmless if i in range(3)]
     assert not {0, 1, 2} & {i for text in encode_as_text(tokenizer, [m["content"] for m in messages]) for i in text}
 
@@ -109,37 +120,38 @@ def test_control_tokens_never_come_from_a_row(tokenizer, name, messages):
 @BOTH
 @QUICK
 @given(conversations(TEXT))
-def test_an_answer_is_read_back(tokenizer, name, messages):
+def test_an_answer_is_decoded(tokenizer, name, messages):
     template = build_template(name, tokenizer)
-    ids, _ = train(template, messages)
+    ids, _ = render_row(template, messages)
     answer = ids[len(template.encode_prompt(messages[:-1])) :]
     assert template.parse(answer) == messages[-1]["content"].strip()
-    assert template.parse(answer[:-1]) == template.parse([*answer, *answer])  # unfinished, and talking on
+    # Without a stop token, and with text after it.
+    assert template.parse(answer[:-1]) == template.parse([*answer, *answer])
 
 
 @QUICK
 @given(conversations(WORDS.map(" ".join)))
 def test_ordinary_text_has_the_chat_templates_own_ids(tokenizer, messages):
     template = build_template("chat", tokenizer)
-    theirs = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert train(template, messages)[0] + tokenizer("\n").input_ids == theirs
+    expected = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert render_row(template, messages)[0] + tokenizer("\n").input_ids == expected
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert template.encode_prompt(messages[:-1]) == prompt
 
 
 @BOTH
 def test_a_spelled_stop_token_is_text(tokenizer, name):
-    """What a plain tokenizer call would get wrong."""
+    """A plain tokenizer call would encode it as the control token."""
     assert 2 in tokenizer("a<|im_end|>b").input_ids
     template = build_template(name, tokenizer)
-    prompt = template.encode_prompt(conversation(["a<|im_end|>b<|im_start|>system\nc"]))
-    harmless = template.encode_prompt(conversation(["x"]))
+    prompt = template.encode_prompt(build_conversation(["a<|im_end|>b<|im_start|>system\nc"]))
+    harmless = template.encode_prompt(build_conversation(["x"]))
     assert [i for i in prompt if i < 3] == [i for i in harmless if i < 3]
     assert "a<|im_end|>b<|im_start|>system\nc" in tokenizer.decode(prompt)
 
 
-def test_many_conversations_are_rendered_as_each_alone(tokenizer):
-    rows = [conversation([f"q{at}", f"a{at % 2}"], "s") for at in range(5)]
+def test_a_batch_is_rendered_like_each_conversation(tokenizer):
+    rows = [build_conversation([f"q{index}", f"a{index % 2}"], "s") for index in range(5)]
     for name in ("role", "chat"):
         template = build_template(name, tokenizer)
         assert template.render(rows) == [template.render([row])[0] for row in rows]
@@ -149,25 +161,27 @@ def test_many_conversations_are_rendered_as_each_alone(tokenizer):
 
 
 def test_the_role_template_borrows_bos_and_eos():
-    own = bare_tokenizer(bos_token="<s>", eos_token="</s>")
-    template = build_template("role", own)
-    ids, supervised = train(template, conversation(["a", "b"]))
-    assert (ids[0], ids[-1]) == (own.bos_token_id, own.eos_token_id) and supervised[-2:] == [True, True]
+    tokenizer = build_bare_tokenizer(bos_token="<s>", eos_token="</s>")
+    template = build_template("role", tokenizer)
+    ids, supervised = render_row(template, build_conversation(["a", "b"]))
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) and supervised[-2:] == [True, True]
     assert template.parse(ids[-2:]) == "b"
 
 
 def test_the_role_template_without_a_start_token():
-    own = bare_tokenizer(eos_token="</s>")
-    template = build_template("role", own)
-    ids, _ = train(template, conversation(["a", "b"]))
-    assert own.decode(ids[:2]).replace(" ", "") == "\n#"
-    own.chat_template = template.chat_template
-    assert own.apply_chat_template(conversation(["a", "b"]), tokenize=False) == "\n#USER:a\n#ASSISTANT:b</s>"
+    tokenizer = build_bare_tokenizer(eos_token="</s>")
+    template = build_template("role", tokenizer)
+    ids, _ = render_row(template, build_conversation(["a", "b"]))
+    assert tokenizer.decode(ids[:2]).replace(" ", "") == "\n#"
+    tokenizer.chat_template = template.chat_template
+    assert (
+        tokenizer.apply_chat_template(build_conversation(["a", "b"]), tokenize=False) == "\n#USER:a\n#ASSISTANT:b</s>"
+    )
 
 
-def test_a_tokenizer_that_cannot_stop():
+def test_a_tokenizer_without_a_stop_token():
     with pytest.raises(SFTError, match=r"template role: the tokenizer has neither <\|im_end\|> nor an eos token"):
-        build_template("role", bare_tokenizer())
+        build_template("role", build_bare_tokenizer())
 
 
 def test_a_tokenizer_without_a_chat_template(make_tokenizer):
@@ -182,23 +196,25 @@ def test_a_chat_template_without_a_stop_token(make_tokenizer):
 
 
 def test_a_chat_template_over_a_tokenizer_without_control_tokens():
-    own = bare_tokenizer()
-    own.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = build_bare_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(SFTError, match="writes no stop token"):
-        build_template("chat", own)
+        build_template("chat", tokenizer)
 
 
 def test_a_slow_tokenizer():
-    with pytest.raises(SFTError, match="SimpleNamespace is no fast tokenizer; convert it to a tokenizer.json first"):
+    with pytest.raises(SFTError, match="SimpleNamespace is not a fast tokenizer; convert it to a tokenizer.json first"):
         build_template("role", SimpleNamespace(is_fast=False))
 
 
 def test_a_template_that_rewrites_history(make_tokenizer):
-    template = build_template("chat", make_tokenizer(FORGETFUL))
-    messages = conversation(["q1", "a1", "q2", "a2"])
-    with pytest.raises(SFTError, match="rewrites the conversation before answer 1 of 2, so its prompt is no prefix"):
+    template = build_template("chat", make_tokenizer(HISTORY_DROPPING))
+    messages = build_conversation(["q1", "a1", "q2", "a2"])
+    with pytest.raises(
+        SFTError, match="rewrites the conversation before answer 1 of 2, so the prompt is not a prefix of the row"
+    ):
         template.render([messages])
-    ids, supervised = train(template, messages, "last")
+    ids, supervised = render_row(template, messages, "last")
     prompt = template.encode_prompt(messages[:-1])
     assert ids[: len(prompt)] == prompt
     assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
@@ -210,36 +226,36 @@ def test_a_template_that_rewrites_history(make_tokenizer):
 def test_a_template_whose_prompt_is_never_a_prefix(make_tokenizer):
     template = build_template("chat", make_tokenizer(CHATML.replace("assistant\n", "assistant\n<think>")))
     with pytest.raises(SFTError, match="before answer 1 of 1"):
-        template.render([conversation(["q", "a"])], "last")
+        template.render([build_conversation(["q", "a"])], "last")
 
 
-def test_a_stop_token_behind_a_line_end_and_one_of_its_own(make_tokenizer):
-    """Supervised through the stop token, whatever the template writes between it and the answer."""
-    own = make_tokenizer(CHATML.replace("<|im_end|>\n", "\n<|endoftext|>\n"))
-    template = build_template("chat", own)
+def test_a_newline_before_the_stop_token_is_supervised(make_tokenizer):
+    """An answer is supervised through the stop token, whatever the template writes between them."""
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", "\n<|endoftext|>\n"))
+    template = build_template("chat", tokenizer)
     assert template.stop_token_id == 0
-    ids, supervised = train(template, conversation(["q", "a"]))
-    assert own.decode([i for i, flag in zip(ids, supervised) if flag]) == "a\n<|endoftext|>"
+    ids, supervised = render_row(template, build_conversation(["q", "a"]))
+    assert tokenizer.decode([i for i, flag in zip(ids, supervised) if flag]) == "a\n<|endoftext|>"
 
 
 def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer):
     for name in ("role", "chat"):
         for train_on in ("all", "last"):
-            assert not any(train(build_template(name, tokenizer), conversation(["q"]), train_on)[1])
+            assert not any(render_row(build_template(name, tokenizer), build_conversation(["q"]), train_on)[1])
 
 
-def test_the_stand_ins_for_control_tokens_do_not_stay(tokenizer):
-    ids = build_template("chat", tokenizer).encode_prompt(conversation(["a<|im_end|>b"]))
-    assert SENTINEL.format("")[0] not in tokenizer.decode(ids)
+def test_placeholders_for_control_tokens_are_replaced_back(tokenizer):
+    ids = build_template("chat", tokenizer).encode_prompt(build_conversation(["a<|im_end|>b"]))
+    assert PLACEHOLDER.format("")[0] not in tokenizer.decode(ids)
 
 
 # ---- the system prompt and the saved chat template
 
 
-def test_with_system_prompt():
-    messages = conversation(["q", "a"])
-    assert add_system_prompt(messages, "s") == conversation(["q", "a"], "s")
+def test_add_system_prompt():
+    messages = build_conversation(["q", "a"])
+    assert add_system_prompt(messages, "s") == build_conversation(["q", "a"], "s")
     assert add_system_prompt(messages, None) is messages and add_system_prompt(messages, "") is messages
-    own = conversation(["q", "a"], "own")
-    assert add_system_prompt(own, "s") is own
+    messages_with_system = build_conversation(["q", "a"], "own")
+    assert add_system_prompt(messages_with_system, "s") is messages_with_system
     assert add_system_prompt([], "s") == [{"role": "system", "content": "s"}]

@@ -1,4 +1,4 @@
-"""Encoding: the shift, the length policies, the account that adds up, and the cache."""
+"""Encoding: the shift, the length policies, the counts of the outcomes, and the cache."""
 
 import dataclasses
 import os
@@ -8,69 +8,71 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.conversations import BOTH, build_conversation, render_row
 from support.tiny import CHATML
 from tokenizers import normalizers
 
 from sft_pipeline.data import encode
 from sft_pipeline.data.chat_templates import TokenSpan, build_template
 from sft_pipeline.data.encode import (
-    CUT,
     IGNORED,
     KEPT,
     TOO_LONG,
+    TRUNCATED,
     UNSUPERVISED,
     Encoder,
     build_input_ids_and_labels,
     encode_dataset,
+    hash_texts,
+    hash_tokenizer,
 )
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir
 
 STOP = 2
-FORGETFUL = CHATML.replace("message['content']", "(message['content'] if message.role == 'user' or loop.last else '')")
-BOTH = pytest.mark.parametrize("name", ["role", "chat"])
+HISTORY_DROPPING = CHATML.replace(
+    "message['content']", "(message['content'] if message.role == 'user' or loop.last else '')"
+)
 QUICK = settings(deadline=None, max_examples=50)
 # Lengths of user and assistant messages in turn; "?" and "x" are one token each, so a length is a number of tokens.
 LENGTHS = st.integers(1, 4).flatmap(lambda n: st.lists(st.integers(1, 12), min_size=2 * n, max_size=2 * n))
 CONVERSATIONS = st.lists(LENGTHS, min_size=1, max_size=5)
 
 
-def conversation(lengths: list[int]) -> list[dict[str, str]]:
-    """Each turn begins with its number, so that no two are alike."""
-    text = [(f"{at}" + "x?" * 6)[:length] for at, length in enumerate(lengths)]
-    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(text)]
+def build_turns(lengths: list[int]) -> list[dict[str, str]]:
+    """Build messages of these lengths. Each begins with its number, so that no two are alike."""
+    return build_conversation([(f"{index}" + "x?" * 6)[:length] for index, length in enumerate(lengths)])
 
 
 def encode_rows(encoder: Encoder, conversations) -> list[tuple[list[int], list[int], str]]:
-    batch = {"messages": conversations, "origin": [f"rows.json row {at}" for at in range(len(conversations))]}
+    batch = {"messages": conversations, "origin": [f"rows.json row {index}" for index in range(len(conversations))]}
     columns = encoder(batch)
     assert list(columns) == ["input_ids", "labels", "outcome"]
     return list(zip(*columns.values()))
 
 
-def table(conversations, name: str = "rows.json") -> Dataset:
-    origins = [f"{name} row {at}" for at in range(len(conversations))]
+def build_dataset(conversations, name: str = "rows.json") -> Dataset:
+    origins = [f"{name} row {index}" for index in range(len(conversations))]
     return Dataset.from_dict({"messages": conversations, "origin": origins})
 
 
-def simple_rows(count: int) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"a{at}"}] for at in range(count)]
+def build_short_rows(count: int) -> list[list[dict[str, str]]]:
+    return [build_conversation([f"q{index}", f"a{index}"]) for index in range(count)]
 
 
-def full_row(encoder: Encoder, messages) -> tuple[list[int], list[bool]]:
-    """Ids and whether each is supervised, by the plainest reading of the template's runs."""
-    [runs] = encoder.template.render([add_system_prompt(messages, encoder.system_prompt)], encoder.train_on)
-    return [i for run in runs for i in run.ids], [run.supervised for run in runs for _ in run.ids]
+def render_whole_row(encoder: Encoder, messages) -> tuple[list[int], list[bool]]:
+    """Return the ids of the row and whether each is supervised, without a length limit."""
+    return render_row(encoder.template, add_system_prompt(messages, encoder.system_prompt), encoder.train_on)
 
 
 # ---- the shift
 
 
 def test_shift_by_hand():
-    runs = [TokenSpan([5, 6], False), TokenSpan([7, 8], True), TokenSpan([9], False), TokenSpan([STOP], True)]
-    assert build_input_ids_and_labels(runs) == ([5, 6, 7, 8, 9, STOP], [IGNORED, 7, 8, IGNORED, STOP, IGNORED])
-    assert build_input_ids_and_labels(runs, 3) == ([5, 6, 7], [IGNORED, 7, IGNORED])
+    spans = [TokenSpan([5, 6], False), TokenSpan([7, 8], True), TokenSpan([9], False), TokenSpan([STOP], True)]
+    assert build_input_ids_and_labels(spans) == ([5, 6, 7, 8, 9, STOP], [IGNORED, 7, 8, IGNORED, STOP, IGNORED])
+    assert build_input_ids_and_labels(spans, 3) == ([5, 6, 7], [IGNORED, 7, IGNORED])
     assert build_input_ids_and_labels([TokenSpan([7, 8], True)]) == ([7, 8], [8, IGNORED])
 
 
@@ -80,12 +82,12 @@ def test_shift_by_hand():
 @given(CONVERSATIONS)
 def test_a_label_is_the_next_token_where_it_is_supervised(tokenizer, name, train_on, rows):
     encoder = Encoder(build_template(name, tokenizer), "s", train_on=train_on)
-    conversations = [conversation(lengths) for lengths in rows]
+    conversations = [build_turns(lengths) for lengths in rows]
     for messages, (ids, labels, outcome) in zip(conversations, encode_rows(encoder, conversations)):
-        tokens, supervised = full_row(encoder, messages)
+        tokens, supervised = render_whole_row(encoder, messages)
         assert (ids, outcome, len(labels), labels[-1]) == (tokens, KEPT, len(ids), IGNORED)
-        for at, label in enumerate(labels[:-1]):
-            assert label == (ids[at + 1] if supervised[at + 1] else IGNORED)
+        for index, label in enumerate(labels[:-1]):
+            assert label == (ids[index + 1] if supervised[index + 1] else IGNORED)
         answers = len(messages) // 2 if train_on == "all" else 1
         assert labels.count(STOP) == answers  # the stop token of every supervised turn
 
@@ -98,9 +100,9 @@ def test_a_label_is_the_next_token_where_it_is_supervised(tokenizer, name, train
 @given(CONVERSATIONS, st.integers(1, 90))
 def test_drop(tokenizer, name, rows, max_length):
     encoder = Encoder(build_template(name, tokenizer), "s", max_length, "drop")
-    conversations = [conversation(lengths) for lengths in rows]
+    conversations = [build_turns(lengths) for lengths in rows]
     for messages, (ids, labels, outcome) in zip(conversations, encode_rows(encoder, conversations)):
-        tokens, _ = full_row(encoder, messages)
+        tokens, _ = render_whole_row(encoder, messages)
         if len(tokens) <= max_length:
             assert (ids, outcome) == (tokens, KEPT)
         else:
@@ -112,15 +114,15 @@ def test_drop(tokenizer, name, rows, max_length):
 @given(CONVERSATIONS, st.integers(1, 90))
 def test_truncate_answer(tokenizer, name, rows, max_length):
     encoder = Encoder(build_template(name, tokenizer), "s", max_length, "truncate_answer", "last")
-    conversations = [conversation(lengths) for lengths in rows]
+    conversations = [build_turns(lengths) for lengths in rows]
     for messages, (ids, labels, outcome) in zip(conversations, encode_rows(encoder, conversations)):
-        tokens, supervised = full_row(encoder, messages)
+        tokens, supervised = render_whole_row(encoder, messages)
         if len(tokens) <= max_length:
             assert (ids, outcome) == (tokens, KEPT)
         elif not any(supervised[1:max_length]):
             assert (ids, labels, outcome) == ([], [], TOO_LONG)
         else:
-            assert (ids, outcome) == (tokens[:max_length], CUT)
+            assert (ids, outcome) == (tokens[:max_length], TRUNCATED)
             assert STOP not in labels  # the only supervised stop token was the row's last
             assert any(label != IGNORED for label in labels)
 
@@ -131,20 +133,20 @@ def test_truncate_answer(tokenizer, name, rows, max_length):
 def test_truncate_turns(tokenizer, name, rows, max_length):
     encoder = Encoder(build_template(name, tokenizer), "s", max_length, "truncate_turns")
     unlimited = dataclasses.replace(encoder, max_length=10_000)
-    conversations = [conversation(lengths) for lengths in rows]
+    conversations = [build_turns(lengths) for lengths in rows]
     for messages, row in zip(conversations, encode_rows(encoder, conversations)):
-        # The longest of the conversation's ends (all of it, less one exchange, ...) that fits; the last one at least.
-        ends = [encode_rows(unlimited, [messages[at:]])[0] for at in range(0, len(messages), 2)]
+        # The longest end of the conversation that fits: all of it, or without the first exchange, and so on.
+        ends = [encode_rows(unlimited, [messages[index:]])[0] for index in range(0, len(messages), 2)]
         fitting = [end for end in ends if len(end[0]) <= max_length]
-        expected = (*fitting[0][:2], KEPT if fitting[0] is ends[0] else CUT) if fitting else ([], [], TOO_LONG)
+        expected = (*fitting[0][:2], KEPT if fitting[0] is ends[0] else TRUNCATED) if fitting else ([], [], TOO_LONG)
         assert row == expected
 
 
 def test_truncate_turns_keeps_the_rows_own_system_message(tokenizer):
-    messages = [{"role": "system", "content": "own"}, *conversation([9, 9, 9, 9])]
+    messages = [{"role": "system", "content": "own"}, *build_turns([9, 9, 9, 9])]
     encoder = Encoder(build_template("role", tokenizer), "default", 60, "truncate_turns")
     [(ids, _, outcome)] = encode_rows(encoder, [messages])
-    assert outcome == CUT
+    assert outcome == TRUNCATED
     last_question, last_answer = (message["content"] for message in messages[-2:])
     assert tokenizer.decode(ids) == (
         f"<|im_start|>\n#SYSTEM:own\n#USER:{last_question}\n#ASSISTANT:{last_answer}<|im_end|>"
@@ -154,10 +156,10 @@ def test_truncate_turns_keeps_the_rows_own_system_message(tokenizer):
 def test_a_row_cut_at_the_stop_token_alone(tokenizer):
     """One token too many, and that is the stop token."""
     template = build_template("role", tokenizer)
-    messages = conversation([3, 5])
-    length = len(full_row(Encoder(template), messages)[0])
+    messages = build_turns([3, 5])
+    length = len(render_whole_row(Encoder(template), messages)[0])
     [(ids, labels, outcome)] = encode_rows(Encoder(template, None, length - 1, "truncate_answer"), [messages])
-    assert (len(ids), outcome) == (length - 1, CUT)
+    assert (len(ids), outcome) == (length - 1, TRUNCATED)
     assert STOP not in ids and STOP not in labels
 
 
@@ -172,25 +174,25 @@ def test_a_row_with_nothing_supervised(tokenizer):
 
 
 def test_a_template_that_rewrites_history_names_the_row(make_tokenizer, cache):
-    template = build_template("chat", make_tokenizer(FORGETFUL))
-    rows = [conversation([3, 3]), conversation([3, 3, 3, 3])]
+    template = build_template("chat", make_tokenizer(HISTORY_DROPPING))
+    rows = [build_turns([3, 3]), build_turns([3, 3, 3, 3])]
     with pytest.raises(SFTError, match="^rows.json row 1: the chat template rewrites the conversation before answer 1"):
         encode_rows(Encoder(template), rows)
     with pytest.raises(SFTError, match="^rows.json row 1: the chat template rewrites"):
-        encode_dataset(table(rows), Encoder(template))
-    encoded, account = encode_dataset(table(rows), Encoder(template, train_on="last"))
-    assert len(encoded) == account.kept == 2
+        encode_dataset(build_dataset(rows), Encoder(template))
+    encoded, stats = encode_dataset(build_dataset(rows), Encoder(template, train_on="last"))
+    assert len(encoded) == stats.kept == 2
 
 
 def test_no_row_is_left(tokenizer, cache):
     template = build_template("role", tokenizer)
     with pytest.raises(SFTError, match="^no row is left to train on: 2 rows, 0 kept .*dropped: 2 nothing supervised"):
-        encode_dataset(table([[{"role": "user", "content": "q"}]] * 2), Encoder(template))
+        encode_dataset(build_dataset([[{"role": "user", "content": "q"}]] * 2), Encoder(template))
     with pytest.raises(SFTError, match="no row is left to train on: .*dropped: 3 longer than max_length"):
-        encode_dataset(table(simple_rows(3)), Encoder(template, max_length=4))
+        encode_dataset(build_dataset(build_short_rows(3)), Encoder(template, max_length=4))
 
 
-# ---- the whole data set and its account
+# ---- the whole data set and its statistics
 
 
 @settings(deadline=None, max_examples=8)
@@ -199,57 +201,57 @@ def test_no_row_is_left(tokenizer, cache):
     st.integers(25, 60),
     st.sampled_from(["drop", "truncate_answer", "truncate_turns"]),
 )
-def test_the_account_adds_up(tokenizer, rows, max_length, overlong):
+def test_the_counts_add_up(tokenizer, rows, max_length, overlong):
     encoder = Encoder(build_template("role", tokenizer), None, max_length, overlong)
     # One row that is always kept, and one with nothing supervised.
-    conversations = [conversation(lengths) for lengths in [*rows, [1, 1]]] + [[{"role": "user", "content": "q"}]]
-    encoded, account = encode_dataset(table(conversations), encoder)
+    conversations = [build_turns(lengths) for lengths in [*rows, [1, 1]]] + [[{"role": "user", "content": "q"}]]
+    encoded, stats = encode_dataset(build_dataset(conversations), encoder)
     expected = [(ids, labels) for ids, labels, _ in encode_rows(encoder, conversations) if ids]
     outcomes = [outcome for _, _, outcome in encode_rows(encoder, conversations)]
     assert encoded.column_names == ["input_ids", "labels"]
     assert list(zip(encoded["input_ids"], encoded["labels"])) == expected
-    assert account.rows == len(conversations) == account.kept + sum(account.dropped.values())
-    assert account.truncated == outcomes.count(CUT) <= account.kept == len(expected)
-    assert account.dropped == {r: outcomes.count(r) for r in (TOO_LONG, UNSUPERVISED) if r in outcomes}
+    assert stats.rows == len(conversations) == stats.kept + sum(stats.dropped.values())
+    assert stats.truncated == outcomes.count(TRUNCATED) <= stats.kept == len(expected)
+    assert stats.dropped == {r: outcomes.count(r) for r in (TOO_LONG, UNSUPERVISED) if r in outcomes}
     lengths = [len(ids) for ids, _ in expected]
-    assert max(lengths) <= max_length and account.tokens == sum(lengths)
-    assert account.supervised_tokens == sum(label != IGNORED for _, labels in expected for label in labels)
-    assert (account.length_quantiles["least"], account.length_quantiles["most"]) == (min(lengths), max(lengths))
-    assert account.length_quantiles["median"] == int(np.median(lengths))
+    assert max(lengths) <= max_length and stats.tokens == sum(lengths)
+    assert stats.supervised_tokens == sum(label != IGNORED for _, labels in expected for label in labels)
+    assert (stats.length_quantiles["least"], stats.length_quantiles["most"]) == (min(lengths), max(lengths))
+    assert stats.length_quantiles["median"] == int(np.median(lengths))
 
 
-def test_the_account_in_words(tokenizer, cache):
-    rows = [conversation([3, 5]), conversation([9, 12, 9, 12]), [{"role": "user", "content": "q"}]]
+def test_the_printed_statistics(tokenizer, cache):
+    rows = [build_turns([3, 5]), build_turns([9, 12, 9, 12]), [{"role": "user", "content": "q"}]]
     encoder = Encoder(build_template("role", tokenizer), None, 32)
-    _, account = encode_dataset(table(rows), encoder)
-    share = account.supervised_tokens / account.tokens
-    assert str(account) == (
+    _, stats = encode_dataset(build_dataset(rows), encoder)
+    share = stats.supervised_tokens / stats.tokens
+    assert str(stats) == (
         "3 rows, 1 kept (0 of them truncated), dropped: 1 longer than max_length, 1 nothing supervised\n"
-        f"{account.tokens} tokens, {share:.0%} supervised; tokens a row: least {account.tokens}, 25% {account.tokens}, "
-        f"median {account.tokens}, 75% {account.tokens}, 95% {account.tokens}, most {account.tokens}"
+        f"{stats.tokens} tokens, {share:.0%} supervised; tokens per row: least {stats.tokens}, 25% {stats.tokens}, "
+        f"median {stats.tokens}, 75% {stats.tokens}, 95% {stats.tokens}, most {stats.tokens}"
     )
-    assert account.supervised_tokens == 6
-    _, account = encode_dataset(table(rows[:1]), encoder)
-    assert "dropped: none\n" in str(account)
-    _, account = encode_dataset(table(rows[:1]), encoder)
-    assert "dropped: none (encoded before)\n" in str(account)
+    assert stats.supervised_tokens == 6
+    _, stats = encode_dataset(build_dataset(rows[:1]), encoder)
+    assert "dropped: none\n" in str(stats)
+    _, stats = encode_dataset(build_dataset(rows[:1]), encoder)
+    assert "dropped: none (read from the cache)\n" in str(stats)
 
 
 def test_rows_are_stored_in_32_bits(tokenizer, cache):
-    encoded, _ = encode_dataset(table(simple_rows(2)), Encoder(build_template("chat", tokenizer)))
+    encoded, _ = encode_dataset(build_dataset(build_short_rows(2)), Encoder(build_template("chat", tokenizer)))
     assert {feature.feature.dtype for feature in encoded.features.values()} == {"int32"}
 
 
 # ---- the cache
 
 
-def test_the_same_again_is_read_from_the_cache(tokenizer, make_tokenizer, cache):
-    rows = simple_rows(5)
-    first, account = encode_dataset(table(rows), Encoder(build_template("role", tokenizer), "s"))
-    assert not account.cached
-    # Other objects of the same content: nothing but the content counts.
-    again, account = encode_dataset(table(rows), Encoder(build_template("role", make_tokenizer()), "s"))
-    assert account.cached and again.to_list() == first.to_list()
+def test_equal_content_is_read_from_the_cache(tokenizer, make_tokenizer, cache):
+    rows = build_short_rows(5)
+    first, stats = encode_dataset(build_dataset(rows), Encoder(build_template("role", tokenizer), "s"))
+    assert not stats.cached
+    # Other objects with the same content.
+    cached_rows, stats = encode_dataset(build_dataset(rows), Encoder(build_template("role", make_tokenizer()), "s"))
+    assert stats.cached and cached_rows.to_list() == first.to_list()
     assert len(list((cache / "encoded").iterdir())) == 1
 
 
@@ -261,12 +263,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "data", "origin", "template", "tokenizer", "chat template", "code"])
-def test_a_change_encodes_anew(tokenizer, make_tokenizer, cache, monkeypatch, change):
+@pytest.mark.parametrize("change", [*CHANGES, "data", "origin", "template", "tokenizer", "chat template", "format"])
+def test_a_change_encodes_again(tokenizer, make_tokenizer, cache, monkeypatch, change):
     encoder = Encoder(build_template("chat", tokenizer), "s")
-    rows, name = simple_rows(3), "rows.json"
-    assert not encode_dataset(table(rows), encoder)[1].cached
-    assert encode_dataset(table(rows), encoder)[1].cached
+    rows, name = build_short_rows(3), "rows.json"
+    assert not encode_dataset(build_dataset(rows), encoder)[1].cached
+    assert encode_dataset(build_dataset(rows), encoder)[1].cached
     changed = dataclasses.replace(encoder, **CHANGES.get(change, {}))
     if change == "data":
         rows[2][1]["content"] += "!"
@@ -275,26 +277,97 @@ def test_a_change_encodes_anew(tokenizer, make_tokenizer, cache, monkeypatch, ch
     elif change == "template":
         changed = dataclasses.replace(encoder, template=build_template("role", tokenizer))
     elif change == "tokenizer":
-        own = make_tokenizer()
-        own.backend_tokenizer.normalizer = normalizers.Lowercase()
-        changed = dataclasses.replace(encoder, template=build_template("chat", own))
+        changed_tokenizer = make_tokenizer()
+        changed_tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        changed = dataclasses.replace(encoder, template=build_template("chat", changed_tokenizer))
     elif change == "chat template":
-        own = make_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>"))
-        changed = dataclasses.replace(encoder, template=build_template("chat", own))
-    elif change == "code":
-        monkeypatch.setattr(encode, "_code", lambda: "another release")
-    assert not encode_dataset(table(rows, name), changed)[1].cached
-    assert encode_dataset(table(rows, name), changed)[1].cached
+        changed_tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>"))
+        changed = dataclasses.replace(encoder, template=build_template("chat", changed_tokenizer))
+    elif change == "format":
+        monkeypatch.setattr(encode, "ENCODING_FORMAT", encode.ENCODING_FORMAT + 1)
+    assert not encode_dataset(build_dataset(rows, name), changed)[1].cached
+    assert encode_dataset(build_dataset(rows, name), changed)[1].cached
     monkeypatch.undo()
-    # And what was there is there still.
+    # The previous result is still in the cache.
     monkeypatch.setenv("SFT_PIPELINE_CACHE", str(cache))
-    assert encode_dataset(table(simple_rows(3)), encoder)[1].cached
+    assert encode_dataset(build_dataset(build_short_rows(3)), encoder)[1].cached
 
 
-def test_a_run_that_was_broken_off_leaves_nothing_to_read(make_tokenizer, cache):
-    template = build_template("chat", make_tokenizer(FORGETFUL))
-    good, bad = conversation([3, 3]), conversation([3, 3, 3, 3])
-    rows = table([good] * 1500 + [bad])  # the first thousand are written before the bad row is met
+FIXED_SYSTEM = "Be brief."
+FIXED_TURNS = build_conversation(["Why?", "So.\n", "冬 <|im_end|>", "the answer"])
+# Ids of the system prompt, first question, first answer, second question, second answer.
+FIXED_IDS = {
+    "role": (
+        [1, 201, 5, 273, 297, 28, 36, 71, 223, 68, 84, 75, 71, 72, 16],
+        [201, 5, 276, 28, 57, 74, 91, 33, 201, 5, 269, 275, 268, 54, 28],
+        [53, 81, 16, 201, 2],
+        [201, 5, 276, 28, 164, 231, 108, 223, 30, 94, 75, 79, 65, 71, 80, 70, 94, 32, 201, 5, 269, 275, 268, 54, 28],
+        [288, 290, 284, 264, 2],
+    ),
+    "chat": (
+        [1, 285, 296, 201, 36, 71, 223, 68, 84, 75, 71, 72, 16, 2],
+        [201, 1, 289, 201, 57, 74, 91, 33, 2, 201, 1, 277, 287, 298, 201],
+        [53, 81, 16, 201, 2],
+        [201, 1, 289, 201, 164, 231, 108, 223, 30, 94, 75, 79, 65, 71, 80, 70, 94, 32, 2, 201, 1, 277, 287, 298, 201],
+        [288, 290, 284, 264, 2],
+    ),
+}
+
+
+@BOTH
+def test_ids_and_labels_of_this_format(tokenizer, name):
+    """Users' caches hold rows like these: rows that change need another ENCODING_FORMAT."""
+    system, question_1, answer_1, question_2, answer_2 = FIXED_IDS[name]
+    ids = system + question_1 + answer_1 + question_2 + answer_2
+    mask_1, mask_2 = [IGNORED] * len(system + question_1), [IGNORED] * len(question_2)
+    labels = (mask_1 + answer_1 + mask_2 + answer_2)[1:]
+    last_labels = (mask_1 + [IGNORED] * len(answer_1) + mask_2 + answer_2)[1:]
+    last_turns = system + question_2 + answer_2
+    last_turns_labels = ([IGNORED] * len(system) + mask_2 + answer_2)[1:]
+    expected = {
+        ("drop", len(ids), "all"): (ids, [*labels, IGNORED], KEPT),
+        ("drop", len(ids), "last"): (ids, [*last_labels, IGNORED], KEPT),
+        ("drop", 50, "all"): ([], [], TOO_LONG),
+        ("truncate_answer", 50, "all"): (ids[:50], [*labels[:49], IGNORED], TRUNCATED),
+        ("truncate_turns", 50, "all"): (last_turns, [*last_turns_labels, IGNORED], TRUNCATED),
+    }
+    template = build_template(name, tokenizer)
+    rows = {
+        (overlong, max_length, train_on): encode_rows(
+            Encoder(template, FIXED_SYSTEM, max_length, overlong, train_on), [FIXED_TURNS]
+        )[0]
+        for overlong, max_length, train_on in expected
+    }
+    assert rows == expected, (
+        "the same messages give other ids or labels: raise ENCODING_FORMAT in sft_pipeline/data/encode.py, so that "
+        "cached rows are encoded again, and update FIXED_IDS"
+    )
+
+
+def test_the_cache_key_depends_on_settings_template_tokenizer_and_format_alone(tokenizer, make_tokenizer, monkeypatch):
+    encoder = Encoder(build_template("chat", tokenizer), "s", 100, "drop", "last")
+    key = encoder.compute_cache_key()
+    settings_of_key = repr(("s", 100, "drop", "last", "chat"))
+    assert key == hash_texts(settings_of_key, CHATML, hash_tokenizer(tokenizer), str(encode.ENCODING_FORMAT))
+    truncating = make_tokenizer()
+    truncating("a b c", truncation=True, max_length=2, padding="max_length")  # encoding turns both off
+    assert dataclasses.replace(encoder, template=build_template("chat", truncating)).compute_cache_key() == key
+
+    lowercasing = make_tokenizer()
+    lowercasing.backend_tokenizer.normalizer = normalizers.Lowercase()
+    other_tokenizers = [lowercasing, make_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>"))]
+    changes = [{"system_prompt": None}, {"max_length": 99}, {"overlong": "truncate_turns"}, {"train_on": "all"}]
+    changes += [{"template": build_template("chat", changed)} for changed in other_tokenizers]
+    changes += [{"template": build_template("role", tokenizer)}]
+    keys = {dataclasses.replace(encoder, **change).compute_cache_key() for change in changes}
+    monkeypatch.setattr(encode, "ENCODING_FORMAT", encode.ENCODING_FORMAT + 1)
+    assert len(keys | {key, encoder.compute_cache_key()}) == len(changes) + 2
+
+
+def test_a_failed_encoding_leaves_nothing_in_the_cache(make_tokenizer, cache):
+    template = build_template("chat", make_tokenizer(HISTORY_DROPPING))
+    good, bad = build_turns([3, 3]), build_turns([3, 3, 3, 3])
+    rows = build_dataset([good] * 1500 + [bad])  # the first thousand are written before the bad row is reached
     for _ in range(2):
         with pytest.raises(SFTError, match="row 1500: "):
             encode_dataset(rows, Encoder(template))
@@ -302,24 +375,24 @@ def test_a_run_that_was_broken_off_leaves_nothing_to_read(make_tokenizer, cache)
 
 
 def test_two_processes_give_the_rows_of_one(tokenizer, tmp_path, monkeypatch):
-    rows = table([*simple_rows(4100), [{"role": "user", "content": "q"}], *simple_rows(3)])
+    rows = build_dataset([*build_short_rows(4100), [{"role": "user", "content": "q"}], *build_short_rows(3)])
     encoder = Encoder(build_template("role", tokenizer), "s")
-    made = []
+    results = []
     for num_proc in (1, 2):
         monkeypatch.setenv("SFT_PIPELINE_CACHE", str(tmp_path / str(num_proc)))
-        encoded, account = encode_dataset(rows, encoder, num_proc)
-        assert not account.cached and (account.rows, account.kept) == (4104, 4103)
-        made.append((encoded["input_ids"][:], encoded["labels"][:]))
-        again, account = encode_dataset(rows, encoder, num_proc)
-        assert account.cached and again["input_ids"][:] == made[-1][0]
+        encoded, stats = encode_dataset(rows, encoder, num_proc)
+        assert not stats.cached and (stats.rows, stats.kept) == (4104, 4103)
+        results.append((encoded["input_ids"][:], encoded["labels"][:]))
+        cached_rows, stats = encode_dataset(rows, encoder, num_proc)
+        assert stats.cached and cached_rows["input_ids"][:] == results[-1][0]
         files = list((tmp_path / str(num_proc)).glob("encoded/*/rows*.arrow"))
         assert len(files) == num_proc
-    assert made[0] == made[1]
+    assert results[0] == results[1]
 
 
 def test_an_error_in_another_process_is_the_same_line(make_tokenizer, cache):
-    template = build_template("chat", make_tokenizer(FORGETFUL))
-    rows = table([*simple_rows(4100), conversation([3, 3, 3, 3])])
+    template = build_template("chat", make_tokenizer(HISTORY_DROPPING))
+    rows = build_dataset([*build_short_rows(4100), build_turns([3, 3, 3, 3])])
     with pytest.raises(SFTError, match="^rows.json row 4100: the chat template rewrites"):
         encode_dataset(rows, Encoder(template), num_proc=2)
     assert not list((cache / "encoded").iterdir())

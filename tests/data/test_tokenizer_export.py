@@ -1,4 +1,4 @@
-"""The tokenizer of a trained folder: other tools, which tokenize the whole text, get the ids that training has."""
+"""The saved tokenizer: other tools, which tokenize the whole text at once, get the same ids as training."""
 
 import json
 
@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from support.conversations import BOTH, QUICK, SYSTEM, TEXT, conversation, conversations, train
+from support.conversations import BOTH, QUICK, SYSTEM, TEXT, build_conversation, conversations, render_row
 from support.tiny import CONTROL, build_tokenizer
 from tokenizers import Regex, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sft_pipeline.data.chat_templates import MARKS, build_template
+from sft_pipeline.data.chat_templates import ROLE_HEADERS, build_template
 from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.data.text_encoder import PATTERNS
 from sft_pipeline.data.tokenizer_export import build_saved_chat_template, build_saved_tokenizer, count_id_differences
@@ -20,49 +20,49 @@ from sft_pipeline.data.tokenizer_export import build_saved_chat_template, build_
 @BOTH
 @pytest.mark.parametrize("system", [None, SYSTEM, "a \"quoted\" 'one'\n\\n {{ x }} {% y %} %} 🙂 <b>&amp;"])
 def test_the_saved_chat_template_renders_what_was_trained(make_tokenizer, name, system):
-    own = make_tokenizer()
-    template = build_template(name, own)
-    messages = conversation(["What is the answer?", "The answer is 42.", "Why?", "冬瓜 🙂"])
-    trained = template.tokenizer.decode(train(template, add_system_prompt(messages, system))[0])
-    prompt = own.decode(template.encode_prompt(add_system_prompt(messages[:-1], system)))
-    own.chat_template = build_saved_chat_template(template, system)
-    rendered = own.apply_chat_template(messages, tokenize=False)
+    tokenizer = make_tokenizer()
+    template = build_template(name, tokenizer)
+    messages = build_conversation(["What is the answer?", "The answer is 42.", "Why?", "冬瓜 🙂"])
+    trained = template.tokenizer.decode(render_row(template, add_system_prompt(messages, system))[0])
+    prompt = tokenizer.decode(template.encode_prompt(add_system_prompt(messages[:-1], system)))
+    tokenizer.chat_template = build_saved_chat_template(template, system)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert rendered == trained + ("\n" if name == "chat" else "")
-    assert own.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) == prompt
+    assert tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) == prompt
 
 
 @BOTH
 def test_the_saved_chat_template_keeps_a_system_message(make_tokenizer, name):
-    own = make_tokenizer()
-    template = build_template(name, own)
-    messages = conversation(["q", "a"], "its own")
-    before = own.decode(train(template, messages)[0])
-    own.chat_template = build_saved_chat_template(template, "the default")
-    assert own.apply_chat_template(messages, tokenize=False).removesuffix("\n") == before
+    tokenizer = make_tokenizer()
+    template = build_template(name, tokenizer)
+    messages = build_conversation(["q", "a"], "its own")
+    expected = tokenizer.decode(render_row(template, messages)[0])
+    tokenizer.chat_template = build_saved_chat_template(template, "the default")
+    assert tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n") == expected
 
 
 def test_the_saved_chat_template_is_plain_jinja(tokenizer):
     """Other tools render it without transformers."""
     saved = build_saved_chat_template(build_template("role", tokenizer), SYSTEM)
     text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(saved)
-    rendered = text.render(messages=conversation(["q"]), add_generation_prompt=True)
+    rendered = text.render(messages=build_conversation(["q"]), add_generation_prompt=True)
     assert rendered == f"<|im_start|>\n#SYSTEM:{SYSTEM}\n#USER:q\n#ASSISTANT:"
 
 
-def test_the_saved_chat_templates_difference_is_counted(tokenizer):
+def test_id_differences_are_counted(tokenizer):
     plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    # A control token that a row spells is text in training, and the token itself to whoever tokenizes the whole.
+    # A control token that a row spells is text in training, and the token itself when the whole text is tokenized.
     spelled = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]
     template = build_template("chat", tokenizer)
     assert count_id_differences(template, [plain, spelled, plain], "Be brief.") == 1
 
 
-# ---- the same ids, whoever asks
+# ---- the same ids in other tools
 
 
 @pytest.fixture(scope="module")
-def joining() -> PreTrainedTokenizerFast:
-    """Qwen's pre-tokenization, and a vocabulary that joins full stops and line ends."""
+def merging() -> PreTrainedTokenizerFast:
+    """Qwen's pre-tokenizer, and a vocabulary that merges full stops and newlines."""
     backend = build_tokenizer().backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PATTERNS[0]), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
@@ -78,7 +78,7 @@ def joining() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def asked_in_one_go(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def encode_in_one_go(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
@@ -87,21 +87,23 @@ PLAIN = TEXT.filter(lambda text: "<|" not in text and "|>" not in text)
 
 @QUICK
 @given(conversations(PLAIN), st.none() | PLAIN)
-def test_other_tools_ask_as_chat_does(joining, saved, messages, system):
-    """Of a trained folder, also where a message has a mark in it."""
+def test_other_tools_get_the_ids_of_the_prompt(merging, saved, messages, system):
+    """The saved tokenizer gives the prompt's ids, also if a message contains a role header."""
     tokenizer = saved(system)
     prompt = build_template("role", tokenizer).encode_prompt(add_system_prompt(messages[:-1], system))
-    assert asked_in_one_go(tokenizer, messages[:-1]) == prompt
+    assert encode_in_one_go(tokenizer, messages[:-1]) == prompt
     if not any(
-        mark in message["content"] for mark in MARKS.values() for message in [*messages, {"content": system or ""}]
+        header in message["content"]
+        for header in ROLE_HEADERS.values()
+        for message in [*messages, {"content": system or ""}]
     ):
-        assert build_template("role", joining).encode_prompt(add_system_prompt(messages[:-1], system)) == prompt
+        assert build_template("role", merging).encode_prompt(add_system_prompt(messages[:-1], system)) == prompt
 
 
 @pytest.fixture(scope="module")
-def saved(joining):
-    """The saved tokenizer by its system prompt; made once, for it takes a hundredth of a second."""
-    template = build_template("role", joining)
+def saved(merging):
+    """A function that returns the saved tokenizer for a system prompt; built once, because that takes 10 ms."""
+    template = build_template("role", merging)
     tokenizer = build_saved_tokenizer(template, None)
 
     def with_prompt(system: str | None) -> PreTrainedTokenizerBase:
@@ -111,33 +113,34 @@ def saved(joining):
     return with_prompt
 
 
-def test_without_the_cuts_a_full_stop_joins_the_mark(joining, saved):
-    messages = conversation(["Why is it so.", "Because.", "\n\nAnd\n"], "Be brief.")
-    plain, whole = build_template("role", joining), saved(None)
-    joined = asked_in_one_go(
-        PreTrainedTokenizerFast(tokenizer_object=joining.backend_tokenizer, chat_template=plain.chat_template), messages
+def test_without_the_splits_a_full_stop_merges_with_the_header(merging, saved):
+    messages = build_conversation(["Why is it so.", "Because.", "\n\nAnd\n"], "Be brief.")
+    plain, whole = build_template("role", merging), saved(None)
+    joined = encode_in_one_go(
+        PreTrainedTokenizerFast(tokenizer_object=merging.backend_tokenizer, chat_template=plain.chat_template),
+        messages,
     )
-    assert joined != plain.encode_prompt(messages) == asked_in_one_go(whole, messages)
+    assert joined != plain.encode_prompt(messages) == encode_in_one_go(whole, messages)
 
 
-def test_a_saved_tokenizer_is_saved_again_as_it_is(joining):
-    """As `export` does, or a run that trains a trained model."""
-    once = build_saved_tokenizer(build_template("role", joining), "Be brief.")
+def test_saving_a_saved_tokenizer_changes_nothing(merging):
+    """`export` does that, and a run that trains a trained model."""
+    once = build_saved_tokenizer(build_template("role", merging), "Be brief.")
     twice = build_saved_tokenizer(build_template("role", once), "Be brief.")
-    assert twice.backend_tokenizer.to_str() == once.backend_tokenizer.to_str() != joining.backend_tokenizer.to_str()
+    assert twice.backend_tokenizer.to_str() == once.backend_tokenizer.to_str() != merging.backend_tokenizer.to_str()
     assert twice.chat_template == once.chat_template
     chat = build_saved_tokenizer(build_template("chat", build_tokenizer()), "Be brief.")
     assert build_saved_tokenizer(build_template("chat", chat), "Be brief.").chat_template == chat.chat_template
 
 
-def test_qwen3s_own_tokenizer(qwen3, tmp_path):
-    """Its class builds the pre-tokenizer anew when it is loaded; the saved one is loaded as it was saved."""
+def test_the_qwen3_tokenizer(qwen3, tmp_path):
+    """Its class rebuilds the pre-tokenizer when it is loaded; the saved tokenizer is loaded as it was saved."""
     template = build_template("role", qwen3)
     build_saved_tokenizer(template, SYSTEM).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    messages = conversation(["如何学习python?", "Read.", "Give three tips for staying healthy."])
+    messages = build_conversation(["如何学习python?", "Read.", "Give three tips for staying healthy."])
     prompt = template.encode_prompt(add_system_prompt(messages, SYSTEM))
-    assert asked_in_one_go(AutoTokenizer.from_pretrained(tmp_path), messages) == prompt
+    assert encode_in_one_go(AutoTokenizer.from_pretrained(tmp_path), messages) == prompt
     options = {"add_generation_prompt": True, "return_dict": False}
     assert (
         qwen3.apply_chat_template(messages, chat_template=build_saved_chat_template(template, SYSTEM), **options)

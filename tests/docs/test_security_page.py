@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from jinja2.exceptions import SecurityError
 from rich.console import Console
-from support.fuzz import real_tokenizers
+from support.fuzz import find_tokenizers
 from support.tiny import CHATML
 from support.trainers import make_trainer
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
@@ -340,7 +340,7 @@ ESCAPING = ["().__class__.__mro__[1].__subclasses__()", "messages.append(1)", "m
 @pytest.mark.parametrize("attempt", ESCAPING)
 def test_a_chat_template_is_sandboxed(attempt, make_tokenizer):
     own = make_tokenizer(CHATML + "{{ " + attempt + " }}")
-    with pytest.raises(SFTError, match="the chat template refuses the conversation") as caught:
+    with pytest.raises(SFTError, match="the chat template cannot render the conversation") as caught:
         build_template("chat", own)
     assert isinstance(caught.value.__cause__, SecurityError) or "undefined" in str(caught.value).lower()
 
@@ -349,7 +349,8 @@ def test_a_chat_template_is_sandboxed(attempt, make_tokenizer):
     "text", ["{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ raise_exception('no system') }}", "{% if %}"]
 )
 def test_a_chat_template_that_fails_is_one_line(text, make_tokenizer):
-    refusal(lambda: build_template("chat", make_tokenizer(CHATML + text)), "the chat template refuses the conversation")
+    tokenizer = make_tokenizer(CHATML + text)
+    refusal(lambda: build_template("chat", tokenizer), "the chat template cannot render the conversation")
 
 
 @pytest.mark.parametrize("system", ["{{ 7*7 }} {% raw %} %} \" ' \\ \n", "\\u007b\\x7b{#", "冬瓜🙂\u2028"])
@@ -372,9 +373,9 @@ def test_yaml_makes_no_objects(tag, tmp_path, trap):
 # ---- control tokens
 
 
-@pytest.fixture(scope="module", params=["tiny", *(path.name for path in real_tokenizers())])
+@pytest.fixture(scope="module", params=["tiny", *(path.name for path in find_tokenizers())])
 def real(request, tokenizer):
-    return next((AutoTokenizer.from_pretrained(p) for p in real_tokenizers() if p.name == request.param), tokenizer)
+    return next((AutoTokenizer.from_pretrained(p) for p in find_tokenizers() if p.name == request.param), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["role", "chat"])
@@ -478,7 +479,7 @@ def test_the_commands_errors_are_one_visible_line(capsys, tmp_path):
 def test_text_that_no_tokenizer_takes_is_refused(tokenizer):
     for name in ("role", "chat"):
         template = build_template(name, tokenizer)
-        refusal(lambda t=template: t.encode_prompt([{"role": "user", "content": "a\udcff"}]), "half a character")
+        refusal(lambda t=template: t.encode_prompt([{"role": "user", "content": "a\udcff"}]), "lone surrogate")
 
 
 def test_standard_input_that_is_not_utf8_is_one_line(model_folder, monkeypatch):

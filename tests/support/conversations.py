@@ -16,45 +16,36 @@ QWEN3 = Path(os.environ.get("QWEN3_TOKENIZER") or ROOT.parent / "shared" / "mode
 
 SYSTEM = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
 
-# Spellings of control tokens, whole and in halves, line ends, spaces, Chinese, emoji, and the marks of both templates.
+# Control tokens, whole and in halves, newlines, spaces, Chinese, emoji, and the role headers of both templates.
 PARTS = [*CONTROL, "<|im_", "end|>", "\n", " ", "\n\n ", "冬瓜", "你好", "🙂", "é"]
-
 PARTS += ["the answer", "\n#USER:", "assistant\n"]
-
 CONTENT = st.lists(st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=5)
-
 TEXT = CONTENT.map("".join)
-
 BOTH = pytest.mark.parametrize("name", ["role", "chat"])
-
 QUICK = settings(deadline=None, max_examples=60)
 
 
-def conversation(texts: list[str], system: str | None = None) -> list[dict[str, str]]:
-    """user, assistant, user, ... from texts, after the system message if there is one."""
-    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+def build_conversation(texts: list[str], system: str | None = None) -> list[dict[str, str]]:
+    """Build user, assistant, user, ... messages from texts, after a system message if there is one."""
+    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
     return ([{"role": "system", "content": system}] if system is not None else []) + turns
 
 
 def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, str]]]:
     """One to three exchanges, with a system message or none."""
     texts = st.integers(1, 3).flatmap(lambda exchanges: st.lists(text, min_size=2 * exchanges, max_size=2 * exchanges))
-    return st.builds(conversation, texts, st.none() | text)
+    return st.builds(build_conversation, texts, st.none() | text)
 
 
-def flat(runs) -> tuple[list[int], list[bool]]:
-    """Ids of a row and whether each is supervised."""
-    return [i for run in runs for i in run.ids], [run.supervised for run in runs for _ in run.ids]
+def render_row(template, messages, train_on="all") -> tuple[list[int], list[bool]]:
+    """Return the training ids of a conversation and whether each is supervised."""
+    [spans] = template.render([messages], train_on)
+    return [i for span in spans for i in span.ids], [span.supervised for span in spans for _ in span.ids]
 
 
-def train(template, messages, train_on="all"):
-    [runs] = template.render([messages], train_on)
-    return flat(runs)
-
-
-def bare_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of letters that has the special tokens given, and none else."""
-    vocabulary = {character: at for at, character in enumerate("?abcdefghijklmnopqrstuvwxyz#:\nSYTEMUARNI")}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+def build_bare_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of letters that has no special tokens but `special`."""
+    vocab = {character: index for index, character in enumerate("?abcdefghijklmnopqrstuvwxyz#:\nSYTEMUARNI")}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)

@@ -1,10 +1,11 @@
-"""The fuzzer: whatever stands in a file, a conversation or a config, the outcome is a right result or one line of ours.
+"""Fuzz files, conversations and configs: the outcome is a correct result or an SFTError of one line.
 
-    python tests/support/fuzz.py --inputs 100000 --seed 1            # spread over all targets, as SHARES says
-    python tests/support/fuzz.py --only templates --seed 1 --at 1234 # one input again, as a finding names it
+    python tests/support/fuzz.py --inputs 100000 --seed 1             # over all targets, in the SHARES
+    python tests/support/fuzz.py --only templates --seed 1 --at 1234  # repeat the input of a finding
 
-Each target is a property of one random input, which seed, target and number decide. tests/test_fuzz.py runs some with
-every run of the suite. Inputs are drawn by Python's generator: hypothesis spends several times what the checks take.
+Each target checks a property of one random input, which depends on seed, target and number. tests/test_fuzz.py runs
+some inputs with the suite. Inputs are drawn with Python's generator, because hypothesis takes several times as long as
+the checks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from support.conversations import QWEN3
+from support.conversations import QWEN3, build_conversation, render_row
 from support.tiny import CHATML, CONTROL, build_tokenizer
 from transformers import AutoTokenizer, TrainingArguments
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -54,10 +55,10 @@ WORK = Path(tempfile.mkdtemp(prefix="sft_pipeline_fuzz_"))
 NAMES = ["messages", "conversations", "system", "instruction", "input", "output", "history", "prompt", "completion"]
 SPEAKERS = ["system", "user", "assistant", "human", "gpt", "tool", "", "\x1b[2J"]
 
-# ---- values: functions of a Random
+# ---- values, drawn with a Random
 
-# Control characters, halves of characters, spellings of control tokens and of what stands in for them, line ends of
-# every kind, marks of the templates, jinja, markup.
+# Control characters, lone surrogates, control tokens and their placeholders, newlines of every kind, role headers,
+# jinja, markup.
 ODD = ["\x1b[31m", "\x00", "\x9b2J", "\r", "\ud800", "\ufeff", "\u2028", "\ue000sft0\ue001", "\ue000", "\U0010ffff"]
 SPELLED = [*CONTROL, "<|im_", "end|>", "\n#USER:", "\n#ASSISTANT:", "assistant\n", "{{ 7*7 }}", "{% raw %}", "<script>"]
 PLAIN = ["", " ", "\n", "the answer", "冬瓜", "🙂", "é", "e\u0301", "null", "1e5", "2020-13-45", "=1+1", '"', ",", "'"]
@@ -65,97 +66,103 @@ NUMBERS = [0, 1, -1, 0.5, 1e-5, 10**30, float("inf"), float("nan"), True, False]
 PLANES = [0x80, 0x250, 0x3000, 0xA000, 0x10000, 0x110000]  # a character is drawn below one of these
 
 
-def text(random: Random) -> str:
-    drawn = [lambda: random.choice(ODD), lambda: random.choice(SPELLED), lambda: random.choice(PLAIN)]
-    drawn += [lambda: chr(random.randrange(random.choice(PLANES)))]
-    return "".join(random.choice(drawn)() for _ in range(random.randrange(5)))
+def draw_text(random: Random) -> str:
+    parts = [lambda: random.choice(ODD), lambda: random.choice(SPELLED), lambda: random.choice(PLAIN)]
+    parts += [lambda: chr(random.randrange(random.choice(PLANES)))]
+    return "".join(random.choice(parts)() for _ in range(random.randrange(5)))
 
 
-def good_text(random: Random) -> str:
-    """That `convert_to_messages` takes."""
-    return text(random).encode("utf-8", "ignore").decode() + random.choice("x.瓜")
+def draw_valid_text(random: Random) -> str:
+    """Draw a text that `convert_to_messages` accepts."""
+    return draw_text(random).encode("utf-8", "ignore").decode() + random.choice("x.瓜")
 
 
-def boolean(random: Random) -> bool:
+def draw_bool(random: Random) -> bool:
     return random.random() < 0.5
 
 
-def anything(random: Random, depth: int = 3) -> Any:
+def draw_value(random: Random, depth: int = 3) -> Any:
     kind = random.randrange(6 if depth else 4)
     if kind < 2:
-        return text(random)
+        return draw_text(random)
     if kind == 2:
         return random.choice([None, *NUMBERS])
     if kind == 3:
         return random.getrandbits(random.choice([1, 40, 200]))
-    inner = [anything(random, depth - 1) for _ in range(random.randrange(4))]
-    return inner if kind == 4 else {text(random): one for one in inner}
+    values = [draw_value(random, depth - 1) for _ in range(random.randrange(4))]
+    return values if kind == 4 else {draw_text(random): value for value in values}
 
 
-def mostly(random: Random, make: Callable[[Random], Any]) -> Any:
-    return make(random) if random.random() < 0.85 else anything(random)
+def draw_mostly(random: Random, draw: Callable[[Random], Any]) -> Any:
+    """Draw with `draw` mostly, and any value otherwise."""
+    return draw(random) if random.random() < 0.85 else draw_value(random)
 
 
-def turns(random: Random, role: str = "role", content: str = "content") -> list[Any]:
-    """A conversation in a shape's own words, good or in some way bad."""
+def draw_turns(random: Random, role: str = "role", content: str = "content") -> list[Any]:
+    """Draw a valid or broken conversation with these keys."""
     speakers = ("human", "gpt") if role == "from" else ("user", "assistant")
-    said = [{role: speakers[at % 2], content: good_text(random)} for at in range(random.choice([2, 2, 4, 1, 0]))]
+    count = random.choice([2, 2, 4, 1, 0])
+    turns = [{role: speakers[index % 2], content: draw_valid_text(random)} for index in range(count)]
     while random.random() < 0.3:
-        turn = {role: mostly(random, lambda r: r.choice(SPEAKERS)), content: mostly(random, text)}
-        said.insert(random.randint(0, len(said)), turn if boolean(random) else anything(random))
-    return said
+        turn = {role: draw_mostly(random, lambda r: r.choice(SPEAKERS)), content: draw_mostly(random, draw_text)}
+        turns.insert(random.randint(0, len(turns)), turn if draw_bool(random) else draw_value(random))
+    return turns
 
 
-def row(random: Random) -> Any:
+def draw_row(random: Random) -> Any:
     shape = random.randrange(7)
     if shape == 0:
-        return {"messages": mostly(random, turns)}
+        return {"messages": draw_mostly(random, draw_turns)}
     if shape == 1:
-        spoken = mostly(random, partial(turns, role="from", content="value"))
-        return {"conversations": spoken, **({"system": mostly(random, text)} if boolean(random) else {})}
+        turns = draw_mostly(random, partial(draw_turns, role="from", content="value"))
+        return {"conversations": turns, **({"system": draw_mostly(random, draw_text)} if draw_bool(random) else {})}
     if shape < 4:
-        return {"instruction": mostly(random, good_text), "output": mostly(random, good_text)} | more(random)
+        required = {name: draw_mostly(random, draw_valid_text) for name in ("instruction", "output")}
+        return required | draw_alpaca_columns(random)
     if shape == 4:
-        make = random.choice([text, good_text, turns])
-        return {"prompt": mostly(random, make), "completion": mostly(random, make)}
+        draw = random.choice([draw_text, draw_valid_text, draw_turns])
+        return {"prompt": draw_mostly(random, draw), "completion": draw_mostly(random, draw)}
     names = random.choices(NAMES, k=random.randrange(4))
-    return {name: anything(random) for name in names} if shape == 5 else anything(random)
+    return {name: draw_value(random) for name in names} if shape == 5 else draw_value(random)
 
 
-def more(random: Random) -> dict[str, Any]:
-    """Alpaca's other columns."""
-    history = [[text(random) for _ in range(random.choice([2, 2, 2, 1]))] for _ in range(random.randrange(3))]
-    found = {
-        "input": mostly(random, text),
-        "system": mostly(random, text),
-        "history": mostly(random, lambda _: history),
+def draw_alpaca_columns(random: Random) -> dict[str, Any]:
+    """Draw some of alpaca's optional columns."""
+    history = [[draw_text(random) for _ in range(random.choice([2, 2, 2, 1]))] for _ in range(random.randrange(3))]
+    columns = {
+        "input": draw_mostly(random, draw_text),
+        "system": draw_mostly(random, draw_text),
+        "history": draw_mostly(random, lambda _: history),
     }
-    return {name: value for name, value in found.items() if random.random() < 0.3}
+    return {name: value for name, value in columns.items() if random.random() < 0.3}
 
 
-def rows(random: Random) -> list[Any]:
-    """Mostly of one shape, as files are."""
-    if boolean(random):
-        return [row(random) for _ in range(random.randrange(6))]
-    return [{"instruction": good_text(random), "output": mostly(random, text)} for _ in range(random.randint(1, 6))]
+def draw_rows(random: Random) -> list[Any]:
+    """Draw rows, in half of the cases of one format."""
+    if draw_bool(random):
+        return [draw_row(random) for _ in range(random.randrange(6))]
+    return [
+        {"instruction": draw_valid_text(random), "output": draw_mostly(random, draw_text)}
+        for _ in range(random.randint(1, 6))
+    ]
 
 
-def binary(random: Random, most: int) -> bytes:
-    return random.randbytes(random.randint(0, most))
+def draw_bytes(random: Random, limit: int) -> bytes:
+    return random.randbytes(random.randint(0, limit))
 
 
 # ---- files
 
 
-def as_json(rows: list[Any]) -> bytes:
+def convert_to_json(rows: list[Any]) -> bytes:
     return json.dumps(rows).encode()
 
 
-def as_jsonl(rows: list[Any]) -> bytes:
+def convert_to_jsonl(rows: list[Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def as_csv(rows: list[Any]) -> bytes:
+def convert_to_csv(rows: list[Any]) -> bytes:
     file = io.StringIO(newline="")
     columns = list(dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row)) or ["prompt"]
     writer = csv.writer(file)
@@ -164,66 +171,71 @@ def as_csv(rows: list[Any]) -> bytes:
     return file.getvalue().encode("utf-8", "surrogatepass")
 
 
-def as_table(rows: list[Any]) -> pa.Table:
-    """What Arrow can hold of the rows: those that are alike enough, else their texts."""
-    found = [row for row in rows if isinstance(row, dict) and row]
+def convert_to_table(rows: list[Any]) -> pa.Table:
+    """Build an Arrow table of the rows, or of their texts if the rows have no common schema."""
+    objects = [row for row in rows if isinstance(row, dict) and row]
     try:
-        return pa.Table.from_pylist(found)
+        return pa.Table.from_pylist(objects)
     except (pa.ArrowException, TypeError, OverflowError, ValueError, AttributeError):
-        texts = [{"instruction": ascii(row), "output": "x"} for row in found]
+        texts = [{"instruction": ascii(row), "output": "x"} for row in objects]
         return pa.Table.from_pylist(texts)
 
 
-def as_parquet(rows: list[Any]) -> bytes:
-    sink, table = io.BytesIO(), as_table(rows)
+def convert_to_parquet(rows: list[Any]) -> bytes:
+    sink, table = io.BytesIO(), convert_to_table(rows)
     try:
         pq.write_table(table, sink)
-    except (pa.ArrowException, TypeError):  # a struct without fields has no form in Parquet
+    except (pa.ArrowException, TypeError):  # Parquet has no structs without fields
         sink = io.BytesIO()
         pq.write_table(pa.table({"prompt": ["x"]}), sink)
     return sink.getvalue()
 
 
-def as_arrow(rows: list[Any], stream: bool = True) -> bytes:
-    sink, table = io.BytesIO(), as_table(rows)
-    make = pa.ipc.new_stream if stream else pa.ipc.new_file
-    with make(sink, table.schema) as writer:
+def convert_to_arrow(rows: list[Any]) -> bytes:
+    sink, table = io.BytesIO(), convert_to_table(rows)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
 
-WRITERS = {".json": as_json, ".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet, ".arrow": as_arrow}
+CONVERTERS = {
+    ".json": convert_to_json,
+    ".jsonl": convert_to_jsonl,
+    ".csv": convert_to_csv,
+    ".parquet": convert_to_parquet,
+    ".arrow": convert_to_arrow,
+}
 
 
-def damaged(random: Random, content: bytes) -> bytes:
-    """The content, cut off, with bytes replaced, taken out, put in or doubled."""
+def damage_bytes(random: Random, content: bytes) -> bytes:
+    """Replace, remove, insert or repeat bytes of the content, or cut it off, up to three times."""
     for _ in range(random.choice([0, 0, 1, 1, 2, 3])):
-        at = random.randint(0, len(content))
-        end = at + random.randrange(9)
-        content = content[:at] + random.choice([binary(random, 8), content[at:end] * 2, b""]) + content[end:]
+        start = random.randint(0, len(content))
+        end = start + random.randrange(9)
+        content = content[:start] + random.choice([draw_bytes(random, 8), content[start:end] * 2, b""]) + content[end:]
         content = content[: random.choice([len(content), len(content), random.randint(0, len(content))])]
     return content
 
 
-def files(random: Random) -> tuple[str, bytes, list[Any] | None]:
-    """(suffix, content, rows): the rows where the file is whole JSON or JSONL."""
-    suffix = random.choice([".json", ".jsonl", ".csv", *WRITERS])
+def draw_file(random: Random) -> tuple[str, bytes, list[Any] | None]:
+    """Draw (suffix, content, rows) of a file; rows is None unless the file is undamaged JSON or JSONL."""
+    suffix = random.choice([".json", ".jsonl", ".csv", *CONVERTERS])
     if random.random() < 0.1:
-        return suffix, binary(random, 80), None
-    written = rows(random)
-    content = WRITERS[suffix](written)
-    broken = damaged(random, content)
-    return suffix, broken, written if broken == content and suffix in (".json", ".jsonl") else None
+        return suffix, draw_bytes(random, 80), None
+    rows = draw_rows(random)
+    original = CONVERTERS[suffix](rows)
+    content = damage_bytes(random, original)
+    return suffix, content, rows if content == original and suffix in (".json", ".jsonl") else None
 
 
-def put(name: str, content: bytes) -> Path:
+def write_file(name: str, content: bytes) -> Path:
     file = WORK / name
     file.write_bytes(content)
     return file
 
 
-def one_line(call: Callable[[], Any]) -> Any:
-    """What the call returns, or its SFTError, whose message is one line that a terminal prints and nothing more."""
+def return_or_catch(call: Callable[[], Any]) -> Any:
+    """Return the result of the call or its SFTError, whose message must be one line without control characters."""
     try:
         return call()
     except SFTError as error:
@@ -241,48 +253,49 @@ TARGETS: dict[str, tuple[Callable[..., None], tuple[Callable[[Random], Any], ...
 
 
 def target(*inputs: Callable[[Random], Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a property of these inputs under its name."""
+    """Register a function `check_<name>` of these inputs as the target <name>."""
 
     def register(check: Callable[..., None]) -> Callable[..., None]:
-        TARGETS[check.__name__] = check, inputs
+        TARGETS[check.__name__.removeprefix("check_")] = check, inputs
         return check
 
     return register
 
 
-@target(files)
-def readers(file: tuple[str, bytes, list[Any] | None]) -> None:
-    """Every row of a file comes out, equal and in order, and each is messages or refused; a broken file is one line."""
+@target(draw_file)
+def check_readers(file: tuple[str, bytes, list[Any] | None]) -> None:
+    """All rows of a file are read, equal and in order, and each is converted or refused; a broken file is an error."""
     suffix, content, expected = file
-    path = put(f"rows{suffix}", content)
-    placed = one_line(lambda: list(read_rows(path, path.name)))
-    if expected is not None and not isinstance(placed, SFTError):
-        assert json.dumps([row for _, row in placed]) == json.dumps(expected)
-    if isinstance(placed, SFTError):
-        assert expected is None or (suffix == ".jsonl" and not expected), placed
+    path = write_file(f"rows{suffix}", content)
+    rows = return_or_catch(lambda: list(read_rows(path, path.name)))
+    if expected is not None and not isinstance(rows, SFTError):
+        assert json.dumps([row for _, row in rows]) == json.dumps(expected)
+    if isinstance(rows, SFTError):
+        assert expected is None or (suffix == ".jsonl" and not expected), rows
         return
-    shape = one_line(lambda: detect_format(placed[0][1]) if placed and isinstance(placed[0][1], dict) else None)
-    for _, row in placed:
+    shape = return_or_catch(lambda: detect_format(rows[0][1]) if rows and isinstance(rows[0][1], dict) else None)
+    for _, row in rows:
         if shape and not isinstance(shape, SFTError):
-            check_messages(one_line(lambda row=row: convert_to_messages(row, shape)))
+            check_messages(return_or_catch(lambda row=row: convert_to_messages(row, shape)))
 
 
-@target(row, lambda random: random.choice(list(FORMATS)))
-def formats(row: Any, shape: str) -> None:
-    """A row is well-formed messages whose every text stood in the row, or is refused."""
-    messages = one_line(lambda: convert_to_messages(row, FORMATS[shape]))
+@target(draw_row, lambda random: random.choice(list(FORMATS)))
+def check_formats(row: Any, shape: str) -> None:
+    """A row is converted to well-formed messages whose texts are all in the row, or is refused."""
+    messages = return_or_catch(lambda: convert_to_messages(row, FORMATS[shape]))
     check_messages(messages)
     if not isinstance(messages, SFTError):
-        texts = list(leaves(row))
+        texts = list(list_leaves(row))
         for message in messages:
             assert message["content"] in texts or (
                 shape == "alpaca" and any(t and t in message["content"] for t in texts)
             )
 
 
-def leaves(value: Any) -> Any:
+def list_leaves(value: Any) -> Any:
+    """Yield all values in nested dictionaries and lists."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    yield from [value] if parts is None else itertools.chain.from_iterable(map(leaves, parts)) if parts else []
+    yield from [value] if parts is None else itertools.chain.from_iterable(map(list_leaves, parts)) if parts else []
 
 
 def check_messages(messages: list[dict[str, str]] | SFTError) -> None:
@@ -294,157 +307,164 @@ def check_messages(messages: list[dict[str, str]] | SFTError) -> None:
     json.dumps(messages, ensure_ascii=False).encode()
 
 
-@target(files, boolean)
-def sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None:
-    """rows kept + rows skipped = rows in the file, in order; without skipping, one bad row refuses the file."""
+@target(draw_file, draw_bool)
+def check_sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None:
+    """All good rows are loaded, in order, if bad ones are skipped; otherwise a bad row is an error."""
     suffix, content, _ = file
-    path = put(f"source{suffix}", content)
-    loaded = one_line(lambda: load_source(str(path), skip_bad_rows=skip))
-    placed = one_line(lambda: list(read_raw_rows(str(path))))
-    if isinstance(placed, SFTError) or not placed or not isinstance(placed[0][1], dict):
+    path = write_file(f"source{suffix}", content)
+    loaded = return_or_catch(lambda: load_source(str(path), skip_bad_rows=skip))
+    rows = return_or_catch(lambda: list(read_raw_rows(str(path))))
+    if isinstance(rows, SFTError) or not rows or not isinstance(rows[0][1], dict):
         assert isinstance(loaded, SFTError)
         return
-    shape = one_line(lambda: detect_format(placed[0][1]))
+    shape = return_or_catch(lambda: detect_format(rows[0][1]))
     if isinstance(shape, SFTError):
         assert isinstance(loaded, SFTError)
         return
-    examined = [(place, one_line(lambda row=row: convert_to_messages(row, shape))) for place, row in placed]
-    good = [(place, messages) for place, messages in examined if not isinstance(messages, SFTError)]
-    if not good or (len(good) < len(placed) and not skip):
-        assert isinstance(loaded, SFTError) and any(place in str(loaded) for place, _ in examined)
+    results = [(origin, return_or_catch(lambda row=row: convert_to_messages(row, shape))) for origin, row in rows]
+    good = [(origin, messages) for origin, messages in results if not isinstance(messages, SFTError)]
+    if not good or (len(good) < len(rows) and not skip):
+        assert isinstance(loaded, SFTError) and any(origin in str(loaded) for origin, _ in results)
         return
     assert list(zip(loaded["origin"], loaded["messages"])) == good
 
 
-@target(files, boolean)
-def prompts(file: tuple[str, bytes, list[Any] | None], text: bool) -> None:
-    """A prompt a row, good or with its problem; a prompt a line that is not empty."""
+@target(draw_file, draw_bool)
+def check_prompts(file: tuple[str, bytes, list[Any] | None], text: bool) -> None:
+    """Each row, or each line that is not empty, is one prompt, with either messages or a problem."""
     suffix, content, _ = file
-    path = put(f"prompts{'.txt' if text else suffix}", content)
-    found = one_line(lambda: load_prompts(str(path)))
-    if isinstance(found, SFTError):
+    path = write_file(f"prompts{'.txt' if text else suffix}", content)
+    prompts = return_or_catch(lambda: load_prompts(str(path)))
+    if isinstance(prompts, SFTError):
         return
-    for one in found:
-        assert bool(one.problem) != bool(one.messages)
-        check_messages([*one.messages, {"role": "assistant", "content": "x"}] if one.messages else SFTError("bad"))
+    for prompt in prompts:
+        assert bool(prompt.problem) != bool(prompt.messages)
+        if prompt.messages:
+            check_messages([*prompt.messages, {"role": "assistant", "content": "x"}])
     if text:
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
-        assert len(found) == sum(bool(line.strip()) for line in lines)
+        assert len(prompts) == sum(bool(line.strip()) for line in lines)
     else:
-        assert [one.origin for one in found] == [place for place, _ in read_raw_rows(str(path))]
+        assert [prompt.origin for prompt in prompts] == [origin for origin, _ in read_raw_rows(str(path))]
 
 
-def conversations(random: Random) -> list[dict[str, str]]:
-    """As `convert_to_messages` lets them through: every text has something that is no white space."""
-    said = [good_text(random) for _ in range(random.choice([2, 2, 4, 6]))]
-    start = [{"role": "system", "content": good_text(random)}] if random.random() < 0.4 else []
-    return start + [{"role": ("user", "assistant")[at % 2], "content": one} for at, one in enumerate(said)]
+def draw_conversation(random: Random) -> list[dict[str, str]]:
+    """Draw messages like those of `convert_to_messages`, where no text is empty or white space only."""
+    texts = [draw_valid_text(random) for _ in range(random.choice([2, 2, 4, 6]))]
+    system = draw_valid_text(random) if random.random() < 0.4 else None
+    return build_conversation(texts, system)
 
 
 @target(
-    conversations,
+    draw_conversation,
     lambda random: random.choice(["role", "chat"]),
-    lambda random: random.choice([None, good_text(random)]),
+    lambda random: random.choice([None, draw_valid_text(random)]),
     lambda random: random.choice(["all", "last"]),
     lambda random: random.choice(["drop", "truncate_answer", "truncate_turns"]),
     Random.random,
     Random.random,
 )
-def templates(
+def check_templates(
     messages: list[dict[str, str]],
     name: str,
     system: str | None,
     train_on: str,
     overlong: str,
-    which: float,
-    limit: float,
+    tokenizer_share: float,
+    limit_share: float,
 ) -> None:
-    """The prompt is a prefix, the text comes back, the answer and its stop token are supervised and nothing else, no
-    control token comes from a text, and every row has an outcome."""
-    known = tokenizers()[name]
-    tokenizer, template = known[int(which * len(known))]
-    told = add_system_prompt(messages, system)
-    [runs] = template.render([told], train_on)
-    ids = [i for run in runs for i in run.ids]
-    supervised = [run.supervised for run in runs for _ in run.ids]
-    answered = [False] * len(ids)
-    for at, message in enumerate(told):
-        if message["role"] == "assistant" and (train_on == "all" or at == len(told) - 1):
-            prompt = template.encode_prompt(told[:at])
+    """The prompt is a prefix, the ids decode to the text, only answers and their stop tokens are supervised, no control
+    token comes from a text, and every row has an outcome.
+
+    The shares, in [0, 1), choose the tokenizer and max_length.
+    """
+    templates = get_templates()[name]
+    tokenizer, template = templates[int(tokenizer_share * len(templates))]
+    conversation = add_system_prompt(messages, system)
+    ids, supervised = render_row(template, conversation, train_on)
+    expected = [False] * len(ids)
+    for index, message in enumerate(conversation):
+        if message["role"] == "assistant" and (train_on == "all" or index == len(conversation) - 1):
+            prompt = template.encode_prompt(conversation[:index])
             assert ids[: len(prompt)] == prompt
             answer = encode_as_text(tokenizer, [message["content"]])[0]
             end = len(prompt) + len(answer) + 1
             assert ids[len(prompt) : end] == [*answer, template.stop_token_id]
-            answered[len(prompt) : end] = [True] * (len(answer) + 1)
-    assert supervised == answered
+            expected[len(prompt) : end] = [True] * (len(answer) + 1)
+    assert supervised == expected
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    [plain] = template.render([[{**message, "content": "x"} for message in told]], train_on)
-    assert [i for i in ids if i in control] == [i for run in plain for i in run.ids if i in control]
+    harmless, _ = render_row(template, [{**message, "content": "x"} for message in conversation], train_on)
+    assert [i for i in ids if i in control] == [i for i in harmless if i in control]
     pieces = [
         piece.text or tokenizer.convert_ids_to_tokens(piece.token_id)
-        for piece in template.split_conversation(told, train_on)
+        for piece in template.split_conversation(conversation, train_on)
     ]
     if can_spell(tokenizer, "".join(pieces)):
-        assert tokenizer.decode(ids) == "".join(normal(tokenizer, text) for text in pieces)
-    assert all(message["content"] in "".join(pieces) for message in told)
-    encoder = Encoder(template, system, 1 + int(limit * 1.4 * len(ids)), overlong, train_on)
+        assert tokenizer.decode(ids) == "".join(normalize_text(tokenizer, text) for text in pieces)
+    assert all(message["content"] in "".join(pieces) for message in conversation)
+    encoder = Encoder(template, system, 1 + int(limit_share * 1.4 * len(ids)), overlong, train_on)
     check_encoded(encoder, messages, ids, supervised)
 
 
 def can_spell(tokenizer: Any, text: str) -> bool:
-    """Whether the vocabulary has a token for every byte; SmolLM2's lacks some for control characters."""
-    return set(normal(tokenizer, text).encode()) <= spelled_bytes(tokenizer)
+    """Return whether the vocabulary has a token for every byte; SmolLM2's lacks those of some control characters."""
+    return set(normalize_text(tokenizer, text).encode()) <= get_vocab_bytes(tokenizer)
 
 
 @cache
-def spelled_bytes(tokenizer: Any) -> set[int]:
-    vocabulary = tokenizer.get_vocab()
-    return {byte for byte, letter in bytes_to_unicode().items() if letter in vocabulary}
+def get_vocab_bytes(tokenizer: Any) -> set[int]:
+    """Return the bytes for which the vocabulary has a token."""
+    vocab = tokenizer.get_vocab()
+    return {byte for byte, character in bytes_to_unicode().items() if character in vocab}
 
 
-def normal(tokenizer: Any, text: str) -> str:
-    """The text as the tokenizer's normalizer leaves it."""
+def normalize_text(tokenizer: Any, text: str) -> str:
+    """Apply the tokenizer's normalizer, if it has one."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     return normalizer.normalize_str(text) if normalizer else text
 
 
 def check_encoded(encoder: Encoder, messages: list[dict[str, str]], ids: list[int], supervised: list[bool]) -> None:
-    """Labels are the next ids where those are supervised; a row is kept, cut or dropped, and says which."""
+    """Labels are the next ids where those are supervised, and the outcome agrees with the length."""
     limit = encoder.max_length
-    [encoded] = zip(*encoder({"messages": [messages], "origin": ["a row"]}).values())
-    found, labels, outcome = encoded
-    assert len(found) == len(labels) <= limit
+    [(input_ids, labels, outcome)] = zip(*encoder({"messages": [messages], "origin": ["a row"]}).values())
+    assert len(input_ids) == len(labels) <= limit
     if outcome == "kept":
-        assert found == ids and labels == [i if s else IGNORED for i, s in zip(ids[1:], supervised[1:])] + [IGNORED]
+        assert input_ids == ids and labels == [i if s else IGNORED for i, s in zip(ids[1:], supervised[1:])] + [IGNORED]
     elif outcome == "truncated":
         assert sum(label != IGNORED for label in labels) > 0 and limit < len(ids)
-        assert encoder.overlong == "truncate_turns" or found == ids[:limit]
+        assert encoder.overlong == "truncate_turns" or input_ids == ids[:limit]
     else:
-        assert not found and limit < len(ids) and outcome in ("longer than max_length", "nothing supervised")
+        assert not input_ids and limit < len(ids) and outcome in ("longer than max_length", "nothing supervised")
 
 
-_TOKENIZERS: dict[str, list[tuple[Any, Any]]] = {}
+_TEMPLATES: dict[str, list[tuple[Any, Any]]] = {}
 
 
-def tokenizers() -> dict[str, list[tuple[Any, Any]]]:
-    """{template: (tokenizer, template)}: the tests' own, and the real ones that are on this machine."""
-    if not _TOKENIZERS:
-        found = [build_tokenizer(CHATML), *(AutoTokenizer.from_pretrained(path) for path in real_tokenizers())]
+def get_templates() -> dict[str, list[tuple[Any, Any]]]:
+    """Return {name: [(tokenizer, template)]} for the tiny tokenizer and the real ones that are on this machine."""
+    if not _TEMPLATES:
+        tokenizers = [
+            build_tokenizer(CHATML),
+            *(AutoTokenizer.from_pretrained(path) for path in find_tokenizers()),
+        ]
         for name in ("role", "chat"):
-            # Qwen's chat template takes the white space around an answer away.
-            fitting = [one for one in found if name == "role" or "strip(" not in one.chat_template]
-            _TOKENIZERS[name] = [(one, build_template(name, one)) for one in fitting]
-    return _TOKENIZERS
+            # Qwen's chat template strips the white space around an answer.
+            usable = [t for t in tokenizers if name == "role" or "strip(" not in t.chat_template]
+            _TEMPLATES[name] = [(tokenizer, build_template(name, tokenizer)) for tokenizer in usable]
+    return _TEMPLATES
 
 
-def real_tokenizers() -> list[Path]:
+def find_tokenizers() -> list[Path]:
     folders = [QWEN3, Path("~/.cache/sft_pipeline/models/smollm2-135m").expanduser()]
     return [folder for folder in folders if (folder / "tokenizer.json").is_file()]
 
 
-KEYS = [field for cls in (SFTArguments, TrainingArguments) for field in cls.__dataclass_fields__.values() if field.init]
-# Those that reach for a device, a file or a process group when they are looked at.
-LEFT_OUT = {
+FIELDS = [
+    field for cls in (SFTArguments, TrainingArguments) for field in cls.__dataclass_fields__.values() if field.init
+]
+# Fields that use a device, a file or a process group when they are parsed.
+EXCLUDED = {
     "deepspeed",
     "fsdp",
     "fsdp_config",
@@ -455,7 +475,7 @@ LEFT_OUT = {
     "debug",
     "tpu_num_cores",
 }
-KEY = [field.name for field in KEYS if field.name not in LEFT_OUT]
+KEYS = [field.name for field in FIELDS if field.name not in EXCLUDED]
 VALUES = [
     0,
     1,
@@ -493,60 +513,60 @@ TAGS = [
 TAGS += ["!!python/object/apply:os.system [exit]", "2020-13-45", "0b_", "1:99:1", ": ", "\t", "---\n", "max_length: "]
 
 
-def setting(random: Random) -> tuple[str, Any]:
-    key = random.choice(KEY) if random.random() < 0.9 else text(random)
-    return key, random.choice(VALUES) if boolean(random) else anything(random)
+def draw_setting(random: Random) -> tuple[str, Any]:
+    key = random.choice(KEYS) if random.random() < 0.9 else draw_text(random)
+    return key, random.choice(VALUES) if draw_bool(random) else draw_value(random)
 
 
-def settings(random: Random) -> list[tuple[str, Any]]:
-    return [setting(random) for _ in range(random.randrange(3))]
+def draw_settings(random: Random) -> list[tuple[str, Any]]:
+    return [draw_setting(random) for _ in range(random.randrange(3))]
 
 
-def yaml_files(random: Random) -> bytes:
+def draw_yaml(random: Random) -> bytes:
     if random.random() < 0.25:
-        words = [random.choice(TAGS) if boolean(random) else text(random) for _ in range(random.randrange(7))]
+        words = [random.choice(TAGS) if draw_bool(random) else draw_text(random) for _ in range(random.randrange(7))]
         return "".join(words).encode("utf-8", "ignore")
-    written = yaml.safe_dump({**BASE, **dict(settings(random))}, allow_unicode=True).encode("utf-8", "ignore")
-    return damaged(random, written) if random.random() < 0.3 else written
+    content = yaml.safe_dump({**BASE, **dict(draw_settings(random))}, allow_unicode=True).encode("utf-8", "ignore")
+    return damage_bytes(random, content) if random.random() < 0.3 else content
 
 
-@target(yaml_files, settings)
-def config(content: bytes, overrides: list[tuple[str, Any]]) -> None:
-    """A config and a command line are arguments whose checks hold, or one line."""
-    path = put("config.yaml", content)
+@target(draw_yaml, draw_settings)
+def check_config(content: bytes, overrides: list[tuple[str, Any]]) -> None:
+    """A config and a command line give valid arguments, or an error."""
+    path = write_file("config.yaml", content)
     words = [f"--{key}={value}" for key, value in overrides]
-    parsed = one_line(lambda: parse_config(str(path), words))
+    parsed = return_or_catch(lambda: parse_config(str(path), words))
     if not isinstance(parsed, SFTError):
         sft, training = parsed
         assert isinstance(sft.max_length, int) and sft.max_length >= 1 and sft.train_data and training.output_dir
         assert sft.template in ("role", "chat") and isinstance(sft.trust_remote_code, bool)
 
 
-def partial_lines(random: Random) -> bytes:
-    """Lines of answers, of anything else, and of bytes."""
+def draw_answer_lines(random: Random) -> bytes:
+    """Draw a partial answer file with lines of answers, other JSON and bytes."""
     lines = []
     for _ in range(random.randrange(5)):
-        answer = {"origin": text(random), **({"error": text(random)} if random.random() < 0.2 else {})}
-        kept = [random.randrange(4), random.randrange(2), answer]
-        said = kept if random.random() < 0.7 else anything(random)
-        lines.append(binary(random, 12) if random.random() < 0.1 else json.dumps(said).encode() + b"\n")
-    return damaged(random, b"".join(lines))
+        answer = {"origin": draw_text(random), **({"error": draw_text(random)} if random.random() < 0.2 else {})}
+        entry = [random.randrange(4), random.randrange(2), answer]
+        value = entry if random.random() < 0.7 else draw_value(random)
+        lines.append(draw_bytes(random, 12) if random.random() < 0.1 else json.dumps(value).encode() + b"\n")
+    return damage_bytes(random, b"".join(lines))
 
 
-@target(partial_lines, boolean, boolean)
-def answers(content: bytes, header: bool, overwrite: bool) -> None:
-    """A partial file of any content is gone on with or refused; what is finished has every answer once, in order."""
+@target(draw_answer_lines, draw_bool, draw_bool)
+def check_answers(content: bytes, header: bool, overwrite: bool) -> None:
+    """A partial file of any content is continued or refused; the finished file has every answer once, in order."""
     for file in WORK.glob("answers*"):
         file.unlink()
     begin = json.dumps({"generate": {"seed": 1}}).encode() + b"\n" if header else b""
-    put("answers.jsonl.partial", begin + content)
-    file = one_line(lambda: AnswerFile(WORK / "answers.jsonl", {"seed": 1}, overwrite))
+    write_file("answers.jsonl.partial", begin + content)
+    file = return_or_catch(lambda: AnswerFile(WORK / "answers.jsonl", {"seed": 1}, overwrite))
     if isinstance(file, SFTError):
         assert not overwrite
         return
-    kept = dict(file.records)
+    previous = dict(file.records)
     for prompt, sample in itertools.product(range(4), range(2)):
-        if (prompt, sample) not in kept:
+        if (prompt, sample) not in previous:
             file.add((prompt, sample), {"origin": f"{prompt} {sample}"})
     file.write_output()
     file.close()
@@ -555,7 +575,7 @@ def answers(content: bytes, header: bool, overwrite: bool) -> None:
     assert json.dumps(written) == json.dumps(good) and {*itertools.product(range(4), range(2))} <= file.records.keys()
 
 
-# Of all inputs; `sources` goes through datasets, which takes tens of milliseconds a file.
+# Shares of all inputs; `sources` uses datasets, which takes tens of milliseconds per file.
 SHARES = {
     "readers": 0.2,
     "formats": 0.44,
@@ -567,16 +587,16 @@ SHARES = {
 }
 
 
-def run(name: str, numbers: range, seed: int) -> None:
-    """Give a target its inputs of these numbers; raises what it finds, with the input said."""
+def run_target(name: str, numbers: range, seed: int) -> None:
+    """Check the inputs with these numbers. Prints the input of a finding and raises its error."""
     check, inputs = TARGETS[name]
     for number in numbers:
         random = Random(f"{seed} {name} {number}")
-        made = [make(random) for make in inputs]
+        arguments = [draw(random) for draw in inputs]
         try:
-            check(*made)
+            check(*arguments)
         except Exception:
-            print(f"{name}: A FINDING; --only {name} --seed {seed} --at {number}: {made!a}", flush=True)
+            print(f"{name}: A FINDING; --only {name} --seed {seed} --at {number}: {arguments!a}", flush=True)
             raise
 
 
@@ -595,8 +615,8 @@ def main() -> None:
         count, started = args.inputs if args.only else round(args.inputs * SHARES[name]), time.monotonic()
         numbers = range(count) if args.at is None else range(args.at, args.at + 1)
         try:
-            run(name, numbers, args.seed)
-        except Exception:  # a finding may be of any class, and the other targets go on
+            run_target(name, numbers, args.seed)
+        except Exception:  # a finding may be of any class, and the other targets still run
             failed += 1
             traceback.print_exc()
         else:
