@@ -87,11 +87,11 @@ class Judge:
             return ""
         else:
             return _get_content(completion)
-        remedy = "check judge_base_url, judge_model and OPENAI_API_KEY"
+        remedy = "; check judge_base_url, judge_model and OPENAI_API_KEY"
         if retried:
-            remedy = f"up to {1 + self.max_retries} attempts failed, try again later"
+            remedy = f" (up to {1 + self.max_retries} attempts); try again later"
         # Raised outside the handlers, as the client's exceptions may contain the key.
-        raise SFTError(f"{self._format_problem(problem)}; {remedy}")
+        raise SFTError(self._format_problem(problem) + remedy)
 
     def _format_problem(self, problem: str) -> str:
         """Format a failed request as one line, with the key masked in case the server repeats it."""

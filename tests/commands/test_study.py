@@ -145,7 +145,7 @@ REFUSED = {
     "wrong type": ([{"name": "a", "max_train_rows": "x"}], {}, "variant a: max_train_rows is the text 'x' where a"),
     "one folder": ([{"name": "a b"}, {"name": "a/b"}], {}, "study.yaml: two variants would share the folder"),
     "nothing held out": (VARIANTS, {"held_out": 0}, "a study needs held-out prompts: set held_out (or eval_data)"),
-    "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both say what"),
+    "both": ([{"name": "a", "lora": True, "trainable_modules": ["q"]}], {}, "lora and trainable_modules both select"),
     "negative": ([{"name": "a", "max_train_rows": -1}], {}, "max_train_rows is -1; it has to be 0 or more"),
 }
 
