@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -195,6 +196,7 @@ def parse_keys(
     keys: dict[str, Any], name: str = "run", overrides: Sequence[str] = ()
 ) -> tuple[SFTArguments, TrainingArguments]:
     """Parse the keys of a dictionary like `parse_config`; `name` is used in errors and in the default `output_dir`."""
+    _use_cpu_without_accelerator()
     parser = _build_parser()
     from_file = _convert_keys(keys, name, parser)
     try:
@@ -206,6 +208,7 @@ def parse_keys(
         raise SFTError(format_error(error, limit=400)) from error
     _check_known_keys([name for name in unknown if name.startswith("--")] or unknown, parser, "the command line")
     _check_values(sft, training)
+    _check_world_size(training)
     if training.output_dir == "trainer_output":
         training.output_dir = str(Path("outputs") / Path(name).stem)
     _set_eval_strategy(sft, training)
@@ -336,6 +339,28 @@ def _check_values(sft: SFTArguments, training: TrainingArguments) -> None:
         raise SFTError("dataloader_drop_last would skip rows; remove it, as every epoch trains on each row once")
     if sft.tokens_per_batch:
         _check_tokens_per_batch(sft, training)
+
+
+def _check_world_size(training: TrainingArguments) -> None:
+    """Raise SFTError if a launcher started several processes and this one did not join the others."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.world_size < started:
+        raise SFTError(
+            f"{started} processes were started, but this one did not join the others and would train alone; "
+            "check the launcher's options, or start one process"
+        )
+
+
+def _use_cpu_without_accelerator() -> None:
+    """Let accelerate join processes over gloo where there is no accelerator, as `use_cpu: true` does.
+
+    Otherwise each of several processes on a machine without accelerators takes itself for the only one. `use_cpu`
+    itself stays as the user set it: the config that is saved may be used on another machine.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def _check_tokens_per_batch(sft: SFTArguments, training: TrainingArguments) -> None:
