@@ -1,11 +1,12 @@
-"""Rows encoded a second, here and by TRL: a file of Alpaca's shape repeated to 20,000 rows, to Arrow on disk.
+"""Compare rows encoded per second with TRL: a file of Alpaca rows repeated to 20,000 rows, to Arrow on disk.
 
+    pip install -e ".[bench]"
     python benchmarks/encode.py MODEL alpaca_en_demo.json [--num_proc 2]
 
-Ours is from messages to shifted, masked rows and their account. TRL's is the building of an SFTTrainer on a model of
-no size, from prompt and completion in the form that is quickest there: finished text for the role template, which
-spares it all rendering, and messages for the tokenizer's own chat template. Every repetition encodes anew into an
-empty cache, in the order ours, TRL, ours, TRL for each template; medians are printed. TRL comes from the extra `bench`.
+Ours is measured from messages to shifted, masked rows and their counts. TRL's is the construction of an SFTTrainer
+with a tiny model, from prompt and completion in the form that is fastest there: rendered text for the role template,
+which saves it all rendering, and messages for the tokenizer's own chat template. Every repetition encodes into an
+empty cache, in the order ours, TRL, ours, TRL for each template; medians are printed.
 """
 
 import argparse
@@ -17,9 +18,8 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from report import SYSTEM
+from report import SYSTEM_PROMPT, require_bench_extra
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
 
 from sft_pipeline.data.chat_templates import ROLE_HEADERS, build_template
 from sft_pipeline.data.encode import Encoder, encode_dataset
@@ -30,66 +30,73 @@ ROWS = 20_000
 TEMPLATES = ("role", "chat")
 
 
-def ours(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> float:
-    """Rows a second."""
+def measure_ours(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> float:
+    """Return rows/s of this project."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SFT_PIPELINE_CACHE"] = cache
-        started = time.perf_counter()
-        encode_dataset(rows, Encoder(build_template(template, tokenizer), SYSTEM), num_proc)
-        return len(rows) / (time.perf_counter() - started)
+        start_time = time.perf_counter()
+        encode_dataset(rows, Encoder(build_template(template, tokenizer), SYSTEM_PROMPT), num_proc)
+        return len(rows) / (time.perf_counter() - start_time)
 
 
-def trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> float:
-    """Rows a second, of rows that are on disk as those of a user are."""
+def measure_trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, trl: Any) -> float:
+    """Return rows/s of TRL, for rows that are on disk as a user's are; `trl` is (SFTConfig, SFTTrainer)."""
+    config_class, trainer_class = trl
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     with tempfile.TemporaryDirectory() as folder:
         rows.save_to_disk(f"{folder}/rows")
-        on_disk = datasets.load_from_disk(f"{folder}/rows")
-        off: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
-        config = SFTConfig(output_dir=folder, max_length=1024, dataset_num_proc=num_proc, **off)
-        started = time.perf_counter()
-        SFTTrainer(model=model, args=config, train_dataset=on_disk, processing_class=tokenizer)
-        return len(rows) / (time.perf_counter() - started)
+        saved_rows = datasets.load_from_disk(f"{folder}/rows")
+        disabled: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
+        config = config_class(output_dir=folder, max_length=1024, dataset_num_proc=num_proc, **disabled)
+        start_time = time.perf_counter()
+        trainer_class(model=model, args=config, train_dataset=saved_rows, processing_class=tokenizer)
+        return len(rows) / (time.perf_counter() - start_time)
 
 
-def as_text(row: dict[str, list[Message]]) -> dict[str, str]:
-    """The role template's prompt and completion; the start token is spelled, TRL adds the end token."""
-    *before, answer = add_system_prompt(row["messages"], SYSTEM)
-    prompt = "".join(ROLE_HEADERS[message["role"]] + message["content"] for message in before)
+def render_prompt_and_completion(row: dict[str, list[Message]]) -> dict[str, str]:
+    """Render prompt and completion as text in the role template, with the start token; TRL adds the end token."""
+    *prompt_messages, answer = add_system_prompt(row["messages"], SYSTEM_PROMPT)
+    prompt = "".join(ROLE_HEADERS[message["role"]] + message["content"] for message in prompt_messages)
     return {"prompt": f"<|im_start|>{prompt}{ROLE_HEADERS['assistant']}", "completion": answer["content"]}
 
 
-def as_messages(row: dict[str, list[Message]]) -> dict[str, list[Message]]:
-    *before, answer = add_system_prompt(row["messages"], SYSTEM)
-    return {"prompt": before, "completion": [answer]}
+def split_prompt_and_completion(row: dict[str, list[Message]]) -> dict[str, list[Message]]:
+    """Split a conversation into prompt messages and the last answer."""
+    *prompt_messages, answer = add_system_prompt(row["messages"], SYSTEM_PROMPT)
+    return {"prompt": prompt_messages, "completion": [answer]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("--num_proc", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("model", help="a model or tokenizer folder, or a hub name")
+    parser.add_argument("data", help="a file of instruction rows, such as alpaca_en_demo.json")
+    parser.add_argument("--num_proc", type=int, default=2, help="processes that encode (2)")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows to encode ({ROWS})")
     args = parser.parse_args()
+    require_bench_extra("trl")
+    from trl import SFTConfig, SFTTrainer  # here, so that --help works without TRL
+
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command line sets it: processes, not threads
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     source = load_source(args.data)
     rows = datasets.concatenate_datasets([source] * (1 + args.rows // len(source))).select(range(args.rows))
-    for_trl = {
-        name: rows.map(shape, remove_columns=rows.column_names)
-        for name, shape in zip(TEMPLATES, (as_text, as_messages))
+    trl_rows = {
+        name: rows.map(convert, remove_columns=rows.column_names)
+        for name, convert in zip(TEMPLATES, (render_prompt_and_completion, split_prompt_and_completion))
     }
-    speeds: dict[tuple[str, str], list[float]] = {(who, name): [] for name in TEMPLATES for who in ("ours", "TRL")}
+    speeds: dict[tuple[str, str], list[float]] = {(side, name): [] for name in TEMPLATES for side in ("ours", "TRL")}
     for _ in range(args.repeat):
-        for (who, name), found in speeds.items():
-            others = (tokenizer, args.num_proc)
-            found.append(ours(rows, name, *others) if who == "ours" else trl(for_trl[name], *others))
-    for (who, name), found in speeds.items():
-        print(f"{name}, {who}: median {statistics.median(found):,.0f} rows/s of {[round(speed) for speed in found]}")
+        for (side, name), measured in speeds.items():
+            if side == "ours":
+                measured.append(measure_ours(rows, name, tokenizer, args.num_proc))
+            else:
+                measured.append(measure_trl(trl_rows[name], tokenizer, args.num_proc, (SFTConfig, SFTTrainer)))
+    for (side, name), measured in speeds.items():
+        print(f"{name}, {side}: median {statistics.median(measured):,.0f} rows/s of {[round(s) for s in measured]}")
     for name in TEMPLATES:
         ratio = statistics.median(speeds["ours", name]) / statistics.median(speeds["TRL", name])
         print(f"{name}: {ratio:.2f} times TRL's rows/s")

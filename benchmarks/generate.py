@@ -1,13 +1,13 @@
-"""Generation side by side with `transformers.generate`, in one sitting: ours, theirs, ours, theirs, ...
+"""Compare generation with `transformers.generate`, in turn: ours, theirs, ours, theirs, ...
 
     python benchmarks/generate.py outputs/quickstart alpaca_en_demo.json --output docs/generation
     python benchmarks/generate.py outputs/quickstart alpaca_en_demo.json --check 200
 
-The model is a run's output folder, so that answers stop by themselves; the data has the prompts. One prompt at a time,
-a fixed number of tokens; and 64 prompts of mixed lengths, 16 and 64 of them side by side, which theirs pads on the left
-and holds until the longest answer ends. --check compares the tokens of as many answers, theirs one prompt at a
-time, and counts where they part: at a tie (two logits within 1e-5, so that rounding chooses) or not. --output writes
-OUTPUT.json and OUTPUT.md.
+The model is a run's output folder, so that answers end with the stop token; the data gives the prompts. Measured are
+one prompt at a time with a fixed number of tokens, and 64 prompts of mixed lengths in batches of 16 and 64, which
+`transformers.generate` pads on the left and holds until the longest answer ends. --check N compares the tokens of N
+answers with those of `transformers.generate` one prompt at a time, and counts where they differ: at a tie (two logits
+within 1e-5, where rounding decides) or elsewhere. --output writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
@@ -31,125 +31,139 @@ from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.trained_model import load_trained
 
 Ids = list[list[int]]
-WIDTHS, PROMPTS, TIE = (16, 64), 64, 1e-5
+BATCH_SIZES, PROMPTS, TIE = (16, 64), 64, 1e-5
 
 
-class Contest:
-    """Both ways to answer prompts' ids greedily with one model; answers come without the stop token."""
+class Comparison:
+    """Answer prompts' ids greedily with one model in both ways; answers come without the stop token."""
 
     model: Any  # with the methods of transformers' GenerationMixin
 
     def __init__(self, model: PreTrainedModel, template: Template) -> None:
-        self.model, self.stop = model, template.stop_token_id
+        self.model, self.stop_id = model, template.stop_token_id
 
-    def ours(self, prompts: Ids, new: int, batch_size: int, stops: bool = True) -> Ids:
-        settings = SamplingParams(max_new_tokens=new)
-        done = generate(self.model, prompts, [self.stop] if stops else [], settings, batch_size=batch_size)
-        return [one.ids for one in done]
+    def generate_ours(self, prompts: Ids, max_new_tokens: int, batch_size: int, stops: bool = True) -> Ids:
+        params = SamplingParams(max_new_tokens=max_new_tokens)
+        answers = generate(self.model, prompts, [self.stop_id] if stops else [], params, batch_size=batch_size)
+        return [answer.ids for answer in answers]
 
-    def theirs(self, prompts: Ids, new: int, batch_size: int, stops: bool = True) -> Ids:
-        batches = [prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size)]
-        return [answer for batch in batches for answer in self._batch(batch, new, stops)]
+    def generate_theirs(self, prompts: Ids, max_new_tokens: int, batch_size: int, stops: bool = True) -> Ids:
+        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        return [answer for batch in batches for answer in self._generate_batch(batch, max_new_tokens, stops)]
 
-    def _batch(self, prompts: Ids, new: int, stops: bool) -> Ids:
+    def _generate_batch(self, prompts: Ids, max_new_tokens: int, stops: bool) -> Ids:
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.stop] * (width - len(prompt)) + prompt for prompt in prompts])
+        ids = torch.tensor([[self.stop_id] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         output = self.model.generate(
             ids,
             attention_mask=mask,
             do_sample=False,
-            max_new_tokens=new,
-            eos_token_id=self.stop if stops else None,
-            pad_token_id=self.stop,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.stop_id if stops else None,
+            pad_token_id=self.stop_id,
         )
         answers = output[:, width:].tolist()
-        return [answer[: answer.index(self.stop)] if stops and self.stop in answer else answer for answer in answers]
+        return [
+            answer[: answer.index(self.stop_id)] if stops and self.stop_id in answer else answer for answer in answers
+        ]
 
-    def margin(self, prompt: list[int], ours: list[int], theirs: list[int]) -> float | None:
-        """How far apart in logits the tokens are at which two answers part; None if they are the same."""
+    def compute_margin(self, prompt: list[int], ours: list[int], theirs: list[int]) -> float | None:
+        """Return the difference in logits of the first tokens at which two answers differ; None if they are equal."""
         if ours == theirs:
             return None
-        at = next((at for at, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        differing = (index for index, (our_id, their_id) in enumerate(zip(ours, theirs)) if our_id != their_id)
+        index = next(differing, min(len(ours), len(theirs)))
         with torch.no_grad():
-            logits = self.model(torch.tensor([prompt + ours[:at]])).logits[0, -1]
-        chosen = [logits[answer[at] if at < len(answer) else self.stop] for answer in (ours, theirs)]
+            logits = self.model(torch.tensor([prompt + ours[:index]])).logits[0, -1]
+        chosen = [logits[answer[index] if index < len(answer) else self.stop_id] for answer in (ours, theirs)]
         return float((chosen[0] - chosen[1]).abs())
 
 
-def rounds(repeat: int, prompts: Ids, ways: Mapping[str, Callable[[Ids], Ids]]) -> dict:
-    """Seconds and tokens of each way, taken in turn, and the ratio of their median tokens a second."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def time_rounds(repeat: int, prompts: Ids, methods: Mapping[str, Callable[[Ids], Ids]]) -> dict:
+    """Return seconds and tokens of each method, run in turn, and the ratio of their median tokens/s."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     tokens: dict[str, int] = {}
     for _ in range(repeat):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            answers = way(prompts)
-            seconds[name].append(round(time.perf_counter() - started, 3))
+        for name, method in methods.items():
+            start_time = time.perf_counter()
+            answers = method(prompts)
+            seconds[name].append(round(time.perf_counter() - start_time, 3))
             tokens[name] = sum(map(len, answers))
-    speed = {name: tokens[name] / statistics.median(seconds[name]) for name in ways}
+    speed = {name: tokens[name] / statistics.median(seconds[name]) for name in methods}
     return {"prompts": len(prompts), "tokens": tokens, "seconds": seconds, "tokens_per_second": speed,
             "ratio": speed["ours"] / speed["theirs"]}  # fmt: skip
 
 
-def check(contest: Contest, prompts: Ids, new: int) -> dict[str, int]:
-    """Our answers in refilled batches against theirs one prompt at a time."""
-    pairs = zip(prompts, contest.ours(prompts, new, WIDTHS[0]), contest.theirs(prompts, new, 1))
-    margins = [contest.margin(*pair) for pair in pairs]
+def compare_answers(comparison: Comparison, prompts: Ids, max_new_tokens: int) -> dict[str, int]:
+    """Compare our answers in refilled batches with theirs one prompt at a time, and count equal and differing ones."""
+    ours = comparison.generate_ours(prompts, max_new_tokens, BATCH_SIZES[0])
+    theirs = comparison.generate_theirs(prompts, max_new_tokens, 1)
+    margins = [comparison.compute_margin(*answers) for answers in zip(prompts, ours, theirs)]
     return {
         "prompts": len(prompts),
         "same": margins.count(None),
-        "parted_at_a_tie": sum(m is not None and m < TIE for m in margins),
-        "parted_elsewhere": sum(m is not None and m >= TIE for m in margins),
+        "parted_at_a_tie": sum(margin is not None and margin < TIE for margin in margins),
+        "parted_elsewhere": sum(margin is not None and margin >= TIE for margin in margins),
     }
 
 
-def markdown(results: dict) -> str:
+def measure_speeds(comparison: Comparison, prompts: Ids, max_new_tokens: int, repeat: int) -> dict[str, dict]:
+    """Return the timings one prompt at a time and per batch size, by their titles."""
+    methods = {"ours": comparison.generate_ours, "theirs": comparison.generate_theirs}
+    single = {name: partial(method, max_new_tokens=64, batch_size=1, stops=False) for name, method in methods.items()}
+    results = {"one prompt at a time, 64 tokens each": time_rounds(repeat, prompts[:3], single)}
+    for batch_size in BATCH_SIZES:
+        batched = {
+            name: partial(method, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            for name, method in methods.items()
+        }
+        title = f"{PROMPTS} prompts, {batch_size} side by side, natural stops"
+        results[title] = time_rounds(repeat, prompts[:PROMPTS], batched)
+    return results
+
+
+def format_markdown(results: dict) -> str:
     lines = ["| | ours, tokens/s | transformers, tokens/s | ratio |", "| --- | --- | --- | --- |"]
-    for name, found in results.items():
-        if "ratio" in found:
-            speed = found["tokens_per_second"]
-            lines.append(f"| {name} | {speed['ours']:.1f} | {speed['theirs']:.1f} | {found['ratio']:.2f}x |")
+    for name, result in results.items():
+        if "ratio" in result:
+            speed = result["tokens_per_second"]
+            lines.append(f"| {name} | {speed['ours']:.1f} | {speed['theirs']:.1f} | {result['ratio']:.2f}x |")
     if "check" in results:
-        found = results["check"]
+        counts = results["check"]
         lines.append(
-            f"\n{found['same']} of {found['prompts']} answers are the same token for token; {found['parted_at_a_tie']} "
-            f"part at a tie within {TIE}, {found['parted_elsewhere']} elsewhere."
+            f"\n{counts['same']} of {counts['prompts']} answers are the same token for token; "
+            f"{counts['parted_at_a_tie']} differ at a tie within {TIE}, {counts['parted_elsewhere']} elsewhere."
         )
-    return "\n".join([*lines, f"\nMemory a row: {results['memory']['bytes_per_token']:,} bytes a token."])
+    return "\n".join([*lines, f"\nKey-value cache per row: {results['memory']['bytes_per_token']:,} bytes/token."])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--repeat", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the output folder of a finished run")
+    parser.add_argument("data", help="a file of prompts or instruction rows, such as alpaca_en_demo.json")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum tokens of an answer (128)")
+    parser.add_argument("--repeat", type=int, default=2, help="rounds (2)")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="compare the tokens of N answers instead")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
     model, template, system_prompt = load_trained(args.model)
-    contest, new = Contest(model.cpu().eval(), template), args.max_new_tokens
-    asked = [one.messages for one in load_prompts(args.data) if not one.problem][: max(PROMPTS, args.check)]
-    prompts = [template.encode_prompt(add_system_prompt(messages, system_prompt)) for messages in asked]
+    comparison = Comparison(model.cpu().eval(), template)
+    conversations = [prompt.messages for prompt in load_prompts(args.data) if not prompt.problem]
+    conversations = conversations[: max(PROMPTS, args.check)]
+    prompts = [template.encode_prompt(add_system_prompt(messages, system_prompt)) for messages in conversations]
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     results: dict = {"memory": {"bytes_per_token": compute_bytes_per_token(config.num_hidden_layers, heads, size)}}
     if args.check:
-        results["check"] = check(contest, prompts[: args.check], new)
+        results["check"] = compare_answers(comparison, prompts[: args.check], args.max_new_tokens)
     else:
-        ways = {"ours": contest.ours, "theirs": contest.theirs}
-        alone = {name: partial(way, new=64, batch_size=1, stops=False) for name, way in ways.items()}
-        results["one prompt at a time, 64 tokens each"] = rounds(args.repeat, prompts[:3], alone)
-        for width in WIDTHS:
-            many = {name: partial(way, new=new, batch_size=width) for name, way in ways.items()}
-            title = f"{PROMPTS} prompts, {width} side by side, natural stops"
-            results[title] = rounds(args.repeat, prompts[:PROMPTS], many)
-    print(markdown(results))
+        results |= measure_speeds(comparison, prompts, args.max_new_tokens, args.repeat)
+    print(format_markdown(results))
     if args.output:
         args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(markdown(results) + "\n")
+        args.output.with_suffix(".md").write_text(format_markdown(results) + "\n")
 
 
 if __name__ == "__main__":

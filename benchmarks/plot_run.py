@@ -1,47 +1,62 @@
-"""A run over its steps, from results.json and evaluation/ of its output folder, as a picture: losses, and its answers.
+"""Plot a run over its steps: losses, and what its answers do, from results.json and evaluation/ of its output folder.
 
-    python benchmarks/plot_run.py outputs/alpaca_smollm2 docs/run.png
-
-Needs the extra `bench`.
+pip install -e ".[bench]"
+python benchmarks/plot_run.py outputs/alpaca_smollm2 docs/run.png
 """
 
-import json
-import sys
-from pathlib import Path
+from __future__ import annotations
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from report import require_bench_extra
 
 from sft_pipeline.reports.charts import ANSWERS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def losses(axes: Axes, curve: list[dict[str, float]]) -> None:
+
+def plot_losses(axes: Axes, log: list[dict[str, float]]) -> None:
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(entry["step"], entry[key]) for entry in curve if key in entry]
+        points = [(entry["step"], entry[key]) for entry in log if key in entry]
         axes.plot(*zip(*points), style, label=label, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats a token", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss, nats/token", ylim=(0, None))
 
 
-def answers(axes: Axes, evaluations: list[dict]) -> None:
+def plot_answers(axes: Axes, evaluations: list[dict]) -> None:
     for key, label in ANSWERS.items():
-        points = [(one["step"], 100 * one["metrics"][key]) for one in evaluations if key in one["metrics"]]
+        points = [(entry["step"], 100 * entry["metrics"][key]) for entry in evaluations if key in entry["metrics"]]
         axes.plot(*zip(*points), "o-", label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="%", ylim=(-3, 103))
 
 
-def main(folder: Path, picture: str) -> None:
-    curve = json.loads((folder / "results.json").read_text(encoding="utf-8"))["loss_curve"]
+def draw_run(folder: Path, picture: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    log = json.loads((folder / "results.json").read_text(encoding="utf-8"))["loss_curve"]
     evaluations = [
         json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("evaluation/step_*.json"))
     ]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    losses(left, curve)
-    answers(right, evaluations)
-    for axes in (left, right):
+    figure, (loss_axes, answer_axes) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    plot_losses(loss_axes, log)
+    plot_answers(answer_axes, evaluations)
+    for axes in (loss_axes, answer_axes):
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=150)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the output folder of a finished run")
+    parser.add_argument("picture", type=Path, help="the file to write, such as run.png")
+    args = parser.parse_args()
+    require_bench_extra("matplotlib")
+    draw_run(args.folder, args.picture)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main()

@@ -1,10 +1,11 @@
-"""What the benchmarks share: contenders in processes of their own, rounds in the order A B A B, tables and pictures.
+"""Shared by the benchmarks: child processes, rounds in the order A B A B, tables and bar charts.
 
-Nothing heavy is imported here: the memory of a child's parent counts in the peak that Linux reports for the child.
+Nothing heavy is imported here: on Linux the peak memory reported for a child includes that of the parent at the start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -14,7 +15,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +24,39 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 ROOT = Path(__file__).resolve().parent.parent
-SYSTEM = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"  # the reference's system prompt
+SYSTEM_PROMPT = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"  # the reference's system prompt
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "peft")
 Run = dict[str, Any]
 
 
-def facts() -> Run:
-    """Where and when figures were taken."""
+def require_bench_extra(*packages: str) -> None:
+    """Exit with the install line unless these packages of the extra `bench` are installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        sys.exit(f'{sys.argv[0]} needs {" and ".join(missing)}: pip install -e ".[bench]"')
+
+
+def describe_machine() -> Run:
+    """Return date, machine and versions of the installed packages, for the JSON of the results."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "machine": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions,
     }
 
 
 def run_child(script: str, *arguments: str) -> Run:
-    """What benchmarks/SCRIPT prints as its last line, read as JSON. Ends the benchmark with the child's own words."""
+    """Run benchmarks/SCRIPT in a process of its own and parse the last line it prints as JSON.
+
+    Exits with the end of the child's standard error if it fails.
+    """
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    # This folder's package, whichever one is installed; no tracker and no progress bars.
+    # The package of this checkout, whichever is installed; no tracker and no progress bars.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
     child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if child.returncode:
@@ -49,51 +64,51 @@ def run_child(script: str, *arguments: str) -> Run:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def rounds(names: Iterable[str], repeat: int, run: Callable[[str], Run]) -> dict[str, list[Run]]:
-    """Every contender once, then all of them again: what the machine does meanwhile meets each alike."""
-    found: dict[str, list[Run]] = {name: [] for name in names}
+def run_rounds(names: Iterable[str], repeat: int, run: Callable[[str], Run]) -> dict[str, list[Run]]:
+    """Run every name once, then all of them again: other load on the machine then affects each alike."""
+    results: dict[str, list[Run]] = {name: [] for name in names}
     for _ in range(repeat):
-        for name, runs in found.items():
+        for name, runs in results.items():
             runs.append(run(name))
             print(json.dumps({"name": name, **runs[-1]}), flush=True)
-    return found
+    return results
 
 
-def median(runs: list[Run], key: str) -> float:
+def compute_median(runs: list[Run], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in rows, for the terminal and for Markdown; `best` is the row that stands out."""
+    """Rows of text for the terminal and for Markdown; the row named `highlighted` is coloured."""
 
     header: list[str]
     rows: list[list[str]]
-    best: str = ""
+    highlighted: str = ""
 
-    def show(self) -> None:
+    def print(self) -> None:
         table = RichTable(box=None, padding=(0, 1), header_style="bold")
-        for at, name in enumerate(self.header):
-            table.add_column(name, justify="right" if at else "left")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left")
         for row in self.rows:
-            table.add_row(*row, style="green" if row[0] == self.best else None)
+            table.add_row(*row, style="green" if row[0] == self.highlighted else None)
         Console(width=80).print(table)
 
-    def markdown(self) -> str:
+    def format_markdown(self) -> str:
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write(output: Path, record: Run, markdown: str) -> None:
-    """`output`.json with every run and the facts, `output`.md with the tables."""
+def write_results(output: Path, record: Run, markdown: str) -> None:
+    """Write OUTPUT.json with every run, the machine and the command, and OUTPUT.md with the tables."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"facts": facts(), "command": " ".join(["python", *sys.argv]), **record}
-    output.with_suffix(".json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = {"facts": describe_machine(), "command": " ".join(["python", *sys.argv]), **record}
+    output.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(markdown, encoding="utf-8")
 
 
-def bars(picture: Path, names: list[str], panels: dict[str, list[float]], best: str) -> None:
-    """Horizontal bars, a panel a figure, one contender coloured."""
+def draw_bars(picture: Path, names: list[str], panels: dict[str, list[float]], highlighted: str) -> None:
+    """Draw horizontal bars, one panel per metric (its title to a value per name), with one name coloured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,10 +116,10 @@ def bars(picture: Path, names: list[str], panels: dict[str, list[float]], best: 
 
     size = (3.7 * len(panels) + 0.8, 0.9 + 0.34 * len(names))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    colours = ["#2a7f62" if name == best else "#b9c0c7" for name in names]
+    colours = ["#2a7f62" if name == highlighted else "#b9c0c7" for name in names]
     for ax, (title, values) in zip(axes[0], panels.items()):
-        drawn = ax.barh(names, values, color=colours, height=0.64)
-        ax.bar_label(drawn, fmt="{:,.4g}", padding=4, fontsize=9, color="#333333")
+        bars = ax.barh(names, values, color=colours, height=0.64)
+        ax.bar_label(bars, fmt="{:,.4g}", padding=4, fontsize=9, color="#333333")
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlim(0, 1.18 * max(values))
         ax.set_xticks([])

@@ -1,13 +1,15 @@
-"""What a training step costs against the number of devices, on paper: prints the tables of docs/scaling.md.
+"""Estimate what a training step costs on many devices, and print the tables of docs/scaling.md.
 
     python benchmarks/scaling.py
 
-Nothing is run. Arithmetic and bytes are counted from the models' shapes, for full fine-tuning in bf16 autocast over
-float32 weights with AdamW (`bf16: true`); docs/scaling.md has the formulas, the constants' sources, and what follows.
+Nothing is trained. Arithmetic and bytes are counted from the models' shapes, for full fine-tuning in bf16 autocast over
+float32 weights with AdamW (`bf16: true`); docs/scaling.md has the formulas, the sources of the constants, and the
+conclusions.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
 
 from report import Table
@@ -15,19 +17,18 @@ from report import Table
 GIB = 2**30
 # One accelerator and its links: data sheets of NVIDIA's H100 SXM and DGX H100.
 PEAK = 989e12  # FLOP/s in bf16, without sparsity
-MEMORY = 0.9 * 80 * GIB  # bytes; a tenth is left to communication buffers and what the allocator can't use
+MEMORY = 0.9 * 80 * GIB  # bytes; a tenth is reserved for communication buffers and fragmentation
 NVLINK = 450e9  # bytes/s each way
-NODE = 8  # devices
-NICS = {"8 x 400 Gb/s": 8 * 50e9, "1 x 400 Gb/s": 50e9}  # bytes/s each way of a whole node
-SHARE = 0.4  # of PEAK: 38% to 43% in table 4 of "The Llama 3 Herd of Models"
+NICS = {"8 x 400 Gb/s": 8 * 50e9, "1 x 400 Gb/s": 50e9}  # bytes/s each way, of a whole node
+PEAK_SHARE = 0.4  # reached: 38% to 43% in table 4 of "The Llama 3 Herd of Models"
 # The rows of docs/speed.md, alpaca_en_demo.json.
-ROW, TARGETS = 245, 0.71  # tokens, and the share of them that is supervised
+ROW_LENGTH, TARGET_SHARE = 245, 0.71  # tokens, and the share of them that is supervised
 LORA_RANK = 16
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of Llama's kind."""
+    """The shape of a decoder with Llama's architecture."""
 
     name: str
     layers: int
@@ -41,220 +42,249 @@ class Shape:
     qk_norm: bool = False  # Qwen3's
 
     @property
-    def query(self) -> int:
+    def query_size(self) -> int:
         return self.heads * self.head_size
 
     @property
-    def key(self) -> int:
+    def key_size(self) -> int:
         return self.kv_heads * self.head_size
 
     @property
-    def linears(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of a layer's matrices: query, key, value, output, gate, up, down."""
+    def matrices(self) -> list[tuple[int, int]]:
+        """Input and output sizes of a layer's matrices: query, key, value, output, gate, up, down."""
         h, i = self.hidden, self.intermediate
-        return [(h, self.query), (h, self.key), (h, self.key), (self.query, h), (h, i), (h, i), (i, h)]
+        query, key = self.query_size, self.key_size
+        return [(h, query), (h, key), (h, key), (query, h), (h, i), (h, i), (i, h)]
 
     @property
-    def linear(self) -> int:
-        """Parameters of all layers' matrices, which every token goes through."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
+    def layer_parameters(self) -> int:
+        """Parameters of all layers' matrices, by which every token is multiplied."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.matrices)
 
     @property
-    def head(self) -> int:
+    def head_parameters(self) -> int:
         return self.vocabulary * self.hidden
 
     @property
-    def outside(self) -> int:
+    def embedding_parameters(self) -> int:
         """Parameters of the embeddings and the head."""
-        return self.head if self.tied else 2 * self.head
+        return self.head_parameters if self.tied else 2 * self.head_parameters
 
     @property
     def parameters(self) -> int:
         norms = 2 * self.hidden + 2 * self.head_size * self.qk_norm
-        return self.linear + self.outside + self.layers * norms + self.hidden
+        return self.layer_parameters + self.embedding_parameters + self.layers * norms + self.hidden
 
     @property
-    def adapters(self) -> int:
+    def adapter_parameters(self) -> int:
         """Parameters of LoRA on all matrices of the layers."""
-        return self.layers * LORA_RANK * sum(inputs + outputs for inputs, outputs in self.linears)
+        return self.layers * LORA_RANK * sum(inputs + outputs for inputs, outputs in self.matrices)
 
 
 QWEN3 = Shape("Qwen3-0.6B", 28, 1024, 3072, 16, 8, 128, 151_936, tied=True, qk_norm=True)
 LLAMA_8B = Shape("Llama-3.1-8B", 32, 4096, 14_336, 32, 8, 128, 128_256, tied=False)
 LLAMA_70B = Shape("Llama-3.1-70B", 80, 8192, 28_672, 64, 8, 128, 128_256, tied=False)
-DEVICES = {QWEN3: (1, 8), LLAMA_8B: (1, 8, 16, 64), LLAMA_70B: (8, 16, 32, 64, 256)}  # of the last table
+DEVICES = {QWEN3: (1, 8), LLAMA_8B: (1, 8, 16, 64), LLAMA_70B: (8, 16, 32, 64, 256)}  # rows of the last table
 SHAPES = tuple(DEVICES)
 SMOLLM2 = Shape("SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49_152, tied=True)
 QWEN3_FOUR_LAYERS = replace(QWEN3, name="Qwen3's shape, 4 layers", layers=4)
 
 
-# Arithmetic, in FLOP a token, forward and backward.
+# Arithmetic, in FLOP per token, forward and backward.
 
 
-def attention(shape: Shape, row: int) -> float:
-    """Scores and values over the pairs of a query and a key it may see: (row + 1) / 2 a token."""
-    return 12 * shape.layers * shape.query * (row + 1) / 2
+def count_attention_flops(shape: Shape, row_length: int) -> float:
+    """Count scores and values over the pairs of a query and a key that it may see: (row length + 1) / 2 per token."""
+    return 12 * shape.layers * shape.query_size * (row_length + 1) / 2
 
 
-def flops(shape: Shape, row: int = ROW, targets: float = TARGETS) -> float:
-    return 6 * shape.linear + attention(shape, row) + 6 * shape.head * targets
+def count_flops(shape: Shape, row_length: int = ROW_LENGTH, target_share: float = TARGET_SHARE) -> float:
+    head = 6 * shape.head_parameters * target_share
+    return 6 * shape.layer_parameters + count_attention_flops(shape, row_length) + head
 
 
-def again(shape: Shape, row: int = ROW) -> float:
-    """The second forward pass through the layers that activation checkpointing costs."""
-    return (6 * shape.linear + attention(shape, row)) / 3
+def count_recompute_flops(shape: Shape, row_length: int = ROW_LENGTH) -> float:
+    """Count the second forward pass through the layers that activation checkpointing needs."""
+    return (6 * shape.layer_parameters + count_attention_flops(shape, row_length)) / 3
 
 
 # Memory, in bytes.
 
 
-def layer_activations(shape: Shape) -> int:
-    """What a layer of the library keeps of a token for the backward pass; docs/scaling.md lists the tensors."""
+def count_layer_activation_bytes(shape: Shape) -> int:
+    """Count what a layer of the library keeps per token for the backward pass; docs/scaling.md lists the tensors."""
     norms, casts = 2 * ((4 + 4) * shape.hidden + 4), (3 + 2) * 2 * shape.hidden
-    scores = 2 * (shape.query + 2 * shape.key) + 2 * shape.query + 4 * shape.heads
-    qk_norms = shape.qk_norm * ((4 + 2) * (shape.query + shape.key) + 4 * (shape.heads + shape.kv_heads))
+    scores = 2 * (shape.query_size + 2 * shape.key_size) + 2 * shape.query_size + 4 * shape.heads
+    qk_norms = shape.qk_norm * ((4 + 2) * (shape.query_size + shape.key_size) + 4 * (shape.heads + shape.kv_heads))
     return norms + casts + scores + qk_norms + 4 * 2 * shape.intermediate
 
 
-def activations(shape: Shape, checkpointing: bool) -> int:
-    """Of a token, in all layers; checkpointing keeps each layer's input and one layer whole."""
+def count_activation_bytes(shape: Shape, checkpointing: bool) -> int:
+    """Count them per token for all layers; checkpointing keeps each layer's input and all of one layer."""
     if checkpointing:
-        return shape.layers * 4 * shape.hidden + layer_activations(shape)
-    return shape.layers * layer_activations(shape)
+        return shape.layers * 4 * shape.hidden + count_layer_activation_bytes(shape)
+    return shape.layers * count_layer_activation_bytes(shape)
 
 
-def states(shape: Shape, devices: int) -> float:
-    """Weights, gradients and AdamW's two moments in float32, the weights' bf16 casts; DDP's buckets hold the gradients
-    a second time."""
+def count_state_bytes(shape: Shape, devices: int) -> float:
+    """Count weights, gradients and AdamW's two moments in float32, and the bf16 casts of the weights; with several
+    devices also DDP's buckets, which hold the gradients a second time."""
     buckets = 4 if devices > 1 else 0
-    return (16 + buckets) * shape.parameters + 2 * (shape.linear + shape.head)
+    return (16 + buckets) * shape.parameters + 2 * (shape.layer_parameters + shape.head_parameters)
 
 
-def sharded_states(shape: Shape, devices: int) -> float:
-    """Those of FSDP2: float32 in parts. Whole are two layers in bf16 (one used, one on its way), one layer's gradients
-    (bf16, and float32 on their way), and for the whole pass embeddings and head (weights and both gradients)."""
-    layer = shape.linear / shape.layers
-    return 16 * shape.parameters / devices + (2 * 2 + 2 + 4) * layer + (2 + 2 + 4) * shape.outside
+def count_sharded_state_bytes(shape: Shape, devices: int) -> float:
+    """Count the same under FSDP2: the float32 tensors sharded. Unsharded are two layers in bf16 (one in use, one being
+    gathered), one layer's gradients (bf16, and float32 while they are reduced), and for the whole pass embeddings and
+    head (weights and both gradients)."""
+    layer = shape.layer_parameters / shape.layers
+    return 16 * shape.parameters / devices + (2 * 2 + 2 + 4) * layer + (2 + 2 + 4) * shape.embedding_parameters
 
 
-def lora_states(shape: Shape, devices: int) -> float:
-    """Frozen weights in float32, their bf16 casts, which the backward pass needs, adapters with all that is theirs."""
+def count_lora_state_bytes(shape: Shape, devices: int) -> float:
+    """Count frozen weights in float32, their bf16 casts, which the backward pass needs, and the adapters with gradients
+    and optimizer state."""
     buckets = 4 if devices > 1 else 0
-    return 4 * shape.parameters + 2 * (shape.linear + shape.head) + (16 + buckets) * shape.adapters
+    casts = 2 * (shape.layer_parameters + shape.head_parameters)
+    return 4 * shape.parameters + casts + (16 + buckets) * shape.adapter_parameters
 
 
-def sharded_lora_states(shape: Shape, devices: int) -> float:
-    """As `sharded_states`, without gradients of what is whole."""
-    layer = shape.linear / shape.layers
-    return (4 * shape.parameters + 16 * shape.adapters) / devices + 2 * 2 * layer + 2 * shape.outside
+def count_sharded_lora_state_bytes(shape: Shape, devices: int) -> float:
+    """Count as `count_sharded_state_bytes`, without gradients of the unsharded weights."""
+    layer = shape.layer_parameters / shape.layers
+    sharded = (4 * shape.parameters + 16 * shape.adapter_parameters) / devices
+    return sharded + 2 * 2 * layer + 2 * shape.embedding_parameters
 
 
 # Bytes that a device sends, and receives.
 
 
-def ddp_bytes(shape: Shape, devices: int) -> float:
-    """All-reduce of float32 gradients, once an optimizer step."""
+def count_ddp_bytes(shape: Shape, devices: int) -> float:
+    """Count the all-reduce of float32 gradients, once per optimizer step."""
     return 2 * (devices - 1) / devices * 4 * shape.parameters
 
 
-def fsdp_bytes(shape: Shape, devices: int) -> float:
-    """Two all-gathers in bf16 and a reduce-scatter in float32, every micro-batch."""
+def count_fsdp_bytes(shape: Shape, devices: int) -> float:
+    """Count two all-gathers in bf16 and a reduce-scatter in float32, once per micro-batch."""
     return (devices - 1) / devices * (2 + 2 + 4) * shape.parameters
 
 
-def seconds(shape: Shape, tokens: float) -> float:
-    """Of a device's arithmetic over so many tokens."""
-    return tokens * flops(shape) / (SHARE * PEAK)
+def compute_seconds(shape: Shape, tokens: float) -> float:
+    """Return the seconds of a device's arithmetic over so many tokens."""
+    return tokens * count_flops(shape) / (PEAK_SHARE * PEAK)
 
 
 # The tables.
 
 
-def arithmetic() -> Table:
+def build_arithmetic_table() -> Table:
     rows = []
     for shape in SHAPES:
-        parts = [6 * shape.linear, attention(shape, ROW), 6 * shape.head * TARGETS, flops(shape), 6 * shape.parameters]
-        hours = seconds(shape, 1e6 * ROW) / 3600
+        parts = [6 * shape.layer_parameters, count_attention_flops(shape, ROW_LENGTH)]
+        parts += [6 * shape.head_parameters * TARGET_SHARE, count_flops(shape), 6 * shape.parameters]
+        hours = compute_seconds(shape, 1e6 * ROW_LENGTH) / 3600
         rows.append([shape.name, *(f"{part / 1e9:,.2f}" for part in parts), f"{hours:,.1f}"])
-    header = ["GFLOP a token", "layers' matrices", "attention", "head", "together", "6N", "device hours, 1M rows"]
+    header = ["GFLOP per token", "layers' matrices", "attention", "head", "total", "6N", "device hours, 1M rows"]
     return Table(header, rows)
 
 
-def long_rows() -> Table:
+def build_long_row_table() -> Table:
     lengths = (245, 1024, 8192, 32_768, 131_072)
-    shares = {shape.name: [attention(shape, row) / flops(shape, row) for row in lengths] for shape in SHAPES}
-    rows = [[name, *(f"{share:.0%}" for share in of_lengths)] for name, of_lengths in shares.items()]
-    return Table(["attention's share, tokens a row", *(f"{row:,}" for row in lengths)], rows)
+    rows = []
+    for shape in SHAPES:
+        shares = [count_attention_flops(shape, length) / count_flops(shape, length) for length in lengths]
+        rows.append([shape.name, *(f"{share:.0%}" for share in shares)])
+    return Table(["attention's share by tokens per row", *(f"{length:,}" for length in lengths)], rows)
 
 
-def check() -> Table:
-    """Two runs of docs/speed.md: the rate of matrix products, its share, tokens/s as counted here and as measured."""
+def build_check_table() -> Table:
+    """Build the table of two runs of docs/speed.md: the rate of matrix products, the share of it that was reached,
+    tokens/s by the formula and measured."""
     runs = [(SMOLLM2, 141, 0.79, "162 (174 with the common start shared)"), (QWEN3_FOUR_LAYERS, 161, 0.65, "100")]
     rows = [
-        [shape.name, f"{rate} GFLOP/s", f"{share:.0%}", f"{rate * 1e9 * share / flops(shape):.0f}", measured]
+        [shape.name, f"{rate} GFLOP/s", f"{share:.0%}", f"{rate * 1e9 * share / count_flops(shape):.0f}", measured]
         for shape, rate, share, measured in runs
     ]
-    return Table(["two CPU cores", "products alone", "share reached", "tokens/s by the formula", "measured"], rows)
+    header = ["two CPU cores", "matrix-product rate", "share reached", "tokens/s by the formula", "tokens/s measured"]
+    return Table(header, rows)
 
 
-def memory() -> Table:
+def build_memory_table() -> Table:
     numbers = (8, 16, 64, 256)
     rows = []
     for shape in SHAPES:
-        parts = [states(shape, 1), states(shape, 2), *(sharded_states(shape, number) for number in numbers)]
-        rows.append([shape.name, *(f"{part / GIB:,.1f}" for part in parts)])
-    return Table(["GiB a device", "one", "DDP", *(f"FSDP, {number}" for number in numbers)], rows)
+        states = [count_state_bytes(shape, 1), count_state_bytes(shape, 2)]
+        states += [count_sharded_state_bytes(shape, number) for number in numbers]
+        rows.append([shape.name, *(f"{state / GIB:,.1f}" for state in states)])
+    return Table(["GiB per device", "one device", "DDP", *(f"FSDP, {number}" for number in numbers)], rows)
 
 
-def activation_memory() -> Table:
+def build_activation_table() -> Table:
     rows = []
     for shape in SHAPES:
-        whole, kept = (activations(shape, checkpointing) for checkpointing in (False, True))
-        more = again(shape) / flops(shape)
-        gib = [f"{8192 * each / GIB:,.1f}" for each in (whole, kept)]
-        rows.append([shape.name, f"{whole / 1e6:.2f}", gib[0], f"{kept / 1e6:.2f}", gib[1], f"{more:.0%}"])
-    header = ["", "MB a token", "GiB, 8,192 tokens", "checkpointed: MB", "GiB, 8,192 tokens", "more arithmetic"]
+        cells = []
+        for checkpointing in (False, True):
+            per_token = count_activation_bytes(shape, checkpointing)
+            cells += [f"{per_token / 1e6:.2f}", f"{8192 * per_token / GIB:,.1f}"]
+        rows.append([shape.name, *cells, f"{count_recompute_flops(shape) / count_flops(shape):.0%}"])
+    header = ["", "MB per token", "GiB, 8,192 tokens", "checkpointed: MB", "GiB, 8,192 tokens", "more arithmetic"]
     return Table(header, rows)
 
 
-def communication() -> Table:
+def build_communication_table() -> Table:
     rows = []
     for shape in SHAPES:
-        sent = ddp_bytes(shape, 64)
-        assert sent == fsdp_bytes(shape, 64)
-        spent = [sent / rate for rate in (NVLINK, *NICS.values())]
-        needed = [one / seconds(shape, 1) for one in spent]
-        rows.append(
-            [shape.name, f"{sent / 1e9:,.1f}", *(f"{one:.2f}" for one in spent), *(f"{n:,.0f}" for n in needed)]
-        )
-    ways = ["NVLink", *NICS]
-    return Table(["", "GB", *(f"s, {way}" for way in ways), *(f"tokens, {way}" for way in ways)], rows)
+        sent = count_ddp_bytes(shape, 64)
+        assert sent == count_fsdp_bytes(shape, 64)
+        seconds = [sent / rate for rate in (NVLINK, *NICS.values())]
+        tokens = [duration / compute_seconds(shape, 1) for duration in seconds]
+        cells = [*(f"{duration:.2f}" for duration in seconds), *(f"{number:,.0f}" for number in tokens)]
+        rows.append([shape.name, f"{sent / 1e9:,.1f}", *cells])
+    links = ["NVLink", *NICS]
+    return Table(["", "GB", *(f"s, {link}" for link in links), *(f"tokens, {link}" for link in links)], rows)
 
 
-def room(shape: Shape, devices: int) -> dict[str, float]:
-    """Most tokens of a micro-batch on each device, by configuration; below 0 where not even the weights fit."""
-    whole, kept = (activations(shape, checkpointing) for checkpointing in (False, True))
-    left = MEMORY - states(shape, devices)
-    found = {"DDP": left / whole, "DDP, ckpt": left / kept, "LoRA, ckpt": (MEMORY - lora_states(shape, devices)) / kept}
+def compute_max_tokens(shape: Shape, devices: int) -> dict[str, float]:
+    """Return the most tokens of a micro-batch that fit on each device, by configuration; negative where not even the
+    weights fit."""
+    full, checkpointed = (count_activation_bytes(shape, checkpointing) for checkpointing in (False, True))
+    free = MEMORY - count_state_bytes(shape, devices)
+    tokens = {"DDP": free / full, "DDP, ckpt": free / checkpointed}
+    tokens["LoRA, ckpt"] = (MEMORY - count_lora_state_bytes(shape, devices)) / checkpointed
     if devices > 1:
-        left = MEMORY - sharded_states(shape, devices)
-        found |= {"FSDP": left / whole, "FSDP, ckpt": left / kept}
-        found |= {"LoRA, FSDP, ckpt": (MEMORY - sharded_lora_states(shape, devices)) / kept}
-    return found
+        free = MEMORY - count_sharded_state_bytes(shape, devices)
+        tokens |= {"FSDP": free / full, "FSDP, ckpt": free / checkpointed}
+        tokens["LoRA, FSDP, ckpt"] = (MEMORY - count_sharded_lora_state_bytes(shape, devices)) / checkpointed
+    return tokens
 
 
-def configurations() -> Table:
+def build_configuration_table() -> Table:
     columns = ["DDP", "DDP, ckpt", "FSDP", "FSDP, ckpt", "LoRA, ckpt", "LoRA, FSDP, ckpt"]
     rows = []
     for shape, numbers in DEVICES.items():
         for devices in numbers:
-            found = room(shape, devices)
-            fits = [f"{found[name] // 256 * 256:,.0f}" if found.get(name, 0) >= 256 else "-" for name in columns]
-            rows.append([f"{shape.name}, {devices}", *fits])
+            tokens = compute_max_tokens(shape, devices)
+            cells = [f"{tokens[name] // 256 * 256:,.0f}" if tokens.get(name, 0) >= 256 else "-" for name in columns]
+            rows.append([f"{shape.name}, {devices}", *cells])
     return Table(["model, devices", *columns], rows)
 
 
-TABLES = (arithmetic, long_rows, check, memory, activation_memory, communication, configurations)
+TABLES = (
+    build_arithmetic_table,
+    build_long_row_table,
+    build_check_table,
+    build_memory_table,
+    build_activation_table,
+    build_communication_table,
+    build_configuration_table,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print("\n".join(build().format_markdown() for build in TABLES), end="")
+
 
 if __name__ == "__main__":
-    print("\n".join(table().markdown() for table in TABLES), end="")
+    main()

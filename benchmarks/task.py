@@ -1,4 +1,4 @@
-"""The work that all contenders are given: a model folder, rows that were encoded once, and our trainer over them."""
+"""The input that benchmarked trainers share: a model folder, rows encoded once, and this project's trainer on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import torch
-from report import SYSTEM
+from report import SYSTEM_PROMPT
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from sft_pipeline.config import parse_config
@@ -30,16 +30,16 @@ MAX_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of `input_ids` and shifted `labels`, and the folder of the model that is trained on them."""
+    """Rows of `input_ids` and shifted `labels`, their counts, and the folder of the model to train on them."""
 
     model: str
     rows: dict[str, list[list[int]]]
-    account: dict[str, Any]
+    stats: dict[str, Any]
 
     @property
     def tokens(self) -> int:
-        """Real tokens: no padding, no sharing."""
-        return self.account["tokens"]
+        """Tokens of the rows, without padding; a shared prefix counts in every row."""
+        return self.stats["tokens"]
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -49,18 +49,18 @@ class Task:
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
 
-def prepare(model: str, data: str, rows: int) -> Task:
-    """The first `rows` rows of `data` as the role template encodes them, with the reference's system prompt."""
+def encode_task(model: str, data: str, rows: int) -> Task:
+    """Encode the first `rows` rows of `data` with the role template and the reference's system prompt."""
     datasets.disable_progress_bars()
     path = resolve_model(model, get_cache_dir())
     source = load_source(data)
-    encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM, MAX_LENGTH)
-    encoded, account = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
-    return Task(path, encoded[:], asdict(account))
+    encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM_PROMPT, MAX_LENGTH)
+    encoded, stats = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
+    return Task(path, encoded[:], asdict(stats))
 
 
-def random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:
-    """A model folder of Qwen3-0.6B's shape with random weights and fewer of its 28 layers."""
+def save_random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:
+    """Save a model folder of Qwen3-0.6B's shape with random weights and `layers` of its 28 layers."""
     config = Qwen3Config(
         vocab_size=151_936,
         hidden_size=1024,
@@ -77,27 +77,27 @@ def random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def our_trainer(task: Task, folder: str, batch: int, **options: Any) -> SupervisedTrainer:
-    """The trainer as `train` builds it, with the settings that all contenders share; rows in file order."""
+def build_task_trainer(task: Task, folder: str, batch_size: int, **options: Any) -> SupervisedTrainer:
+    """Build the trainer as `train` does, with the settings that all trainers share; rows stay in file order."""
     keys = {
         "model_name_or_path": task.model,
         "train_data": "encoded already",
         "template": "role",
         "output_dir": folder,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": batch_size,
         "optim": "adamw_torch_fused",
-        **shared_settings(),
+        **get_shared_settings(),
         **options,
     }
     sft, training = parse_config(None, [f"--{key}={value}" for key, value in keys.items()])
-    account = EncodingStats(**task.account)
+    stats = EncodingStats(**task.stats)
     rows = datasets.Dataset.from_dict(task.rows)
     template = build_template("role", load_tokenizer(task.model))
-    return build_trainer(sft, training, load_model(task.model), template, PreparedData(rows, account, None, None, None))
+    return build_trainer(sft, training, load_model(task.model), template, PreparedData(rows, stats, None, None, None))
 
 
-def shared_settings() -> dict[str, Any]:
-    """TrainingArguments of every contender that is a Trainer: plain AdamW, float32, no clipping, no shuffling."""
+def get_shared_settings() -> dict[str, Any]:
+    """Return the TrainingArguments of every compared Trainer: plain AdamW, float32, no clipping, no shuffling."""
     return {
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
@@ -114,39 +114,39 @@ def shared_settings() -> dict[str, Any]:
     }
 
 
-class Clock(TrainerCallback):
-    """When training began and when each optimizer step ended, by `time.perf_counter`."""
+class StepTimer(TrainerCallback):
+    """Record when training began and when each optimizer step ended, by `time.perf_counter`."""
 
     def __init__(self) -> None:
-        self.began = 0.0
-        self.ends: list[float] = []
+        self.start_time = 0.0
+        self.end_times: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.start_time = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.end_times.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """Of all steps, from the first batch on."""
-        return self.ends[-1] - self.began
+        """Seconds of all steps, from the first batch on."""
+        return self.end_times[-1] - self.start_time
 
 
 def record_losses(trainer: Trainer) -> list[float]:
-    """The list that each step's loss will be put into, unrounded."""
+    """Return a list that training fills with each step's unrounded loss."""
     losses: list[float] = []
-    step = trainer.training_step
+    training_step = trainer.training_step
 
-    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = step(*args, **kwargs)
+    def run_recorded_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = training_step(*args, **kwargs)
         losses.append(loss.item())
         return loss
 
-    trainer.training_step = recorded  # type: ignore[method-assign]  # of this one trainer
+    trainer.training_step = run_recorded_step  # type: ignore[method-assign]  # of this trainer object alone
     return losses
 
 
-def peak_gib() -> float:
-    """The most memory this process had."""
+def get_peak_memory_gib() -> float:
+    """Return this process's peak resident memory in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

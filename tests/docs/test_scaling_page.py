@@ -1,4 +1,4 @@
-"""The metrics on paper: docs/scaling.md has the script's own tables, and its counts are those of real models."""
+"""docs/scaling.md has the tables that benchmarks/scaling.py prints, and their counts are those of real models."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).parents[2]
-IN_A_ROW = 8
+ROW_LENGTH = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +54,7 @@ def small(request, scaling):
 def test_the_document_has_the_tables_that_the_script_prints(scaling):
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     for table in scaling.TABLES:
-        assert table().markdown() in text, f"{table.__name__}: put in what benchmarks/scaling.py prints"
+        assert table().format_markdown() in text, f"{table.__name__}: put in what benchmarks/scaling.py prints"
     assert text.count("| --- |") == len(scaling.TABLES), "and no other"
 
 
@@ -69,17 +69,17 @@ def test_adapters_are_those_of_peft(scaling, small):
 
     model = add_lora(build(small), scaling.LORA_RANK, 32, ["all-linear"])
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert small.adapters == trained
+    assert small.adapter_parameters == trained
 
 
 def test_arithmetic_is_that_of_the_measured_benchmark(scaling, small):
     """benchmarks/products.py counts it from a model and a packed batch."""
     products = importlib.import_module("products")
-    rows = [IN_A_ROW] * 3
+    rows = [ROW_LENGTH] * 3
     labels = torch.arange(sum(rows)).where(torch.arange(sum(rows)) % 2 == 0, products.IGNORED)
     batch = {"input_ids": torch.zeros(1, sum(rows)), "labels": labels[None], "row_lengths": torch.tensor([0, *rows])}
-    counted = sum(products.useful_flops(build(small), batch).values())
-    assert scaling.flops(small, IN_A_ROW, targets=0.5) * sum(rows) == counted
+    counted = sum(products.count_required_flops(build(small), batch).values())
+    assert scaling.count_flops(small, ROW_LENGTH, target_share=0.5) * sum(rows) == counted
 
 
 def saved_bytes(model: PreTrainedModel, shape, tokens: int) -> int:
@@ -100,14 +100,16 @@ def test_activations_are_what_the_librarys_layers_keep(scaling, small):
     tokens = 96
     more = scaling.replace(small, layers=3)
     found = [saved_bytes(build(shape).model, shape, tokens) for shape in (small, more)]
-    assert found[1] - found[0] == tokens * scaling.layer_activations(small)
+    assert found[1] - found[0] == tokens * scaling.count_layer_activation_bytes(small)
 
 
 def test_what_is_moved_and_kept_depends_on_the_devices_as_it_should(scaling):
     shape = scaling.LLAMA_8B
-    assert scaling.ddp_bytes(shape, 1) == scaling.fsdp_bytes(shape, 1) == 0
-    assert scaling.ddp_bytes(shape, 2) == 4 * shape.parameters, "half of the gradients to the other, and sums back"
-    sharded = [scaling.sharded_states(shape, devices) for devices in (2, 8, 64)]
+    assert scaling.count_ddp_bytes(shape, 1) == scaling.count_fsdp_bytes(shape, 1) == 0
+    assert scaling.count_ddp_bytes(shape, 2) == 4 * shape.parameters, (
+        "half of the gradients to the other, and sums back"
+    )
+    sharded = [scaling.count_sharded_state_bytes(shape, devices) for devices in (2, 8, 64)]
     assert sharded == sorted(sharded, reverse=True)
     assert sharded[0] - sharded[1] == pytest.approx(16 * shape.parameters * (1 / 2 - 1 / 8))
-    assert scaling.activations(shape, True) < scaling.activations(shape, False) / 8
+    assert scaling.count_activation_bytes(shape, True) < scaling.count_activation_bytes(shape, False) / 8
