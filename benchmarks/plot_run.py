@@ -12,7 +12,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from sft_pipeline.reports.charts import ANSWERS
+from sft_pipeline.evaluation.metrics.registry import METRICS
+from sft_pipeline.reports.charts import ANSWER_METRICS
 
 
 def losses(axes: Axes, curve: list[dict[str, float]]) -> None:
@@ -23,9 +24,9 @@ def losses(axes: Axes, curve: list[dict[str, float]]) -> None:
 
 
 def answers(axes: Axes, evaluations: list[dict]) -> None:
-    for key, label in ANSWERS.items():
-        points = [(one["step"], 100 * one["metrics"][key]) for one in evaluations if key in one["metrics"]]
-        axes.plot(*zip(*points), "o-", label=label, markersize=4)
+    for name in ANSWER_METRICS:
+        points = [(entry["step"], 100 * entry["metrics"][name]) for entry in evaluations if name in entry["metrics"]]
+        axes.plot(*zip(*points), "o-", label=METRICS[name].title, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="%", ylim=(-3, 103))
 
 

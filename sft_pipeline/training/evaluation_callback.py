@@ -27,7 +27,7 @@ from sft_pipeline.config import SFTArguments, get_output_dir
 from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
-from sft_pipeline.evaluation.metrics.likelihood import utf8_bytes
+from sft_pipeline.evaluation.metrics.words import count_utf8_bytes
 from sft_pipeline.evaluation.step_results import (
     BEST_FILE,
     AnswerRow,
@@ -46,6 +46,8 @@ from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
+# As eval_loss, eval_perplexity and eval_token_accuracy.
+LOGGED_BY_TRAINER = ("nll_nats_per_token", "perplexity", "token_accuracy")
 UNMEASURED = 8  # questions asked on the way while it is not known what one costs
 
 
@@ -161,7 +163,7 @@ class EvaluationCallback(TrainerCallback):
 
     def _log(self, found: StepResults) -> None:
         """To every tracker, beside the loss, perplexity and accuracy, which the trainer has logged already."""
-        logged = {"bits_per_byte": found.metrics["bits_per_byte"], **compute_table_metrics(found.table)}
+        logged = {name: value for name, value in found.metrics.items() if name not in LOGGED_BY_TRAINER}
         logged["answer_seconds"] = round(found.seconds, 2)
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
 
@@ -224,7 +226,7 @@ def count_supervised_bytes(labels: Sequence[int], template: Template) -> int:
     """UTF-8 bytes of the text that a row's labels spell: its supervised answers, without their stop tokens."""
     outside = (IGNORED, template.stop_token_id)
     runs = [list(run) for is_text, run in itertools.groupby(labels, key=lambda label: label not in outside) if is_text]
-    return sum(utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
+    return sum(count_utf8_bytes(str(template.tokenizer.decode(run, skip_special_tokens=True))) for run in runs)
 
 
 def describe_results(found: StepResults, questions: int) -> str:

@@ -161,7 +161,7 @@ def test_the_command_converts_and_says_how_to_serve(trained, tmp_path, capsys):
     "prepare, error",
     [
         (lambda run, place: (place / "no", place / "out"), "no: no such folder; give the output folder of a run"),
-        (lambda run, place: (place, place / "out"), "no results.json, which a run leaves at its end"),
+        (lambda run, place: (place, place / "out"), "no results.json, which a run writes at its end"),
         (lambda run, place: (run, place), "is there already; choose another folder, or take it away"),
     ],
 )
@@ -206,10 +206,10 @@ def test_the_card_has_what_the_run_found(trained, tmp_path):
     assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
     one = results["before_and_after"]["nll_nats_per_token"]
     assert (
-        f"| held-out loss, nats a token | {one['before']:.3f} | {one['after']:.3f} | {one['difference']:+.3f} |" in text
+        f"| held-out loss, nats/token | {one['before']:.3f} | {one['after']:.3f} | {one['difference']:+.3f} |" in text
     )
     assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
-    assert f"torch {torch.__version__}" in text and "What holds for this model was not said." in text
+    assert f"torch {torch.__version__}" in text and "This model: not stated." in text
     assert "lora" not in text
 
 

@@ -29,7 +29,7 @@ from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.pipeline import load_conversations, prepare_data
 from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
-from sft_pipeline.evaluation.metrics.instruction_following import follows, load_instructions, sample_instructions
+from sft_pipeline.evaluation.metrics.instruction_following import is_followed, load_instructions, sample_instructions
 from sft_pipeline.evaluation.step_results import EvalPrompt, StepResults, compute_changes, join_answers
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.reports.console_summary import print_results
@@ -132,7 +132,7 @@ def test_the_table_asks_held_out_prompts_and_instructions_and_has_the_models_ans
     assert found == [(one.text, one.stopped, one.tokens, None) for one in expected]
     assert [row["followed"] for row in table[:ASKED]] == [None] * ASKED
     assert [row["followed"] for row in table[ASKED:]] == [
-        follows(one, row["answer"]) for one, row in zip(told, table[ASKED:])
+        is_followed(one, row["answer"]) for one, row in zip(told, table[ASKED:])
     ]
 
 
@@ -502,10 +502,10 @@ LOOP = "again and " * 12
 def test_changes_are_paired_differences_over_what_both_have():
     old = [row(LOOP, False), row("a"), row("b", error="too long"), row("c", False, prompt="other")]
     new = [row("x"), row("y"), row("z"), row("c")]
-    told = {"instruction": "i", "followed": False}
+    instruction = load_instructions()[0]
     before, after = (
-        evaluation(0, [*old, row("i", **told)]),
-        evaluation(4, [*new, row("i", **told | {"followed": True})], nll=(2.0, 5.0)),
+        evaluation(0, [*old, row(instruction.bad, instruction=instruction.id)]),
+        evaluation(4, [*new, row(instruction.good, instruction=instruction.id)], nll=(2.0, 5.0)),
     )
     found = compute_changes(before, after)
     expected = compute_paired_difference([0, 1], [1, 1])
@@ -548,9 +548,9 @@ def test_the_printed_table_fits_80_columns(capsys):
     table = [" ".join(line.split()) for line in lines[:5]]
     assert table == [
         "before after change 95% interval of",
-        "held-out loss, nats a token 13.066 12.237 -10.829 -10.910 to -10.745 1000",
-        "answers that end 0% 100% +100% +25% to +100% 1000",
-        "answers in a loop (复读机) 0% 100% +100% 1000",
+        "held-out loss, nats/token 13.066 12.237 -10.829 -10.910 to -10.745 1000",
+        "answers that end on their own 0% 100% +100% +25% to +100% 1000",
+        "answers in a loop 0% 100% +100% 1000",
         "instructions followed 0% 100% +100% +25% to +100% 1000",
     ]
 
