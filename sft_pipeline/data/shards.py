@@ -35,7 +35,7 @@ from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, wri
 
 logger = logging.getLogger(__name__)
 
-# Raise it when the same settings give other rows, ids or keys of prepared.json.
+# Raise it when the same settings give other splits or keys of prepared.json.
 SHARDS_FORMAT = 2
 RECORD_FILE = "prepared.json"
 PARTS = ("train", "held_out", "held_out_messages")
