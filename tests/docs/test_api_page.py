@@ -29,7 +29,7 @@ def test_the_examples_of_the_api_run(model_folder, tmp_path, monkeypatch, capsys
     assert names["results"]["rows"]["train"]["kept"] == 8
     assert (tmp_path / "out" / "results.json").is_file() and len(names["ids"]) == 2
     assert "nll_nats_per_token" in capsys.readouterr().out
-    assert names["one"].finish_reason in ("stop", "length") and names["done"].logprobs
+    assert names["answer"].finish_reason in ("stop", "length") and names["completion"].logprobs
 
 
 def test_what_the_api_lists_is_there_and_documented():

@@ -82,7 +82,7 @@ FOUND = [
 
 def problem(words: list[str]) -> str | None:
     """Why the command would not even begin, or None."""
-    if "--help" in words or (words[0] in LAUNCHERS and words[0] not in VERBS):
+    if "--help" in words or words[0] == "COMMAND" or (words[0] in LAUNCHERS and words[0] not in VERBS):
         return None
     try:
         _, rest = build_parser().parse_known_args(words)
@@ -119,6 +119,14 @@ def test_commands_are_found_and_wrong_ones_told():
     assert problem(["tain", "CONFIG"]) == "does not parse: ['tain', 'CONFIG']"
     assert fourth == ["preview", "CONFIG"] and problem(fourth) is None
     assert len(FOUND) > 10 and {"test", "lint"} <= LAUNCHERS and VERBS >= CONFIG_VERBS
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_table_of_commands_is_complete(name):
+    cells = re.findall(r"^\| `([a-z][^`]*)` \|", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+    rows = [cell.split() for cell in cells]
+    assert [words[0] for words in rows if problem(words)] == []
+    assert sorted(words[0] for words in rows) == sorted(VERBS)
 
 
 def targets(path: Path) -> list[str]:
