@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from report import require_bench_extra
 
-from sft_pipeline.reports.charts import ANSWERS
+from sft_pipeline.evaluation.metrics.registry import METRICS
+from sft_pipeline.reports.charts import ANSWER_METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,9 +28,9 @@ def plot_losses(axes: Axes, log: list[dict[str, float]]) -> None:
 
 
 def plot_answers(axes: Axes, evaluations: list[dict]) -> None:
-    for key, label in ANSWERS.items():
-        points = [(entry["step"], 100 * entry["metrics"][key]) for entry in evaluations if key in entry["metrics"]]
-        axes.plot(*zip(*points), "o-", label=label, markersize=4)
+    for name in ANSWER_METRICS:
+        points = [(entry["step"], 100 * entry["metrics"][name]) for entry in evaluations if name in entry["metrics"]]
+        axes.plot(*zip(*points), "o-", label=METRICS[name].title, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="%", ylim=(-3, 103))
 
 

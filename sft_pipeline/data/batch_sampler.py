@@ -34,8 +34,8 @@ class StepBatchSampler:
 
     An epoch is split into steps in one of two ways:
 
-    - By rows (`tokens` is 0): a step has rows x accumulation x processes rows. The last step of an epoch has the
-      remaining rows, in as few micro-batches as possible.
+    - By rows (`tokens` is 0): a step has accumulation x processes micro-batches of `rows` rows. The last step of an
+      epoch has the remaining rows, in as few micro-batches as possible.
     - By tokens: a step has as many rows as best fit packs into accumulation x processes micro-batches of at most
       `tokens` tokens, with each row counted in full. The number of rows varies by step, and the number of steps that
       an epoch needs varies with the shuffle. Since `Trainer` plans with one number of steps per epoch, every epoch is

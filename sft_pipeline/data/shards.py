@@ -26,16 +26,16 @@ from transformers import TrainingArguments
 
 from sft_pipeline.config import SFTArguments
 from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.encode import EncodingStats, hash_texts, hash_tokenizer
+from sft_pipeline.data.encode import ENCODING_FORMAT, EncodingStats, hash_texts, hash_tokenizer
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
-from sft_pipeline.data.sources import hash_source, list_saved_files
+from sft_pipeline.data.sources import ROWS_FORMAT, hash_source, list_saved_files
 from sft_pipeline.utils.distributed import run_on_main_process
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, write_checksums, write_json
 
 logger = logging.getLogger(__name__)
 
-# Raise it when the same settings give other rows, ids or keys of prepared.json.
+# Raise it when the same settings give other splits or keys of prepared.json.
 SHARDS_FORMAT = 2
 RECORD_FILE = "prepared.json"
 PARTS = ("train", "held_out", "held_out_messages")
@@ -102,6 +102,8 @@ def list_shard_inputs(sft: SFTArguments, template: Template) -> dict[str, Any]:
     """List everything that the rows and their ids depend on, in the order in which it is compared."""
     return {
         "format": SHARDS_FORMAT,
+        "rows_format": ROWS_FORMAT,
+        "encoding_format": ENCODING_FORMAT,
         **{key: [[name, hash_source(name)] for name in getattr(sft, key)] for key in SOURCES},
         **{key: getattr(sft, key) for key in SETTINGS},
         "tokenizer": hash_tokenizer(template.tokenizer),

@@ -1,4 +1,4 @@
-"""The loss of reference answers, row by row: what the metrics of `likelihood.py` are made of."""
+"""Loss of reference answers, per row: the input of the held-out metrics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.collators import choose_collator
 from sft_pipeline.data.encode import build_input_ids_and_labels
 from sft_pipeline.data.messages import Message
-from sft_pipeline.evaluation.metrics.likelihood import utf8_bytes
+from sft_pipeline.evaluation.metrics.words import count_utf8_bytes
 from sft_pipeline.model.module_utils import use_eval_mode
 
 
 @dataclass(frozen=True)
 class RowLoss:
-    """One reference answer: its summed nll in nats, its tokens (the stop token included), those that were the model's
-    likeliest, and the bytes of its text."""
+    """One reference answer: its summed negative log-likelihood in nats, its tokens with the stop token, those that are
+    the model's most likely token, and the bytes of its text."""
 
     nll_nats: float
     tokens: int
@@ -29,31 +29,33 @@ class RowLoss:
 def compute_reference_losses(
     model: PreTrainedModel, template: Template, conversations: list[list[Message]], batch_size: int = 8
 ) -> list[RowLoss | None]:
-    """The loss of each conversation's last answer, given what stands before it.
+    """Return the loss of each conversation's last answer, given the messages that precede it.
 
-    `model` has been through `supervise`. None for a row that is longer than the model's positions.
+    `model` must have been through `patch_loss_forward`. None for a row that exceeds the model's positions.
     """
     rows = [
         dict(zip(("input_ids", "labels"), build_input_ids_and_labels(runs)))
         for runs in template.render(conversations, "last")
     ]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # Rows of like length side by side need less padding.
-    fitting = [at for at, row in enumerate(rows) if limit is None or len(row["input_ids"]) <= limit]
-    fitting.sort(key=lambda at: len(rows[at]["input_ids"]))
+    fitting = [i for i, row in enumerate(rows) if limit is None or len(row["input_ids"]) <= limit]
+    # Rows of similar length in a batch need less padding.
+    fitting.sort(key=lambda i: len(rows[i]["input_ids"]))
     losses: list[RowLoss | None] = [None] * len(rows)
-    longest = max((len(rows[at]["input_ids"]) for at in fitting), default=0)
-    # Examples that all rows share are computed once a batch. Which id pads is of no consequence: padding is masked.
+    longest = max((len(rows[i]["input_ids"]) for i in fitting), default=0)
+    # The collator computes a prefix that all rows share once per batch. Padding is masked, so any id may pad.
     collate, _ = choose_collator(model, longest, template.stop_token_id)
     for start in range(0, len(fitting), batch_size):
-        part = fitting[start : start + batch_size]
-        for at, (nll, tokens, correct) in zip(part, _sums(model, collate([rows[at] for at in part]))):
-            losses[at] = RowLoss(nll, int(tokens), int(correct), utf8_bytes(conversations[at][-1]["content"]))
+        indices = fitting[start : start + batch_size]
+        sums = _compute_row_sums(model, collate([rows[i] for i in indices]))
+        for i, (nll_nats, tokens, correct) in zip(indices, sums):
+            size = count_utf8_bytes(conversations[i][-1]["content"])
+            losses[i] = RowLoss(nll_nats, int(tokens), int(correct), size)
     return losses
 
 
-def _sums(model: PreTrainedModel, batch: dict[str, Any]) -> list[list[float]]:
-    """(rows, 3): nll, targets, targets that were the likeliest."""
+def _compute_row_sums(model: PreTrainedModel, batch: dict[str, Any]) -> list[list[float]]:
+    """Return (rows, 3): summed nll in nats, targets, targets that are the model's most likely token."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with use_eval_mode(model):
         return model(**batch, return_row_losses=True).logits.tolist()

@@ -1,4 +1,4 @@
-"""What one model did with the questions and the checkable instructions, item by item; kept as JSON."""
+"""Results of one model on a prompt set and on the checkable instructions, one per row; stored as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelResults:
-    """One value a row of the questions, and one a checkable instruction, in their order."""
+    """losses, answers: one per row of the prompt set. instruction_answers: one per checkable instruction."""
 
     name: str
     losses: list[RowLoss | None]
@@ -35,54 +35,53 @@ class ModelResults:
     def from_json(cls, content: dict[str, Any]) -> ModelResults:
         return cls(
             content["name"],
-            [one and RowLoss(**one) for one in content["losses"]],
-            [Answer(**one) for one in content["answers"]],
-            [Answer(**one) for one in content["instruction_answers"]],
+            [loss and RowLoss(**loss) for loss in content["losses"]],
+            [Answer(**answer) for answer in content["answers"]],
+            [Answer(**answer) for answer in content["instruction_answers"]],
         )
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model with the way it is asked. It has been through `supervise`."""
+    """A model with its template and system prompt. `model` must have been through `patch_loss_forward`."""
 
     name: str
     model: PreTrainedModel
     template: Template
     system_prompt: str | None
 
+    def build_prompts(self, conversations: list[list[Message]], examples: list[list[Message]]) -> list[list[Message]]:
+        """Add the system prompt, then the examples behind it, to each conversation."""
+        return [add_examples(add_system_prompt(messages, self.system_prompt), examples) for messages in conversations]
+
 
 def run_prompt_set(
-    one: EvaluatedModel, questions: PromptSet, max_new_tokens: int, few_shot: bool = False
+    evaluated: EvaluatedModel, prompts: PromptSet, max_new_tokens: int, few_shot: bool = False
 ) -> ModelResults:
-    """Ask everything, with the questions' examples in every prompt if `few_shot`."""
-    examples = questions.examples if few_shot else []
-    rows = _as_asked(one, questions.rows, examples)
-    prompts = [*(row[:-1] for row in rows), *_as_asked(one, _tasks(), examples)]
-    name = one.name + (f", {len(examples)} examples" if few_shot else "")
-    logger.info("%s: loss of %s rows, %s answers", name, len(rows), len(prompts))
-    losses = compute_reference_losses(one.model, one.template, rows) if rows else []
-    answers = answer_prompts(one.model, one.template, prompts, max_new_tokens)
+    """Compute the losses and answers of a model; `few_shot` puts the examples of the prompt set into every prompt."""
+    examples = prompts.examples if few_shot else []
+    rows = evaluated.build_prompts(prompts.rows, examples)
+    conversations = [*(row[:-1] for row in rows), *evaluated.build_prompts(_build_instruction_messages(), examples)]
+    name = evaluated.name + (f", {len(examples)} examples" if few_shot else "")
+    logger.info("%s: loss of %s rows, %s answers", name, len(rows), len(conversations))
+    losses = compute_reference_losses(evaluated.model, evaluated.template, rows) if rows else []
+    answers = answer_prompts(evaluated.model, evaluated.template, conversations, max_new_tokens)
     return ModelResults(name, losses, answers[: len(rows)], answers[len(rows) :])
 
 
-def check_context_length(one: EvaluatedModel, questions: PromptSet, max_new_tokens: int) -> None:
-    """Raise SFTError where the examples leave no room for a question and its answer."""
-    prompts = _as_asked(one, [*(row[:-1] for row in questions.rows), *_tasks()], questions.examples)
-    limit = getattr(one.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(one.template.encode_prompt(prompt)) for prompt in prompts)
+def check_context_length(evaluated: EvaluatedModel, prompts: PromptSet, max_new_tokens: int) -> None:
+    """Raise SFTError if the examples leave no room for a prompt and its answer."""
+    conversations = [*(row[:-1] for row in prompts.rows), *_build_instruction_messages()]
+    messages = evaluated.build_prompts(conversations, prompts.examples)
+    limit = getattr(evaluated.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(evaluated.template.encode_prompt(prompt)) for prompt in messages)
     if limit is not None and longest + max_new_tokens > limit:
         raise SFTError(
-            f"few_shot {len(questions.examples)}: with the examples a prompt of {longest} tokens and an answer of "
-            f"{max_new_tokens} exceed the {limit} positions of {one.name}; use fewer examples"
+            f"few_shot {len(prompts.examples)}: with the examples a prompt of {longest} tokens and an answer of "
+            f"{max_new_tokens} exceed the {limit} positions of {evaluated.name}; use fewer examples"
         )
 
 
-def _tasks() -> list[list[Message]]:
-    """The checkable instructions as conversations."""
+def _build_instruction_messages() -> list[list[Message]]:
+    """Return the checkable instructions as conversations."""
     return [[{"role": "user", "content": instruction.prompt}] for instruction in load_instructions()]
-
-
-def _as_asked(
-    one: EvaluatedModel, conversations: list[list[Message]], examples: list[list[Message]]
-) -> list[list[Message]]:
-    return [add_examples(add_system_prompt(messages, one.system_prompt), examples) for messages in conversations]

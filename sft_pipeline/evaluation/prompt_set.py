@@ -1,4 +1,4 @@
-"""What the models of a comparison are asked: rows of held-out data, and other rows as examples before them."""
+"""The prompts that all models of a comparison answer: held-out rows, and other rows as few-shot examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from sft_pipeline.utils.errors import SFTError
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Conversations that end with the reference answer, and exchanges (user, assistant) that none of them holds."""
+    """rows: conversations that end with the reference answer. examples: exchanges (user, assistant) whose user message
+    opens none of the rows."""
 
     rows: list[list[Message]]
     examples: list[list[Message]]
@@ -28,33 +29,34 @@ class PromptSet:
 
 
 def select_prompts(conversations: Iterable[list[Message]], num_prompts: int, few_shot: int) -> PromptSet:
-    """The first `num_prompts` rows, a question that comes again left out, and `few_shot` of the rows behind them.
+    """Return the first `num_prompts` rows with distinct prompts, and `few_shot` of the rows after them as examples.
 
-    Fewer rows than wanted are all asked, the examples' apart. Raises SFTError where no row is left to ask.
+    With too few rows, all but the examples' are prompts. Raises SFTError if no row remains as a prompt or if the
+    examples are too few.
     """
     distinct: dict[int, list[Message]] = {}
     for row in conversations:
         distinct.setdefault(hash_row(row[:-1]), row)
     rows = list(distinct.values())
-    asked = rows[: max(0, min(num_prompts, len(rows) - few_shot))]
-    known = {get_first_exchange(row)[0]["content"] for row in asked}
-    examples = [
-        get_first_exchange(row) for row in rows[len(asked) :] if get_first_exchange(row)[0]["content"] not in known
-    ][:few_shot]
-    if not asked or len(examples) < few_shot:
+    count = max(0, min(num_prompts, len(rows) - few_shot))
+    prompts, candidates = rows[:count], [get_first_exchange(row) for row in rows[count:]]
+    openings = {get_first_exchange(row)[0]["content"] for row in prompts}
+    examples = [exchange for exchange in candidates if exchange[0]["content"] not in openings][:few_shot]
+    if not prompts or len(examples) < few_shot:
         raise SFTError(
-            f"few_shot {few_shot}: the data has {len(rows)} different rows, too few to ask any beside the examples"
+            f"few_shot {few_shot}: the data has {len(rows)} different rows, too few for prompts besides the examples; "
+            "use fewer examples"
         )
-    return PromptSet(asked, examples)
+    return PromptSet(prompts, examples)
 
 
 def get_first_exchange(row: list[Message]) -> list[Message]:
-    """The first exchange, which needs nothing before it."""
+    """Return the first user message and its answer, which do not depend on earlier messages."""
     start = row[0]["role"] == "system"
     return row[start : start + 2]
 
 
 def add_examples(messages: list[Message], examples: list[list[Message]]) -> list[Message]:
-    """`messages` with the examples as earlier exchanges, behind the system message."""
+    """Insert the examples as earlier exchanges, after the system message."""
     start = messages[0]["role"] == "system"
     return [*messages[:start], *(message for example in examples for message in example), *messages[start:]]

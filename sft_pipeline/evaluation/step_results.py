@@ -1,15 +1,14 @@
-"""What the evaluations of a run found, and how they are kept in its output folder.
+"""Results of the evaluations of a run, and their files in its output folder.
 
-    evaluation/step_000090.json     one an evaluation
-    evaluation/best.json            of the best model, where load_best_model_at_end brings one back after training
+    evaluation/step_000090.json     one per evaluation
+    evaluation/best.json            of the best model, if load_best_model_at_end restores one after training
 
-A file is whole or absent; its fields are those of `Evaluation`.
+A file is written completely or not at all; its fields are those of `StepResults`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,23 @@ import numpy as np
 
 from sft_pipeline.data.messages import Message
 from sft_pipeline.evaluation.bootstrap import estimate_difference
-from sft_pipeline.evaluation.metrics.degeneration import is_loop
-from sft_pipeline.evaluation.metrics.instruction_following import followed, instruction_figures
-from sft_pipeline.evaluation.metrics.registry import answer_figures, loss_figures
-from sft_pipeline.evaluation.metrics.words import words
+from sft_pipeline.evaluation.metrics.hf_metrics import compute_metrics
+from sft_pipeline.evaluation.metrics.instruction_following import get_instruction, is_followed
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, Columns, build_answer_columns
 from sft_pipeline.inference.answers import Answer
 from sft_pipeline.utils.files import write_json
 
 BEST_FILE = "best.json"
+# The metrics that are compared between two evaluations.
+CHANGES = ("nll_nats_per_token", "stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED)
 
 AnswerRow = dict[str, Any]
-# The metrics of the table before and after: whether they are of the instructions, and what one answer has.
-COMPARED: dict[str, tuple[bool, Callable[[AnswerRow], bool]]] = {
-    "stop_rate": (False, lambda row: row["stopped"]),
-    "loop_rate": (False, lambda row: is_loop(row["answer"])),
-    "instructions_followed_rate": (True, lambda row: row["followed"]),
-}
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """What is asked: a held-out conversation without its last answer, which is the reference, or a checkable
-    instruction, named by its id."""
+    """A held-out conversation without its last answer, which is the reference, or a checkable instruction with its
+    id."""
 
     messages: list[Message]
     reference: str | None = None
@@ -48,11 +42,11 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class StepResults:
-    """One evaluation. All `metrics` can be computed again from what else is here.
+    """One evaluation. All `metrics` can be computed again from the other fields.
 
-    complete: all questions were asked, not only the first ones. seconds: that answering took, on the slowest process.
-    held_out: a value a row of `nll_nats`, `tokens` (supervised ones) and `correct` (those that were the likeliest), in
-    the same order at every evaluation. utf8_bytes: of the supervised text of all these rows.
+    complete: all prompts were answered, not only the first ones. seconds: time to answer, on the slowest process.
+    held_out: `nll_nats`, `tokens` (supervised ones) and `correct` (those that were the model's most likely token), one
+    value per row, in the same order at every evaluation. utf8_bytes: of the supervised text of all these rows.
     table: see `build_table_row`.
     """
 
@@ -69,111 +63,132 @@ class StepResults:
         write_json(file, asdict(self))
 
 
-def build_table_row(question: EvalPrompt, answer: Answer) -> AnswerRow:
-    """One question with its answer; `error` says why there is none, `followed` is there for instructions alone."""
-    ids = question.instruction and [question.instruction]
+def build_table_row(prompt: EvalPrompt, answer: Answer) -> AnswerRow:
+    """Return a prompt with its answer. `error` is the reason why there is no answer; `followed` is None except for
+    answered instructions."""
+    followed = None
+    if prompt.instruction is not None and answer.error is None:
+        followed = is_followed(get_instruction(prompt.instruction), answer.text)
     return {
-        "instruction": question.instruction,
-        "prompt": question.messages[-1]["content"],
-        "reference": question.reference,
+        "instruction": prompt.instruction,
+        "prompt": prompt.messages[-1]["content"],
+        "reference": prompt.reference,
         "answer": answer.text,
         "stopped": answer.stopped,
         "tokens": answer.tokens,
-        "followed": followed([answer.text], ids)[0] if ids and answer.error is None else None,
+        "followed": followed,
         "error": answer.error,
     }
 
 
 def compute_held_out_metrics(held_out: dict[str, list[float]], utf8_bytes: int) -> dict[str, float]:
-    return loss_figures(held_out["nll_nats"], held_out["tokens"], held_out["correct"], utf8_bytes)
+    """Compute the metrics of the held-out loss. The rows enter as one row with their sums, because the bytes are known
+    as a sum."""
+    sums = {name: [float(np.sum(values))] for name, values in held_out.items()}
+    return compute_metrics(sums | {"utf8_bytes": [utf8_bytes]})
 
 
 def compute_table_metrics(table: list[AnswerRow]) -> dict[str, float]:
-    """Figures of the rows that have an answer; `answers` and `instructions` count those, `answer_errors` the rest."""
-    rows, told = ([row for row in _of_kind(table, kind) if row["error"] is None] for kind in (False, True))
+    """Compute the metrics of the answered rows. `answers` and `instructions` count them, `answer_errors` the others."""
+    answered = [row for row in table if row["error"] is None]
+    rows, instruction_rows = (_select_rows(answered, instructions) for instructions in (False, True))
     metrics: dict[str, float] = {
         "answers": len(rows),
-        "instructions": len(told),
-        "answer_errors": len(table) - len(rows) - len(told),
+        "instructions": len(instruction_rows),
+        "answer_errors": len(table) - len(answered),
     }
-    if rows:
-        references = [row["reference"] for row in rows]
-        metrics |= answer_figures(
-            [row["answer"] for row in rows],
-            prompts=[row["prompt"] for row in rows],
-            references=references if any(map(words, references)) else None,
-            finish_reasons=["stop" if row["stopped"] else "length" for row in rows],
-        )
-    if told:
-        metrics |= instruction_figures([row["answer"] for row in told], [row["instruction"] for row in told])
+    for part in (rows, instruction_rows):
+        if part:
+            metrics |= compute_metrics(_build_columns(part))
     return metrics
 
 
 def get_step_file(step: int) -> str:
+    """Return the name of the file of the evaluation at this step."""
     return f"step_{step:06d}.json"
 
 
 def load_earlier_results(folder: Path, step: int) -> list[StepResults]:
-    """The evaluations up to `step`, in order; later ones, which the run is about to make again, are taken away."""
-    earlier = []
+    """Return the evaluations up to `step`, in order. Delete later ones, which the resumed run evaluates again."""
+    results = []
     for file in sorted(folder.glob("*.json")):
-        found = StepResults(**json.loads(file.read_text(encoding="utf-8")))
-        if found.step > step or file.name == BEST_FILE:
+        result = StepResults(**json.loads(file.read_text(encoding="utf-8")))
+        if result.step > step or file.name == BEST_FILE:
             file.unlink()
         else:
-            earlier.append(found)
-    return earlier
+            results.append(result)
+    return results
 
 
-def compute_changes(before: StepResults, after: StepResults) -> dict[str, dict[str, float | None]]:
-    """{figure: before, after, difference, its 95% bootstrap interval from low to high, items} over what both have.
-
-    A figure without items is left out.
+def compute_changes(first: StepResults, last: StepResults) -> dict[str, dict[str, float | None]]:
+    """Return {metric: before, after, difference, its 95% bootstrap interval from low to high, items} over the rows that
+    both evaluations have. A metric without rows is left out, and the loss if the evaluations held out different rows.
     """
-    found = {}
-    tokens = before.held_out["tokens"]
-    if tokens == after.held_out["tokens"]:
-        losses = before.held_out["nll_nats"], after.held_out["nll_nats"]
-        found["nll_nats_per_token"] = _change(*losses, tokens)
-    for name, (of_instructions, value) in COMPARED.items():
-        pairs = [pair for pair in _pairs(before, after, of_instructions) if not (pair[0]["error"] or pair[1]["error"])]
-        if pairs:
-            old, new = ([float(value(row)) for row in column] for column in zip(*pairs))
-            found[name] = _change(old, new, [1.0] * len(pairs))
-    return found
+    changes = {}
+    for name in CHANGES:
+        columns = _pair_columns(first, last, name)
+        if columns:
+            changes[name] = _compute_change(name, *columns)
+    return changes
 
 
-def join_answers(before: StepResults | None, after: StepResults) -> list[AnswerRow]:
-    """The held-out answers of two evaluations side by side; without the first, what it would give is None."""
-    none = {"answer": None, "stopped": None}
-    pairs = _pairs(before, after, False) if before else [(none, row) for row in _of_kind(after.table, False)]
+def join_answers(first: StepResults | None, last: StepResults) -> list[AnswerRow]:
+    """Return the held-out answers of two evaluations side by side; without the first, its answers are None."""
+    no_answer = {"answer": None, "stopped": None}
+    pairs = _pair_rows(first, last, False) if first else [(no_answer, row) for row in _select_rows(last.table, False)]
     return [
         {
-            "prompt": new["prompt"],
-            "reference": new["reference"],
-            "before": old["answer"],
-            "after": new["answer"],
-            "stopped": new["stopped"],
-            "stopped_before": old["stopped"],
-            "error": new["error"],
+            "prompt": last_row["prompt"],
+            "reference": last_row["reference"],
+            "before": first_row["answer"],
+            "after": last_row["answer"],
+            "stopped": last_row["stopped"],
+            "stopped_before": first_row["stopped"],
+            "error": last_row["error"],
         }
-        for old, new in pairs
+        for first_row, last_row in pairs
     ]
 
 
-def _of_kind(table: list[AnswerRow], instructions: bool) -> list[AnswerRow]:
+def _select_rows(table: list[AnswerRow], instructions: bool) -> list[AnswerRow]:
+    """Return the rows of instructions, or those of held-out prompts."""
     return [row for row in table if (row["instruction"] is not None) == instructions]
 
 
-def _pairs(before: StepResults, after: StepResults, instructions: bool) -> list[tuple[AnswerRow, AnswerRow]]:
-    """The rows of both tables that ask the same; both begin with the same first questions."""
-    rows = zip(_of_kind(before.table, instructions), _of_kind(after.table, instructions))
-    return [(old, new) for old, new in rows if old["prompt"] == new["prompt"]]
+def _pair_rows(first: StepResults, last: StepResults, instructions: bool) -> list[tuple[AnswerRow, AnswerRow]]:
+    """Return the rows of both tables with the same prompt; both tables start with the same prompts."""
+    pairs = zip(_select_rows(first.table, instructions), _select_rows(last.table, instructions))
+    return [(first_row, last_row) for first_row, last_row in pairs if first_row["prompt"] == last_row["prompt"]]
 
 
-def _change(before: list[float], after: list[float], weights: list[float]) -> dict[str, float | None]:
-    """Of one item, or of a loss that is no number, there is no interval."""
-    a, b = (float(np.sum(values) / np.sum(weights)) for values in (before, after))
-    found = estimate_difference(before, after, weights, weights)
-    low, high = (found.low, found.high) if found else (None, None)
-    return {"before": a, "after": b, "difference": b - a, "low": low, "high": high, "items": len(before)}
+def _build_columns(rows: list[AnswerRow]) -> Columns:
+    """Return the columns of answered rows, all of instructions or none."""
+    answers = [row["answer"] for row in rows]
+    if rows[0]["instruction"] is not None:
+        return {"predictions": answers, "instruction_ids": [row["instruction"] for row in rows]}
+    return build_answer_columns(
+        answers,
+        prompts=[row["prompt"] for row in rows],
+        references=[row["reference"] for row in rows],
+        finish_reasons=["stop" if row["stopped"] else "length" for row in rows],
+    )
+
+
+def _pair_columns(first: StepResults, last: StepResults, name: str) -> tuple[Columns, Columns] | None:
+    """Return the metric's columns over the rows that both evaluations have; None without such rows."""
+    if "tokens" in METRICS[name].columns:
+        return (first.held_out, last.held_out) if first.held_out["tokens"] == last.held_out["tokens"] else None
+    pairs = _pair_rows(first, last, "instruction_ids" in METRICS[name].columns)
+    answered = [pair for pair in pairs if not (pair[0]["error"] or pair[1]["error"])]
+    if not answered:
+        return None
+    return _build_columns([pair[0] for pair in answered]), _build_columns([pair[1] for pair in answered])
+
+
+def _compute_change(name: str, first: Columns, last: Columns) -> dict[str, float | None]:
+    """Compute a metric's change. There is no interval with one row, or with a loss that is not finite."""
+    (a, a_weights), (b, b_weights) = (METRICS[name].compute_rows(columns) for columns in (first, last))
+    mean_a, mean_b = float(a.sum() / a_weights.sum()), float(b.sum() / b_weights.sum())
+    paired = estimate_difference(a, b, a_weights, b_weights)
+    low, high = (paired.low, paired.high) if paired else (None, None)
+    return {"before": mean_a, "after": mean_b, "difference": mean_b - mean_a, "low": low, "high": high, "items": len(a)}

@@ -1,4 +1,4 @@
-"""What the charts of a report show, as numbers; svg.py draws them."""
+"""The charts of a report as series of points; svg.py draws them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS
 from sft_pipeline.reports.run_results import RunResults
 
 Points = list[tuple[float, float]]
@@ -14,18 +15,19 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """points: (x, y), none infinite or NaN; of bars, y is the height from x to the next x. colour: its number."""
+    """points: (x, y), all finite; of bars, y is the height from x to the next x. color: its index in the page's
+    palette."""
 
     label: str
     points: Points
-    colour: int
+    color: int
     kind: Literal["line", "dots", "bars"] = "line"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """floor: the least top of an axis that begins at 0; without it the axis takes what the points need. key: whether
-    the series need names beside the title."""
+    """floor: the smallest upper limit of a y axis that starts at 0; None fits the axis to the points. key: whether the
+    chart has a legend."""
 
     title: str
     x_label: str
@@ -36,52 +38,60 @@ class Chart:
     key: bool = True
 
 
-# Figures of the evaluations, as they are called there.
-ANSWERS = {
-    "stop_rate": "answers that end by themselves",
-    "loop_rate": "answers in a loop",
-    "instructions_followed_rate": "instructions followed",
-}
-ASKED_FEWER = "evaluations on the way ask fewer questions"
-SO_FAR = "mean since the start, evaluations not counted"
+# The metrics of the answers that are drawn over the steps.
+ANSWER_METRICS = ("stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED)
+PARTIAL_NOTE = "evaluations during training use fewer prompts"
 
 
 def build_run_charts(run: RunResults) -> list[Chart]:
-    """All charts over the steps of one run; what has no points is left out."""
-    answers = [Series(title, _evaluated(run, name), at, "dots") for at, (name, title) in enumerate(ANSWERS.items())]
-    charts = [
-        Chart("Loss, nats a token", "step", _losses(run, "", 0, 1)),
-        _accuracy([Series("held out", _logged(run, "eval_token_accuracy"), 1, "dots")], key=False),
-        Chart("Answers", "step", answers, ASKED_FEWER, percent=True, floor=1),
-        _speed([Series("", _logged(run, "tokens_per_second"), 0)], key=False),
-        _memory([Series("", _logged(run, "peak_memory_gib"), 2)], key=False),
+    """Build the charts over the steps of one run; a chart without points is left out."""
+    answers = [
+        Series(METRICS[name].title, _get_metric_points(run, name), color, "dots")
+        for color, name in enumerate(ANSWER_METRICS)
     ]
-    return list(_with_points(charts))
+    charts = [
+        _build_loss_chart(_build_loss_series(run, "", 0, 1)),
+        _build_accuracy_chart([Series("held out", _get_log_points(run, "eval_token_accuracy"), 1, "dots")], key=False),
+        Chart("Answers", "step", answers, PARTIAL_NOTE, percent=True, floor=1),
+        _build_speed_chart([Series("", _get_log_points(run, "tokens_per_second"), 0)], key=False),
+        _build_memory_chart([Series("", _get_log_points(run, "peak_memory_gib"), 2)], key=False),
+    ]
+    return list(_drop_empty(charts))
 
 
 def build_comparison_charts(runs: Sequence[RunResults], names: Sequence[str]) -> list[Chart]:
-    """The same charts with every run in a colour of its own."""
-    named = list(enumerate(zip(runs, names)))
-    losses = [series for at, (run, name) in named for series in _losses(run, f"{name}: ", at, at)]
+    """Build the same charts over several runs, each in its own color."""
+    named_runs = list(enumerate(zip(runs, names)))
+    losses = [series for i, (run, name) in named_runs for series in _build_loss_series(run, f"{name}: ", i, i)]
 
-    def over(points: Callable[[RunResults, str], Points], key: str, kind: Literal["line", "dots"]) -> list[Series]:
-        return [Series(name, points(run, key), at, kind) for at, (run, name) in named]
+    def build_series(
+        get_points: Callable[[RunResults, str], Points], key: str, kind: Literal["line", "dots"]
+    ) -> list[Series]:
+        return [Series(name, get_points(run, key), i, kind) for i, (run, name) in named_runs]
 
-    charts = [
-        Chart("Loss, nats a token", "step", losses),
-        _accuracy(over(_logged, "eval_token_accuracy", "dots")),
-        *(
-            Chart(title.capitalize(), "step", over(_evaluated, key, "dots"), ASKED_FEWER, percent=True, floor=1)
-            for key, title in ANSWERS.items()
-        ),
-        _speed(over(_logged, "tokens_per_second", "line")),
-        _memory(over(_logged, "peak_memory_gib", "line")),
+    answers = [
+        Chart(
+            METRICS[name].title.capitalize(),
+            "step",
+            build_series(_get_metric_points, name, "dots"),
+            PARTIAL_NOTE,
+            percent=True,
+            floor=1,
+        )
+        for name in ANSWER_METRICS
     ]
-    return list(_with_points(charts))
+    charts = [
+        _build_loss_chart(losses),
+        _build_accuracy_chart(build_series(_get_log_points, "eval_token_accuracy", "dots")),
+        *answers,
+        _build_speed_chart(build_series(_get_log_points, "tokens_per_second", "line")),
+        _build_memory_chart(build_series(_get_log_points, "peak_memory_gib", "line")),
+    ]
+    return list(_drop_empty(charts))
 
 
 def build_length_charts(run: RunResults) -> list[Chart]:
-    """The histogram of tokens a row, where the run left one."""
+    """Build the histogram of tokens per row, if the run has a preview."""
     if run.preview is None:
         return []
     lengths = run.preview["lengths"]
@@ -89,42 +99,47 @@ def build_length_charts(run: RunResults) -> list[Chart]:
     return [Chart("Training rows by length", "tokens", [Series("", points, 0, "bars")], floor=1, key=False)]
 
 
-def _losses(run: RunResults, prefix: str, training: int, held_out: int) -> list[Series]:
+def _build_loss_series(run: RunResults, prefix: str, training_color: int, held_out_color: int) -> list[Series]:
     return [
-        Series(f"{prefix}training", _logged(run, "loss"), training),
-        Series(f"{prefix}held out", _logged(run, "eval_loss"), held_out, "dots"),
+        Series(f"{prefix}training", _get_log_points(run, "loss"), training_color),
+        Series(f"{prefix}held out", _get_log_points(run, "eval_loss"), held_out_color, "dots"),
     ]
 
 
-def _accuracy(series: list[Series], key: bool = True) -> Chart:
-    return Chart("Held-out tokens that were the likeliest", "step", series, percent=True, key=key)
+def _build_loss_chart(series: list[Series]) -> Chart:
+    return Chart(f"Loss, {METRICS['nll_nats_per_token'].unit}", "step", series)
 
 
-def _speed(series: list[Series], key: bool = True) -> Chart:
-    return Chart("Tokens a second", "step", series, SO_FAR, floor=1, key=key)
+def _build_accuracy_chart(series: list[Series], key: bool = True) -> Chart:
+    return Chart(METRICS["token_accuracy"].title.capitalize(), "step", series, percent=True, key=key)
 
 
-def _memory(series: list[Series], key: bool = True) -> Chart:
-    return Chart("Memory, GiB", "step", series, "the most so far", floor=1, key=key)
+def _build_speed_chart(series: list[Series], key: bool = True) -> Chart:
+    return Chart("Tokens per second", "step", series, "mean since the start, without evaluations", floor=1, key=key)
 
 
-def _logged(run: RunResults, key: str) -> Points:
-    """(step, value) of the log entries that have it."""
-    return _finite([(entry["step"], entry[key]) for entry in run.results["loss_curve"] if key in entry])
+def _build_memory_chart(series: list[Series], key: bool = True) -> Chart:
+    return Chart("Memory, GiB", "step", series, "peak since the start", floor=1, key=key)
 
 
-def _evaluated(run: RunResults, key: str) -> Points:
-    """(step, value) of the evaluations; one of the best model stands for that of its step."""
-    found = {one.step: one.metrics[key] for one in run.evaluations if key in one.metrics}
-    return _finite(sorted(found.items()))
+def _get_log_points(run: RunResults, key: str) -> Points:
+    """Return (step, value) of the log entries with this key."""
+    return _select_finite([(entry["step"], entry[key]) for entry in run.results["loss_curve"] if key in entry])
 
 
-def _finite(points: Points) -> Points:
+def _get_metric_points(run: RunResults, name: str) -> Points:
+    """Return (step, value) of the evaluations with this metric; that of the best model replaces the one of its step."""
+    points = {evaluation.step: evaluation.metrics[name] for evaluation in run.evaluations if name in evaluation.metrics}
+    return _select_finite(sorted(points.items()))
+
+
+def _select_finite(points: Points) -> Points:
     return [point for point in points if math.isfinite(point[1])]
 
 
-def _with_points(charts: list[Chart]) -> Iterator[Chart]:
+def _drop_empty(charts: list[Chart]) -> Iterator[Chart]:
+    """Yield the charts without their empty series, and only those with points."""
     for chart in charts:
-        series = [one for one in chart.series if one.points]
+        series = [series for series in chart.series if series.points]
         if series:
             yield replace(chart, series=series)

@@ -1,4 +1,4 @@
-"""What a run prints at its end: answers before and after, and what changed in metrics."""
+"""The summary that a run prints at its end: answers before and after training, and the changes of metrics."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sft_pipeline.evaluation.metrics.registry import get_metric
 from sft_pipeline.utils.sanitize import replace_control_characters
 
-SHOWN = 5  # answers printed; results.json has them all
-# Figures of the table, as they are called there, and how a value and a difference are written.
-FIGURES = {
-    "nll_nats_per_token": ("held-out loss, nats a token", "{:.3f}", "{:+.3f}"),
-    "stop_rate": ("answers that end", "{:.0%}", "{:+.0%}"),
-    "loop_rate": ("answers in a loop (复读机)", "{:.0%}", "{:+.0%}"),
-    "instructions_followed_rate": ("instructions followed", "{:.0%}", "{:+.0%}"),
-}
+MAX_ANSWERS = 5  # results.json has all answers
 
 
 def print_results(results: dict[str, Any], folder: str, console: Console) -> None:
-    """Answers before and after, and the metrics."""
-    for one in results["answers"][:SHOWN]:
+    """Print the answers before and after training, the metrics, and where the run is saved."""
+    for row in results["answers"][:MAX_ANSWERS]:
         table = Table(show_header=False, box=None, padding=(0, 1), expand=True)
         table.add_column(style="bold", width=9, no_wrap=True)
         table.add_column()
-        table.add_row("prompt", Text(replace_control_characters(one["prompt"])))
-        if one["before"] is not None:
-            table.add_row("before", Text(_shown(one["before"], one["stopped_before"], one["error"])), style="dim")
-        table.add_row("after", Text(_shown(one["after"], one["stopped"], one["error"])), style="green")
+        table.add_row("prompt", Text(replace_control_characters(row["prompt"])))
+        if row["before"] is not None:
+            table.add_row(
+                "before", Text(_format_answer(row["before"], row["stopped_before"], row["error"])), style="dim"
+            )
+        table.add_row("after", Text(_format_answer(row["after"], row["stopped"], row["error"])), style="green")
         console.print(table)
         console.print()
     if results["before_and_after"]:
@@ -43,21 +39,32 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
 
 
 def build_metrics_table(changes: dict[str, dict[str, float | None]]) -> Table:
-    """A row a figure: before, after, the difference with its 95% interval, and the items it is over."""
+    """Build a table of the changes by `compute_changes`: a row per metric."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("")
     for name in ("before", "after", "change", "95% interval", "of"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, (title, value, difference) in FIGURES.items():
-        if name not in changes:
-            continue
-        one = changes[name]
-        interval = "" if one["low"] is None else f"{difference.format(one['low'])} to {difference.format(one['high'])}"
-        written = value.format(one["before"]), value.format(one["after"]), difference.format(one["difference"])
-        table.add_row(title, *written, interval, str(one["items"]))
+    for name, change in changes.items():
+        table.add_row(*format_change(name, change))
     return table
 
 
-def _shown(answer: str, stopped: bool, error: str | None) -> str:
-    answer = replace_control_characters(f"no answer: {error}" if error else answer)
-    return answer if error or stopped else f"{answer} … (cut off)"
+def format_change(name: str, change: dict[str, Any]) -> list[str]:
+    """Return the cells of a metric's change: label, before, after, difference, interval, items; percentages rounded."""
+    metric = get_metric(name).rounded
+    interval = ""
+    if change["low"] is not None:
+        interval = f"{metric.format_change(change['low'])} to {metric.format_change(change['high'])}"
+    return [
+        metric.label,
+        metric.format(change["before"]),
+        metric.format(change["after"]),
+        metric.format_change(change["difference"]),
+        interval,
+        str(change["items"]),
+    ]
+
+
+def _format_answer(answer: str, stopped: bool, error: str | None) -> str:
+    text = replace_control_characters(f"no answer: {error}" if error else answer)
+    return text if error or stopped else f"{text} … (cut off)"

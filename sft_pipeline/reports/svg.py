@@ -1,6 +1,6 @@
-"""Charts as SVG that is part of the page: its colours are the page's variables, so it follows light and dark.
+"""Draw charts as inline SVG with the CSS variables of the page as colors, so that they follow light and dark mode.
 
-matplotlib is an extra and imported where it is used. No text of the data goes into a drawing.
+matplotlib is an optional dependency and imported only when a chart is drawn. No text of the data enters a drawing.
 """
 
 from __future__ import annotations
@@ -21,81 +21,84 @@ if TYPE_CHECKING:
 NO_CHARTS = (
     "No charts: they need matplotlib; install it with `pip install 'sft_pipeline[plot]'` and call `report` again."
 )
-COLOURS = 6  # the page's variables --series-0 to --series-5
-# matplotlib knows no variables: these stand for them until the drawing is text.
-INK, LINE = "#010000", "#020000"
-SERIES = [f"#0300{at:02x}" for at in range(COLOURS)]
-VARIABLES = {INK: "var(--muted)", LINE: "var(--line)"} | {
-    colour: f"var(--series-{at})" for at, colour in enumerate(SERIES)
+NUM_COLORS = 6  # the page's variables --series-0 to --series-5
+# matplotlib has no CSS variables: it draws in these colors, which are replaced in the SVG text.
+TEXT_COLOR, GRID_COLOR = "#010000", "#020000"
+SERIES_COLORS = [f"#0300{i:02x}" for i in range(NUM_COLORS)]
+CSS_VARIABLES = {TEXT_COLOR: "var(--muted)", GRID_COLOR: "var(--line)"} | {
+    color: f"var(--series-{i})" for i, color in enumerate(SERIES_COLORS)
 }
-# Inches of 72 units; a phone shows a unit as about a pixel, so the letters are 10 of them there and more elsewhere.
-SIZE, FONT = (4.9, 2.5), 10
+# Inches of 72 units. On a phone a unit is about a pixel, so text is about 10 pixels high there and more elsewhere.
+SIZE, FONT_SIZE = (4.9, 2.5), 10
 
 
 def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def render_svg(chart: Chart) -> Markup:
-    """The drawing as an <svg> element that is as wide as its place."""
+    """Render the chart as an <svg> element as wide as its container."""
     from matplotlib import rc_context
 
-    drawn = io.StringIO()
-    # Letters stay letters; ids differ from chart to chart and are the same at every call.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": FONT}):
-        draw_figure(chart).savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return Markup(_as_part_of_a_page(drawn.getvalue()))
+    stream = io.StringIO()
+    # Text stays text. The salt makes ids differ between charts and stay the same at every call.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": FONT_SIZE}):
+        draw_figure(chart).savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return Markup(_convert_to_inline(stream.getvalue()))
 
 
 def draw_figure(chart: Chart) -> Figure:
+    """Draw the chart with matplotlib, without title and legend, which are HTML."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    whole = Figure(figsize=SIZE)
-    whole.patch.set_visible(False)
-    axes = whole.add_axes((0.115, 0.175, 0.865, 0.79))
+    figure = Figure(figsize=SIZE)
+    figure.patch.set_visible(False)
+    axes = figure.add_axes((0.115, 0.175, 0.865, 0.79))
     for series in chart.series:
-        _add(axes, series)
+        _draw_series(axes, series)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if chart.floor is not None:
-        axes.set_ylim(0, max(chart.floor, 1.06 * max(y for one in chart.series for _, y in one.points)))
+        axes.set_ylim(0, max(chart.floor, 1.06 * max(y for series in chart.series for _, y in series.points)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    # The least that tells the ticks apart: 2.5 and 3, 47.5% and 50%, 1,000 and 2,000.
-    axes.yaxis.set_major_formatter((lambda x, _: f"{100 * x:.5g}%") if chart.percent else "{x:,.5g}")
-    _style(axes, chart.x_label)
-    return whole
+    # As few digits as distinguish the ticks: 2.5 and 3, 47.5% and 50%, 1,000 and 2,000.
+    axes.yaxis.set_major_formatter((lambda y, _: f"{100 * y:.5g}%") if chart.percent else "{x:,.5g}")
+    _apply_style(axes, chart.x_label)
+    return figure
 
 
-def _add(axes: Axes, series: Series) -> None:
-    colour, (x, y) = SERIES[series.colour % COLOURS], zip(*series.points)
+def _draw_series(axes: Axes, series: Series) -> None:
+    color, (x, y) = SERIES_COLORS[series.color % NUM_COLORS], zip(*series.points)
     if series.kind == "bars":
-        axes.stairs(y[:-1], x, fill=True, color=colour)
+        axes.stairs(y[:-1], x, fill=True, color=color)
     elif series.kind == "dots":
-        axes.plot(x, y, "o--", color=colour, markersize=4, linewidth=1.2, clip_on=False, zorder=3)
+        axes.plot(x, y, "o--", color=color, markersize=4, linewidth=1.2, clip_on=False, zorder=3)
     else:
-        axes.plot(x, y, color=colour, linewidth=1.4, marker="o" if len(x) == 1 else "", markersize=4)
+        axes.plot(x, y, color=color, linewidth=1.4, marker="o" if len(x) == 1 else "", markersize=4)
 
 
-def _style(axes: Axes, x_label: str) -> None:
+def _apply_style(axes: Axes, x_label: str) -> None:
     axes.patch.set_visible(False)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.tick_params(colors=INK, length=0, pad=5)
+    axes.grid(axis="y", color=GRID_COLOR, linewidth=0.8)
+    axes.tick_params(colors=TEXT_COLOR, length=0, pad=5)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    # At the right below the ticks, where it never meets them.
-    axes.set_xlabel(x_label, color=INK, loc="right", labelpad=1)
+    axes.spines["bottom"].set_color(GRID_COLOR)
+    # At the right, below the tick labels, so that they do not overlap.
+    axes.set_xlabel(x_label, color=TEXT_COLOR, loc="right", labelpad=1)
 
 
-def _as_part_of_a_page(text: str) -> str:
+def _convert_to_inline(text: str) -> str:
+    """Return matplotlib's SVG file as an element of a page: without its style, which would apply to the whole page, and
+    without ids of groups, which are the same in every drawing."""
     text = text[text.index("<svg") :]
-    # Its own style would hold for the whole page, and its names of groups are alike in every drawing.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    opening, rest = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', opening)
-    assert box is not None
-    for colour, variable in VARIABLES.items():
-        rest = rest.replace(colour, variable)
-    return f'<svg {box[0]} aria-hidden="true">{rest}'
+    opening_tag, body = text.split(">", 1)
+    view_box = re.search(r'viewBox="[^"]*"', opening_tag)
+    assert view_box is not None
+    for color, variable in CSS_VARIABLES.items():
+        body = body.replace(color, variable)
+    return f'<svg {view_box[0]} aria-hidden="true">{body}'

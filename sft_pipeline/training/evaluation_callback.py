@@ -28,7 +28,7 @@ from sft_pipeline.config import SFTArguments, get_output_dir
 from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
-from sft_pipeline.evaluation.metrics.likelihood import utf8_bytes
+from sft_pipeline.evaluation.metrics.words import count_utf8_bytes
 from sft_pipeline.evaluation.step_results import (
     BEST_FILE,
     AnswerRow,
@@ -47,6 +47,8 @@ from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
+# The trainer logs these as eval_loss, eval_perplexity and eval_token_accuracy.
+LOGGED_BY_TRAINER = ("nll_nats_per_token", "perplexity", "token_accuracy")
 INITIAL_QUESTIONS = 8  # asked by an intermediate evaluation while the cost of a question has not been measured
 
 
@@ -166,7 +168,7 @@ class EvaluationCallback(TrainerCallback):
 
     def _log_metrics(self, results: StepResults) -> None:
         """Log to every tracker all metrics but loss, perplexity and accuracy, which the trainer has logged already."""
-        metrics = {"bits_per_byte": results.metrics["bits_per_byte"], **compute_table_metrics(results.table)}
+        metrics = {name: value for name, value in results.metrics.items() if name not in LOGGED_BY_TRAINER}
         metrics["answer_seconds"] = round(results.seconds, 2)
         self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
 
@@ -232,7 +234,7 @@ def count_supervised_bytes(labels: Sequence[int], template: Template) -> int:
     """Count the UTF-8 bytes of the supervised text of a row, without stop tokens."""
     skipped = (IGNORED, template.stop_token_id)
     spans = [list(span) for is_text, span in itertools.groupby(labels, lambda label: label not in skipped) if is_text]
-    return sum(utf8_bytes(str(template.tokenizer.decode(span, skip_special_tokens=True))) for span in spans)
+    return sum(count_utf8_bytes(str(template.tokenizer.decode(span, skip_special_tokens=True))) for span in spans)
 
 
 def describe_results(results: StepResults, num_questions: int) -> str:

@@ -46,7 +46,7 @@ def setup_console() -> None:
 
 def print_line(console: Console, text: str) -> None:
     """Print `text` verbatim: without markup (a folder's name may contain brackets), highlighting or line breaks."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class LineHandler(logging.Handler):

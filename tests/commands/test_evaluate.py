@@ -21,11 +21,10 @@ from sft_pipeline.commands.evaluate import (
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.evaluation import plots, tables
 from sft_pipeline.evaluation.bootstrap import compute_paired_difference
-from sft_pipeline.evaluation.comparison import INSTRUCTIONS, Comparison, compare_models
+from sft_pipeline.evaluation.comparison import Comparison, compare_models
 from sft_pipeline.evaluation.eval_loss import RowLoss
-from sft_pipeline.evaluation.metrics.degeneration import loop_rate
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
-from sft_pipeline.evaluation.metrics.reference_overlap import bleu_percent
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS
 from sft_pipeline.evaluation.model_results import ModelResults
 from sft_pipeline.evaluation.prompt_set import PromptSet, add_examples, select_prompts
 from sft_pipeline.inference.answers import Answer, answer_prompts
@@ -116,7 +115,7 @@ def test_examples_follow_the_system_message():
 
 @pytest.mark.parametrize("few_shot", [3, 5])
 def test_too_few_rows_for_the_examples(few_shot):
-    with pytest.raises(SFTError, match=f"^few_shot {few_shot}: the data has 3 different rows, too few to ask any"):
+    with pytest.raises(SFTError, match=f"^few_shot {few_shot}: the data has 3 different rows, too few for prompts"):
         select_prompts([row(text, "1") for text in "abc"], 50, few_shot)
 
 
@@ -170,8 +169,9 @@ def test_answers_and_their_metrics(index, evaluated, comparison, model_folder, o
     metrics, texts = comparison.entries[index].metrics, [answer.text for answer in expected]
     assert metrics["stop_rate"] == sum(answer.stopped for answer in expected) / 5
     assert metrics["cap_rate"] == 1 - metrics["stop_rate"]
-    assert metrics["loop_rate"] == loop_rate(texts)
-    assert metrics["bleu_percent"] == bleu_percent(texts, questions.references)
+    columns = {"predictions": texts, "references": questions.references}
+    for name in ("loop_rate", "bleu_percent"):
+        assert metrics[name] == METRICS[name].compute(columns)
 
 
 def test_names_have_the_number_of_examples(comparison):
@@ -183,7 +183,7 @@ def test_names_have_the_number_of_examples(comparison):
 def test_differences_are_those_of_the_metrics(comparison):
     first, *entries = comparison.entries
     assert first.differences == {}
-    names = {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS}
+    names = {"nll_nats_per_token", "bits_per_byte", "loop_rate", "answer_length_ratio", INSTRUCTIONS_FOLLOWED}
     for entry in entries:
         assert names <= set(entry.differences)
         for name, interval in entry.differences.items():
@@ -222,8 +222,10 @@ def test_a_prompt_with_an_error_is_left_out_for_all_models():
         [make_results("a", ["yes", "no", "no"]), make_results("b", ["no", "yes", "yes"], errors=(0,))], questions
     )
     assert [entry.metrics["exact_match_rate"] for entry in comparison.entries] == [0, 1]
-    assert (comparison.rows, comparison.left_out) == (2, 1) and comparison.entries[0].metrics[INSTRUCTIONS] == 1
-    assert "2 held-out rows, 6 instructions, 1 left out" in tables.format_markdown(comparison)
+    assert (comparison.rows, comparison.left_out) == (2, 1) and comparison.entries[0].metrics[
+        INSTRUCTIONS_FOLLOWED
+    ] == 1
+    assert "2 held-out rows, 6 instructions, 1 excluded" in tables.format_markdown(comparison)
 
 
 def test_a_loss_that_is_missing_leaves_the_row_out():
@@ -277,25 +279,23 @@ def test_every_metric_has_a_line(comparison):
     text = "\n".join(printed(tables.format_details(comparison)))
     assert "second against first" in text and "first, 2 examples against first" in text
     names = set(comparison.entries[0].metrics) - {name for name in comparison.entries[0].metrics if "rate_" in name}
-    assert names == set(tables.FIGURES)
+    assert names == set(METRICS)
     markdown = tables.format_markdown(comparison)
-    for name, figure in tables.FIGURES.items():
-        assert text.count(figure.title) == 3
-        assert f"| {figure.title} | {figure.value(comparison.entries[0].metrics[name])} |" in markdown
+    for name, metric in METRICS.items():
+        assert text.count(metric.heading) == 3
+        assert f"| {metric.heading} | {metric.format_number(comparison.entries[0].metrics[name])} |" in markdown
 
 
-def test_percentages_and_intervals_are_formatted():
-    figure = tables.Shown("x", percent=True, decimals=1)
-    assert (figure.value(0.256), figure.value(0.5, "+")) == ("25.6", "+50.0")
-    assert figure.value(None) == figure.interval(None) == ""
-    difference = compute_paired_difference([0, 0], [1, 1])
-    assert figure.interval(difference) == "[+100.0, +100.0]"
+def test_intervals_are_spelled():
+    metric = METRICS["stop_rate"]
+    assert tables._format_interval(metric, None) == ""
+    assert tables._format_interval(metric, compute_paired_difference([0, 0], [1, 1])) == "[+100.0, +100.0]"
 
 
 def test_one_model_alone(evaluated):
     questions, records = evaluated
     text = "\n".join(printed(tables.format_details(compare_models(records[:1], questions))))
-    assert text.split()[:3] == ["first", "figure", "value"] and "95% interval" not in text and "stop rate, %" in text
+    assert text.split()[:3] == ["first", "metric", "value"] and "95% interval" not in text and "stop rate, %" in text
 
 
 @pytest.mark.filterwarnings("error")
@@ -306,17 +306,21 @@ def test_the_picture_has_a_panel_for_each_metric_and_a_bar_for_each_model(compar
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     plots.draw_comparison(comparison, tmp_path / "x.png")
     panels = figures[0].axes
-    assert [panel.get_title() for panel in panels][:3] == ["held-out nll, nats/token", "stop rate, %", "loop rate, %"]
-    for axes, name in zip(panels, plots.DRAWN, strict=True):
-        scale = 100 if tables.FIGURES[name].percent else 1
+    assert [panel.get_title() for panel in panels][:3] == [
+        "held-out loss, nats/token",
+        "answers that end on their own, %",
+        "answers in a loop, %",
+    ]
+    for axes, name in zip(panels, plots.PLOTTED_METRICS, strict=True):
+        scale = 100 if METRICS[name].unit == "%" else 1
         dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
         assert dots == [scale * entry.metrics[name] for entry in comparison.entries]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [entry.name for entry in comparison.entries]
 
 
 def test_a_long_name_keeps_its_end():
-    assert plots._short("outputs/" + "x" * 40 + "/run7").endswith("/run7")
-    assert len(plots._short("y" * 99)) == plots.LONGEST_NAME
+    assert plots._shorten_name("outputs/" + "x" * 40 + "/run7").endswith("/run7")
+    assert len(plots._shorten_name("y" * 99)) == plots.MAX_NAME_LENGTH
 
 
 def test_without_matplotlib_all_other_files_are_written(data, model_folder, tmp_path, monkeypatch, caplog):
@@ -349,7 +353,7 @@ def test_the_command_prints_json_and_writes_all_files(data, model_folder, other_
 def test_without_data_only_instructions(model_folder, capsys):
     main(["evaluate", str(model_folder), "--max_new_tokens", "2"])
     output = capsys.readouterr().out
-    assert "instructions followed" in output and "nll" not in output and "0 held-out rows, 6 instructions" in output
+    assert "instructions followed" in output and "loss" not in output and "0 held-out rows, 6 instructions" in output
 
 
 def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_folder):

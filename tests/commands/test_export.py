@@ -162,7 +162,7 @@ def test_the_command_converts_and_prints_how_to_serve(trained, tmp_path, capsys)
     "prepare, error",
     [
         (lambda run, parent: (parent / "no", parent / "out"), "no: no such folder; give the output folder of a run"),
-        (lambda run, parent: (parent, parent / "out"), "no results.json, which a run leaves at its end"),
+        (lambda run, parent: (parent, parent / "out"), "no results.json, which a run writes at its end"),
         (lambda run, parent: (run, parent), "already exists; choose another folder, or delete it"),
     ],
 )
@@ -207,9 +207,9 @@ def test_the_card_has_the_results_of_the_run(trained, tmp_path):
     assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
     change = results["before_and_after"]["nll_nats_per_token"]
     cells = f"{change['before']:.3f} | {change['after']:.3f} | {change['difference']:+.3f}"
-    assert f"| held-out loss, nats a token | {cells} |" in text
+    assert f"| held-out loss, nats/token | {cells} |" in text
     assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
-    assert f"torch {torch.__version__}" in text and "What holds for this model was not said." in text
+    assert f"torch {torch.__version__}" in text and "This model: not stated." in text
     assert "lora" not in text
 
 

@@ -249,6 +249,9 @@ def test_a_key_that_differs_is_named(key, written, tokenizer):
     assert str(refused.value) == f"prepared_data shards: {key} differs ({message}); {REMEDY}"
 
 
+FORMAT_KEYS = {"format", "rows_format", "encoding_format", "tokenizer", "chat_template"}
+
+
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     """Every key of ours does, or is named here as one that does not."""
     made_from = list_shard_inputs(written[0], build_template("role", tokenizer))
@@ -256,8 +259,8 @@ def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
     others |= {"early_stopping_patience", "overwrite_output_dir", "trust_remote_code"}
     ours = {name for name in vars(written[0]) if name not in others and not name.startswith("lora")}
-    assert ours | {"format", "tokenizer", "chat_template"} == set(made_from)
-    assert set(CHANGES) | {"train_data", "format", "tokenizer", "chat_template"} == set(made_from)
+    assert ours | FORMAT_KEYS == set(made_from)
+    assert set(CHANGES) | {"train_data", *FORMAT_KEYS} == set(made_from)
 
 
 def test_rows_that_have_changed(written, tokenizer):
@@ -322,10 +325,15 @@ def test_another_chat_template(config, make_tokenizer):
     assert find_shard_mismatch(sft, other, Path("shards")).startswith("chat_template differs (prepared with '")
 
 
-def test_another_format(written, tokenizer, monkeypatch):
-    monkeypatch.setattr(shards, "SHARDS_FORMAT", shards.SHARDS_FORMAT + 1)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("SHARDS_FORMAT", "format"), ("ROWS_FORMAT", "rows_format"), ("ENCODING_FORMAT", "encoding_format")],
+)
+def test_another_format(name, key, written, tokenizer, monkeypatch):
+    number = getattr(shards, name)
+    monkeypatch.setattr(shards, name, number + 1)
     message = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
-    assert message.startswith(f"format differs (prepared with {shards.SHARDS_FORMAT - 1}, now {shards.SHARDS_FORMAT})")
+    assert message.startswith(f"{key} differs (prepared with {number}, now {number + 1})")
 
 
 @pytest.mark.parametrize("part", [*PARTS, RECORD_FILE])

@@ -93,8 +93,8 @@ def test_same_seed_same_interval_and_blocks_cover_all_resamples(monkeypatch):
     assert first == compute_paired_difference(a, b, seed=4, resamples=1000)
     assert first != compute_paired_difference(a, b, seed=5, resamples=1000)
     drawn = []
-    means = bootstrap._means
-    monkeypatch.setattr(bootstrap, "_means", lambda table, rows: drawn.append(rows.shape) or means(table, rows))
+    means = bootstrap._compute_means
+    monkeypatch.setattr(bootstrap, "_compute_means", lambda table, rows: drawn.append(rows.shape) or means(table, rows))
     monkeypatch.setattr(bootstrap, "_CELLS_AT_A_TIME", 300)
     compute_paired_difference(a, b, seed=4, resamples=25)
     assert drawn == [(30,), (10, 30), (10, 30), (5, 30)]
@@ -103,13 +103,13 @@ def test_same_seed_same_interval_and_blocks_cover_all_resamples(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"a": [1, 2], "b": [1]}, r"equal lengths of a, b and their weights, got \[2, 1, 2, 2\]"),
+        ({"a": [1, 2], "b": [1]}, r"a, b and their weights must have equal lengths, got \[2, 1, 2, 2\]"),
         ({"a": [1], "b": [1]}, "at least 2 paired items, got 1"),
         ({"a": [], "b": []}, "at least 2 paired items, got 0"),
-        ({"a": [1, 2], "b": [1, float("nan")]}, r"b\[1\] is nan: leave that item out of both sides"),
+        ({"a": [1, 2], "b": [1, float("nan")]}, r"b\[1\] is nan; remove that item on both sides"),
         ({"a": [float("inf"), 2], "b": [1, 1]}, r"a\[0\] is inf"),
-        ({"a": [[1, 2]], "b": [1, 2]}, r"a must be a flat list with one value an item, got shape \(1, 2\)"),
-        ({"a": [1, 2], "b": [1, 2], "a_weights": [1, 1]}, "a_weights and b_weights, both or neither"),
+        ({"a": [[1, 2]], "b": [1, 2]}, r"a must be a flat list with one value per item, got shape \(1, 2\)"),
+        ({"a": [1, 2], "b": [1, 2], "a_weights": [1, 1]}, "a_weights and b_weights; give both or neither"),
         ({"a": [1, 2], "b": [1, 2], "a_weights": [1, 1], "b_weights": [1, 0]}, "weights must be positive"),
         ({"a": [1, 2], "b": [1, 2], "resamples": 0}, "resamples must be 1 or more .* got 0 and 0.95"),
         ({"a": [1, 2], "b": [1, 2], "confidence": 95}, "confidence between 0 and 1, got 10000 and 95"),

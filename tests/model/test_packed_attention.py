@@ -80,7 +80,8 @@ def loss_and_grads(model, outputs, rows, prefix):
 def assert_same(actual, expected):
     assert abs(actual[0] - expected[0]) <= 1e-5 * max(1.0, expected[0].item())
     for name, grad in expected[1].items():
-        assert (actual[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-4), name
+        # Gradients that are exactly zero (q and k of rows of one token) are float32 noise of about 1e-8 when padded.
+        assert (actual[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-3), name
 
 
 MODELS = {config.__name__: tiny(config, **extra) for config, extra in SERVED}

@@ -272,12 +272,12 @@ def logged(run: RunResults, key: str) -> charts.Points:
 def test_the_charts_have_the_points_of_the_results(trained):
     run = read_run(trained[0])
     found = charts.build_run_charts(run)
-    assert chart(found, "Loss, nats a token") == {"training": logged(run, "loss"), "held out": logged(run, "eval_loss")}
+    assert chart(found, "Loss, nats/token") == {"training": logged(run, "loss"), "held out": logged(run, "eval_loss")}
     assert len(logged(run, "loss")) == 4 and [step for step, _ in logged(run, "eval_loss")] == [0, 2, 4]
-    assert chart(found, "Tokens a second") == {"": logged(run, "tokens_per_second")}
+    assert chart(found, "Tokens per second") == {"": logged(run, "tokens_per_second")}
     assert chart(found, "Memory, GiB") == {"": logged(run, "peak_memory_gib")}
-    assert chart(found, "Held-out tokens that were the likeliest") == {"held out": logged(run, "eval_token_accuracy")}
-    stops = chart(found, "Answers")["answers that end by themselves"]
+    assert chart(found, "Held-out token accuracy") == {"held out": logged(run, "eval_token_accuracy")}
+    stops = chart(found, "Answers")["answers that end on their own"]
     assert stops[0] == (0, run.results["before_and_after"]["stop_rate"]["before"])
     assert stops[-1] == (4, run.results["before_and_after"]["stop_rate"]["after"])
     lengths = chart(charts.build_length_charts(run), "Training rows by length")[""]
@@ -354,8 +354,8 @@ def test_the_best_model_stands_for_its_step(folder):
     best["metrics"]["stop_rate"] = 0.625
     (folder / "evaluation" / "best.json").write_text(json.dumps(best))
     run = read_run(folder)
-    assert run.after.metrics["stop_rate"] == 0.625
-    assert dict(chart(charts.build_run_charts(run), "Answers")["answers that end by themselves"])[2] == 0.625
+    assert run.last_evaluation.metrics["stop_rate"] == 0.625
+    assert dict(chart(charts.build_run_charts(run), "Answers")["answers that end on their own"])[2] == 0.625
 
 
 def test_without_matplotlib_the_page_says_so_once(folder, monkeypatch, caplog):
@@ -439,11 +439,11 @@ def test_runs_are_compared(folder, other, capsys):
             and f"{one / 'results.json'}#/metrics/loop_rate" in sources
         )
     runs = [read_run(folder), read_run(other)]
-    found = compute_changes(runs[0].after, runs[1].after)["nll_nats_per_token"]
+    found = compute_changes(runs[0].last_evaluation, runs[1].last_evaluation)["nll_nats_per_token"]
     assert found["after"] == pytest.approx(found["before"] / 2)
     assert f"{found['difference']:+.3f}" in page.text and f"{found['low']:+.3f} to {found['high']:+.3f}" in page.text
     assert "learning_rate" in page.text and "max_length" not in page.text and "held out different rows" not in page.text
-    answers = [row["answer"] for row in runs[0].after.table if row["instruction"] is None]
+    answers = [row["answer"] for row in runs[0].last_evaluation.table if row["instruction"] is None]
     expected = [text for one in answers for text in (replace_control_characters(one), "other")]
     assert [text for text in page.texts["pre"] if text in expected] == expected
     assert all(run.command in page.texts["pre"][-1].splitlines() for run in runs)
@@ -451,7 +451,7 @@ def test_runs_are_compared(folder, other, capsys):
 
 def test_their_loss_curves_are_laid_over_each_other(folder, other):
     runs = [read_run(folder), read_run(other)]
-    found = chart(charts.build_comparison_charts(runs, ["a", "b"]), "Loss, nats a token")
+    found = chart(charts.build_comparison_charts(runs, ["a", "b"]), "Loss, nats/token")
     assert found["b: training"] == logged(runs[1], "loss") == [(x, y + 1) for x, y in found["a: training"]]
     assert found["a: held out"] == found["b: held out"] == logged(runs[0], "eval_loss")
 
@@ -460,29 +460,29 @@ def test_runs_with_other_held_out_rows_are_not_taken_for_comparable(folder, othe
     edit(other / "evaluation" / "step_000004.json", lambda one: one["held_out"]["tokens"].reverse())
     edit(other / "evaluation" / "step_000004.json", lambda one: [row.update(prompt="else") for row in one["table"]])
     page = Page(write_report([folder, other]))
-    assert "The runs held out different rows" in page.text and "on the same questions" not in page.text
+    assert "The runs held out different rows" in page.text and "on the same prompts" not in page.text
 
 
 def test_runs_of_one_name_are_told_apart(folder, tmp_path):
     twin = shutil.copytree(folder, tmp_path / "deeper" / "out")
     page = Page(write_report([folder, twin], tmp_path / "pages" / "both.html"))
-    assert str(folder) in page.text and str(twin) in page.text and "Nothing." in page.text
+    assert str(folder) in page.text and str(twin) in page.text and "None." in page.text
 
 
 # What is refused.
 
 REFUSALS = {
     "nowhere": (lambda folder: shutil.rmtree(folder), "{0}: no such folder; give the output folder of a run"),
-    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run leaves at"),
+    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run writes at"),
     "cut off": (lambda folder: (folder / "results.json").write_text('{"a'), "{0}/results.json: not readable as JSON ("),
     "a list": (lambda folder: (folder / "results.json").write_text("[]"), "{0}/results.json: holds no JSON object"),
     "older": (
         lambda folder: edit(folder / "results.json", lambda results: results.pop("metrics")),
-        "{0}/results.json: no metrics; it is of another release",
+        "{0}/results.json: no metrics: written by another release",
     ),
     "no evaluation": (
         lambda folder: (folder / "evaluation" / "step_000002.json").write_text('{"a": 1}'),
-        "{0}/evaluation: holds a file that is no evaluation (",
+        "{0}/evaluation: holds a file that is not an evaluation (",
     ),
     "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a "),
 }

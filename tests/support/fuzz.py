@@ -1,6 +1,6 @@
 """Fuzz files, conversations and configs: the outcome is a correct result or an SFTError of one line.
 
-    python tests/support/fuzz.py --inputs 100000 --seed 1             # over all targets, in the SHARES
+    python tests/support/fuzz.py --inputs 100000 --seed 1             # divided among all targets (SHARES)
     python tests/support/fuzz.py --only templates --seed 1 --at 1234  # repeat the input of a finding
 
 Each target checks a property of one random input, which depends on seed, target and number. tests/test_fuzz.py runs

@@ -26,7 +26,7 @@ from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.pipeline import load_conversations, prepare_data
 from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
-from sft_pipeline.evaluation.metrics.instruction_following import follows, load_instructions, sample_instructions
+from sft_pipeline.evaluation.metrics.instruction_following import is_followed, load_instructions, sample_instructions
 from sft_pipeline.evaluation.step_results import EvalPrompt, StepResults, compute_changes, join_answers
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.reports.console_summary import print_results
@@ -131,7 +131,7 @@ def test_the_table_has_held_out_prompts_and_instructions_with_the_answers_of_the
     assert answers == [(answer.text, answer.stopped, answer.tokens, None) for answer in expected]
     assert [row["followed"] for row in table[:NUM_ANSWERS]] == [None] * NUM_ANSWERS
     assert [row["followed"] for row in table[NUM_ANSWERS:]] == [
-        follows(instruction, row["answer"]) for instruction, row in zip(instructions, table[NUM_ANSWERS:])
+        is_followed(instruction, row["answer"]) for instruction, row in zip(instructions, table[NUM_ANSWERS:])
     ]
 
 
@@ -516,10 +516,10 @@ LOOP = "again and " * 12
 def test_changes_are_paired_differences_over_common_rows():
     old = [make_row(LOOP, False), make_row("a"), make_row("b", error="too long"), make_row("c", False, prompt="other")]
     new = [make_row("x"), make_row("y"), make_row("z"), make_row("c")]
-    instruction = {"instruction": "i", "followed": False}
+    instruction = load_instructions()[0]
     first, last = (
-        make_results(0, [*old, make_row("i", **instruction)]),
-        make_results(4, [*new, make_row("i", **instruction | {"followed": True})], nll=(2.0, 5.0)),
+        make_results(0, [*old, make_row(instruction.bad, instruction=instruction.id)]),
+        make_results(4, [*new, make_row(instruction.good, instruction=instruction.id)], nll=(2.0, 5.0)),
     )
     changes = compute_changes(first, last)
     expected = compute_paired_difference([0, 1], [1, 1])
@@ -562,9 +562,9 @@ def test_the_printed_table_fits_80_columns(capsys):
     table = [" ".join(line.split()) for line in lines[:5]]
     assert table == [
         "before after change 95% interval of",
-        "held-out loss, nats a token 13.066 12.237 -10.829 -10.910 to -10.745 1000",
-        "answers that end 0% 100% +100% +25% to +100% 1000",
-        "answers in a loop (复读机) 0% 100% +100% 1000",
+        "held-out loss, nats/token 13.066 12.237 -10.829 -10.910 to -10.745 1000",
+        "answers that end on their own 0% 100% +100% +25% to +100% 1000",
+        "answers in a loop 0% 100% +100% 1000",
         "instructions followed 0% 100% +100% +25% to +100% 1000",
     ]
 

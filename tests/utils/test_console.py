@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 from tqdm import tqdm
 
 from sft_pipeline.utils import console, progress
@@ -39,6 +40,13 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     monkeypatch.setattr(console.time, "monotonic", clock := Clock())
     return clock
+
+
+def test_a_line_is_printed_verbatim():
+    text = "runs/[bold]/:x:/" + "long " * 40
+    stream = io.StringIO()
+    console.print_line(Console(file=stream, width=40), text)
+    assert stream.getvalue() == text + "\n"
 
 
 def test_a_bar_is_a_line_every_thirty_seconds(clock):

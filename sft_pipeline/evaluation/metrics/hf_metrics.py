@@ -1,105 +1,64 @@
-"""The metrics as `evaluate.Metric` objects, which need no hub: make one and use it, alone or in `evaluate.combine`.
+"""Compute metrics of the registry with Hugging Face's `evaluate`.
 
-    both = evaluate.combine([Repetition(), Overlap(), PromptEcho()])
-    both.compute(predictions=answers, references=references, prompts=prompts)
+    compute_metrics({"predictions": answers, "references": references})
+    evaluate.combine([RegisteredMetric("stop_rate"), RegisteredMetric("word_f1")]).compute(...)
 
-Each takes the columns of its `features`, in `compute` or in batches by `add_batch`, and gives the metrics of the
-function it wraps, under their names. `combine` hands each metric the others' columns as well; it leaves them alone.
+Nothing is loaded from the Hub, and the rows stay in memory.
 """
 
-from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import evaluate
 from datasets import Features, Value
 
-from sft_pipeline.evaluation.metrics import degeneration, instruction_following, registry
-
-_TEXT, _NUMBER = Value("string"), Value("float64")
-_DESCRIPTION = "One value a row for each of: {columns}. Returns a dictionary of floats, named with their units."
-
-
-class HeldOutLoss(evaluate.Metric):
-    """`metrics.loss_figures` from one row an answer: summed nll in nats, supervised tokens, correct ones, bytes."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, nll_nats=_NUMBER, tokens=_NUMBER, correct=_NUMBER, utf8_bytes=_NUMBER)
-
-    def _compute(
-        self,
-        *,
-        nll_nats: Sequence[float],
-        tokens: Sequence[float],
-        correct: Sequence[float],
-        utf8_bytes: Sequence[float],
-        **_: object,
-    ) -> dict[str, float]:
-        return registry.loss_figures(nll_nats, tokens, correct, utf8_bytes)
+from sft_pipeline.evaluation.metrics.registry import METRICS, TEXT_COLUMNS, Columns, select_metrics
+from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.files import get_cache_dir
 
 
-class Stopping(evaluate.Metric):
-    """`metrics.stopping_figures` from the answers' finish reasons ("stop", "length")."""
+class RegisteredMetric(evaluate.Metric):
+    """An `evaluate.Metric` of one metric of the registry, or of several with the same columns, which are its features.
+
+    Each evaluate.Metric costs about 4 ms, most of it for the fingerprint that `datasets` computes of the rows, so
+    `compute_metrics` uses one for all metrics with the same columns. It creates a folder in the cache and no file.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.metrics = [METRICS[name] for name in names]
+        # No metric draws random numbers; without a seed `evaluate` takes one from numpy's random state.
+        super().__init__(keep_in_memory=True, cache_dir=str(get_cache_dir() / "metrics"), seed=0)
+
+    @property
+    def name(self) -> str:
+        return self.metrics[0].name
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info(self, finish_reasons=_TEXT)
+        columns = self.metrics[0].columns
+        return evaluate.MetricInfo(
+            description="\n".join(f"{metric.name}: {metric.description}" for metric in self.metrics),
+            citation="",
+            inputs_description=f"One value per row for each of: {', '.join(columns)}. Returns a dictionary of floats.",
+            features=Features({name: Value("string" if name in TEXT_COLUMNS else "float64") for name in columns}),
+        )
 
-    def _compute(self, *, finish_reasons: Sequence[str], **_: object) -> dict[str, float]:
-        return registry.stopping_figures(finish_reasons)
-
-
-class Repetition(evaluate.Metric):
-    """`metrics.repetition_figures`: rep-n, distinct-n and the share of answers caught in a loop."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, predictions=_TEXT)
-
-    def _compute(self, *, predictions: Sequence[str], **_: object) -> dict[str, float]:
-        return registry.repetition_figures(predictions)
-
-
-class PromptEcho(evaluate.Metric):
-    """`behaviour.prompt_echo_share`: how much of the prompt is copied into the answer."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, predictions=_TEXT, prompts=_TEXT)
-
-    def _compute(self, *, predictions: Sequence[str], prompts: Sequence[str], **_: object) -> dict[str, float]:
-        return {"prompt_echo_share": degeneration.prompt_echo_share(prompts, predictions)}
+    def _compute(self, **columns: Any) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for metric in self.metrics:
+            values |= metric.compute_with_groups(columns)
+        return values
 
 
-class AnswerLength(evaluate.Metric):
-    """`behaviour.answer_length_ratio`: words of the answers over words of the references."""
+def compute_metrics(columns: Columns) -> dict[str, float]:
+    """Compute every metric that the columns suffice for (`select_metrics`) over all rows.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, predictions=_TEXT, references=_TEXT)
-
-    def _compute(self, *, predictions: Sequence[str], references: Sequence[str], **_: object) -> dict[str, float]:
-        return {"answer_length_ratio": degeneration.answer_length_ratio(predictions, references)}
-
-
-class Overlap(evaluate.Metric):
-    """`metrics.overlap_figures`: BLEU, chrF, ROUGE-L, exact match and F1 against one reference an answer."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, predictions=_TEXT, references=_TEXT)
-
-    def _compute(self, *, predictions: Sequence[str], references: Sequence[str], **_: object) -> dict[str, float]:
-        return registry.overlap_figures(predictions, references)
-
-
-class InstructionsFollowed(evaluate.Metric):
-    """`instructions.instruction_figures`: share of checkable instructions followed; ids as in `load_instructions`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, predictions=_TEXT, instruction_ids=_TEXT)
-
-    def _compute(self, *, predictions: Sequence[str], instruction_ids: Sequence[str], **_: object) -> dict[str, float]:
-        return instruction_following.instruction_figures(predictions, instruction_ids)
-
-
-def _info(metric: evaluate.Metric, **columns: Value) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=type(metric).__doc__ or "",
-        citation="",
-        inputs_description=_DESCRIPTION.format(columns=", ".join(columns)),
-        features=Features(columns),
-    )
+    Raises SFTError without rows, for columns of different lengths, and for an unknown instruction id.
+    """
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise SFTError(f"columns of different lengths: {lengths}; give every column one value per row")
+    if not any(lengths.values()):
+        raise SFTError("no answers to score; give at least one")
+    groups = groupby(select_metrics(columns), key=lambda metric: metric.columns)
+    modules = [RegisteredMetric(*(metric.name for metric in metrics)) for _, metrics in groups]
+    return evaluate.combine(modules).compute(**columns)

@@ -1,6 +1,6 @@
-"""Loss, behaviour and the tables against plain references, with the value or error for empty input.
+"""Words, loss, degeneration and the registry against plain references, with the value or error for empty input.
 
-Overlap with references is tested in test_reference_overlap.py.
+Overlap with references is tested in test_reference_overlap.py, `evaluate` in test_hf_metrics.py.
 """
 
 import math
@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.evaluation.metrics import degeneration, likelihood, registry
-from sft_pipeline.evaluation.metrics.words import count_han, units, words
+from sft_pipeline.evaluation.metrics import degeneration
+from sft_pipeline.evaluation.metrics.hf_metrics import compute_metrics
+from sft_pipeline.evaluation.metrics.registry import METRICS, NUMBER_COLUMNS, build_answer_columns, get_metric
+from sft_pipeline.evaluation.metrics.words import count_han, count_utf8_bytes, split_units, split_words
 from sft_pipeline.utils.errors import SFTError
 
 quick = settings(deadline=None, max_examples=100)
@@ -35,61 +37,70 @@ few_letters = st.text(alphabet="ab ", max_size=60)
     ],
 )
 def test_words(text, expected):
-    assert words(text) == expected
+    assert split_words(text) == expected
 
 
 @quick
 @given(st.text(), ascii_text)
 def test_units_are_the_words_and_the_marks_and_lose_nothing(text, ascii_words):
-    assert [unit for unit in units(text) if words(unit)] == words(text)
-    assert "".join(units(ascii_words)) == re.sub(r"\s", "", ascii_words.lower())
+    assert [unit for unit in split_units(text) if split_words(unit)] == split_words(text)
+    assert "".join(split_units(ascii_words)) == re.sub(r"\s", "", ascii_words.lower())
 
 
 def test_count_han():
     assert count_han("你好，abc！すし") == 2
 
 
-# Likelihood
+def test_count_utf8_bytes():
+    assert count_utf8_bytes("a你") == 4
+
+
+# Loss
+
+
+def score_losses(*columns):
+    return compute_metrics(dict(zip(NUMBER_COLUMNS, columns, strict=True)))
 
 
 @quick
 @given(st.lists(st.tuples(st.floats(0, 700), st.integers(1, 99), st.integers(1, 400)), min_size=1, max_size=9))
-def test_loss_figures_sum_the_rows_before_dividing(rows):
+def test_loss_metrics_sum_the_rows_before_dividing(rows):
     nll, tokens, sizes = (list(column) for column in zip(*rows, strict=True))
-    found = registry.loss_figures(nll, tokens, [t // 2 for t in tokens], sizes)
-    assert found == pytest.approx(registry.loss_figures(sum(nll), sum(tokens), sum(t // 2 for t in tokens), sum(sizes)))
+    found = score_losses(nll, tokens, [t // 2 for t in tokens], sizes)
+    assert found == pytest.approx(score_losses([sum(nll)], [sum(tokens)], [sum(t // 2 for t in tokens)], [sum(sizes)]))
     assert found["nll_nats_per_token"] == pytest.approx(math.fsum(nll) / sum(tokens))
     assert math.log(found["perplexity"]) == pytest.approx(found["nll_nats_per_token"], abs=1e-12)
     assert found["bits_per_byte"] * sum(sizes) == pytest.approx(math.fsum(nll) * math.log2(math.e))
 
 
 def test_a_uniform_model_over_256_bytes_has_8_bits_a_byte_and_perplexity_256():
-    assert likelihood.bits_per_byte(10 * math.log(256), 10) == pytest.approx(8)
-    assert likelihood.perplexity(10 * math.log(256), 10) == pytest.approx(256)
-    assert likelihood.token_accuracy([1, 0, 2], [2, 2, 4]) == 0.375
-    assert likelihood.utf8_bytes("a你") == 4
+    found = score_losses([10 * math.log(256), 0.0], [10, 0], [4, 1], [10, 0])
+    assert found["bits_per_byte"] == pytest.approx(8)
+    assert found["perplexity"] == pytest.approx(256)
+    assert METRICS["token_accuracy"].compute({"correct": [1, 0, 2], "tokens": [2, 2, 4]}) == 0.375
 
 
 def test_a_diverged_loss_shows():
-    assert likelihood.perplexity(1e6, 10) == math.inf
-    assert math.isnan(likelihood.nll_nats_per_token([1.0, math.nan], [1, 1]))
+    assert METRICS["perplexity"].compute({"nll_nats": [1e6], "tokens": [10]}) == math.inf
+    assert math.isnan(score_losses([1.0, math.nan], [1, 1], [0, 0], [4, 4])["nll_nats_per_token"])
 
 
-@pytest.mark.parametrize("denominator", [0, [], [0, 0]])
-def test_likelihood_without_tokens_is_an_error(denominator):
-    for figure in (likelihood.nll_nats_per_token, likelihood.perplexity, likelihood.token_accuracy):
-        with pytest.raises(SFTError, match="no supervised tokens to average over: the held-out set is empty"):
-            figure([], denominator)
-    with pytest.raises(SFTError, match="no bytes of supervised text to average over"):
-        likelihood.bits_per_byte([], denominator)
+@pytest.mark.parametrize("denominators", [[], [0], [0, 0]])
+def test_a_ratio_without_a_denominator_is_an_error(denominators):
+    columns = dict.fromkeys(NUMBER_COLUMNS, denominators)
+    for name in ("nll_nats_per_token", "perplexity", "token_accuracy"):
+        with pytest.raises(SFTError, match=r"^\w+: all rows of tokens are empty or 0; add rows that are not$"):
+            METRICS[name].compute(columns)
+    with pytest.raises(SFTError, match="^bits_per_byte: all rows of utf8_bytes are empty or 0"):
+        METRICS["bits_per_byte"].compute(columns)
 
 
-# Behaviour
+# Degeneration
 
 
 def test_stop_and_cap_rates():
-    reasons = ["stop", "length", "stop", "error"]
-    assert degeneration.stop_rate(reasons) == 0.5 and degeneration.cap_rate(reasons) == 0.25
+    reasons = {"finish_reasons": ["stop", "length", "stop", "error"]}
+    assert METRICS["stop_rate"].compute(reasons) == 0.5 and METRICS["cap_rate"].compute(reasons) == 0.25
 
 
 @quick
@@ -100,14 +111,14 @@ def test_repeated_ngrams_agree_with_counting(sequence, n):
         gram = sequence[i : i + n]
         repeats += gram in seen
         seen.append(gram)
-    assert degeneration.repeated_ngram_share(sequence, n) == pytest.approx(repeats / len(seen) if seen else 0)
+    assert degeneration.compute_repeated_ngram_share(sequence, n) == pytest.approx(repeats / len(seen) if seen else 0)
 
 
 def test_rep_and_distinct_by_hand():
     answers = ["a b a b a b", "a b c d e f", "", "你好你好你"]
-    assert degeneration.rep_n_share(answers, 2) == pytest.approx((0.6 + 0 + 0 + 0.5) / 4)
-    assert degeneration.distinct_n_share(["a b c", "A b d"], 2) == 0.75
-    assert degeneration.distinct_n_share(["", "a"], 2) == 0
+    assert METRICS["rep_2_share"].compute({"predictions": answers}) == pytest.approx((0.6 + 0 + 0 + 0.5) / 4)
+    assert degeneration.compute_distinct_n_share(["a b c", "A b d"], 2) == 0.75
+    assert degeneration.compute_distinct_n_share(["", "a"], 2) == 0
 
 
 @quick
@@ -120,7 +131,7 @@ def test_loops_agree_with_trying_every_tail_and_period(text, repeats):
         periods = range(1, length // repeats + 1)
         if any(all(tail[i] == tail[i - p] for i in range(p, length)) for p in periods):
             longest = length
-    assert degeneration.loop_characters(text, repeats) == longest
+    assert degeneration.count_loop_characters(text, repeats) == longest
 
 
 @quick
@@ -128,7 +139,7 @@ def test_loops_agree_with_trying_every_tail_and_period(text, repeats):
 def test_any_period_thrice_over_thirty_characters_is_a_loop_wherever_it_is_cut(start, period, repeats, data):
     cut = data.draw(st.integers(0, len(period) - 1))
     tail = period * repeats + period[:cut]
-    found = degeneration.loop_characters(start + tail)
+    found = degeneration.count_loop_characters(start + tail)
     assert found >= len(tail)
     assert degeneration.is_loop(start + tail) == (found >= 30)
 
@@ -153,84 +164,93 @@ def test_any_period_thrice_over_thirty_characters_is_a_loop_wherever_it_is_cut(s
 )
 def test_what_is_a_loop(answer, expected):
     assert degeneration.is_loop(answer) is expected
-    assert degeneration.loop_rate([answer, "Fine."]) == expected / 2
+    assert METRICS["loop_rate"].compute({"predictions": [answer, "Fine."]}) == expected / 2
 
 
 def test_loops_take_linear_time_in_the_answer():
-    assert degeneration.loop_characters("ab" * 100_000) == 200_000
+    assert degeneration.count_loop_characters("ab" * 100_000) == 200_000
 
 
 @quick
 @given(mixed_text, mixed_text)
 def test_prompt_echo_agrees_with_trying_every_run(prompt, answer):
-    asked, answered = words(prompt), words(answer)
+    asked, answered = split_words(prompt), split_words(answer)
     runs = [asked[i:j] for i in range(len(asked)) for j in range(i + 1, len(asked) + 1)]
     spots = {tuple(answered[i : i + n]) for n in range(1, len(answered) + 1) for i in range(len(answered))}
     longest = max((len(run) for run in runs if tuple(run) in spots), default=0)
-    assert degeneration.prompt_echo(prompt, answer) == pytest.approx(longest / len(asked) if asked else 0)
-    assert degeneration.prompt_echo(prompt, f"{answer} {prompt}") == (1 if asked else 0)
+    assert degeneration.compute_prompt_echo(prompt, answer) == pytest.approx(longest / len(asked) if asked else 0)
+    assert degeneration.compute_prompt_echo(prompt, f"{answer} {prompt}") == (1 if asked else 0)
 
 
 def test_prompt_echo_in_both_languages():
-    assert degeneration.prompt_echo("What is the sun?", "The sun is a star.") == 0.5
-    assert degeneration.prompt_echo_share(["什么是太阳？", "Hi"], ["太阳是恒星。", ""]) == 0.2
+    assert degeneration.compute_prompt_echo("What is the sun?", "The sun is a star.") == 0.5
+    columns = {"prompts": ["什么是太阳？", "Hi"], "predictions": ["太阳是恒星。", ""]}
+    assert METRICS["prompt_echo_share"].compute(columns) == 0.2
 
 
 def test_answer_length_ratio_is_of_totals():
-    assert degeneration.answer_length_ratio(["a b c d", "你好吗", ""], ["a", "你好！", "c d"]) == pytest.approx(7 / 5)
-    with pytest.raises(SFTError, match="needs references with words in them: all are empty"):
-        degeneration.answer_length_ratio(["a"], ["!"])
+    columns = {"predictions": ["a b c d", "你好吗", ""], "references": ["a", "你好！", "c d"]}
+    assert METRICS["answer_length_ratio"].compute(columns) == pytest.approx(7 / 5)
+    with pytest.raises(SFTError, match="^answer_length_ratio: all rows of references are empty or 0"):
+        METRICS["answer_length_ratio"].compute({"predictions": ["a"], "references": ["!"]})
 
 
-# Tables
+# The registry
 
 
-def test_answer_figures_are_the_means_of_row_figures():
+def test_a_value_over_rows_is_the_sum_of_the_rows_numerators_over_that_of_their_denominators():
     generator = random.Random(0)
     vocabulary = ["a", "b", "你好", "stop.", "喂"]
     texts = [" ".join(generator.choices(vocabulary, k=generator.randint(0, 30))) for _ in range(60)]
     answers, prompts, references = [*texts[:20], "好" * 90], texts[20:41], [t + " end" for t in texts[39:]]
     reasons = generator.choices(["stop", "length"], k=21)
-    together = registry.answer_figures(answers, prompts=prompts, references=references, finish_reasons=reasons)
-    rows = [
-        registry.row_figures(a, prompt=p, reference=r, finish_reason=f)
-        for a, p, r, f in zip(answers, prompts, references, reasons, strict=True)
-    ]
-    shared = set(together) & set(rows[0])
-    assert shared == set(rows[0]) - {"answer_words", "reference_words"}
-    assert set(together) - shared == {
-        "distinct_1_share", "distinct_2_share", "answer_length_ratio", "bleu_percent", "chrf_percent",
-    }  # fmt: skip
-    for name in shared:
-        assert together[name] == pytest.approx(sum(row[name] for row in rows) / 21), name
-    lengths = [sum(row[name] for row in rows) for name in ("answer_words", "reference_words")]
-    assert together["answer_length_ratio"] == pytest.approx(lengths[0] / lengths[1])
-    assert together["loop_rate"] >= 1 / 21
+    losses = {name: [generator.uniform(1, 50) for _ in range(21)] for name in NUMBER_COLUMNS}
+    columns = {**losses, **build_answer_columns(answers, prompts, references, reasons)}
+    metrics = compute_metrics(columns)
+    assert set(metrics) == set(METRICS) - {"instructions_followed_rate"}
+    without_rows = {"perplexity", "distinct_1_share", "distinct_2_share", "bleu_percent", "chrf_percent"}
+    assert without_rows == {name for name, metric in METRICS.items() if metric.compute_row is None}
+    for name in set(metrics) - without_rows:
+        numerators, denominators = METRICS[name].compute_rows(columns)
+        assert metrics[name] == pytest.approx(sum(numerators) / sum(denominators)), name
+        assert len(numerators) == 21
+        if name not in ("nll_nats_per_token", "bits_per_byte", "token_accuracy", "answer_length_ratio"):
+            assert (denominators == 1).all()
+    assert metrics["loop_rate"] >= 1 / 21
 
 
-def test_figures_without_their_columns_are_left_out():
-    always = {"rep_2_share", "rep_3_share", "rep_4_share", "loop_rate"}
-    assert set(registry.answer_figures(["a"])) == always | {"distinct_1_share", "distinct_2_share"}
-    assert set(registry.row_figures("")) == always | {"answer_words"}
+def test_metrics_without_their_columns_are_left_out():
+    always = {"rep_2_share", "rep_3_share", "rep_4_share", "distinct_1_share", "distinct_2_share", "loop_rate"}
+    assert set(compute_metrics({"predictions": ["a"]})) == always
+    without_words = build_answer_columns(["a"], ["b"], ["!"], ["stop"])
+    assert set(compute_metrics(without_words)) == always | {"stop_rate", "cap_rate", "prompt_echo_share"}
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: registry.answer_figures([]),
-        lambda: registry.stopping_figures([]),
-        lambda: registry.overlap_figures([], []),
-        lambda: degeneration.distinct_n_share([], 1),
-        lambda: degeneration.loop_rate([]),
-        lambda: degeneration.prompt_echo_share([], []),
-    ],
-)
-def test_no_answers_is_an_error(call):
-    with pytest.raises(SFTError, match="no answers to score: give at least one prompt that was answered"):
-        call()
+def test_no_answers_is_an_error():
+    for name in ("predictions", "finish_reasons", "nll_nats"):
+        with pytest.raises(SFTError, match="^no answers to score; give at least one$"):
+            compute_metrics({name: []})
 
 
 @pytest.mark.parametrize("column", ["prompts", "references", "finish_reasons"])
 def test_columns_of_different_lengths_are_an_error(column):
-    with pytest.raises(SFTError, match=r"one of each is needed for every answer, got .*\b1\b"):
-        registry.answer_figures(["a", "b"], **{column: ["a"]})
+    with pytest.raises(SFTError, match=rf"^columns of different lengths: .*'predictions': 2, '{column}': 1"):
+        compute_metrics({"predictions": ["a", "b"], column: ["a"]})
+
+
+def test_titles_units_and_formats():
+    loss, rate = METRICS["nll_nats_per_token"], METRICS["loop_rate"]
+    assert (loss.label, loss.heading) == ("held-out loss, nats/token",) * 2
+    assert (loss.format(1.23456), loss.format_change(0.5), loss.rounded.format(2)) == ("1.235", "+0.500", "2.000")
+    assert (rate.label, rate.heading) == ("answers in a loop", "loop (复读机) rate, %")
+    assert (rate.format(0.256), rate.format_change(0.5), rate.format_number(0.5, "+")) == ("25.6%", "+50.0%", "+50.0")
+    assert (rate.rounded.format(0.256), rate.rounded.format_change(-0.5)) == ("26%", "-50%")
+    names = [metric.heading for metric in METRICS.values()]
+    assert len(set(names)) == len(names) and all(metric.description for metric in METRICS.values())
+
+
+def test_stored_values_that_are_no_metric_by_themselves_have_a_title():
+    group = get_metric("instructions_followed_rate_language_en")
+    assert (group.title, group.format(0.5)) == ("instructions followed, language en", "50.0%")
+    count = get_metric("answer_errors")
+    assert (count.label, count.format(24), count.format_change(1234567)) == ("answer errors", "24", "+1.23457e+06")
