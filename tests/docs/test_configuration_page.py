@@ -12,18 +12,18 @@ NOT_LITERAL = {"required", "none", "1 each", "all"}  # what the table writes for
 
 
 def read_table() -> dict[str, str]:
-    """Keys and the defaults that the table gives them."""
+    """Return the keys and the defaults that the table states."""
     defaults = {}
     for keys, values in re.findall(r"^\| (`.*?) \| (.*?) \|", SECTION, re.MULTILINE):
         names = re.findall(r"`(\w+)`", keys)
-        given = [re.sub(r" \(.*\)$", "", value) for value in values.split(", ")]
-        assert len(names) == len(given), f"{keys}: {values}"
-        defaults.update(zip(names, given))
+        cells = [re.sub(r" \(.*\)$", "", value) for value in values.split(", ")]
+        assert len(names) == len(cells), f"{keys}: {values}"
+        defaults.update(zip(names, cells))
     return defaults
 
 
 def test_every_key_is_described():
-    assert list(sorted(read_table())) == sorted(field.name for field in dataclasses.fields(SFTArguments))
+    assert sorted(read_table()) == sorted(field.name for field in dataclasses.fields(SFTArguments))
 
 
 def test_defaults_are_those_of_the_code():
