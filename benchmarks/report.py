@@ -80,7 +80,7 @@ def compute_median(runs: list[Run], key: str) -> float:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text for the terminal and for Markdown; the row named `highlighted` is coloured."""
+    """Rows of text for the terminal and for Markdown; the row named `highlighted` is colored."""
 
     header: list[str]
     rows: list[list[str]]
@@ -108,7 +108,7 @@ def write_results(output: Path, record: Run, markdown: str) -> None:
 
 
 def draw_bars(picture: Path, names: list[str], panels: dict[str, list[float]], highlighted: str) -> None:
-    """Draw horizontal bars, one panel per metric (its title to a value per name), with one name coloured."""
+    """Draw horizontal bars, one panel per metric (its title to a value per name), with one name colored."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,9 +116,9 @@ def draw_bars(picture: Path, names: list[str], panels: dict[str, list[float]], h
 
     size = (3.7 * len(panels) + 0.8, 0.9 + 0.34 * len(names))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    colours = ["#2a7f62" if name == highlighted else "#b9c0c7" for name in names]
+    colors = ["#2a7f62" if name == highlighted else "#b9c0c7" for name in names]
     for ax, (title, values) in zip(axes[0], panels.items()):
-        bars = ax.barh(names, values, color=colours, height=0.64)
+        bars = ax.barh(names, values, color=colors, height=0.64)
         ax.bar_label(bars, fmt="{:,.4g}", padding=4, fontsize=9, color="#333333")
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlim(0, 1.18 * max(values))

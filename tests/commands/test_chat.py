@@ -97,7 +97,7 @@ def test_an_unknown_command_is_not_answered(conversation, seen_prompts, capsys):
 def test_a_message_that_is_too_long_is_removed(conversation, capsys):
     conversation.model.config.max_position_embeddings = 60
     conversation.handle_line("long " * 60)
-    assert "no answer: " in (error := capsys.readouterr().err) and "exceed 60" in error
+    assert "no answer: " in (error := capsys.readouterr().err) and "exceed the limit of 60" in error
     assert conversation.messages == []
     conversation.handle_line("Hi")
     assert capsys.readouterr().out.strip() and len(conversation.messages) == 2

@@ -1,4 +1,4 @@
-"""The Python interface: the examples of docs/api.md run, and so does the notebook."""
+"""The examples of docs/api.md run, and so does the notebook."""
 
 import json
 import re
@@ -11,28 +11,31 @@ NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
-def examples(file: Path) -> list[str]:
+def read_examples(file: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def test_the_examples_of_the_api_run(model_folder, tmp_path, monkeypatch, capsys):
     """In their order and one namespace, on the tiny model."""
     monkeypatch.chdir(ROOT)
-    code = "\n".join(examples(ROOT / "docs" / "api.md"))
-    small = {'"smollm2-135m"': repr(str(model_folder)), '"max_train_rows": 100': '"max_train_rows": 8, "use_cpu": True'}
-    small |= {'"held_out": 20': '"held_out": 4, "disable_tqdm": True', "outputs/api": str(tmp_path / "out")}
-    for old, new in small.items():
+    code = "\n".join(read_examples(ROOT / "docs" / "api.md"))
+    replacements = {
+        '"smollm2-135m"': repr(str(model_folder)),
+        '"max_train_rows": 100': '"max_train_rows": 8, "use_cpu": True',
+    }
+    replacements |= {'"held_out": 20': '"held_out": 4, "disable_tqdm": True', "outputs/api": str(tmp_path / "out")}
+    for old, new in replacements.items():
         assert old in code
         code = code.replace(old, new)
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert names["results"]["rows"]["train"]["kept"] == 8
-    assert (tmp_path / "out" / "results.json").is_file() and len(names["ids"]) == 2
+    namespace: dict[str, object] = {}
+    exec(code, namespace)
+    assert namespace["results"]["rows"]["train"]["kept"] == 8
+    assert (tmp_path / "out" / "results.json").is_file() and len(namespace["ids"]) == 2
     assert "nll_nats_per_token" in capsys.readouterr().out
-    assert names["one"].finish_reason in ("stop", "length") and names["done"].logprobs
+    assert namespace["answer"].finish_reason in ("stop", "length") and namespace["completion"].logprobs
 
 
-def test_what_the_api_lists_is_there_and_documented():
+def test_listed_names_exist_and_have_docstrings():
     import importlib
 
     rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
@@ -44,12 +47,12 @@ def test_what_the_api_lists_is_there_and_documented():
     assert (ROOT / "sft_pipeline" / "py.typed").is_file()
 
 
-def cells() -> list[dict]:
+def read_cells() -> list[dict]:
     return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
 def test_the_notebook_was_run_from_top_to_bottom():
-    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    code = [cell for cell in read_cells() if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not any(output["output_type"] == "error" for output in outputs)
@@ -57,13 +60,13 @@ def test_the_notebook_was_run_from_top_to_bottom():
     assert "answers that end" in text and "/home/" not in text and "/root" not in text and "/tmp" not in text
 
 
-def test_the_notebook_speaks_chinese_too():
-    without = [
+def test_every_text_cell_of_the_notebook_is_in_chinese_too():
+    english_only = [
         cell["source"]
-        for cell in cells()
+        for cell in read_cells()
         if cell["cell_type"] == "markdown" and not CHINESE.search("".join(cell["source"]))
     ]
-    assert without == []
+    assert english_only == []
 
 
 @pytest.mark.real

@@ -1,4 +1,4 @@
-"""docs/data.md: its rows are read as it says, and its commands are commands."""
+"""docs/data.md: its example rows are read as it says, and its commands parse."""
 
 import json
 import re
@@ -29,31 +29,31 @@ CONVERSATIONS = {
 }
 
 
-def test_every_shape_has_an_example_and_they_stand_in_the_order_of_the_code():
+def test_every_format_has_an_example_in_the_order_of_the_code():
     assert list(EXAMPLES) == list(FORMATS) == list(CONVERSATIONS)
 
 
-@pytest.mark.parametrize("shape", CONVERSATIONS)
+@pytest.mark.parametrize("row_format", CONVERSATIONS)
 @pytest.mark.parametrize("kind", [".json", ".jsonl"])
-def test_the_examples_are_read(shape, kind, tmp_path, caplog):
+def test_the_examples_are_read(row_format, kind, tmp_path, caplog):
     file = tmp_path / f"rows{kind}"
-    file.write_text(EXAMPLES[shape] if kind == ".jsonl" else f"[{EXAMPLES[shape]}]", encoding="utf-8")
+    file.write_text(EXAMPLES[row_format] if kind == ".jsonl" else f"[{EXAMPLES[row_format]}]", encoding="utf-8")
     with caplog.at_level("INFO", logger="sft_pipeline"):
         [row] = load_source(str(file))
-    assert row["messages"] == CONVERSATIONS[shape]
-    assert f"1 rows, read as {shape} ({', '.join(json.loads(EXAMPLES[shape]))})" in caplog.text
+    assert row["messages"] == CONVERSATIONS[row_format]
+    assert f"1 rows, read as {row_format} ({', '.join(json.loads(EXAMPLES[row_format]))})" in caplog.text
 
 
 def test_the_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     commands = re.findall(r"\./launch\.sh (\w+) ([^`\n]+)", TEXT)
-    assert [verb for verb, _ in commands] == ["preview", "prepare", "train"]
+    assert [name for name, _ in commands] == ["preview", "prepare", "train"]
     for _, words in commands:
         config, *keys = shlex.split(words.replace("--row 3", ""))
         parse_config(config, keys)
 
 
-def test_what_is_compared_is_named():
+def test_compared_settings_are_listed():
     compared = TEXT[TEXT.index("\nCompared are") : TEXT.index("\n## Memory")]
     named = set(re.findall(r"`(\w+)`", compared))
     assert named == {*SETTINGS, "train_data", "eval_data"}

@@ -27,7 +27,7 @@ def scaling(benchmarks) -> ModuleType:
     return importlib.import_module("scaling")
 
 
-def config_of(shape) -> PretrainedConfig:
+def build_config(shape) -> PretrainedConfig:
     return (Qwen3Config if shape.qk_norm else LlamaConfig)(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -40,9 +40,9 @@ def config_of(shape) -> PretrainedConfig:
     )
 
 
-def build(shape, device: str = "cpu") -> PreTrainedModel:
+def build_model(shape, device: str = "cpu") -> PreTrainedModel:
     with torch.device(device):
-        return (Qwen3ForCausalLM if shape.qk_norm else LlamaForCausalLM)(config_of(shape))
+        return (Qwen3ForCausalLM if shape.qk_norm else LlamaForCausalLM)(build_config(shape))
 
 
 @pytest.fixture(params=[False, True], ids=["llama", "qwen3"])
@@ -55,19 +55,19 @@ def test_the_document_has_the_tables_that_the_script_prints(scaling):
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     for table in scaling.TABLES:
         assert table().format_markdown() in text, f"{table.__name__}: put in what benchmarks/scaling.py prints"
-    assert text.count("| --- |") == len(scaling.TABLES), "and no other"
+    assert text.count("| --- |") == len(scaling.TABLES), "a table that the script does not print"
 
 
-def test_parameters_are_those_of_the_models(scaling):
+def test_parameter_counts_are_those_of_the_models(scaling):
     for shape in (*scaling.SHAPES, scaling.SMOLLM2, scaling.QWEN3_FOUR_LAYERS):
-        assert shape.parameters == build(shape, "meta").num_parameters(), shape.name
+        assert shape.parameters == build_model(shape, "meta").num_parameters(), shape.name
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_are_those_of_peft(scaling, small):
+def test_adapter_counts_are_those_of_peft(scaling, small):
     from sft_pipeline.model.lora import add_lora
 
-    model = add_lora(build(small), scaling.LORA_RANK, 32, ["all-linear"])
+    model = add_lora(build_model(small), scaling.LORA_RANK, 32, ["all-linear"])
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert small.adapter_parameters == trained
 
@@ -78,36 +78,36 @@ def test_arithmetic_is_that_of_the_measured_benchmark(scaling, small):
     rows = [ROW_LENGTH] * 3
     labels = torch.arange(sum(rows)).where(torch.arange(sum(rows)) % 2 == 0, products.IGNORED)
     batch = {"input_ids": torch.zeros(1, sum(rows)), "labels": labels[None], "row_lengths": torch.tensor([0, *rows])}
-    counted = sum(products.count_required_flops(build(small), batch).values())
+    counted = sum(products.count_required_flops(build_model(small), batch).values())
     assert scaling.count_flops(small, ROW_LENGTH, target_share=0.5) * sum(rows) == counted
 
 
-def saved_bytes(model: PreTrainedModel, shape, tokens: int) -> int:
-    """What a forward pass through the library's layers keeps of its tokens for the backward pass."""
-    kept: dict[int, torch.UntypedStorage] = {}
+def count_saved_bytes(model: PreTrainedModel, shape, tokens: int) -> int:
+    """Count what a forward pass through the library's layers keeps for the backward pass, apart from weights."""
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         if tokens in tensor.shape:  # no weight, nor a weight's cast
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         model(inputs_embeds=torch.randn(1, tokens, shape.hidden, requires_grad=True), use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_activations_are_what_the_librarys_layers_keep(scaling, small):
+def test_activations_are_those_that_the_librarys_layers_keep(scaling, small):
     tokens = 96
     more = scaling.replace(small, layers=3)
-    found = [saved_bytes(build(shape).model, shape, tokens) for shape in (small, more)]
-    assert found[1] - found[0] == tokens * scaling.count_layer_activation_bytes(small)
+    sizes = [count_saved_bytes(build_model(shape).model, shape, tokens) for shape in (small, more)]
+    assert sizes[1] - sizes[0] == tokens * scaling.count_layer_activation_bytes(small)
 
 
-def test_what_is_moved_and_kept_depends_on_the_devices_as_it_should(scaling):
+def test_communication_and_memory_depend_on_the_number_of_devices(scaling):
     shape = scaling.LLAMA_8B
     assert scaling.count_ddp_bytes(shape, 1) == scaling.count_fsdp_bytes(shape, 1) == 0
     assert scaling.count_ddp_bytes(shape, 2) == 4 * shape.parameters, (
-        "half of the gradients to the other, and sums back"
+        "half of the gradients to the other device, and sums back"
     )
     sharded = [scaling.count_sharded_state_bytes(shape, devices) for devices in (2, 8, 64)]
     assert sharded == sorted(sharded, reverse=True)

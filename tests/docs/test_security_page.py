@@ -1,4 +1,4 @@
-"""What docs/security.md promises. Each promise names its test there, here or in the file of what it is about."""
+"""The promises of docs/security.md, which names the test of each; some are in the files of other folders."""
 
 import ast
 import io
@@ -101,17 +101,17 @@ def keywords(call: ast.Call) -> dict[str, str]:
 def test_every_call_that_loads_is_a_safe_one():
     """The behaviour is tested below; this finds a call that is added later."""
     for file, call in calls("from_pretrained"):
-        given = keywords(call)
-        assert given.get("trust_remote_code", "False") in ("False", "trust_remote_code"), file
+        arguments = keywords(call)
+        assert arguments.get("trust_remote_code", "False") in ("False", "trust_remote_code"), file
         if ast.unparse(call.func).startswith("AutoModel"):
-            assert given.get("use_safetensors") == "True" or "gguf_file" in given, file
+            assert arguments.get("use_safetensors") == "True" or "gguf_file" in arguments, file
     for file, call in calls("load_dataset"):
         assert keywords(call).keys() <= {"split"}, file
     for file, call in [*calls("load"), *calls("safe_load")]:
-        told = ast.unparse(call)
-        # What torch's own reader of sharded checkpoints runs is told in docs/security.md.
-        safe = told.startswith(("yaml.safe_load(", "_MetadataUnpickler(", "dcp.load("))
-        assert safe or "weights_only=True" in told or "_Loader" in told, file
+        source = ast.unparse(call)
+        # docs/security.md says what torch's own reader of sharded checkpoints unpickles.
+        safe = source.startswith(("yaml.safe_load(", "_MetadataUnpickler(", "dcp.load("))
+        assert safe or "weights_only=True" in source or "_Loader" in source, file
     for forbidden in ("eval", "exec", "compile_restricted", "system", "popen", "read_pickle", "load_from_disk"):
         hits = [hit for hit in calls(forbidden) if not ast.unparse(hit[1].func).endswith((".eval", "re.compile"))]
         assert not hits, forbidden
@@ -235,11 +235,11 @@ def test_a_member_of_an_enum_is_data_as_python_3_11_2_writes_it(name):
 
 
 def test_nothing_that_a_run_leaves_is_a_pickle_of_its_arguments_or_holds_a_secret(tmp_path, monkeypatch, caplog, capfd):
-    """Not in a checkpoint, the saved model, what is logged or told to trackers; nor any variable of the environment."""
+    """Not in a checkpoint, the saved model, logs or the data sent to trackers; nor any environment variable."""
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "ANYTHING_ELSE"):
         monkeypatch.setenv(name, SECRET)
-    told = []
-    monkeypatch.setattr("transformers.Trainer.log", lambda self, logs, *rest: told.append(logs))
+    logs = []
+    monkeypatch.setattr("transformers.Trainer.log", lambda self, entry, *args: logs.append(entry))
     keys = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "hub_token": SECRET}
     trainer = make_trainer(tmp_path, **keys)
     trainer.train()
@@ -254,16 +254,16 @@ def test_nothing_that_a_run_leaves_is_a_pickle_of_its_arguments_or_holds_a_secre
         str(trainer.args),
         trainer.model.config.to_dict(),
     ]
-    assert SECRET not in repr([told, trackers, caplog.text, *capfd.readouterr()])
+    assert SECRET not in repr([logs, trackers, caplog.text, *capfd.readouterr()])
 
 
 def test_a_config_and_its_record_hold_no_token(tmp_path):
     needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
-    said = refusal(
+    message = refusal(
         lambda: parse_config(None, [*needed, f"--hub_token={SECRET}"]), "set HF_TOKEN or call `hf auth login`"
     )
     (tmp_path / "mine.yaml").write_text(f"hub_token: {SECRET}\n")
-    assert SECRET not in said + refusal(lambda: parse_config(str(tmp_path / "mine.yaml"), needed), "hub_token")
+    assert SECRET not in message + refusal(lambda: parse_config(str(tmp_path / "mine.yaml"), needed), "hub_token")
     sft, training = parse_config(None, needed)
     training.hub_token = SECRET
     assert "hub_token" not in build_config_record(sft, training) and SECRET not in repr(
@@ -356,9 +356,9 @@ def test_a_chat_template_that_fails_is_one_line(text, make_tokenizer):
 def test_a_system_prompt_is_text_in_the_saved_template(system, tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
     saved = build_saved_chat_template(build_template("chat", tokenizer), system)
-    told = add_system_prompt(messages, system)
+    expected = add_system_prompt(messages, system)
     render = tokenizer.apply_chat_template
-    assert render(messages, chat_template=saved, tokenize=False) == render(told, tokenize=False)
+    assert render(messages, chat_template=saved, tokenize=False) == render(expected, tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -373,38 +373,38 @@ def test_yaml_makes_no_objects(tag, tmp_path, trap):
 
 
 @pytest.fixture(scope="module", params=["tiny", *(path.name for path in find_tokenizers())])
-def real(request, tokenizer):
+def real_tokenizer(request, tokenizer):
     return next((AutoTokenizer.from_pretrained(p) for p in find_tokenizers() if p.name == request.param), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["role", "chat"])
-def test_no_text_becomes_a_control_token(name, real, monkeypatch):
+def test_no_text_becomes_a_control_token(name, real_tokenizer, monkeypatch):
     """Every special token of the tokenizer, in every role, by every way to a prompt: training, `generate`, `chat` and
     its /system, few-shot examples, held-out rows. The ids hold as many control tokens as those of harmless text."""
-    template = build_template(name, real)
-    control = {i: token.content for i, token in real.added_tokens_decoder.items() if token.special}
+    template = build_template(name, real_tokenizer)
+    control = {i: token.content for i, token in real_tokenizer.added_tokens_decoder.items() if token.special}
     assert len(control) >= 3
     for spelled in (*control.values(), "".join(control.values())):
         hostile, harmless = (ways(template, text) for text in (f"a{spelled}b", "a b"))
         for way, ids in hostile.items():
             expected = [i for i in harmless[way] if i in control]
             assert [i for i in ids if i in control] == expected, (way, spelled)
-            assert spelled in real.decode(ids), (way, spelled)
+            assert spelled in real_tokenizer.decode(ids), (way, spelled)
 
 
 def ways(template, text: str) -> dict[str, list[int]]:
-    """All the ways from a text to ids that a model is given."""
+    """All the ways from a text to the input ids of a model."""
     row = [{"role": role, "content": text} for role in ("system", "user", "assistant")]
     [trained] = template.render([row], "last")
-    said = Conversation(SimpleNamespace(config=NoLimit), template, None, 4)
-    said.handle_line(f"/system {text}")
-    said.messages = [*row[1:], {"role": "user", "content": text}]
+    conversation = Conversation(SimpleNamespace(config=NoLimit), template, None, 4)
+    conversation.handle_line(f"/system {text}")
+    conversation.messages = [*row[1:], {"role": "user", "content": text}]
     return {
         "train": [i for run in trained for i in run.ids],
         "held out": template.encode_prompt(row[:-1]),
         "few-shot": template.encode_prompt(add_examples(row[:-1], [row[1:]])),
         "generate": _encode_prompt(Prompt("a line", row[1:2]), template, text).ids,
-        "chat": said._encode_prompt(),
+        "chat": conversation._encode_prompt(),
     }
 
 
@@ -428,8 +428,8 @@ def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
     row = {"input_ids": ids, "labels": [*ids[1:], -100]}
     assert json.loads(format_row_json(row, tokenizer))["text"] == f"say {ESCAPES} now"
     assert not set(format_row_json(row, tokenizer)) & set(ESCAPES[0] + "\x9b\x07\r")
-    said = [shown(lambda console: preview.print_row(row, tokenizer, f"a{ESCAPES}.jsonl row 0", console))]
-    said += [shown(lambda console: preview.print_positions(row, tokenizer, console))]
+    outputs = [shown(lambda console: preview.print_row(row, tokenizer, f"a{ESCAPES}.jsonl row 0", console))]
+    outputs += [shown(lambda console: preview.print_positions(row, tokenizer, console))]
     answer = {
         "prompt": ESCAPES,
         "before": ESCAPES,
@@ -440,15 +440,15 @@ def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
     }
     results = {"answers": [answer, {**answer, "error": ESCAPES}], "before_and_after": {}, "steps": 1, "seconds": 1.0}
     results |= {"tokens_per_second": 1.0, "peak_memory_gib": 1.0}
-    said += [shown(lambda console: print_results(results, "out[/x]", console))]
-    assert "saved in out[/x]" in said[2] and said[2].count(SEEN) == 6 and SEEN in said[0]
+    outputs += [shown(lambda console: print_results(results, "out[/x]", console))]
+    assert "saved in out[/x]" in outputs[2] and outputs[2].count(SEEN) == 6 and SEEN in outputs[0]
     streamer = AnswerStreamer(tokenizer)
     for token in ids:
         streamer.put(torch.tensor([token]))
     streamer.end()
-    said += [capsys.readouterr().out]
-    assert f"say {SEEN} now" in said[3]
-    for text in said:
+    outputs += [capsys.readouterr().out]
+    assert f"say {SEEN} now" in outputs[3]
+    for text in outputs:
         assert not set(text) & {"\x1b", "\x9b", "\x07", "\r"}
 
 
@@ -468,11 +468,15 @@ def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
 def test_the_commands_errors_are_one_visible_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", str(tmp_path / "no\x1b[2J\nrun")])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and "no\u241b[2J\u240arun: no such folder" in said
+    error_output = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and error_output.count("\n") == 1
+        and "no\u241b[2J\u240arun: no such folder" in error_output
+    )
 
 
-# ---- what else was found
+# ---- other findings
 
 
 def test_text_that_no_tokenizer_takes_is_refused(tokenizer):

@@ -268,7 +268,7 @@ def train_until_killed(config: Path, out: Path, event: str, step: int) -> None:
 
     os.environ.pop("WANDB_SERVICE", None)  # the service of the parent process
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft_pipeline.training.builder.build_trainer", build)
+        patch.setattr("sft_pipeline.train.build_trainer", build)
         run_training(config, out)
 
 
