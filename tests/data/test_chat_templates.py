@@ -52,10 +52,6 @@ def test_the_reference_ids(qwen3):
     assert supervised == [False] * 37 + [True] * 44
 
 
-def test_the_reference_ids_of_a_single_text(qwen3):
-    assert encode_as_text(qwen3, ["如何学习python?"]) == [[100007, 100134, 12669, 30]]
-
-
 def test_the_reference_prompt(qwen3):
     messages = build_conversation(["Give three tips for staying healthy."], SYSTEM)
     assert build_template("role", qwen3).encode_prompt(messages) == REFERENCE[:37]
