@@ -21,12 +21,7 @@ from support.generation import (
     make_prompts,
 )
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from sft_pipeline.inference import engine
 from sft_pipeline.inference.engine import Completion, generate

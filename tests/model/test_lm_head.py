@@ -5,14 +5,7 @@ import torch
 import torch.nn.functional as F
 from support.causal_models import tiny
 from support.tensors import close
-from transformers import (
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    Qwen3Config,
-)
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from sft_pipeline.model.lm_head import split_head
 from sft_pipeline.utils.constants import IGNORED

@@ -2,9 +2,7 @@
 
 import pytest
 from support.causal_models import tiny
-from transformers import (
-    LlamaConfig,
-)
+from transformers import LlamaConfig
 
 from sft_pipeline.model.module_utils import use_eval_mode
 
