@@ -10,8 +10,6 @@ from sft_pipeline.evaluation.metrics.registry import METRICS
 from sft_pipeline.evaluation.metrics.words import split_words
 
 mixed_text = st.text(alphabet="ab 你好吗，。!", max_size=25)
-
-
 few_letters = st.text(alphabet="ab ", max_size=60)
 
 
