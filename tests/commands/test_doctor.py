@@ -202,16 +202,3 @@ def test_the_hub(monkeypatch):
 
     monkeypatch.setattr(httpx, "head", fails)
     assert (doctor._check_hub().value, doctor._check_hub().note[:12]) == ("not reachable", "ConnectError")
-
-
-def test_doctor_takes_no_other_option(capsys):
-    with pytest.raises(SystemExit):
-        main(["doctor", "--yaml"])
-    assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; `doctor --help` lists them\n"
-
-
-def test_help_lists_exit_statuses(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    output = capsys.readouterr().out
-    assert all(f"\n  {status} " in output for status in (0, 1, 2, 75, 130)) and "--json" in output
