@@ -10,7 +10,7 @@ from sft_pipeline.utils.errors import SFTError
 
 @pytest.fixture(scope="module")
 def config(write_config, tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("config"), rows=8)
+    return write_config(tmp_path_factory.mktemp("config"), rows=8, max_length=128)
 
 
 def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
