@@ -31,12 +31,13 @@ SLOW_FILES = (
     *(
         "test_engine",
         "test_generate",
-        "test_fault_tolerance",
         "test_lora",
-        "test_checkpoints",
+        "test_preemption",
+        "test_memory",
+        "test_checkpointing",
         "test_export",
-        "test_train",
     ),
+    *("test_fault_tolerance", "test_hf_metrics", "test_resumable_jsonl", "test_train", "test_trainer", "test_api_page"),
 )
 
 

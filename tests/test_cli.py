@@ -4,17 +4,15 @@ import io
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from support.command_line import python, refusal
 
 from sft_pipeline import cli
 from sft_pipeline.cli import main
-from sft_pipeline.cli_options import build_parser
 from sft_pipeline.data.chat_templates import build_template
 
 GOOD = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(8)]
@@ -50,17 +48,6 @@ def make_config(model_folder, tmp_path, monkeypatch):
         return "config.yaml"
 
     return make
-
-
-def refusal(capsys, *arguments: str) -> str:
-    """Run a command that fails; return its one line on standard error."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main(list(arguments))
-    output = capsys.readouterr()
-    assert exit.value.code == 2
-    assert output.out == "" and output.err.startswith("sft-pipeline: ") and output.err.count("\n") == 1
-    return output.err.removeprefix("sft-pipeline: ").strip()
 
 
 BAD_ROWS = {
@@ -165,33 +152,6 @@ def test_a_missing_config(capsys):
     assert refusal(capsys, "preview").startswith("missing: model_name_or_path, train_data; add it to the config file")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected", "help"),
-    [
-        ([], "the following arguments are required: COMMAND", "--help"),
-        (["trian"], "argument COMMAND: invalid choice: 'trian'", "--help"),
-        (["generate", "a.txt"], "the following arguments are required: --model, --output", "generate --help"),
-        (["preview", "--row", "x"], "argument --row: invalid int value: 'x'", "preview --help"),
-    ],
-)
-def test_an_error_of_the_parser_is_one_line_without_the_usage(arguments, expected, help, capsys):
-    message = refusal(capsys, *arguments)
-    assert message.startswith(expected) and message.endswith(f"; see `{help}`")
-
-
-def test_every_command_has_its_function():
-    [subparsers] = build_parser()._subparsers._group_actions
-    assert list(subparsers.choices) == list(cli.COMMANDS)
-
-
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
-def test_help_fits_a_terminal(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        main([*command.split(), "--help"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
 def test_a_config_that_is_not_the_first_argument_is_no_config(make_config, capsys):
     """Nor is the value of the first key."""
     assert refusal(capsys, "train", "--seed", "5", make_config()).startswith("missing: model_name_or_path")
@@ -255,6 +215,12 @@ def test_chat_takes_no_other_option(model_folder, capsys):
     assert message == "chat: unknown option --temperature; `chat --help` lists them"
 
 
+def test_doctor_takes_no_other_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--yaml"])
+    assert capsys.readouterr().err == "sft-pipeline: doctor: unknown option --yaml; `doctor --help` lists them\n"
+
+
 def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(args, extra_args):
         raise KeyboardInterrupt
@@ -264,20 +230,6 @@ def test_an_interrupted_run_ends_without_a_traceback(monkeypatch, capsys):
         main(["train"])
     assert exit.value.code == 130
     assert capsys.readouterr().err == "sft-pipeline: interrupted; everything saved so far is intact\n"
-
-
-def python(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
-
-
-def test_help_imports_nothing_heavy():
-    code = "import sys; from sft_pipeline.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
-    for command in ([], ["train"], ["preview"], ["chat"], ["generate"]):
-        run = python("-c", code, *command, "--help")
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.startswith("usage: sft-pipeline")
 
 
 def test_an_error_of_the_program_is_one_line(make_config):

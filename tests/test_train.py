@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: results, repeating, resuming, what is saved, and which folders are left alone."""
+"""Whole runs on a tiny model: results, repeating, resuming and what is saved."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from support.training_runs import run_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_pipeline.config import parse_config
@@ -68,10 +69,6 @@ def config(data, model_folder, tmp_path_factory) -> Path:
     return file
 
 
-def run_train(config: Path, *overrides: str) -> dict:
-    return train(*parse_config(str(config), list(overrides)), Console(quiet=True))
-
-
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory) -> tuple[Path, dict]:
     """The uninterrupted run that most tests look at: its folder and its results."""
@@ -81,10 +78,6 @@ def run(config, tmp_path_factory) -> tuple[Path, dict]:
 
 def curve(results: dict) -> list[tuple]:
     return [(e["step"], e.get("loss"), e.get("eval_loss"), e.get("grad_norm")) for e in results["loss_curve"]]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_results_are_complete_and_on_disk(run, config):
@@ -213,13 +206,6 @@ def test_a_budget_of_tokens_trains_whole_epochs(config, tmp_path, caplog):
     assert "packed rows: no padding" in caplog.text
 
 
-def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("sft_pipeline.data.collators.find_packing_obstacle", lambda model, longest: "it is a teapot")
-    message = r"^tokens_per_batch: 128 needs packing, which is off \(it is a teapot\); set it to 0$"
-    with pytest.raises(SFTError, match=message):
-        run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
-
-
 def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):
     keys = ["--load_best_model_at_end", "true", "--early_stopping_patience", "1", "--eval_steps", "1"]
     keys += ["--save_steps", "1", "--learning_rate", "0.3", "--max_steps", "8"]
@@ -284,65 +270,3 @@ def test_a_named_checkpoint_that_is_not_there(config, tmp_path):
     with pytest.raises(SFTError, match=r"checkpoint-9: no such folder; give a checkpoint-N folder, or true$"):
         run_train(config, *keys)
     assert not (tmp_path / "out").exists()
-
-
-# Folders that hold something.
-
-
-@pytest.fixture
-def held(tmp_path) -> Path:
-    """A folder with an earlier run in it."""
-    folder = tmp_path / "held"
-    folder.mkdir()
-    (folder / RUN_FILE).write_text("seed: 1\n")
-    (folder / "model.safetensors").write_text("precious")
-    return folder
-
-
-def test_an_earlier_run_is_refused_and_untouched(held, config):
-    previous = contents(held)
-    for keys in ([], ["--resume_from_checkpoint", "false"]):
-        with pytest.raises(SFTError, match=f"^output_dir {held}: already holds a run; add --overwrite_output_dir to"):
-            run_train(config, "--output_dir", str(held), *keys)
-    assert contents(held) == previous
-
-
-def test_an_earlier_run_is_replaced_when_asked(held, config):
-    (held / "left_over.txt").write_text("old")
-    run_train(config, "--output_dir", str(held), "--overwrite_output_dir", "--max_steps", "1")
-    assert not (held / "left_over.txt").exists()
-    assert json.loads((held / RESULTS_FILE).read_text())["steps"] == 1
-    load_file(held / "model.safetensors")
-
-
-@pytest.mark.parametrize("keys", [["--train_data", "missing.json"], ["--model_name_or_path", "./missing"]])
-def test_bad_input_costs_no_earlier_run(keys, held, config):
-    previous = contents(held)
-    with pytest.raises(SFTError, match="missing"):
-        run_train(config, "--output_dir", str(held), "--overwrite_output_dir", *keys)
-    assert contents(held) == previous
-
-
-def test_bad_input_leaves_no_folder_that_would_be_refused_next_time(config, tmp_path):
-    with pytest.raises(SFTError, match="missing"):
-        run_train(config, "--output_dir", str(tmp_path / "out"), "--train_data", "missing.json")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("keys", [[], ["--overwrite_output_dir"]])
-def test_files_of_no_run_are_refused_and_untouched(keys, config, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    previous = contents(tmp_path)
-    with pytest.raises(SFTError, match=f"^output_dir {tmp_path}: holds files that are not a run's; choose another"):
-        run_train(config, "--output_dir", str(tmp_path), *keys)
-    assert contents(tmp_path) == previous
-
-
-def test_a_file_is_no_output_folder(config, tmp_path):
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(SFTError, match=f"^output_dir {tmp_path / 'out'}: is a file; choose another folder"):
-        run_train(config, "--output_dir", str(tmp_path / "out"))
-
-
-def test_an_empty_folder_is_taken(config, tmp_path):
-    assert run_train(config, "--output_dir", str(tmp_path), "--max_steps", "1")["steps"] == 1

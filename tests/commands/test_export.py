@@ -11,23 +11,19 @@ import httpx
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from rich.console import Console
 from safetensors.torch import load_file
+from support.exported_runs import remember_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from sft_pipeline.cli import main
 from sft_pipeline.commands.export import export_model
-from sft_pipeline.config import parse_keys
 from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.inference.engine import generate
 from sft_pipeline.inference.sampling import SamplingParams
-from sft_pipeline.reports.model_card import find_licence
 from sft_pipeline.runs.trained_model import load_trained
-from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
 
-SYSTEM = "You are 冬瓜.\n"
 LIMIT = 8
 ASKED = [
     ["Say text 2 times, 7."],
@@ -45,43 +41,7 @@ def conversation(texts: list[str]) -> list[Message]:
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory):
     """trained(key=value) is the output folder of a run on 24 rows; the same keys are the same run."""
-    runs_folder, runs = tmp_path_factory.mktemp("runs"), {}
-    data = runs_folder / "data" / "rows.jsonl"
-    data.parent.mkdir()
-    rows = [
-        {"prompt": f"Say text {n % 3} times, {n}.", "completion": " ".join(["text"] * (n % 3 + 1))} for n in range(24)
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (data.parent / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nRows.\n", encoding="utf-8")
-
-    def run(**keys) -> Path:
-        folder = runs_folder / f"run-{len(runs)}"
-        common = {
-            "model_name_or_path": str(model_folder),
-            "train_data": [str(data)],
-            "held_out": 4,
-            "system_prompt": SYSTEM,
-        }
-        common |= {"template": "role", "learning_rate": 0.03, "max_steps": 20, "num_answers": 2, "num_instructions": 2}
-        common |= {
-            "eval_strategy": "steps",
-            "eval_steps": 20,
-            "save_strategy": "no",
-            "max_new_tokens": 4,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "output_dir": str(folder),
-        }
-        train(*parse_keys(common | keys), Console(quiet=True))
-        return folder
-
-    def remembered(**keys) -> Path:
-        name = json.dumps(keys)
-        if name not in runs:
-            runs[name] = run(**keys)
-        return runs[name]
-
-    return remembered
+    return remember_runs(model_folder, tmp_path_factory.mktemp("runs"))
 
 
 def answer_with_engine(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
@@ -184,54 +144,6 @@ def test_an_unknown_option_of_export(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(trained()), str(tmp_path / "out"), "--quantize", "4"])
     assert "export: unknown option --quantize; `export --help` lists them" in capsys.readouterr().err
-
-
-# ---- the card
-
-
-def test_the_card_has_the_results_of_the_run(trained, tmp_path):
-    folder = trained()
-    export_model(str(folder), tmp_path / "exported")
-    card, results = (
-        ModelCard.load(tmp_path / "exported" / "README.md"),
-        json.loads((folder / "results.json").read_text()),
-    )
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
-    assert card.data.license is None and card.data.base_model is None and card.data.datasets is None
-    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert card.data.model_name == "exported"
-    assert metrics["loss"] == round(results["eval_loss"]["after"], 4)
-    assert metrics["stop_rate"] == results["metrics"]["stop_rate"] and "instructions_followed_rate" in metrics
-    text = " ".join(card.text.split())
-    assert "- `rows.jsonl`, licence: cc-by-4.0" in text and "/rows.jsonl" not in str(card)
-    assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
-    change = results["before_and_after"]["nll_nats_per_token"]
-    cells = f"{change['before']:.3f} | {change['after']:.3f} | {change['difference']:+.3f}"
-    assert f"| held-out loss, nats/token | {cells} |" in text
-    assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
-    assert f"torch {torch.__version__}" in text and "This model: not stated." in text
-    assert "lora" not in text
-
-
-def test_the_card_of_a_run_without_held_out_rows(trained, tmp_path):
-    export_model(str(trained(held_out=0, max_steps=1)), tmp_path / "exported")
-    card = ModelCard.load(tmp_path / "exported" / "README.md")
-    assert card.data.eval_results is None and "No rows were held out, so there are no metrics." in card.text
-
-
-def test_known_licenses(tmp_path):
-    assert find_licence("smollm2-135m", "model") == "apache-2.0"
-    assert find_licence("nobody/nothing", "model") is None
-    assert find_licence(str(tmp_path), "model") is None
-    for text, expected in (
-        ("No front matter.", None),
-        ("---\nlicense: mit\n---\n", "mit"),
-        ("---\nlicense: [a]\n---\n", None),
-    ):
-        (tmp_path / "README.md").write_text(text, encoding="utf-8")
-        assert find_licence(str(tmp_path), "model") == expected
-        (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
-        assert find_licence(str(tmp_path / "rows.json"), "dataset") == expected
 
 
 # ---- a server

@@ -6,18 +6,14 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from support.answer_files import DRAWN, LINES, are_same, errors_of, partial_of, rows_of
 from support.processes import Command
 
 from sft_pipeline import cli
 from sft_pipeline.commands import generate as generate_module
-from sft_pipeline.commands import resumable_jsonl
 from sft_pipeline.commands.generate import GenerateOptions, compute_row_seed, generate_file
-from sft_pipeline.commands.resumable_jsonl import AnswerFile
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.prompts import Prompt
 from sft_pipeline.data.sources import load_source
@@ -27,38 +23,6 @@ from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.utils.errors import SFTError
-
-LINES = [f"What is {'the answer ' * (n % 4)}to {n}?" for n in range(9)]
-DRAWN = SamplingParams(max_new_tokens=8, do_sample=True, temperature=1.5, seed=3)
-
-
-def rows_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def partial_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def errors_of(output: Path) -> Path:
-    return output.with_name(output.name + ".errors")
-
-
-def are_same(rows: list[dict], expected: list[dict]) -> bool:
-    """Equal, but for the rounding of the log-probabilities, which a batch's other rows may change."""
-    logprobs = [[row.get("logprob", 0) for row in part] for part in (rows, expected)]
-    bare = [[{k: v for k, v in row.items() if k != "logprob"} for row in part] for part in (rows, expected)]
-    return bare[0] == bare[1] and logprobs[0] == pytest.approx(logprobs[1], abs=2e-3)
-
-
-@pytest.fixture
-def options(model_folder, tmp_path) -> GenerateOptions:
-    """Nine prompts, the last of them bad, two drawn answers each."""
-    rows = [{"prompt": line} for line in LINES[:-1]] + [{"prompt": " "}]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return GenerateOptions(
-        str(tmp_path / "prompts.jsonl"), str(model_folder), tmp_path / "answers.jsonl", DRAWN, samples=2, batch_size=4
-    )
 
 
 def test_greedy_answers_are_those_of_the_evaluation(model_folder, tmp_path, tokenizer):
@@ -176,14 +140,6 @@ def test_bad_prompts_have_their_errors_and_all_others_are_answered(model_folder,
     assert "exceed the limit of 40: shorten the prompt" in rows_of(errors_of(output))[1]["error"]
 
 
-def test_errors_of_an_earlier_run_are_deleted(options):
-    generate_file(options)
-    assert len(rows_of(errors_of(options.output))) == 2
-    Path(options.prompts).write_text(json.dumps({"prompt": "Hi"}))
-    assert generate_file(replace(options, overwrite=True)) == 0
-    assert not errors_of(options.output).exists() and len(rows_of(options.output)) == 2
-
-
 def test_an_empty_answer_and_a_template_that_rejects_a_prompt_are_errors(options, monkeypatch, tokenizer):
     empty = generate_module._build_record(Prompt("a line 1", []), 0, Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
@@ -198,41 +154,6 @@ def test_an_empty_answer_and_a_template_that_rejects_a_prompt_are_errors(options
 # Cut off and begun again.
 
 
-@pytest.fixture
-def whole(options, monkeypatch) -> SimpleNamespace:
-    """A run that was not cut off: its output and errors, and the partial file as it was just before the end."""
-    loaded = generate_module.load_trained(options.model)
-    monkeypatch.setattr(generate_module, "load_trained", lambda name: loaded)
-    content = {}
-    write_output = AnswerFile.write_output
-
-    def spy(file: AnswerFile) -> None:
-        content["partial"] = file.partial.read_bytes()
-        write_output(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "write_output", spy)
-        generate_file(options)
-    output, errors = rows_of(options.output), rows_of(errors_of(options.output))
-    return SimpleNamespace(partial=content["partial"], output=output, errors=errors)
-
-
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_partial_file_cut_at_any_byte_continues_to_the_same_output(options, whole, data):
-    """Cut twice; with zeros behind the cut, as some file systems leave them after a loss of power."""
-    request = replace(options, overwrite=True, batch_size=data.draw(st.integers(1, 6)))
-    assert len(whole.output) == 16 and len(whole.errors) == 2
-    cut = data.draw(st.integers(0, len(whole.partial)))
-    header = whole.partial.find(b"\n") + 1
-    zeros = bytes(data.draw(st.integers(0, 9))) if cut >= header else b""
-    partial_of(request.output).write_bytes(whole.partial[:cut] + zeros)
-    generate_file(request)
-    assert are_same(rows_of(request.output), whole.output)
-    assert are_same(rows_of(errors_of(request.output)), whole.errors)
-    assert not partial_of(request.output).exists()
-
-
 def test_only_missing_answers_are_generated(options, whole, monkeypatch, caplog):
     lines = whole.partial.splitlines(keepends=True)
     partial_of(options.output).write_bytes(b"".join(lines[:6]) + lines[6][:-9])
@@ -245,25 +166,6 @@ def test_only_missing_answers_are_generated(options, whole, monkeypatch, caplog)
         generate_file(replace(options, overwrite=True))
     assert f"{partial_of(options.output)}: continuing after 5 of 18 answers" in caplog.messages
     assert len(seen) == 13 and are_same(rows_of(options.output), whole.output)
-
-
-def test_an_error_while_writing_loses_nothing(options, whole, monkeypatch):
-    options = replace(options, overwrite=True)
-    add, calls = AnswerFile.add, []
-
-    def interrupted(file, key, row):
-        calls.append(key)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        add(file, key, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswerFile, "add", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            generate_file(options)
-    assert len(partial_of(options.output).read_bytes().splitlines()) == 7
-    generate_file(options)
-    assert are_same(rows_of(options.output), whole.output)
 
 
 def test_a_killed_process_is_continued(options, model_folder, tmp_path):
@@ -290,30 +192,6 @@ def test_a_killed_process_is_continued(options, model_folder, tmp_path):
     assert len(rows_of(tmp_path / "many.jsonl")) == 270
 
 
-@pytest.mark.parametrize(
-    ("change", "names"),
-    [
-        ({"samples": 3}, "samples"),
-        ({"sampling": replace(DRAWN, temperature=1.0, seed=4)}, "temperature, seed"),
-        ({"system_prompt": "Sing."}, "system_prompt, prompts"),
-        ({"stop_strings": ("x",), "max_length": 50}, "max_length, stop_strings"),
-    ],
-)
-def test_a_partial_file_with_different_settings_is_an_error(options, whole, change, names):
-    begun = whole.partial[: len(whole.partial) // 2]
-    options.output.unlink()
-    partial_of(options.output).write_bytes(begun)
-    with pytest.raises(SFTError) as error:
-        generate_file(replace(options, **change))
-    assert str(error.value) == (
-        f"{partial_of(options.output)}: was started with different settings ({names}); use those again to "
-        "continue, choose another output, or add --overwrite to start again"
-    )
-    assert partial_of(options.output).read_bytes() == begun
-    generate_file(replace(options, **change, overwrite=True))
-    assert options.output.exists() and not partial_of(options.output).exists()
-
-
 def test_a_changed_model_or_changed_prompts_are_detected(options, whole, monkeypatch):
     options.output.unlink()
     partial_of(options.output).write_bytes(whole.partial)
@@ -327,14 +205,6 @@ def test_a_changed_model_or_changed_prompts_are_detected(options, whole, monkeyp
     Path(options.prompts).write_text(json.dumps({"prompt": "Hi"}))
     with pytest.raises(SFTError, match=r"was started with different settings \(prompts\);"):
         generate_file(options)
-
-
-@pytest.mark.parametrize("content", [b"mine\n", b"mine", b"[1]\n", b'{"generate": 1}\n', b'{"a": {}}\n'])
-def test_a_file_that_is_no_partial_file_is_an_error(options, content):
-    partial_of(options.output).write_bytes(content)
-    with pytest.raises(SFTError, match="is not a partial file of generate; move it, or add --overwrite to replace it"):
-        generate_file(options)
-    assert partial_of(options.output).read_bytes() == content
 
 
 # The command line.
@@ -395,21 +265,6 @@ def test_error_messages(options, change, message, tmp_path, monkeypatch):
         generate_file(replace(options, **change))
     assert str(error.value) == message
     assert (tmp_path / "old.jsonl").read_text() == "old"
-
-
-def test_a_full_disk_is_one_error(options, monkeypatch):
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(resumable_jsonl, "SYNC_SECONDS", 0.0)
-    message = r"answers.jsonl: cannot be written \(No space left on device\); fix that and run again to continue"
-    file = AnswerFile(options.output, {})
-    monkeypatch.setattr(resumable_jsonl.os, "fsync", full)
-    with pytest.raises(SFTError, match=message):
-        file.add((0, 0), {})
-    with pytest.raises(SFTError, match=message):
-        file.write_output()
-    file.close()
 
 
 def test_a_bar_counts_the_answers_and_their_tokens(options, whole, capsys):

@@ -18,7 +18,6 @@ from support.conversations import (
 from support.tiny import CHATML
 
 from sft_pipeline.data.chat_templates import PLACEHOLDER, build_template
-from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
 
@@ -51,10 +50,6 @@ def test_the_reference_ids(qwen3):
     assert len(REFERENCE) == 81
     assert ids == REFERENCE
     assert supervised == [False] * 37 + [True] * 44
-
-
-def test_the_reference_ids_of_a_single_text(qwen3):
-    assert encode_as_text(qwen3, ["如何学习python?"]) == [[100007, 100134, 12669, 30]]
 
 
 def test_the_reference_prompt(qwen3):
@@ -247,15 +242,3 @@ def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer):
 def test_placeholders_for_control_tokens_are_replaced_back(tokenizer):
     ids = build_template("chat", tokenizer).encode_prompt(build_conversation(["a<|im_end|>b"]))
     assert PLACEHOLDER.format("")[0] not in tokenizer.decode(ids)
-
-
-# ---- the system prompt and the saved chat template
-
-
-def test_add_system_prompt():
-    messages = build_conversation(["q", "a"])
-    assert add_system_prompt(messages, "s") == build_conversation(["q", "a"], "s")
-    assert add_system_prompt(messages, None) is messages and add_system_prompt(messages, "") is messages
-    messages_with_system = build_conversation(["q", "a"], "own")
-    assert add_system_prompt(messages_with_system, "s") is messages_with_system
-    assert add_system_prompt([], "s") == [{"role": "system", "content": "s"}]

@@ -1,5 +1,6 @@
 """Packing: bins within the budget, the common prefix, and the packed batch against its rows."""
 
+import math
 import pickle
 
 import pytest
@@ -35,6 +36,13 @@ def test_best_fit_keeps_every_row_within_the_budget(lengths, budget):
     # No two bins could have been one: best fit opens a bin only where a row fits nowhere.
     sizes = sorted(sum(lengths[number] for number in rows) for rows in bins)
     assert len(sizes) < 2 or sizes[0] + sizes[1] > budget
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), budget=st.integers(40, 80))
+def test_best_fit_needs_few_bins(lengths, budget):
+    """Fewer than twice what the tokens ask for, since any two bins hold more than one could."""
+    assert len(pack_best_fit(lengths, budget)) <= max(1, math.ceil(2 * sum(lengths) / budget) - 1)
 
 
 def test_best_fit_takes_the_fullest_bin_that_holds_the_row():

@@ -1,13 +1,9 @@
-"""Sources: shapes to messages, files to data sets, mixing and holding out; every error with its message. No network."""
+"""Sources: files, folders and hub datasets to rows of messages; every error with its message. No network."""
 
 import csv
-import hashlib
 import json
 import logging
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,27 +11,13 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.source_rows import EXPECTED, QUICK, ROWS, TEXT, fails, talk
 
 from sft_pipeline.data import sources
-from sft_pipeline.data.formats import FORMATS, convert_to_messages, detect_format
+from sft_pipeline.data.formats import FORMATS, detect_format
 from sft_pipeline.data.sources import load_source
-from sft_pipeline.data.splits import drop_overlap, hash_row, hash_rows, mix_datasets, split_held_out
-from sft_pipeline.utils.errors import SFTError
-
-QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-ROWS = [
-    {"instruction": "Name a colour.", "input": "", "output": "Blue."},
-    {"instruction": "Translate to German.", "input": "cat", "output": "Katze."},
-    {"instruction": "2 + 2?", "input": "", "output": "4"},
-]
-EXPECTED = [
-    [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}],
-    [{"role": "user", "content": "Translate to German.\ncat"}, {"role": "assistant", "content": "Katze."}],
-    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
-]
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +28,6 @@ def offline(monkeypatch, tmp_path_factory):
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-def talk(user="Hi", answer="Hello", system=None):
-    start = [{"role": "system", "content": system}] if system else []
-    return [*start, {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-
-def table(conversations):
-    return Dataset.from_dict({"messages": conversations, "origin": [f"row {n}" for n in range(len(conversations))]})
 
 
 def write(path: Path, rows, kind=None) -> Path:
@@ -76,142 +49,6 @@ def write(path: Path, rows, kind=None) -> Path:
         with make(str(path), arrow.schema) as writer:
             writer.write_table(arrow)
     return path
-
-
-def fails(call, *parts):
-    """The call raises SFTError, in one line that has all the parts."""
-    with pytest.raises(SFTError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-
-
-# Shapes
-
-
-@pytest.mark.parametrize(
-    "columns, name",
-    [
-        (["instruction", "input", "output", "text"], "alpaca"),
-        (["output", "instruction"], "alpaca"),
-        (["id", "messages"], "messages"),
-        (["prompt", "prompt_id", "messages"], "messages"),
-        (["conversations", "system"], "sharegpt"),
-        (["completion", "prompt"], "prompt-completion"),
-    ],
-)
-def test_detect_format(columns, name):
-    assert detect_format(columns).name == name
-
-
-def test_unknown_columns_name_file_columns_and_shapes():
-    known = ["alpaca (instruction, output)", "messages (messages)", "sharegpt (conversations)"]
-    fails(lambda: detect_format(["text", "label"], "x.csv"), "x.csv", "text, label", "(prompt, completion)", *known)
-    fails(lambda: detect_format([]), "(none)")
-
-
-@QUICK
-@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), st.none() | TEXT)
-def test_shapes_agree(pairs, system):
-    messages = talk(*pairs[0], system) + [message for pair in pairs[1:] for message in talk(*pair)]
-    start = [messages[0]] if system else []
-    speakers = {"user": "human", "assistant": "gpt", "system": "system"}
-    spoken = [{"from": speakers[message["role"]], "value": message["content"]} for message in messages]
-    *earlier, (question, reply) = [list(pair) for pair in pairs]
-    rows = [
-        ("alpaca", {"instruction": question, "output": reply, "system": system, "history": earlier}),
-        ("messages", {"messages": [{**message, "name": "x", "weight": 1} for message in messages]}),
-        ("sharegpt", {"conversations": spoken}),
-        ("sharegpt", {"conversations": spoken[len(start) :], "system": system}),
-        ("prompt-completion", {"prompt": messages[:-1], "completion": messages[-1:]}),
-    ]
-    for name, row in rows:
-        assert detect_format(row).name == name
-        assert convert_to_messages(row, FORMATS[name]) == messages
-
-
-def test_alpaca_joins_input_by_a_newline_and_takes_missing_cells_as_empty():
-    alpaca = FORMATS["alpaca"]
-    assert [convert_to_messages(row, alpaca) for row in ROWS] == EXPECTED
-    bare = {"instruction": "Hi", "input": None, "output": "Hello", "system": " ", "history": None}
-    assert convert_to_messages(bare, alpaca) == talk()
-    assert convert_to_messages({"instruction": "", "input": "Hi", "output": "Hello"}, alpaca) == talk()
-
-
-def test_prompt_completion_as_text_keeps_the_text():
-    assert convert_to_messages({"prompt": "Hi", "completion": " Hello"}, FORMATS["prompt-completion"]) == talk(
-        answer=" Hello"
-    )
-
-
-U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
-
-
-@pytest.mark.parametrize(
-    "shape, row, parts",
-    [
-        ("alpaca", ["Hi"], ["expected an object with columns, got list"]),
-        ("alpaca", {"instruction": "Hi"}, ["missing 'output'", "alpaca rows require", "the row has instruction"]),
-        ("alpaca", {"instruction": "Hi", "output": None}, ["missing 'output'"]),
-        (
-            "alpaca",
-            {"instruction": "Hi", "output": " \n"},
-            ["no answer: the content of messages[1] (assistant) is empty"],
-        ),
-        ("alpaca", {"instruction": "Hi", "output": 42}, ["'output' must be a string, got int"]),
-        ("alpaca", {"instruction": "", "output": "Hello"}, ["the content of messages[0] (user) is empty"]),
-        ("alpaca", {"instruction": "Hi", "output": "x", "history": [["a"]]}, ["'history'", "[user, assistant] pairs"]),
-        (
-            "alpaca",
-            {"instruction": "Hi", "output": "x", "history": [["a", 3]]},
-            ["messages[1] (assistant) must be a string, got int"],
-        ),
-        ("alpaca", {"instruction": "Hi", "output": "\ud83d"}, ["messages[1] (assistant) contains a lone surrogate"]),
-        ("messages", {"messages": "Hi"}, ["'messages' must be a list of messages, got str"]),
-        ("messages", {"messages": ["Hi"]}, ["messages[0] must have 'role' and 'content'"]),
-        ("messages", {"messages": [U, {"role": "assistant"}]}, ["messages[1] must have"]),
-        (
-            "messages",
-            {"messages": [U, {"role": "tool", "content": ""}]},
-            ["messages[1]: unknown role 'tool'; use one of"],
-        ),
-        ("messages", {"messages": [U, {"role": None, "content": "x"}]}, ["unknown role None"]),
-        (
-            "messages",
-            {"messages": [U, {"role": "assistant", "content": None}]},
-            ["messages[1] (assistant) must be a string, got null"],
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}, A]},
-            ["messages[0] (user) must be a string, got list"],
-        ),
-        ("messages", {"messages": []}, ["the conversation has no user message"]),
-        ("messages", {"messages": [S]}, ["the conversation has no user message"]),
-        (
-            "messages",
-            {"messages": [{"role": "system", "content": ""}, U, A]},
-            ["the content of messages[0] (system) is empty"],
-        ),
-        ("messages", {"messages": [U]}, ["no answer: the last message has role user"]),
-        ("messages", {"messages": [U, A, U]}, ["no answer: the last message has role user"]),
-        ("messages", {"messages": [U, U, A]}, ["messages[1]: expected role assistant, got user"]),
-        ("messages", {"messages": [A]}, ["messages[0]: expected role user, got assistant"]),
-        (
-            "messages",
-            {"messages": [U, A, S, U, A]},
-            ["messages[2]: expected role user, got system", "optional system message"],
-        ),
-        ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, ["unknown role 'bot'", "human, gpt"]),
-        ("sharegpt", {"conversations": [U, A]}, ["conversations[0] must have 'from' and 'value'"]),
-        ("sharegpt", {"conversations": [], "system": ["x"]}, ["'system' must be a string, got list"]),
-        ("prompt-completion", {"prompt": "Hi", "completion": [A]}, ["both be strings or both be lists"]),
-    ],
-)
-def test_bad_rows_say_why(shape, row, parts):
-    fails(lambda: convert_to_messages(row, FORMATS[shape]), *parts)
 
 
 # Files
@@ -560,130 +397,3 @@ def test_paths_in_the_data_are_not_opened(monkeypatch, tmp_path):
     rows = Dataset.from_dict({"instruction": [str(tmp_path / "secret.png")], "output": ["x"]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
     fails(lambda: load_source("someone/images"), "someone/images row 0: 'instruction' must be a string, got dict")
-
-
-# Hashes, mixing, holding out
-
-
-def test_row_hash_is_pinned_and_counts_role_order_and_text():
-    reference = hashlib.blake2b(b'[["user", "Hi"], ["assistant", "\\u00e9"]]', digest_size=8).digest()
-    assert hash_row(talk(answer="é")) == int.from_bytes(reference, "big") == 794376867648640232
-    different = [talk(), talk("Hi "), talk("Hello", "Hi"), talk(system="Hi"), talk()[:1], talk() * 2, talk()[::-1]]
-    assert len({hash_row(messages) for messages in different}) == len(different)
-    assert hash_row(talk(), "mix") != hash_row(talk())
-    assert hash_row([{**message, "extra": 1} for message in talk()]) == hash_row(talk())
-
-
-def test_row_hash_is_the_same_in_another_process():
-    code = "from sft_pipeline.data.splits import hash_row; print(hash_row([{'role': 'user', 'content': '冬瓜'}]))"
-    here = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
-    assert int(run.stdout) == hash_row([{"role": "user", "content": "冬瓜"}])
-
-
-def numbered(rows):
-    return [talk(str(number)) for number in rows]
-
-
-def users(dataset):
-    return [messages[0]["content"] for messages in dataset["messages"]]
-
-
-def test_row_hashes_are_the_hash_of_each_row():
-    assert hash_rows(table(numbered(range(50)))).tolist() == [hash_row(talk(str(number))) for number in range(50)]
-
-
-@QUICK
-@given(st.lists(st.integers(0, 30), min_size=2, max_size=40), st.sampled_from([1, 3, 0.2, 0.5]), st.randoms())
-def test_a_split_survives_reordering_and_shares_no_row(numbers, held_out, shuffler):
-    def split(values):
-        try:
-            return [sorted(users(side)) for side in split_held_out(table(numbered(values)), held_out)]
-        except SFTError:  # all rows on one side
-            return None
-
-    shuffled = list(numbers)
-    shuffler.shuffle(shuffled)
-    sides = split(numbers)
-    assert split(shuffled) == sides
-    if sides:
-        train, eval_rows = sides
-        assert not set(train) & set(eval_rows)
-        assert sorted(train + eval_rows) == sorted(map(str, numbers))
-
-
-def test_a_count_and_a_share_hold_out_what_they_say():
-    dataset = table(numbered(range(2000)))
-    train, held_out = split_held_out(dataset, 20)
-    assert (len(train), len(held_out)) == (1980, 20)
-    by_hash = sorted(range(2000), key=lambda number: hash_row(talk(str(number))))
-    assert sorted(users(held_out)) == sorted(str(number) for number in by_hash[:20])
-    train, held_out = split_held_out(dataset, 0.1)
-    assert 150 < len(held_out) < 250 and len(train) + len(held_out) == 2000
-    assert set(users(split_held_out(table(numbered(range(1000))), 0.1)[1])) <= set(
-        users(held_out)
-    )  # more rows move none across
-    assert len(split_held_out(dataset, 5.0)[1]) == 5
-
-
-def test_a_count_takes_all_copies():
-    first = min(range(10), key=lambda number: hash_row(talk(str(number))))
-    train, held_out = split_held_out(table(numbered(list(range(10)) + [first] * 3)), 1)
-    assert users(held_out) == [str(first)] * 4 and len(train) == 9
-
-
-@pytest.mark.parametrize(
-    "held_out, parts",
-    [
-        (0, ["held_out: 0 must be a share between 0 and 1"]),
-        (-3, ["held_out: -3 must be"]),
-        (1.5, ["held_out: 1.5 must be"]),
-        (float("nan"), ["held_out: nan must be"]),
-        (float("inf"), ["held_out: inf must be"]),
-        (10, ["held_out: 10 leaves none of 10 rows to train on; lower it"]),
-        (99, ["held_out: 99 leaves none of 10 rows to train on; lower it"]),
-        (1e-9, ["held_out: 1e-09 selects none of 10 rows; give a number of rows"]),
-    ],
-)
-def test_hold_out_refuses(held_out, parts):
-    fails(lambda: split_held_out(table(numbered(range(10))), held_out), *parts)
-
-
-def test_mix_takes_each_part_by_its_weight():
-    a, b = table(numbered(range(100))), table(numbered(range(100, 110)))
-    assert users(mix_datasets([a, b])) == users(a) + users(b)
-    assert users(mix_datasets([a, b], [0, 2])) == users(b) * 2
-    half = users(mix_datasets([a], [0.5]))
-    assert len(half) == 50 and half == sorted(set(half), key=int)
-    assert sorted(users(mix_datasets([a, b], [1.5, 1]))) == sorted(users(a) + half + users(b))
-    assert len(mix_datasets([b], [0.01])) == 1
-    shuffled = table(numbered(random.Random(0).sample(range(100), 100)))
-    assert sorted(users(mix_datasets([shuffled], [0.5])), key=int) == half
-
-
-def test_what_mix_takes_says_nothing_about_what_is_held_out():
-    half = mix_datasets([table(numbered(range(2000)))], [0.5])
-    assert 60 < len(split_held_out(half, 0.1)[1]) < 140  # with one hash for both it would be 200
-
-
-@pytest.mark.parametrize(
-    "weights, parts",
-    [
-        ([1], ["train_data_weights: 1 weights for 2 datasets"]),
-        ([1, -1], ["train_data_weights: -1 must be 0 or more"]),
-        ([1, float("nan")], ["train_data_weights: nan must be"]),
-        ([float("inf"), 1], ["train_data_weights: inf must be"]),
-        ([0, 0.0], ["train_data_weights: all weights are 0"]),
-    ],
-)
-def test_mix_refuses(weights, parts):
-    fails(lambda: mix_datasets([table([talk()]), table([talk()])], weights), *parts)
-
-
-def test_drop_overlap(caplog):
-    train, held_out = table(numbered([1, 2, 3, 2])), table(numbered([2, 9]))
-    with caplog.at_level(logging.INFO, "sft_pipeline"):
-        assert users(drop_overlap(train, held_out)) == ["1", "3"]
-        assert drop_overlap(train, table(numbered([9]))) is train
-    assert caplog.messages == ["dropped 2 training rows that are in the evaluation data too"]
-    fails(lambda: drop_overlap(held_out, held_out), "no row is left to train on")

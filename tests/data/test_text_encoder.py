@@ -247,3 +247,7 @@ def test_encode_as_text_restores_the_tokenizer(make_tokenizer):
     assert len(encode_as_text(tokenizer, ["the long long answer"])[0]) > 2
     assert not tokenizer.backend_tokenizer.encode_special_tokens
     assert tokenizer("a<|im_end|>b").input_ids == expected
+
+
+def test_the_reference_ids_of_a_single_text(qwen3):
+    assert encode_as_text(qwen3, ["如何学习python?"]) == [[100007, 100134, 12669, 30]]

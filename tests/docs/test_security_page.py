@@ -3,9 +3,6 @@
 import ast
 import io
 import json
-import logging
-import os
-import pickle
 import shutil
 from functools import cache
 from pathlib import Path
@@ -18,9 +15,9 @@ from datasets import Dataset
 from jinja2.exceptions import SecurityError
 from rich.console import Console
 from support.fuzz import find_tokenizers
+from support.hostile import ESCAPES, SEEN, Malice, refusal, set_trap
 from support.tiny import CHATML
 from support.trainers import make_trainer
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoTokenizer
 
 from sft_pipeline import cli
@@ -42,42 +39,17 @@ from sft_pipeline.model.lora import add_lora
 from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.runs.trained_model import load_template
-from sft_pipeline.training import safe_unpickling
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import find_damage, write_checksums
-from sft_pipeline.utils.sanitize import EscapingFormatter, format_line
 
 PACKAGE = Path(__file__).parents[2] / "sft_pipeline"
 SECRET = "s3cret-7f81d0"
-# Clears the screen, by 7 bits and by 8, and renames the window; then a line of somebody else's.
-ESCAPES = "\x1b[2J\x9b2J\x1b]0;owned\x07\r"
-SEEN = "\u241b[2J\\x9b2J\u241b]0;owned\u2407\u240d"
-
-
-def refusal(call, *parts: str) -> str:
-    with pytest.raises(SFTError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
-    return message
-
-
-class Malice:
-    """A pickle that leaves `file` behind when it is loaded as one."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
 
 
 @pytest.fixture
 def trap(tmp_path) -> Malice:
     """Goes off where it is unpickled; the test asserts at its end that it did not."""
-    trap = Malice(tmp_path / "it-ran")
-    yield trap
-    assert not trap.file.exists(), "the pickle was run"
+    with set_trap(tmp_path / "it-ran") as trap:
+        yield trap
 
 
 # ---- no code from a model
@@ -156,79 +128,6 @@ def test_weights_that_are_pickles_are_refused_with_the_way_to_convert_them(adapt
     torch.save(trap, folder / ("adapter_model.bin" if adapters else "pytorch_model.bin"))
     library = "AutoPeftModelForCausalLM as M" if adapters else "AutoModelForCausalLM as M"
     refusal(lambda: load_model(str(folder)), str(folder), "pickles", "convert them: python -c", library)
-
-
-# ---- checkpoints
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    make_trainer(folder, save_strategy="steps", save_steps=1, optim="adamw_torch").train()
-    return folder / "checkpoint-1"
-
-
-PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-
-
-def resume(checkpoint: Path, folder: Path):
-    return make_trainer(folder, optim="adamw_torch", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
-
-
-@pytest.mark.parametrize("name", PICKLES)
-def test_a_checkpoints_pickles_are_data_or_refused(name, checkpoint, tmp_path, trap):
-    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
-    torch.save({"state": trap}, copied / name)
-    assert find_damage(copied) == f"{name} differs from SHA256SUMS"
-    (copied / "SHA256SUMS").unlink()
-    write_checksums(copied)  # whoever can change a file can change its sum
-    assert find_damage(copied) is None
-    refusal(lambda: resume(copied, tmp_path / "out"), str(copied), "it names posix.mkdir", "it was not run")
-
-
-def test_pickled_weights_in_a_checkpoint_are_not_run(checkpoint, tmp_path, trap):
-    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
-    (copied / "model.safetensors").unlink()
-    torch.save({"weights": trap}, copied / "pytorch_model.bin")
-    refusal(lambda: resume(copied, tmp_path / "out"), "it names posix.mkdir")
-
-
-def test_a_pickle_that_is_cut_off_is_one_line(checkpoint, tmp_path):
-    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
-    for content in (b"", b"\x80\x02garbage"):
-        (copied / "optimizer.pt").write_bytes(content)
-        refusal(lambda: resume(copied, tmp_path / "out"), str(copied))
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_sharded_checkpoints_pickles_are_data_or_refused(checkpoint, tmp_path, trap):
-    """torch.distributed.checkpoint reads the metadata, and entries that are no tensors, as any pickle."""
-    from torch.distributed import checkpoint as sharded
-
-    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
-    sharded.save({"a": torch.zeros(3), "b": {"c": 1}}, checkpoint_id=copied / "optimizer_0", no_dist=True)
-    assert resume(copied, tmp_path / "out").global_step == 2  # its own is data
-    sharded.save({"a": torch.zeros(3), "b": {"c": trap}}, checkpoint_id=copied / "pytorch_model_fsdp_0", no_dist=True)
-    refusal(lambda: resume(copied, tmp_path / "out"), "pytorch_model_fsdp_0/.metadata", "it names posix.mkdir")
-    shutil.rmtree(copied / "pytorch_model_fsdp_0")
-    (copied / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(trap))
-    refusal(lambda: resume(copied, tmp_path / "out"), "optimizer_0/.metadata", "it names posix.mkdir")
-
-
-@pytest.mark.parametrize("name", ["TORCH_CHANNELS_LAST", "__class__"])
-def test_a_member_of_an_enum_is_data_as_python_3_11_2_writes_it(name):
-    """As getattr of its class; getattr of anything else is none."""
-
-    class Written:
-        def __reduce__(self) -> tuple:
-            return getattr, (_MEM_FORMAT_ENCODING, name)
-
-    metadata = safe_unpickling._MetadataUnpickler(io.BytesIO(pickle.dumps(Written())))
-    if name == "TORCH_CHANNELS_LAST":
-        assert metadata.load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
-    else:
-        with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL builtins\.getattr"):
-            metadata.load()
 
 
 # ---- secrets
@@ -452,19 +351,6 @@ def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
         assert not set(text) & {"\x1b", "\x9b", "\x07", "\r"}
 
 
-def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
-    record = logging.LogRecord("a", logging.INFO, "a.py", 1, "%s", (f"x{ESCAPES}\ny",), None)
-    assert EscapingFormatter("%(message)s").format(record) == f"x{SEEN}\ny"
-    assert str(SFTError(f"x{ESCAPES}\n\ty")) == f"x{SEEN}\u240a\u2409y" == format_line(format_line(f"x{ESCAPES}\n\ty"))
-    file = tmp_path / "a\x1b[2J\n.jsonl"
-    file.write_text(json.dumps({"prompt": "Hi", "completion": "Yes?", "more\n\x1b[2J": 1}))
-    with caplog.at_level(logging.INFO):
-        assert load_source(str(file))["origin"] == ["a\u241b[2J\u240a.jsonl line 1"]
-    assert "ignored columns: more\u240a\u241b[2J" in caplog.text
-    os.close(os.open(os.fsencode(tmp_path) + b"/\xff.jsonl", os.O_CREAT))
-    refusal(lambda: load_source(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), "\\udcff.jsonl: no rows")
-
-
 def test_the_commands_errors_are_one_visible_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", str(tmp_path / "no\x1b[2J\nrun")])
@@ -554,7 +440,3 @@ def test_a_partial_file_that_was_changed_is_gone_on_with(line, tmp_path):
 def test_a_value_that_the_library_takes_for_a_file_is_one_line():
     needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]
     refusal(lambda: parse_config(None, [*needed, "--accelerator_config=/no/such.json"]))
-
-
-def test_line_ends_of_other_kinds_make_no_second_line():
-    assert str(SFTError("a\u2028b\u2029c\x85d")) == "a\\u2028b\\u2029c\\x85d"

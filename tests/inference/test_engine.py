@@ -8,76 +8,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+from support.generation import (
+    GREEDY,
+    LLAMA,
+    MODELS,
+    POSITIONS,
+    PROMPTS,
+    SHAPE,
+    VOCABULARY,
+    decode,
+    make_model,
+    make_prompts,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from sft_pipeline.inference import engine
 from sft_pipeline.inference.engine import Completion, generate
-from sft_pipeline.inference.kv_cache import KVCache, compute_bytes_per_token
-from sft_pipeline.inference.prompt_lookup import PromptLookup
+from sft_pipeline.inference.kv_cache import KVCache
 from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.utils.errors import SFTError
-
-VOCABULARY, POSITIONS = 61, 256
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.4,  # wide, so that the tokens' logits lie apart and depend on what came before
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def make_gpt2() -> GPT2LMHeadModel:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "vocab_size": VOCABULARY}
-    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.4, bos_token_id=None, eos_token_id=None))
-
-
-MAKERS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
-    "gpt2": make_gpt2,
-    "sliding": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
-}
-
-
-def make_model(name: str) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = MAKERS[name]()
-        for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide a mistake in them
-            if parameter.dim() == 1:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
-MODELS = {name: make_model(name) for name in MAKERS}
-LLAMA = MODELS["llama"]
-GREEDY = SamplingParams(max_new_tokens=12)
 
 
 def generate_with_transformers(
@@ -107,12 +57,6 @@ def is_tied(model: nn.Module, prompt: list[int], answer: list[int], expected: li
     return bool((logits[answer[index]] - logits[expected[index]]).abs() < 1e-5)
 
 
-def make_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-
-
-PROMPTS = make_prompts(3, 17, 1, 40, 8, 2, 25, 9)
 PROMPT_LISTS = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=24), min_size=1, max_size=7)
 
 
@@ -202,25 +146,6 @@ def test_max_length_limits_a_row():
 def test_no_prompts_and_only_bad_prompts():
     assert generate(LLAMA, [], [], GREEDY) == []
     assert generate(LLAMA, [[]], [], GREEDY)[0].finish_reason == "error"
-
-
-def decode(ids: list[int]) -> str:
-    """A vocabulary of one letter an id, and two for the last ids."""
-    return "".join(chr(97 + i) if i < 26 else chr(65 + i % 26) + "." for i in ids)
-
-
-def test_stop_strings():
-    plain = generate(LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30), decode=decode, batch_size=3)
-    assert [c.text for c in plain] == [decode(c.ids) for c in plain]
-    stop = plain[1].text[4:7]
-    stopped = generate(
-        LLAMA, PROMPTS, [], SamplingParams(max_new_tokens=30), decode=decode, stop_strings=[stop, "never"], batch_size=3
-    )
-    for full, cut in zip(plain, stopped):
-        assert cut.text == full.text.partition(stop)[0]
-        assert cut.finish_reason == ("stop" if stop in full.text else "length")
-        assert stop not in decode(cut.ids[:-1]) and cut.ids == full.ids[: len(cut.ids)]
-    assert "stop" in [c.finish_reason for c in stopped]
 
 
 def test_callbacks_stream_every_token_and_every_completion_once():
@@ -319,112 +244,6 @@ def test_an_answer_ends_within_its_drafts():
         on_token=lambda _, token: shown.append(token),
     )  # fmt: skip
     assert stopped.ids == shown == whole.ids[: len(shown)] and stopped.text == decode(whole.ids).split(text)[0]
-
-
-@given(
-    ids=st.lists(st.integers(0, 2), max_size=30),
-    limit=st.integers(-1, 20),
-    num_tokens=st.integers(1, 20),
-    num_draft_tokens=st.integers(1, 16),
-)
-def test_drafts_are_the_tokens_after_the_latest_matching_ngram(ids, limit, num_tokens, num_draft_tokens):
-    lookup = PromptLookup(ids)
-    lookup.num_draft_tokens = num_draft_tokens
-    expected: list[int] = []
-    for size in range(4, (1 if num_tokens < 8 else 2 if num_tokens < 16 else 4) - 1, -1):
-        matches = [end for end in range(size, len(ids)) if ids[end - size : end] == ids[-size:]]
-        if matches:
-            expected = (ids[matches[-1] :] * 20)[: max(min(limit, num_draft_tokens), 0)]
-            break
-    assert lookup.get_draft_tokens(limit, num_tokens) == expected
-
-
-def test_accepted_drafts_raise_their_number_and_rejected_drafts_lower_it():
-    lookup, counts = PromptLookup([1]), []
-    for proposed, accepted in [(2, 2), (4, 4), (8, 8), (16, 16), (16, 5), (0, 0), (5, 0)]:
-        lookup.update_num_draft_tokens(proposed, accepted)
-        counts.append(lookup.num_draft_tokens)
-    assert counts == [4, 8, 16, 16, 5, 5, 1]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_model_is_left_as_it_was(name):
-    model = make_model(name).train()
-    frozen = next(m for m in model.modules() if isinstance(m, nn.Embedding)).eval()
-    state = {name: parameter.clone() for name, parameter in model.state_dict().items()}
-    config, random_state = model.config.to_dict(), torch.get_rng_state()
-    attributes = [set(vars(module)) for module in model.modules()]
-    generate(model, PROMPTS, [1], SamplingParams(max_new_tokens=5, do_sample=True), batch_size=3)
-    assert all(module.training != (module is frozen) for module in model.modules())
-    assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert [set(vars(module)) for module in model.modules()] == attributes
-    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-    assert "sft_generation" not in ALL_ATTENTION_FUNCTIONS
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-def test_training_after_generation_is_bitwise_the_same():
-    def gradients(generating: bool) -> list[torch.Tensor]:
-        model = make_model("llama").train()
-        if generating:
-            generate(model, PROMPTS, [], GREEDY)
-        ids = torch.tensor([PROMPTS[3]])
-        model(ids, labels=ids).loss.backward()
-        return [parameter.grad for parameter in model.parameters()]
-
-    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False)))
-
-
-def test_the_model_is_restored_after_an_error():
-    model = make_model("llama").train()
-    attributes = [set(vars(module)) for module in model.modules()]
-
-    def interrupt(row: int, token: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, PROMPTS, [], GREEDY, on_token=interrupt)
-    assert model.training and model.config._attn_implementation == "sdpa" and torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
-    assert [set(vars(module)) for module in model.modules()] == attributes
-
-
-def test_gradient_checkpointing_does_not_matter():
-    model = make_model("llama").train()
-    model.activation_checkpointing_enable()
-    assert [c.ids for c in generate(model, PROMPTS, [], GREEDY)] == [
-        c.ids for c in generate(LLAMA, PROMPTS, [], GREEDY)
-    ]
-    assert model.is_activation_checkpointing
-
-
-def test_half_precision_and_hooked_layers_are_supported():
-    model = make_model("llama").to(torch.bfloat16)
-    assert all(len(c.ids) == 12 for c in generate(model, PROMPTS, [], GREEDY, batch_size=3))
-    hooked, calls = make_model("llama"), []
-    hooked.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
-    expected = generate(LLAMA, PROMPTS[:1], [], GREEDY)[0].ids
-    assert generate(hooked, PROMPTS[:1], [], GREEDY)[0].ids == expected
-    assert len(calls) == GREEDY.max_new_tokens
-
-
-def test_autocast_is_followed():
-    with torch.autocast("cpu", torch.bfloat16):
-        completions = generate(LLAMA, PROMPTS, [], GREEDY, batch_size=3)
-    assert all(len(c.ids) == 12 for c in completions)
-
-
-def test_memory_of_a_row():
-    cache = KVCache(3)
-    cache.capacity = 64
-    key = torch.zeros(1, 2, 5, 8)
-    for layer in range(2):
-        cache.prepare([0, 0, 0], [1, 1, 3], torch.device("cpu"))
-        cache._write(layer, key, key)
-    total = sum(tensor.nbytes for pair in cache.layers.values() for tensor in pair)
-    assert total == 3 * 64 * compute_bytes_per_token(layers=2, key_value_heads=2, head_dim=8)
-    assert compute_bytes_per_token(30, 3, 64) == 46_080
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.causal_models import tiny
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
     GPT2Config,
@@ -31,17 +31,8 @@ from sft_pipeline.model.packed_attention import (
     use_packed_attention,
 )
 
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SERVED = [(LlamaConfig, {}), (Qwen3Config, {}), (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, **DRY})]
-
-
-def tiny(config, **extra):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**{**SHAPE, **extra})).float()
 
 
 def rows_of(prefix, lengths, seed=0):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import math
 import re
 import shlex
@@ -14,14 +13,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
+from support.reports import edit
 
 from sft_pipeline.cli import main
 from sft_pipeline.config import build_config_record, parse_config
@@ -30,70 +28,12 @@ from sft_pipeline.data.preview import BARS, build_preview
 from sft_pipeline.evaluation.step_results import compute_changes
 from sft_pipeline.reports import charts, svg
 from sft_pipeline.reports.html import write_report
-from sft_pipeline.reports.run_results import RunResults, read_run
-from sft_pipeline.train import train
+from sft_pipeline.reports.run_results import read_run
 from sft_pipeline.utils.sanitize import replace_control_characters
 
 HOSTILE = '</pre></title></style><script>alert(1)</script><img src="http://x.test/" onerror=alert(1)>&amp;{{ 7*7 }}'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-
-@pytest.fixture(scope="module")
-def config(model_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    words = ["text", "答", "answer"]
-    rows = [
-        {"instruction": f"Say {w} {n} times.", "output": " ".join([w] * n) + "."} for n in range(1, 9) for w in words
-    ]
-    (folder / "rows.json").write_text(json.dumps([*rows[:18], {"instruction": "Go on.", "output": "text " * 400}]))
-    (folder / "held.json").write_text(json.dumps(rows[18:]))
-    keys = {
-        "model_name_or_path": str(model_folder),
-        "train_data": str(folder / "rows.json"),
-        "eval_data": str(folder / "held.json"),
-        "template": "role",
-        "max_length": 128,
-        "num_answers": 3,
-        "num_instructions": 2,
-        "max_new_tokens": 6,
-        "max_steps": 4,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(keys))
-    return file
-
-
-@pytest.fixture(scope="module")
-def trained(config, tmp_path_factory) -> tuple[Path, str]:
-    """The output folder of a run with its page, and what was printed; read only."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    shown = tmp_path_factory.mktemp("shown") / "text"
-    with shown.open("w") as file:
-        train(*parse_config(str(config), ["--output_dir", str(folder)]), Console(file=file, width=100))
-    return folder, shown.read_text()
-
-
-@pytest.fixture(autouse=True)
-def as_it_was():
-    """main() quietens the libraries for the whole process."""
-    level = logging.getLogger("sft_pipeline").level
-    yield
-    logging.getLogger("sft_pipeline").setLevel(level)
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def folder(trained, tmp_path) -> Path:
-    """A copy to change, less the weights."""
-    return shutil.copytree(trained[0], tmp_path / "out", ignore=shutil.ignore_patterns("*.safetensors", "report.html"))
 
 
 class Page(HTMLParser):
@@ -130,13 +70,6 @@ class Page(HTMLParser):
             self.numbers[-1][2] += data
         for name in self.texts.keys() & set(self._open):
             self.texts[name][-1] += data
-
-
-def edit(file: Path, change) -> None:
-    """change(content) of a JSON file."""
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 def everywhere(content, change):
@@ -257,62 +190,7 @@ def test_the_config_the_versions_and_the_command_that_repeats_the_run(trained):
     assert again == yaml.safe_load((folder / "run.yaml").read_text()) | {"output_dir": f"{folder}-again"}
 
 
-# Charts.
-
-
-def chart(found: list[charts.Chart], title: str) -> dict[str, charts.Points]:
-    [one] = [one for one in found if one.title == title]
-    return {series.label: series.points for series in one.series}
-
-
-def logged(run: RunResults, key: str) -> charts.Points:
-    return [(entry["step"], entry[key]) for entry in run.results["loss_curve"] if key in entry]
-
-
-def test_the_charts_have_the_points_of_the_results(trained):
-    run = read_run(trained[0])
-    found = charts.build_run_charts(run)
-    assert chart(found, "Loss, nats/token") == {"training": logged(run, "loss"), "held out": logged(run, "eval_loss")}
-    assert len(logged(run, "loss")) == 4 and [step for step, _ in logged(run, "eval_loss")] == [0, 2, 4]
-    assert chart(found, "Tokens per second") == {"": logged(run, "tokens_per_second")}
-    assert chart(found, "Memory, GiB") == {"": logged(run, "peak_memory_gib")}
-    assert chart(found, "Held-out token accuracy") == {"held out": logged(run, "eval_token_accuracy")}
-    stops = chart(found, "Answers")["answers that end on their own"]
-    assert stops[0] == (0, run.results["before_and_after"]["stop_rate"]["before"])
-    assert stops[-1] == (4, run.results["before_and_after"]["stop_rate"]["after"])
-    lengths = chart(charts.build_length_charts(run), "Training rows by length")[""]
-    assert sum(rows for _, rows in lengths) == run.results["rows"]["train"]["kept"]
-
-
-def test_the_drawings_have_the_points_of_the_charts(trained):
-    run = read_run(trained[0])
-    for one in charts.build_run_charts(run):
-        lines = svg.draw_figure(one).axes[0].lines
-        assert [[tuple(point) for point in line.get_xydata()] for line in lines] == [s.points for s in one.series]
-    [lengths] = charts.build_length_charts(run)
-    [bars] = svg.draw_figure(lengths).axes[0].patches
-    assert list(bars.get_data().values) == run.preview["lengths"]["rows"]
-    assert list(bars.get_data().edges) == run.preview["lengths"]["edges"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.39, 0.49), (0.0, 1.0), (0.571, 0.573)])
-def test_a_share_says_at_its_axis_what_it_is(low, high):
-    series = charts.Series("", [(0, low), (90, high)], 0, "dots")
-    axis = svg.draw_figure(charts.Chart("Share", "step", [series], percent=True)).axes[0].yaxis
-    ticks = axis.get_majorticklocs()
-    labels = [label.replace("\N{MINUS SIGN}", "-") for label in axis.get_major_formatter().format_ticks(ticks)]
-    assert [float(label.removesuffix("%")) / 100 for label in labels] == pytest.approx(list(ticks), abs=1e-9)
-
-
-def test_drawings_have_the_colours_of_the_page_and_names_of_their_own(trained):
-    page = trained[0].joinpath("report.html").read_text()
-    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 6
-    for one in drawings:
-        assert "var(--series-" in one and "var(--line)" in one and "var(--muted)" in one
-        assert not re.search(r"#0[123]00[0-9a-f]{2}\b", one) and "<style" not in one
-    names = re.findall(r'\bid="([^"]+)"', page)
-    assert names and len(set(names)) == len(names)
+# Runs that lack something.
 
 
 def test_a_run_that_diverged_has_a_page(folder):
@@ -346,16 +224,6 @@ def test_without_held_out_rows_and_without_a_preview(folder):
     assert "held out" not in page.text and "Answers" not in page.text and "first training row" not in page.text
     assert [tag for tag, _ in page.elements].count("svg") == 3
     check_numbers(Page(write_report([folder, folder])))
-
-
-def test_the_best_model_stands_for_its_step(folder):
-    """best.json is of the saved model, and its step has an evaluation of fewer questions."""
-    best = json.loads((folder / "evaluation" / "step_000002.json").read_text())
-    best["metrics"]["stop_rate"] = 0.625
-    (folder / "evaluation" / "best.json").write_text(json.dumps(best))
-    run = read_run(folder)
-    assert run.last_evaluation.metrics["stop_rate"] == 0.625
-    assert dict(chart(charts.build_run_charts(run), "Answers")["answers that end on their own"])[2] == 0.625
 
 
 def test_without_matplotlib_the_page_says_so_once(folder, monkeypatch, caplog):
@@ -411,23 +279,6 @@ def test_nothing_is_fetched(trained, hostile):
 # Several runs.
 
 
-@pytest.fixture
-def other(folder) -> Path:
-    """The run with other metrics, as another one."""
-    other = shutil.copytree(folder, folder.parent / "other")
-
-    def change(results):
-        results["steps"], results["config"]["learning_rate"] = 7, 0.5
-        for entry in results["loss_curve"]:
-            entry |= {"loss": entry["loss"] + 1} if "loss" in entry else {}
-
-    edit(other / "results.json", change)
-    last = other / "evaluation" / "step_000004.json"
-    edit(last, lambda one: one["held_out"].update(nll_nats=[x / 2 for x in one["held_out"]["nll_nats"]]))
-    edit(last, lambda one: [row.update(answer="other", stopped=True) for row in one["table"]])
-    return other
-
-
 def test_runs_are_compared(folder, other, capsys):
     main(["report", str(folder), str(other)])
     assert capsys.readouterr().out == f"{folder / 'comparison.html'}\n"
@@ -449,13 +300,6 @@ def test_runs_are_compared(folder, other, capsys):
     assert all(run.command in page.texts["pre"][-1].splitlines() for run in runs)
 
 
-def test_their_loss_curves_are_laid_over_each_other(folder, other):
-    runs = [read_run(folder), read_run(other)]
-    found = chart(charts.build_comparison_charts(runs, ["a", "b"]), "Loss, nats/token")
-    assert found["b: training"] == logged(runs[1], "loss") == [(x, y + 1) for x, y in found["a: training"]]
-    assert found["a: held out"] == found["b: held out"] == logged(runs[0], "eval_loss")
-
-
 def test_runs_with_other_held_out_rows_are_not_taken_for_comparable(folder, other):
     edit(other / "evaluation" / "step_000004.json", lambda one: one["held_out"]["tokens"].reverse())
     edit(other / "evaluation" / "step_000004.json", lambda one: [row.update(prompt="else") for row in one["table"]])
@@ -470,33 +314,6 @@ def test_runs_of_one_name_are_told_apart(folder, tmp_path):
 
 
 # What is refused.
-
-REFUSALS = {
-    "nowhere": (lambda folder: shutil.rmtree(folder), "{0}: no such folder; give the output folder of a run"),
-    "unfinished": (lambda folder: (folder / "results.json").unlink(), "{0}: no results.json, which a run writes at"),
-    "cut off": (lambda folder: (folder / "results.json").write_text('{"a'), "{0}/results.json: not readable as JSON ("),
-    "a list": (lambda folder: (folder / "results.json").write_text("[]"), "{0}/results.json: holds no JSON object"),
-    "older": (
-        lambda folder: edit(folder / "results.json", lambda results: results.pop("metrics")),
-        "{0}/results.json: no metrics: written by another release",
-    ),
-    "no evaluation": (
-        lambda folder: (folder / "evaluation" / "step_000002.json").write_text('{"a": 1}'),
-        "{0}/evaluation: holds a file that is not an evaluation (",
-    ),
-    "a folder there": (lambda folder: (folder / "report.html").mkdir(), "output {0}/report.html: is a folder; name a "),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_are_one_line(case, folder, capsys):
-    damage, message = REFUSALS[case]
-    damage(folder)
-    with pytest.raises(SystemExit) as exit:
-        main(["report", str(folder)])
-    output = capsys.readouterr()
-    assert exit.value.code == 2 and output.out == "" and output.err.count("\n") == 1
-    assert output.err.startswith(f"sft-pipeline: {message.format(folder)}")
 
 
 def test_an_unknown_option_is_refused(folder, capsys):

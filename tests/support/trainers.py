@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -72,3 +73,14 @@ def make_trainer(
         callbacks=list(callbacks),
         tokens_per_batch=tokens_per_batch,
     )
+
+
+class CallBeforeStep(TrainerCallback):
+    """Call `action` before step `step` + 1."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()

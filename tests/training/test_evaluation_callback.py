@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 from support.processes import Command, find_free_port
+from support.step_results import make_results, make_row
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,10 +25,9 @@ from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import build_input_ids_and_labels
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.pipeline import load_conversations, prepare_data
-from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
-from sft_pipeline.evaluation.metrics.instruction_following import is_followed, load_instructions, sample_instructions
-from sft_pipeline.evaluation.step_results import EvalPrompt, StepResults, compute_changes, join_answers
+from sft_pipeline.evaluation.metrics.instruction_following import is_followed, sample_instructions
+from sft_pipeline.evaluation.step_results import EvalPrompt, StepResults
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, RUN_FILE
@@ -213,16 +213,6 @@ def test_count_supervised_bytes(name, train_on, tokenizer):
     assert count_supervised_bytes(cut, template) == count_supervised_bytes(labels, template)
 
 
-def test_instructions_are_sampled_evenly_from_languages_and_categories():
-    instructions = sample_instructions(1000)
-    assert sorted(item.id for item in instructions) == sorted(item.id for item in load_instructions())
-    groups = {(item.language, item.category) for item in load_instructions()}
-    for count in range(1, 3 * len(groups) + 1):
-        sample = [(item.language, item.category) for item in sample_instructions(count)]
-        assert len(sample) == count
-        assert max(map(sample.count, groups)) - min(map(sample.count, groups)) <= 1
-
-
 # Rows with errors.
 
 
@@ -276,12 +266,6 @@ def test_sharded_parameters_do_not_generate(trainer):
     answers = trainer.evaluation._generate_local_answers(trainer.model, trainer.evaluation.questions[:2])
     message = "generation is not supported with sharded parameters (FSDP, ZeRO-3)"
     assert [answer.error for answer in answers] == [message] * 2
-
-
-def test_references_without_words_have_no_bleu():
-    rows = [{"instruction": None, "prompt": "p", "reference": "?!", "answer": "a", "stopped": True, "error": None}]
-    metrics = callback_module.compute_table_metrics(rows)
-    assert metrics["stop_rate"] == 1 and "bleu_percent" not in metrics
 
 
 # No effect on training.
@@ -472,10 +456,6 @@ def test_an_unknown_cost_is_measured_on_a_few_questions():
     assert AnswerBudget(0.1).count_questions() == INITIAL_QUESTIONS and AnswerBudget(0).count_questions() == 0
 
 
-def make_results(step: int, table: list, complete: bool = True, nll=(4.0, 6.0), tokens=(2.0, 3.0)) -> StepResults:
-    return StepResults(step, complete, 3.0, {}, {"nll_nats": list(nll), "tokens": list(tokens)}, 9, table)
-
-
 def test_a_resumed_run_keeps_the_number_of_questions():
     budget = AnswerBudget(0.1)
     for results in (make_results(0, [{}] * 6), make_results(2, [{}] * 3, complete=False)):
@@ -496,49 +476,7 @@ def test_select_first_takes_the_first_of_both_kinds(num_held_out, num_instructio
         assert abs(num_selected - len(selected) * num_held_out / (num_held_out + num_instructions)) < 1
 
 
-# Changes since step 0.
-
-
-def make_row(answer: str, stopped: bool = True, **fields) -> dict:
-    return {
-        "instruction": None,
-        "prompt": "p",
-        "reference": "r",
-        "answer": answer,
-        "stopped": stopped,
-        "error": None,
-    } | fields
-
-
-LOOP = "again and " * 12
-
-
-def test_changes_are_paired_differences_over_common_rows():
-    old = [make_row(LOOP, False), make_row("a"), make_row("b", error="too long"), make_row("c", False, prompt="other")]
-    new = [make_row("x"), make_row("y"), make_row("z"), make_row("c")]
-    instruction = load_instructions()[0]
-    first, last = (
-        make_results(0, [*old, make_row(instruction.bad, instruction=instruction.id)]),
-        make_results(4, [*new, make_row(instruction.good, instruction=instruction.id)], nll=(2.0, 5.0)),
-    )
-    changes = compute_changes(first, last)
-    expected = compute_paired_difference([0, 1], [1, 1])
-    stop = {"before": 0.5, "after": 1.0, "difference": 0.5, "low": expected.low, "high": expected.high, "items": 2}
-    assert changes["stop_rate"] == stop
-    assert changes["loop_rate"]["before"] == 0.5 and changes["loop_rate"]["after"] == 0
-    followed = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": None, "high": None, "items": 1}
-    assert changes["instructions_followed_rate"] == followed
-    loss = compute_paired_difference([4, 6], [2, 5], a_weights=[2, 3], b_weights=[2, 3])
-    assert changes["nll_nats_per_token"] == {
-        "before": 2.0, "after": 1.4, "difference": pytest.approx(-0.6), "low": loss.low, "high": loss.high, "items": 2,
-    }  # fmt: skip
-    assert [answer["before"] for answer in join_answers(first, last)] == [LOOP, "a", "b"]
-
-
-def test_a_nan_loss_has_no_interval_and_different_rows_no_change():
-    diverged = compute_changes(make_results(0, []), make_results(4, [], nll=(math.nan, 1.0)))["nll_nats_per_token"]
-    assert math.isnan(diverged["after"]) and diverged["low"] is None and diverged["before"] == 2
-    assert compute_changes(make_results(0, []), make_results(4, [], tokens=(2.0, 4.0))) == {}
+# Printed results.
 
 
 def test_the_printed_table_fits_80_columns(capsys):

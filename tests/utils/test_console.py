@@ -9,7 +9,6 @@ import pty
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from tqdm import tqdm
 
-from sft_pipeline.utils import console, progress
+from sft_pipeline.utils import console
 from sft_pipeline.utils.console import LogStream
-from sft_pipeline.utils.progress import show_elapsed_time
 
 ROOT = Path(__file__).parents[2]
 MOVES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -91,16 +89,6 @@ def test_standard_error_is_restored(capsys):
         assert sys.stderr is not stderr and sys.stderr.fileno and not sys.stderr.isatty()
     assert sys.stderr is stderr
     assert capsys.readouterr().err == "bold\n"
-
-
-def test_elapsed_time_is_shown(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "UPDATE_SECONDS", 0.01)
-    with show_elapsed_time("saving"):
-        time.sleep(0.3)
-    assert "saving: 00:00" in capsys.readouterr().err
-    with show_elapsed_time("saving", disable=True):
-        time.sleep(0.1)
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("is_terminal", "lines"), [(False, 1), (True, 3)])

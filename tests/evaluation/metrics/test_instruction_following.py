@@ -14,6 +14,7 @@ from sft_pipeline.evaluation.metrics.instruction_following import (
     get_instruction,
     is_followed,
     load_instructions,
+    sample_instructions,
 )
 from sft_pipeline.evaluation.metrics.registry import METRICS
 from sft_pipeline.utils.errors import SFTError
@@ -85,6 +86,16 @@ def test_a_subset_by_id_gives_its_groups_alone():
     columns = {"predictions": answers, "instruction_ids": [i.id for i in picked]}
     followed, ones = METRICS["instructions_followed_rate"].compute_rows(columns)
     assert followed.tolist() == [1] + [0] * (len(picked) - 1) and ones.tolist() == [1] * len(picked)
+
+
+def test_instructions_are_sampled_evenly_from_languages_and_categories():
+    instructions = sample_instructions(1000)
+    assert sorted(item.id for item in instructions) == sorted(item.id for item in load_instructions())
+    groups = {(item.language, item.category) for item in load_instructions()}
+    for count in range(1, 3 * len(groups) + 1):
+        sample = [(item.language, item.category) for item in sample_instructions(count)]
+        assert len(sample) == count
+        assert max(map(sample.count, groups)) - min(map(sample.count, groups)) <= 1
 
 
 def test_errors():

@@ -6,8 +6,9 @@ import string
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.texts import ascii_text, quick
 
 from sft_pipeline.evaluation.metrics.reference_overlap import (
     compute_bleu_percent,
@@ -17,9 +18,6 @@ from sft_pipeline.evaluation.metrics.reference_overlap import (
     compute_rouge_l,
     compute_word_f1,
 )
-
-quick = settings(deadline=None, max_examples=100)
-ascii_text = st.text(alphabet=string.ascii_letters + string.digits + "   \n.,;:'!?-_$%<>&", max_size=60)
 
 
 @quick

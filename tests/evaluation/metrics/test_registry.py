@@ -1,59 +1,19 @@
-"""Words, loss, degeneration and the registry against plain references, with the value or error for empty input.
+"""Loss, rates of answers and the registry against plain references, with the value or error for empty input.
 
-Overlap with references is tested in test_reference_overlap.py, `evaluate` in test_hf_metrics.py.
+Functions of texts are tested with their modules, `evaluate` in test_hf_metrics.py.
 """
 
 import math
 import random
-import re
-import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.texts import quick
 
-from sft_pipeline.evaluation.metrics import degeneration
 from sft_pipeline.evaluation.metrics.hf_metrics import compute_metrics
 from sft_pipeline.evaluation.metrics.registry import METRICS, NUMBER_COLUMNS, build_answer_columns, get_metric
-from sft_pipeline.evaluation.metrics.words import count_han, count_utf8_bytes, split_units, split_words
 from sft_pipeline.utils.errors import SFTError
-
-quick = settings(deadline=None, max_examples=100)
-ascii_text = st.text(alphabet=string.ascii_letters + string.digits + "   \n.,;:'!?-_$%<>&", max_size=60)
-mixed_text = st.text(alphabet="ab 你好吗，。!", max_size=25)
-few_letters = st.text(alphabet="ab ", max_size=60)
-
-# Segmentation
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Hi, 你好! snake_case 3.5", ["hi", "你", "好", "snake", "case", "3", "5"]),
-        ("我用Python写1000行。", ["我", "用", "python", "写", "1000", "行"]),
-        ("すしテ 한국어 Ünï été \U00020000x", ["す", "し", "テ", "한국어", "ünï", "été", "\U00020000", "x"]),
-        ("e\u0301te\u0301", ["été"]),
-        ("", []),
-    ],
-)
-def test_words(text, expected):
-    assert split_words(text) == expected
-
-
-@quick
-@given(st.text(), ascii_text)
-def test_units_are_the_words_and_the_marks_and_lose_nothing(text, ascii_words):
-    assert [unit for unit in split_units(text) if split_words(unit)] == split_words(text)
-    assert "".join(split_units(ascii_words)) == re.sub(r"\s", "", ascii_words.lower())
-
-
-def test_count_han():
-    assert count_han("你好，abc！すし") == 2
-
-
-def test_count_utf8_bytes():
-    assert count_utf8_bytes("a你") == 4
-
 
 # Loss
 
@@ -95,97 +55,12 @@ def test_a_ratio_without_a_denominator_is_an_error(denominators):
         METRICS["bits_per_byte"].compute(columns)
 
 
-# Degeneration
+# Answers
 
 
 def test_stop_and_cap_rates():
     reasons = {"finish_reasons": ["stop", "length", "stop", "error"]}
     assert METRICS["stop_rate"].compute(reasons) == 0.5 and METRICS["cap_rate"].compute(reasons) == 0.25
-
-
-@quick
-@given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 4))
-def test_repeated_ngrams_agree_with_counting(sequence, n):
-    seen, repeats = [], 0
-    for i in range(len(sequence) - n + 1):
-        gram = sequence[i : i + n]
-        repeats += gram in seen
-        seen.append(gram)
-    assert degeneration.compute_repeated_ngram_share(sequence, n) == pytest.approx(repeats / len(seen) if seen else 0)
-
-
-def test_rep_and_distinct_by_hand():
-    answers = ["a b a b a b", "a b c d e f", "", "你好你好你"]
-    assert METRICS["rep_2_share"].compute({"predictions": answers}) == pytest.approx((0.6 + 0 + 0 + 0.5) / 4)
-    assert degeneration.compute_distinct_n_share(["a b c", "A b d"], 2) == 0.75
-    assert degeneration.compute_distinct_n_share(["", "a"], 2) == 0
-
-
-@quick
-@given(few_letters, st.integers(2, 4))
-def test_loops_agree_with_trying_every_tail_and_period(text, repeats):
-    text = "".join(text.split())
-    longest = 0
-    for length in range(1, len(text) + 1):
-        tail = text[-length:]
-        periods = range(1, length // repeats + 1)
-        if any(all(tail[i] == tail[i - p] for i in range(p, length)) for p in periods):
-            longest = length
-    assert degeneration.count_loop_characters(text, repeats) == longest
-
-
-@quick
-@given(mixed_text, st.text(alphabet="ab你好，.", min_size=1, max_size=30), st.integers(3, 9), st.data())
-def test_any_period_thrice_over_thirty_characters_is_a_loop_wherever_it_is_cut(start, period, repeats, data):
-    cut = data.draw(st.integers(0, len(period) - 1))
-    tail = period * repeats + period[:cut]
-    found = degeneration.count_loop_characters(start + tail)
-    assert found >= len(tail)
-    assert degeneration.is_loop(start + tail) == (found >= 30)
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("What is it? I am a student. I am a student. I am a student. I am", True),
-        ("I am a student.\n\nI am a student.\nI am a student.", True),
-        ("人工智能是什么？" * 4, True),
-        ("人工智能是什么？" * 3, False),
-        ("你可能猜到，" * 6 + "你可能\ufffd", True),
-        ("ha" * 40, True),
-        ("0" * 40, True),
-        ("ha ha ha ha!", False),
-        ("No. No. No.", False),
-        ("| a | b |\n| --- | --- | --- |", False),
-        ("I am a student. " * 9 + "And that is all there is to say about it.", False),
-        (" \n" * 90, False),
-        ("", False),
-    ],
-)
-def test_what_is_a_loop(answer, expected):
-    assert degeneration.is_loop(answer) is expected
-    assert METRICS["loop_rate"].compute({"predictions": [answer, "Fine."]}) == expected / 2
-
-
-def test_loops_take_linear_time_in_the_answer():
-    assert degeneration.count_loop_characters("ab" * 100_000) == 200_000
-
-
-@quick
-@given(mixed_text, mixed_text)
-def test_prompt_echo_agrees_with_trying_every_run(prompt, answer):
-    asked, answered = split_words(prompt), split_words(answer)
-    runs = [asked[i:j] for i in range(len(asked)) for j in range(i + 1, len(asked) + 1)]
-    spots = {tuple(answered[i : i + n]) for n in range(1, len(answered) + 1) for i in range(len(answered))}
-    longest = max((len(run) for run in runs if tuple(run) in spots), default=0)
-    assert degeneration.compute_prompt_echo(prompt, answer) == pytest.approx(longest / len(asked) if asked else 0)
-    assert degeneration.compute_prompt_echo(prompt, f"{answer} {prompt}") == (1 if asked else 0)
-
-
-def test_prompt_echo_in_both_languages():
-    assert degeneration.compute_prompt_echo("What is the sun?", "The sun is a star.") == 0.5
-    columns = {"prompts": ["什么是太阳？", "Hi"], "predictions": ["太阳是恒星。", ""]}
-    assert METRICS["prompt_echo_share"].compute(columns) == 0.2
 
 
 def test_answer_length_ratio_is_of_totals():

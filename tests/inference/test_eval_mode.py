@@ -1,0 +1,62 @@
+"""The model set up for generation: what it was is put back, whatever happens in between."""
+
+import pytest
+import torch
+from support.generation import GREEDY, LLAMA, PROMPTS, make_model
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sft_pipeline.inference.engine import generate
+from sft_pipeline.inference.sampling import SamplingParams
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_model_is_left_as_it_was(name):
+    model = make_model(name).train()
+    frozen = next(m for m in model.modules() if isinstance(m, nn.Embedding)).eval()
+    state = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    config, random_state = model.config.to_dict(), torch.get_rng_state()
+    attributes = [set(vars(module)) for module in model.modules()]
+    generate(model, PROMPTS, [1], SamplingParams(max_new_tokens=5, do_sample=True), batch_size=3)
+    assert all(module.training != (module is frozen) for module in model.modules())
+    assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert "sft_generation" not in ALL_ATTENTION_FUNCTIONS
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_training_after_generation_is_bitwise_the_same():
+    def gradients(generating: bool) -> list[torch.Tensor]:
+        model = make_model("llama").train()
+        if generating:
+            generate(model, PROMPTS, [], GREEDY)
+        ids = torch.tensor([PROMPTS[3]])
+        model(ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False)))
+
+
+def test_the_model_is_restored_after_an_error():
+    model = make_model("llama").train()
+    attributes = [set(vars(module)) for module in model.modules()]
+
+    def interrupt(row: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, [], GREEDY, on_token=interrupt)
+    assert model.training and model.config._attn_implementation == "sdpa" and torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+def test_gradient_checkpointing_does_not_matter():
+    model = make_model("llama").train()
+    model.activation_checkpointing_enable()
+    assert [c.ids for c in generate(model, PROMPTS, [], GREEDY)] == [
+        c.ids for c in generate(LLAMA, PROMPTS, [], GREEDY)
+    ]
+    assert model.is_activation_checkpointing

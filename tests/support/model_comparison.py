@@ -1,0 +1,69 @@
+"""Rows, a second model and results for comparisons of models, and losses from plain forward passes."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.evaluation.eval_loss import RowLoss
+from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
+from sft_pipeline.evaluation.model_results import ModelResults
+from sft_pipeline.evaluation.prompt_set import PromptSet
+from sft_pipeline.inference.answers import Answer
+from sft_pipeline.model.loading import load_model, load_tokenizer
+from sft_pipeline.runs.output_dir import TEMPLATE_FILE
+
+ROWS = [{"instruction": f"Say {n} to the text.", "input": "", "output": f"the answer is {n}, 冬瓜"} for n in range(8)]
+SYSTEM = "You are 冬瓜."
+
+
+def write_rows(file: Path) -> str:
+    """Write ROWS as a data file; return its name."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(file)
+
+
+def save_other_model(model_folder: Path, folder: Path) -> None:
+    """Save the tiny model with other weights as a run with the role template and a system prompt."""
+    model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": SYSTEM}))
+
+
+def row(text: str, reply: str, *earlier: dict) -> list[dict]:
+    return [*earlier, {"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+
+def make_results(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ...] = ()) -> ModelResults:
+    """A record of two rows; rows in `errors` could not be asked."""
+    answers = [Answer(text, True, 1, "too long" if index in errors else None) for index, text in enumerate(texts)]
+    losses = [RowLoss(nll, 2, 1, 4) for _ in texts]
+    instruction_answers = [Answer(instruction.good, True, 1) for instruction in load_instructions()[:6]]
+    return ModelResults(name, losses, answers, instruction_answers)
+
+
+def plain_losses(folder: Path, conversations: list[list[dict]], template_name: str) -> list[tuple[float, int, int]]:
+    """Summed nll, tokens and hits of each conversation's last answer, from full logits of one row at a time."""
+    model, template = load_model(str(folder)), build_template(template_name, load_tokenizer(str(folder)))
+    losses = []
+    for runs, conversation in zip(template.render(conversations), conversations):
+        ids = torch.tensor([token for run in runs for token in run.ids])
+        start = len(template.encode_prompt(conversation[:-1]))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, start - 1 : -1].double()
+        nll = -logits.log_softmax(-1).gather(1, ids[start:, None]).sum().item()
+        losses.append((nll, len(ids) - start, (logits.argmax(-1) == ids[start:]).sum().item()))
+    return losses
+
+
+def build_conversations(questions: PromptSet, index: int) -> list[list[dict]]:
+    """The conversations of result `index`: plain, with examples, and both after a system prompt."""
+    examples = [message for example in questions.examples for message in example] if index % 2 else []
+    system = [{"role": "system", "content": SYSTEM}] if index >= 2 else []
+    return [system + examples + row for row in questions.rows]

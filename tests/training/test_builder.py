@@ -1,0 +1,20 @@
+"""The trainer of a config: which collator it gets."""
+
+from pathlib import Path
+
+import pytest
+from support.training_runs import run_train
+
+from sft_pipeline.utils.errors import SFTError
+
+
+@pytest.fixture(scope="module")
+def config(write_config, tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), rows=8, max_length=128)
+
+
+def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft_pipeline.data.collators.find_packing_obstacle", lambda model, longest: "it is a teapot")
+    message = r"^tokens_per_batch: 128 needs packing, which is off \(it is a teapot\); set it to 0$"
+    with pytest.raises(SFTError, match=message):
+        run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
