@@ -27,6 +27,7 @@ from support.tiny import build_model, build_tokenizer
 
 # The files that take longest start first, so that the processes of `./launch.sh test` end together.
 SLOW_FILES = (
+    *("test_api_page", "test_slurm", "test_launch"),  # of the tests marked `real`
     *("test_fsdp", "test_two_processes", "test_console", "test_study", "test_evaluation_callback", "test_trackers"),
     *(
         "test_engine",
@@ -37,7 +38,7 @@ SLOW_FILES = (
         "test_checkpointing",
         "test_export",
     ),
-    *("test_fault_tolerance", "test_hf_metrics", "test_resumable_jsonl", "test_train", "test_trainer", "test_api_page"),
+    *("test_fault_tolerance", "test_hf_metrics", "test_resumable_jsonl", "test_train", "test_trainer"),
 )
 
 
