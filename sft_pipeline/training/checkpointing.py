@@ -9,9 +9,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -27,15 +29,47 @@ from sft_pipeline.runs.checkpoints import (
 from sft_pipeline.training.fsdp import ShardedTrainer
 from sft_pipeline.training.rank_failures import is_collective_timeout
 from sft_pipeline.utils.errors import SFTError, format_error
-from sft_pipeline.utils.files import copy_folder_permissions
+from sft_pipeline.utils.files import copy_folder_permissions, write_json
 from sft_pipeline.utils.progress import show_elapsed_time
+
+RUNNING_LOSS_FILE = "running_loss.json"
+
+
+@dataclass
+class RunningLoss:
+    """Sum of the losses of the steps since the last log, and their number. It is saved with each checkpoint.
+
+    The library does not save its own sum, so that the first loss logged after a resume would lack steps.
+    """
+
+    total: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float) -> None:
+        # Added in float32, as the library adds the losses of steps.
+        self.total = float(np.float32(self.total) + np.float32(loss))
+        self.steps += 1
+
+    def pop_mean(self) -> float:
+        mean = self.total / max(self.steps, 1)
+        self.total, self.steps = 0.0, 0
+        return mean
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> RunningLoss:
+        """Read what a checkpoint has; one that another trainer saved has none."""
+        file = checkpoint / RUNNING_LOSS_FILE
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
 
 
 class CheckpointingTrainer(ShardedTrainer):
     """Writes every checkpoint and model to a staging folder, and renames it once all of it is on disk."""
 
     _is_saving_checkpoint = False
-    _saved_step = -1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.running_loss = RunningLoss()
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the staging folder while a checkpoint is written.
@@ -57,6 +91,8 @@ class CheckpointingTrainer(ShardedTrainer):
             with report_save_failure(run_dir / name, staging_dir):
                 with show_elapsed_time(f"saving {name}", bool(self.args.disable_tqdm)):
                     super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    write_json(staging_dir / RUNNING_LOSS_FILE, asdict(self.running_loss))
                 self._set_best_checkpoint(run_dir, staging_dir)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -67,36 +103,26 @@ class CheckpointingTrainer(ShardedTrainer):
         finally:
             self._is_saving_checkpoint = False
         self.accelerator.wait_for_everyone()
-        self._saved_step = self.state.global_step
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / name))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; without `output_dir`, to a staging folder first, then into the run's output folder.
+        """Save the model without training_args.bin, a pickle of the arguments with the hub token.
 
-        Overridden because the library overwrites the old files in place: a kill or a full disk would destroy them.
+        Without `output_dir` it is saved to a staging folder first, then into the run's output folder: the library
+        overwrites the old files in place, and a kill or a full disk would destroy them.
         """
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                (Path(output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                copy_folder_permissions(Path(output_dir))
             return
         folder = get_output_dir(self.args)
         staging_dir = folder / SAVING_DIR / "model"
         with report_save_failure(folder / "the trained model", staging_dir):
-            super().save_model(str(staging_dir), _internal_call)
+            self.save_model(str(staging_dir), _internal_call)
             if self.args.should_save:
                 publish_files(staging_dir, folder)
                 clear_leftovers(folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model without training_args.bin.
-
-        Overridden because the library pickles the arguments into that file, including the hub token.
-        """
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir) if output_dir else get_output_dir(self.args)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            copy_folder_permissions(folder)
 
     def _set_best_checkpoint(self, run_dir: Path, staging_dir: Path) -> None:
         """Replace the staging path of the best checkpoint in the trainer state by its final path."""
@@ -105,52 +131,6 @@ class CheckpointingTrainer(ShardedTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(staging_dir / TRAINER_STATE_NAME))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint once it is published.
-
-        Overridden because the library pushes from a thread, which would read the staging folder while it is renamed.
-        """
-        if not self._is_saving_checkpoint:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random states and the loss summed since the last log.
-
-        Overridden because the library does not save that sum: the first loss logged after a resume would lack steps.
-        """
-        super()._save_rng_state(output_dir)
-        running_loss = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-        self._get_running_loss_file(output_dir).write_text(json.dumps(running_loss), encoding="utf-8")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random states and the loss summed since the last log.
-
-        Overridden because it is the one method that the library calls right before the first step of a resumed run.
-        """
-        super()._load_rng_state(checkpoint)
-        running_loss = self._load_running_loss(checkpoint) if checkpoint else None
-        if running_loss is None:
-            return
-        self._tr_loss.fill_(running_loss["loss"])
-        self._globalstep_last_logged = running_loss["last_logged_step"]
-        # The library's train_loss covers the steps after the resume alone, so take out what was restored.
-        self._total_loss_scalar = -running_loss["loss"]
-
-    def _load_running_loss(self, checkpoint: str) -> dict[str, Any] | None:
-        """Return the loss sum and last logged step of this process, or None if the checkpoint has none.
-
-        With another number of processes each takes the mean over all files, which is the value that is logged.
-        """
-        files = list(Path(checkpoint).glob("running_loss_*.json"))
-        if len(files) == self.args.world_size:
-            files = [self._get_running_loss_file(checkpoint)]
-        parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        return parts[0] | {"loss": sum(part["loss"] for part in parts) / len(parts)} if parts else None
-
-    def _get_running_loss_file(self, folder: str) -> Path:
-        """Return the file of this process in a checkpoint folder."""
-        return Path(folder) / f"running_loss_{self.args.process_index}.json"
 
 
 @contextmanager

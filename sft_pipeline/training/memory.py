@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from sft_pipeline.data.batch_sampler import StepBatchSampler
+from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def rehearse_heaviest_batch(
     dataset: Any = trainer.train_dataset
     inputs = trainer.data_collator([dataset[row] for row in rows])
     size, device = f"{len(rows)} rows, {inputs['input_ids'].numel()} tokens", trainer.args.device
-    num_targets, was_training = trainer._get_num_items_in_batch([inputs], device), model.training
+    num_targets, was_training = inputs["labels"].ne(IGNORED).sum().clamp(min=1).to(device), model.training
     with handle_out_of_memory(f"the heaviest batch ({size})", remedy, trainer.args), restore_random_states(device):
         optimizer_state = _create_optimizer_state(trainer)
         step(model, inputs, num_targets)

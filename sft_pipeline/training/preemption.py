@@ -1,10 +1,19 @@
-"""Handle SIGTERM during training: finish the step and save before the process exits."""
+"""Handle SIGTERM during training: finish the step and save before the process exits.
+
+The trainer asks after each step whether a process received SIGTERM, and then lets `PreemptionCallback` stop the run
+with the controls that `Trainer` gives its callbacks.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft_pipeline.config import get_output_dir
+from sft_pipeline.utils.errors import RunPreempted
 
 
 class SigtermHandler:
@@ -28,3 +37,31 @@ class SigtermHandler:
 
     def _receive(self, *signal_and_frame: object) -> None:
         self.received = True
+
+
+class PreemptionCallback(TrainerCallback):
+    """Save and stop after the step in which `stop` was called. Raises RunPreempted when the step is saved."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+
+    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Let `Trainer` save the step that has just ended, and train no other."""
+        self._stopping = True
+        control.should_save = control.should_training_stop = True
+        if args.metric_for_best_model is None:
+            # Seconds may be left until SIGKILL, and the resumed run starts with this evaluation (train.py). It is made
+            # now only where it decides which model is the best.
+            control.should_evaluate = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._stopping:
+            checkpoint = get_output_dir(args) / f"checkpoint-{state.global_step}"
+            raise RunPreempted(f"SIGTERM: saved {checkpoint}; resume with --resume_from_checkpoint auto")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save now if the step was not: with `save_strategy: best` an evaluation without a better model prevents it."""
+        if self._stopping:
+            control.should_evaluate, control.should_save = False, True

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,22 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalPrediction
 
 from sft_pipeline.config import get_output_dir
 from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens
 from sft_pipeline.data.packing import PackedCollator
 from sft_pipeline.runs.checkpoints import clear_leftovers
-from sft_pipeline.training.checkpointing import CheckpointingTrainer
+from sft_pipeline.training.checkpointing import CheckpointingTrainer, RunningLoss
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence, write_diverged_rows
 from sft_pipeline.training.memory import (
     describe_batch_remedy,
@@ -35,10 +44,32 @@ from sft_pipeline.training.memory import (
     rehearse_heaviest_batch,
     restore_random_states,
 )
-from sft_pipeline.training.preemption import SigtermHandler
+from sft_pipeline.training.preemption import PreemptionCallback, SigtermHandler
 from sft_pipeline.training.safe_unpickling import raise_on_unsafe_pickles
-from sft_pipeline.utils.errors import RunPreempted, SFTError
+from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.progress import TrainingProgress
+
+
+class Rehearsal(TrainerCallback):
+    """Rehearse the heaviest batch before the first step, when model and optimizer are prepared and loaded."""
+
+    def __init__(self, trainer: SupervisedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.rehearse()
+
+
+class StepCheck(PreemptionCallback):
+    """Check each step for divergence and SIGTERM, before it is logged, evaluated and saved."""
+
+    def __init__(self, trainer: SupervisedTrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.check_step():
+            self.stop(args, control)
 
 
 class SupervisedTrainer(CheckpointingTrainer):
@@ -63,30 +94,41 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._eval_seconds = 0.0
         self._start_time = time.perf_counter()
         self._sigterm = SigtermHandler()
-        self._checked_step = -1
         self._step_loss: Tensor | float = 0.0  # this process' part of the loss of the current step
+        # First, so that nothing else is started before the heaviest batch is known to fit.
+        self.callback_handler.callbacks.insert(0, Rehearsal(self))
+        self.add_callback(StepCheck(self))
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; raises RunPreempted after SIGTERM, and SFTError for divergence or an unsafe checkpoint."""
-        self._num_tokens, self._eval_seconds = 0, 0.0  # the clock starts after the rehearsal
-        self._saved_step, self._checked_step, self._step_loss = -1, -1, 0.0
+        checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        self._num_tokens, self._eval_seconds, self._step_loss = 0, 0.0, 0.0  # the clock starts after the rehearsal
+        self.running_loss = RunningLoss.load(Path(checkpoint)) if checkpoint else RunningLoss()
         if self.args.should_save:
             clear_leftovers(get_output_dir(self.args))
         with self._sigterm, raise_on_unsafe_pickles(resume_from_checkpoint):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare model and optimizer, rehearse the heaviest batch, and start the clock.
+    def create_accelerator_and_postprocess(self) -> None:
+        """Keep the gradient norm of each step, which `check_step` needs and no callback gets."""
+        super().create_accelerator_and_postprocess()
+        clip_grad_norm = self.accelerator.clip_grad_norm_
+        self._grad_norm: Any = None
 
-        Overridden because the rehearsal needs the prepared model and must come before the first step.
-        """
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        rehearse_heaviest_batch(self, model, self.build_batch_sampler(), super().training_step, self._memory_remedy)
+        def clip_and_keep_norm(*args: Any, **kwargs: Any) -> Any:
+            self._grad_norm = clip_grad_norm(*args, **kwargs)
+            return self._grad_norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_keep_norm
+
+    def rehearse(self) -> None:
+        """Run the heaviest batch once, and start the clock."""
+        step = partial(super().training_step)
+        rehearse_heaviest_batch(self, self.model_wrapped, self.build_batch_sampler(), step, self._memory_remedy)
         self._start_time = time.perf_counter()
-        return model, loader
 
     @cached_property
     def _row_lengths(self) -> np.ndarray:
@@ -148,48 +190,29 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._step_loss += loss
         return loss
 
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: float, *args: Any, **kwargs: Any
-    ) -> None:
-        """Check the step for divergence and SIGTERM, then log, save and evaluate.
+    def check_step(self) -> bool:
+        """Return whether any process received SIGTERM in the step that has just ended.
 
-        Overridden because no callback gets the gradient norm, and a diverged step must not be saved. The library calls
-        it after each step and once more at the end of an epoch. Raises RunPreempted after SIGTERM, when the step is
-        saved.
+        Raises SFTError if the loss or gradient of the step diverged, before anything of it is logged or saved.
         """
-        preempted = self._check_step(grad_norm, int(epoch))
-        if preempted and self.args.metric_for_best_model is None:
-            # Seconds may be left until SIGKILL, and the resumed run starts with this evaluation (train.py). It is made
-            # now only where it decides which model is the best.
-            self.control.should_evaluate = False
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
-        if preempted:
-            if self._saved_step != self.state.global_step:
-                self._save_checkpoint(model, trial)
-            checkpoint = get_output_dir(self.args) / f"checkpoint-{self.state.global_step}"
-            raise RunPreempted(f"SIGTERM: saved {checkpoint}; resume with --resume_from_checkpoint auto")
-
-    def _check_step(self, grad_norm: Any, epoch: int) -> bool:
-        """Return whether any process received SIGTERM. Raises SFTError if the loss or gradient of the step diverged."""
-        if self._checked_step == self.state.global_step:
-            return False
-        self._checked_step = self.state.global_step
         local = torch.tensor([float(self._sigterm.received), float(self._step_loss)], device=self.args.device)
         received, loss = self.accelerator.reduce(local, reduction="mean").tolist()
         self._step_loss = 0.0
         # The gradient scaler of fp16 skips steps whose gradient overflows, and training goes on.
-        norm = 0.0 if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
+        norm = 0.0 if self._grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(self._grad_norm)
         reason = detect_divergence(loss, norm, self.model.config.get_text_config().vocab_size)
         if reason:
-            raise self._build_divergence_error(reason, epoch)
+            raise self._build_divergence_error(reason)
+        self.running_loss.add(loss)
         return received > 0
 
-    def _build_divergence_error(self, reason: str, epoch: int) -> SFTError:
+    def _build_divergence_error(self, reason: str) -> SFTError:
         """Write the rows of the step to the output folder, and return the error that lists them."""
         folder, step, rows = get_output_dir(self.args), self.state.global_step, []
         if self.args.train_sampling_strategy in ("random", "sequential"):
-            steps = self.build_batch_sampler().split_epoch(epoch)
-            rows = steps[(step - 1) % len(steps)].tolist()
+            sampler = self.build_batch_sampler()
+            epoch, index = divmod(step - 1, len(sampler.split_epoch(0)))
+            rows = sampler.split_epoch(epoch)[index].tolist()
         if self.args.should_save:
             write_diverged_rows(folder, rows, self.train_dataset, self.processing_class)
         return SFTError(describe_divergence(folder, step, reason, rows))
@@ -212,7 +235,6 @@ class SupervisedTrainer(CheckpointingTrainer):
 
         The library gathers them from all processes and drops rows that it repeated to fill the last batch.
         """
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = model(**inputs, return_row_losses=True).logits
         return None, sums, sums[:, 1]
@@ -228,9 +250,10 @@ class SupervisedTrainer(CheckpointingTrainer):
         return tokens.item() / max(seconds, 1e-9)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add throughput and peak memory to the logs of training."""
+        """Log the mean loss since the last log, also over a resume, and add throughput and peak memory."""
         if "loss" in logs:
             logs |= {
+                "loss": self.running_loss.pop_mean(),
                 "tokens_per_second": round(self.tokens_per_second(), 1),
                 "peak_memory_gib": measure_peak_memory_gib(),
             }

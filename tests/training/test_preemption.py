@@ -99,7 +99,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     assert names(tmp_path) == ["checkpoint-3", "told_0", "told_1"]
     assert (tmp_path / "told_0").read_text() == (tmp_path / "told_1").read_text()
     assert find_damage(checkpoint) is None
-    expected = {"rng_state_0.pth", "rng_state_1.pth", "running_loss_0.json", "running_loss_1.json"}
+    expected = {"rng_state_0.pth", "rng_state_1.pth", "running_loss.json"}
     assert expected <= set(names(checkpoint))
 
 
