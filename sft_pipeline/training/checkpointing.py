@@ -56,7 +56,7 @@ class RunningLoss:
         return mean
 
     @classmethod
-    def load(cls, checkpoint: Path) -> RunningLoss:
+    def read(cls, checkpoint: Path) -> RunningLoss:
         """Read what a checkpoint has; one that another trainer saved has none."""
         file = checkpoint / RUNNING_LOSS_FILE
         return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()

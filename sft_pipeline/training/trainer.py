@@ -106,7 +106,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         """Train; raises RunPreempted after SIGTERM, and SFTError for divergence or an unsafe checkpoint."""
         checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         self._num_tokens, self._eval_seconds, self._step_loss = 0, 0.0, 0.0  # the clock starts after the rehearsal
-        self.running_loss = RunningLoss.load(Path(checkpoint)) if checkpoint else RunningLoss()
+        self.running_loss = RunningLoss.read(Path(checkpoint)) if checkpoint else RunningLoss()
         if self.args.should_save:
             clear_leftovers(get_output_dir(self.args))
         with self._sigterm, raise_on_unsafe_pickles(resume_from_checkpoint):
