@@ -54,6 +54,10 @@ class PreemptionCallback(TrainerCallback):
             # now only where it decides which model is the best.
             control.should_evaluate = False
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """A trainer that was stopped may train again."""
+        self._stopping = False
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._stopping:
             checkpoint = get_output_dir(args) / f"checkpoint-{state.global_step}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,8 @@ class SupervisedTrainer(CheckpointingTrainer):
 
     def rehearse(self) -> None:
         """Run the heaviest batch once, and start the clock."""
-        step = partial(super().training_step)
-        rehearse_heaviest_batch(self, self.model_wrapped, self.build_batch_sampler(), step, self._memory_remedy)
+        batches, step = self.build_batch_sampler(), super().training_step
+        rehearse_heaviest_batch(self, self.model_wrapped, batches, step, self._memory_remedy)
         self._start_time = time.perf_counter()
 
     @cached_property
