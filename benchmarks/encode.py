@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from sft_pipeline.data.chat_templates import ROLE_HEADERS, build_template
 from sft_pipeline.data.encode import Encoder, encode_dataset
 from sft_pipeline.data.messages import Message, add_system_prompt
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.sources import load_conversations
 
 ROWS = 20_000
 TEMPLATES = ("role", "chat")
@@ -82,7 +82,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command line sets it: processes, not threads
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    source = load_source(args.data)
+    source = load_conversations(args.data)
     rows = datasets.concatenate_datasets([source] * (1 + args.rows // len(source))).select(range(args.rows))
     trl_rows = {
         name: rows.map(convert, remove_columns=rows.column_names)

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,13 @@ def run_option(keys: dict[str, Any]) -> Run:
     from rich.console import Console
 
     from sft_pipeline.config import parse_config
+    from sft_pipeline.data import packing
     from sft_pipeline.train import train
-    from sft_pipeline.training import builder
 
     if not keys.pop("share_prefix", True):
-
-        @dataclass(frozen=True)
-        class UnsharedPrefixCollator(builder.PackedCollator):
-            share_prefix: bool = False
-
-        builder.PackedCollator = UnsharedPrefixCollator  # type: ignore[misc]  # in this process, which only benchmarks
-    results = train(*parse_config(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
+        # In this process, which only benchmarks.
+        packing.pack_rows = partial(packing.pack_rows, share_prefix=False)
+    results = train(parse_config(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
     tokens = results["rows"]["train"]["tokens"]
     return {
         "tokens_per_second": results["tokens_per_second"],

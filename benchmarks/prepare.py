@@ -25,8 +25,8 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 
 from sft_pipeline.data.batch_sampler import StepBatchSampler, count_row_tokens
-from sft_pipeline.data.packing import PackedCollator
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.packing import pack_rows
+from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.model.loading import resolve_model
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.files import get_cache_dir
@@ -38,7 +38,7 @@ ROWS_PER_STEP = 16
 
 def write_rows(source: str, count: int, file: Path) -> None:
     """Write `count` numbered rows as JSONL."""
-    rows = load_source(source)["messages"][:]
+    rows = load_conversations(source)["messages"][:]
     with file.open("w", encoding="utf-8") as lines:
         for number in range(count):
             *_, question, answer = (message["content"] for message in rows[number % len(rows)])
@@ -75,7 +75,7 @@ def read_shards(folder: Path) -> None:
     rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
     sampler = StepBatchSampler(count_row_tokens(rows), seed=0, rows=ROWS_PER_STEP)
     batches = list(islice(sampler, MAX_ROWS_READ // ROWS_PER_STEP))
-    loader = DataLoader(rows, batch_sampler=batches, collate_fn=PackedCollator())
+    loader = DataLoader(rows, batch_sampler=batches, collate_fn=pack_rows)
     targets = sum(int(batch["labels"].ne(IGNORED).sum()) for batch in loader)
     print(f"{len(rows):,} rows in {len(files)} shards; read {sum(map(len, batches)):,} of them, {targets:,} targets")
 

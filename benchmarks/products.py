@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.utils.constants import IGNORED
 
 PRODUCT_SIZE, PRODUCTS = 2048, 9  # matrix size and number of products that measure the rate
@@ -103,7 +103,7 @@ class LastStepsProfiler(TrainerCallback):
 def measure_training(task: Task, batch_size: int, warm_up: int) -> dict[str, Any]:
     """Train once over the rows, in file order, and return rate, step seconds, required arithmetic and profile."""
     rows = [dict(zip(task.rows, row)) for row in zip(*task.rows.values())]
-    batches = [PackedCollator()(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    batches = [pack_rows(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     if len(batches) <= warm_up + PROFILED_STEPS:
         raise SystemExit(
             f"{len(batches)} steps are too few: {warm_up} warm up and {PROFILED_STEPS} are profiled; add --rows"

@@ -17,12 +17,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, 
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.encode import Encoder, EncodingStats, encode_dataset
-from sft_pipeline.data.pipeline import PreparedData
-from sft_pipeline.data.sources import load_source
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model
-from sft_pipeline.training.builder import build_trainer
-from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.data.encode import Encoder, encode_dataset
+from sft_pipeline.data.sources import load_conversations
+from sft_pipeline.model.loading import load_tokenizer, resolve_model
+from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.files import get_cache_dir
 
 MAX_LENGTH = 1024
@@ -53,7 +51,7 @@ def encode_task(model: str, data: str, rows: int) -> Task:
     """Encode the first `rows` rows of `data` with the role template and the reference's system prompt."""
     datasets.disable_progress_bars()
     path = resolve_model(model, get_cache_dir())
-    source = load_source(data)
+    source = load_conversations(data)
     encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM_PROMPT, MAX_LENGTH)
     encoded, stats = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
     return Task(path, encoded[:], asdict(stats))
@@ -77,7 +75,7 @@ def save_random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def build_task_trainer(task: Task, folder: str, batch_size: int, **options: Any) -> SupervisedTrainer:
+def build_task_trainer(task: Task, folder: str, batch_size: int, **options: Any) -> SFTTrainer:
     """Build the trainer as `train` does, with the settings that all trainers share; rows stay in file order."""
     keys = {
         "model_name_or_path": task.model,
@@ -89,11 +87,8 @@ def build_task_trainer(task: Task, folder: str, batch_size: int, **options: Any)
         **get_shared_settings(),
         **options,
     }
-    sft, training = parse_config(None, [f"--{key}={value}" for key, value in keys.items()])
-    stats = EncodingStats(**task.stats)
-    rows = datasets.Dataset.from_dict(task.rows)
-    template = build_template("role", load_tokenizer(task.model))
-    return build_trainer(sft, training, load_model(task.model), template, PreparedData(rows, stats, None, None, None))
+    args = parse_config(None, [f"--{key}={value}" for key, value in keys.items()])
+    return SFTTrainer(args=args, train_dataset=datasets.Dataset.from_dict(task.rows))
 
 
 def get_shared_settings() -> dict[str, Any]:

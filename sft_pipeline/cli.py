@@ -72,19 +72,19 @@ def _require_config_path(command: str, example: str, extra_args: list[str]) -> t
     return config, overrides
 
 
-def _load_config_and_template(extra_args: list[str]) -> tuple[Any, Any, Any]:
+def _load_config_and_template(extra_args: list[str]) -> tuple[Any, Any]:
     """Parse a config and load the template that it names with its model's tokenizer, but not the model.
 
-    Returns SFTArguments, TrainingArguments and Template.
+    Returns SFTConfig and Template.
     """
     from sft_pipeline.config import parse_config
     from sft_pipeline.data.chat_templates import build_template
     from sft_pipeline.model.loading import load_tokenizer, resolve_model
     from sft_pipeline.utils.files import get_cache_dir
 
-    sft, training = parse_config(*_split_config_path(extra_args))
-    tokenizer = load_tokenizer(resolve_model(sft.model_name_or_path, get_cache_dir()), sft.trust_remote_code)
-    return sft, training, build_template(sft.template, tokenizer)
+    config = parse_config(*_split_config_path(extra_args))
+    tokenizer = load_tokenizer(resolve_model(str(config.model_name_or_path), get_cache_dir()), config.trust_remote_code)
+    return config, build_template(config.template, tokenizer)
 
 
 def _run_train(args: argparse.Namespace, extra_args: list[str]) -> None:
@@ -93,7 +93,7 @@ def _run_train(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.config import parse_config
     from sft_pipeline.train import train
 
-    train(*parse_config(*_split_config_path(extra_args)), Console())
+    train(parse_config(*_split_config_path(extra_args)), Console())
 
 
 def _run_preview(args: argparse.Namespace, extra_args: list[str]) -> None:
@@ -102,9 +102,9 @@ def _run_preview(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.data import preview
     from sft_pipeline.data.pipeline import load_one_row
 
-    sft, _, template = _load_config_and_template(extra_args)
+    config, template = _load_config_and_template(extra_args)
     tokenizer = template.tokenizer
-    row, origin = load_one_row(sft, template, args.row)
+    row, origin = load_one_row(config, template, args.row)
     if args.json:
         print(preview.format_row_json(row, tokenizer))
         return
@@ -118,9 +118,9 @@ def _run_preview(args: argparse.Namespace, extra_args: list[str]) -> None:
 def _run_prepare(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.data.shards import write_shards
 
-    sft, training, template = _load_config_and_template(extra_args)
-    folder = sft.prepared_data or f"{training.output_dir}-prepared"
-    write_shards(sft, template, Path(folder).expanduser())
+    config, template = _load_config_and_template(extra_args)
+    folder = config.prepared_data or f"{config.output_dir}-prepared"
+    write_shards(config, template, Path(folder).expanduser())
     print(f"prepared in {folder}; to train from it add --prepared_data {folder}")
 
 
@@ -198,10 +198,10 @@ def _run_doctor(args: argparse.Namespace, extra_args: list[str]) -> None:
 
 
 def _run_dashboard(args: argparse.Namespace, extra_args: list[str]) -> None:
+    from sft_pipeline.arguments import DEFAULT_PROJECT
     from sft_pipeline.commands.dashboard import serve_dashboard
-    from sft_pipeline.config import DEFAULTS
 
-    serve_dashboard(args.project or DEFAULTS["project"], args.port, not args.no_browser)
+    serve_dashboard(args.project or DEFAULT_PROJECT, args.port, not args.no_browser)
 
 
 COMMANDS: dict[str, Handler] = {

@@ -184,7 +184,7 @@ def _add_command(subparsers: Subparsers, name: str, description: str, usage: str
 
 def _describe_keys() -> str:
     """List the config keys of SFTArguments with their help texts."""
-    from sft_pipeline.config import SFTArguments
+    from sft_pipeline.arguments import SFTArguments
 
     lines = ["keys, beside all of transformers.TrainingArguments:"]
     for field in dataclasses.fields(SFTArguments):

@@ -154,7 +154,9 @@ def test_a_missing_config(capsys):
 
 def test_a_config_that_is_not_the_first_argument_is_no_config(make_config, capsys):
     """Nor is the value of the first key."""
-    assert refusal(capsys, "train", "--seed", "5", make_config()).startswith("missing: model_name_or_path")
+    assert refusal(capsys, "train", "--seed", "5", make_config()) == (
+        "the command line: config.yaml belongs to no key; a config file comes first"
+    )
 
 
 # Preview.

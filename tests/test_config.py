@@ -44,10 +44,10 @@ RUNS = [path for path in CONFIGS if not path.stem.startswith("study_")]
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_parses(path):
-    sft, training = parse_config(str(path), [])
-    assert sft.train_data and sft.held_out > 0
-    assert training.eval_on_start and training.eval_strategy != IntervalStrategy.NO
-    assert training.output_dir == f"outputs/{path.stem}"
+    args = parse_config(str(path), [])
+    assert args.train_data and args.held_out > 0
+    assert args.eval_on_start and args.eval_strategy != IntervalStrategy.NO
+    assert args.output_dir == f"outputs/{path.stem}"
 
 
 def test_the_project_has_configs():
@@ -55,26 +55,30 @@ def test_the_project_has_configs():
 
 
 def test_the_reference_run():
-    sft, training = parse_config(str(next(path for path in CONFIGS if path.stem == "alpaca_qwen3")), [])
-    assert (sft.model_name_or_path, sft.train_data, sft.template) == ("Qwen/Qwen3-0.6B", ["tatsu-lab/alpaca"], "role")
-    assert sft.system_prompt == "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
-    assert (training.learning_rate, training.max_steps) == (1e-5, 1000)
-    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 10)
+    args = parse_config(str(next(path for path in CONFIGS if path.stem == "alpaca_qwen3")), [])
+    assert (args.model_name_or_path, args.train_data, args.template) == (
+        "Qwen/Qwen3-0.6B",
+        ["tatsu-lab/alpaca"],
+        "role",
+    )
+    assert args.system_prompt == "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"
+    assert (args.learning_rate, args.max_steps) == (1e-5, 1000)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 10)
 
 
 def test_defaults_of_the_package_and_of_transformers(write):
-    sft, training = parse_config(write(""), [])
-    assert (sft.template, sft.train_on, sft.overlong, sft.max_length) == ("chat", "all", "drop", 1024)
+    args = parse_config(write(""), [])
+    assert (args.template, args.train_on, args.overlong, args.max_length) == ("chat", "all", "drop", 1024)
     for key in ("logging_steps", "logging_first_step", "disable_tqdm", "logging_nan_inf_filter"):
-        assert getattr(training, key) == DEFAULTS[key], key
-    assert training.per_device_train_batch_size == 8 and training.weight_decay == 0.0
-    assert training.output_dir == "outputs/mine"
+        assert getattr(args, key) == DEFAULTS[key], key
+    assert args.per_device_train_batch_size == 8 and args.weight_decay == 0.0
+    assert args.output_dir == "outputs/mine"
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.e-5", 2e-5), ("1.5e+1", 15.0)])
 def test_a_power_of_ten_is_a_number(write, written, value):
-    assert parse_config(write(f"learning_rate: {written}"), [])[1].learning_rate == value
-    assert parse_config(write(""), ["--learning_rate", written])[1].learning_rate == value
+    assert parse_config(write(f"learning_rate: {written}"), []).learning_rate == value
+    assert parse_config(write(""), ["--learning_rate", written]).learning_rate == value
 
 
 def test_a_number_in_quotes(write):
@@ -98,32 +102,32 @@ def test_the_command_line_takes_precedence(write):
         "--output_dir",
         "here",
     ]
-    sft, training = parse_config(config, overrides)
-    assert (training.learning_rate, training.output_dir) == (2e-5, "here")
-    assert (sft.train_data, sft.max_length, sft.packing) == (["a.json", "b.json"], 64, False)
+    args = parse_config(config, overrides)
+    assert (args.learning_rate, args.output_dir) == (2e-5, "here")
+    assert (args.train_data, args.max_length, args.packing) == (["a.json", "b.json"], 64, False)
 
 
 def test_lists_dictionaries_nothing_and_flags(write):
     text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nlr_scheduler_kwargs: {num_cycles: 2}\nskip_bad_rows: true\n"
-    sft, training = parse_config(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
-    assert (sft.train_data, sft.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
-    assert sft.system_prompt is None and sft.skip_bad_rows is True
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    args = parse_config(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
+    assert (args.train_data, args.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
+    assert args.system_prompt is None and args.skip_bad_rows is True
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 @pytest.mark.parametrize("arguments", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"]])
 def test_fsdp_is_a_boolean(write, arguments):
     """The library's parser reads it as a string."""
-    for _, training in (parse_config(write("fsdp: true"), []), parse_config(write(""), [*arguments])):
-        assert training.fsdp is True and training.fsdp_plugin_args["fsdp_version"] == 2
-    assert not parse_config(write("fsdp: true"), ["--fsdp", "false"])[1].fsdp
+    for args in (parse_config(write("fsdp: true"), []), parse_config(write(""), [*arguments])):
+        assert args.fsdp is True and args.fsdp_plugin_args["fsdp_version"] == 2
+    assert not parse_config(write("fsdp: true"), ["--fsdp", "false"]).fsdp
     assert "Unknown `fsdp` option: sideways" in refusal(write("fsdp: sideways"))
 
 
 def test_a_dictionary_may_be_in_a_separate_file(write):
-    _, training = parse_config(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
-    assert training.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
-    assert training.fsdp_plugin_args["reshard_after_forward"] is True
+    args = parse_config(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
+    assert args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
+    assert args.fsdp_plugin_args["reshard_after_forward"] is True
 
 
 def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
@@ -137,10 +141,10 @@ def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
 
 def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
     keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\n"
-    _, training = parse_config(write(keys + "bf16: true\nuse_cpu: true\n"), [])
+    args = parse_config(write(keys + "bf16: true\nuse_cpu: true\n"), [])
     config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
-    config.trainer_config_process(training)
-    config.trainer_config_finalize(training, tiny_model, 10)
+    config.trainer_config_process(args)
+    config.trainer_config_finalize(args, tiny_model, 10)
     values = config.config
     assert config.is_zero3() and config.dtype() == torch.bfloat16 and "auto" not in json.dumps(values)
     assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (2, 3)
@@ -156,12 +160,12 @@ def test_deepspeed_key_without_the_package(write):
 
 @pytest.mark.parametrize("text", ["", "-", "--not an option", "a: b # c", "100", "行\n行 ", " spaces "])
 def test_a_text_stays_as_it_is(write, text):
-    assert parse_config(write(f"system_prompt: {json.dumps(text)}\n"), [])[0].system_prompt == text
+    assert parse_config(write(f"system_prompt: {json.dumps(text)}\n"), []).system_prompt == text
 
 
 def test_without_a_file():
-    sft, training = parse_config(None, ["--model_name_or_path", "m", "--train_data", "a.json"])
-    assert (sft.model_name_or_path, training.output_dir) == ("m", "outputs/run")
+    args = parse_config(None, ["--model_name_or_path", "m", "--train_data", "a.json"])
+    assert (args.model_name_or_path, args.output_dir) == ("m", "outputs/run")
 
 
 def test_evaluation_is_on_where_there_are_rows(write):
@@ -170,10 +174,10 @@ def test_evaluation_is_on_where_there_are_rows(write):
     _, configured = parse_config(write("eval_strategy: steps\neval_steps: 3\n"), [])
     assert configured.eval_strategy == IntervalStrategy.NO
     for key in ("held_out: 2\n", "eval_data: held.json\n"):
-        _, training = parse_config(write(key), [])
-        assert training.eval_on_start and training.eval_strategy == IntervalStrategy.EPOCH
-        _, training = parse_config(write(key + "eval_strategy: steps\neval_steps: 3\n"), [])
-        assert training.eval_strategy == IntervalStrategy.STEPS
+        args = parse_config(write(key), [])
+        assert args.eval_on_start and args.eval_strategy == IntervalStrategy.EPOCH
+        args = parse_config(write(key + "eval_strategy: steps\neval_steps: 3\n"), [])
+        assert args.eval_strategy == IntervalStrategy.STEPS
 
 
 @pytest.mark.parametrize(
@@ -235,8 +239,8 @@ def test_values_of_a_wrong_type_name_the_file(write, text, message):
 
 
 def test_no_is_a_string_and_false_a_boolean(write):
-    _, training = parse_config(write("save_strategy: no\nlogging_first_step: false\n"), [])
-    assert training.save_strategy == "no" and training.logging_first_step is False
+    args = parse_config(write("save_strategy: no\nlogging_first_step: false\n"), [])
+    assert args.save_strategy == "no" and args.logging_first_step is False
 
 
 def test_a_wrong_value_on_the_command_line(write):

@@ -37,7 +37,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
         "use_cpu": "true",
     }
     overrides = [f"--{key}={value}" for key, value in keys.items()]
-    results = train(*parse_config("configs/quickstart.yaml", overrides), Console())
+    results = train(parse_config("configs/quickstart.yaml", overrides), Console())
 
     loss = results["eval_loss"]
     assert loss["after"] < 0.9 * loss["before"], loss

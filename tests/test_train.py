@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.messages import add_system_prompt
-from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
 from sft_pipeline.train import train
@@ -98,7 +98,7 @@ def test_results_are_complete_and_on_disk(run, config):
 
 def test_answers_are_of_held_out_prompts_before_and_after(run, config):
     _, results = run
-    _, held_out = load_conversations(parse_config(str(config), [])[0])
+    _, held_out = load_splits(parse_config(str(config), []))
     prompts = [messages[-2]["content"] for messages in held_out["messages"]][:3]
     assert [answer["prompt"] for answer in results["answers"]] == prompts
     for answer in results["answers"]:
@@ -115,7 +115,7 @@ def test_answers_are_of_held_out_prompts_before_and_after(run, config):
 def test_the_first_row_and_the_answers_are_shown(config, tmp_path):
     console = Console(record=True, width=200, quiet=False, file=open(tmp_path / "shown", "w"))  # noqa: SIM115
     with console.file:
-        train(*parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--max_steps", "1"]), console)
+        train(parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--max_steps", "1"]), console)
     output = console.export_text()
     assert "first training row" in output and "the stop token" in output and SYSTEM in output
     assert "held-out loss" in output and "before" in output and "after" in output
@@ -134,15 +134,15 @@ def test_run_yaml_keeps_values_that_are_the_librarys_defaults_but_not_ours(confi
     """logging_steps is 500 in TrainingArguments and 10 here; an overwrite must not repeat itself."""
     keys = ["--output_dir", str(tmp_path / "out"), "--logging_steps", "500", "--eval_on_start", "false"]
     run_train(config, *keys, "--overwrite_output_dir", "--max_steps", "1")
-    sft, training = parse_config(str(tmp_path / "out" / RUN_FILE), [])
-    assert training.logging_steps == 500 and training.eval_on_start is False
-    assert sft.overwrite_output_dir is False
+    args = parse_config(str(tmp_path / "out" / RUN_FILE), [])
+    assert args.logging_steps == 500 and args.eval_on_start is False
+    assert args.overwrite_output_dir is False
 
 
 def test_saved_folder_loads_plainly_and_answers_the_same(run, config):
     folder, results = run
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    _, held_out = load_conversations(parse_config(str(config), [])[0])
+    _, held_out = load_splits(parse_config(str(config), []))
     prompts = [add_system_prompt(m[:-1], SYSTEM) for m in held_out["messages"]][:3]
     answers = answer_prompts(model, build_template("role", tokenizer), prompts, 6)
     assert [answer.text for answer in answers] == [answer["after"] for answer in results["answers"]]
@@ -154,7 +154,7 @@ def test_saved_chat_template_renders_what_was_trained(run, config):
     folder, _ = run
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = build_template("role", tokenizer)
-    conversation = load_conversations(parse_config(str(config), [])[0])[0][0]["messages"]
+    conversation = load_splits(parse_config(str(config), []))[0][0]["messages"]
     [runs] = template.render([add_system_prompt(conversation, SYSTEM)])
     trained = tokenizer.decode([token for run in runs for token in run.ids])
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained

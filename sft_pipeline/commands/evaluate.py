@@ -21,8 +21,8 @@ from rich.console import Console
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.messages import Message
-from sft_pipeline.data.pipeline import load_conversations
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.pipeline import load_splits
+from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import Comparison, compare_models
 from sft_pipeline.evaluation.judge import Judge, JudgeResults, judge_pairs
@@ -138,8 +138,8 @@ def load_eval_conversations(data: str) -> list[list[Message]]:
     """Load a run's held-out rows, or all rows of a file, folder or hub name."""
     run_file = Path(data).expanduser() / RUN_FILE
     if not run_file.is_file():
-        return load_source(data)["messages"]
-    _, held_out = load_conversations(parse_config(str(run_file), [])[0])
+        return load_conversations(data)["messages"]
+    _, held_out = load_splits(parse_config(str(run_file)))
     if held_out is None:
         raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
     return held_out["messages"]

@@ -26,11 +26,10 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from transformers import TrainingArguments
 
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model, write_comparison
-from sft_pipeline.config import SFTArguments, build_config_record, get_output_dir, parse_keys, read_keys
-from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir, parse_keys, read_keys
+from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import compare_models
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
@@ -53,8 +52,7 @@ class StudyVariant:
 
     name: str
     folder: Path
-    sft: SFTArguments
-    training: TrainingArguments
+    args: SFTConfig
     trained: bool
 
     @property
@@ -67,7 +65,7 @@ class StudyVariant:
 
     @property
     def config(self) -> dict[str, Any]:
-        return build_config_record(self.sft, self.training)
+        return build_config_record(self.args)
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class StudyPlan:
     """The parsed config of a study. `base` has the keys that all variants share."""
 
     folder: Path
-    base: SFTArguments
+    base: SFTConfig
     few_shot: int
     variants: list[StudyVariant]
 
@@ -104,8 +102,8 @@ def read_plan(config: str, overrides: list[str]) -> StudyPlan:
         raise SFTError(f"{config}: a study needs `variants`, a list of keys each with a `name`")
     if type(few_shot) is not int or few_shot < 0:
         raise SFTError(f"{config}: few_shot is {few_shot}; it has to be a whole number, 0 or more")
-    base, training = parse_keys(keys, config, overrides)
-    folder = get_output_dir(training)
+    base = parse_keys(keys, config, overrides)
+    folder = get_output_dir(base)
     variants = [_read_variant(entry, keys, config, folder, overrides) for entry in entries]
     folders = [variant.folder for variant in variants]
     for index, path in enumerate(folders):
@@ -126,13 +124,13 @@ def _read_variant(
     variant_folder = folder / re.sub(r"[^\w.-]+", "_", name)
     # No answers during training: the study evaluates all variants in the same way afterwards.
     fixed = [f"--output_dir={variant_folder}", "--num_answers=0", "--overwrite_output_dir=false"]
-    sft, training = parse_keys({**keys, **variant_keys}, source, [*overrides, *fixed])
-    return StudyVariant(name, variant_folder, sft, training, entry.get("train", True) is not False)
+    args = parse_keys({**keys, **variant_keys}, source, [*overrides, *fixed])
+    return StudyVariant(name, variant_folder, args, entry.get("train", True) is not False)
 
 
 def load_study_prompts(plan: StudyPlan) -> PromptSet:
     """Select the prompts of all variants from the study's held-out rows."""
-    _, held_out = load_conversations(plan.base)
+    _, held_out = load_splits(plan.base)
     if held_out is None or not plan.base.num_answers:
         raise SFTError("a study needs held-out prompts: set held_out (or eval_data) and num_answers")
     return select_prompts(held_out["messages"], plan.base.num_answers, plan.few_shot)
@@ -168,15 +166,15 @@ def load_or_run_variant(variant: StudyVariant, prompt_set: PromptSet, plan: Stud
         plan.base.num_answers,
         plan.base.max_new_tokens,
         plan.few_shot,
-        variant.sft.template,
-        variant.sft.system_prompt,
+        variant.args.template,
+        variant.args.system_prompt,
     )
     key = _hash_inputs(variant, prompt_set, options)
     if variant.records_file.is_file():
         cached = json.loads(variant.records_file.read_text(encoding="utf-8"))
         if cached["key"] == key:
             return [ModelResults.from_json(record) for record in cached["records"]]
-    path = str(variant.folder) if variant.trained else variant.sft.model_name_or_path
+    path = str(variant.folder) if variant.trained else str(variant.args.model_name_or_path)
     results = list(run_model(path, variant.name, prompt_set, options))
     variant.records_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(variant.records_file, {"key": key, "records": [result.as_json() for result in results]})
@@ -186,7 +184,7 @@ def load_or_run_variant(variant: StudyVariant, prompt_set: PromptSet, plan: Stud
 def _hash_inputs(variant: StudyVariant, prompt_set: PromptSet, options: EvaluateOptions) -> str:
     """Hash everything that the results depend on; the modification time of its results stands for a trained model."""
     results_file = variant.folder / RESULTS_FILE
-    model = results_file.stat().st_mtime_ns if variant.trained else variant.sft.model_name_or_path
+    model = results_file.stat().st_mtime_ns if variant.trained else variant.args.model_name_or_path
     instructions = [instruction.prompt for instruction in load_instructions()]
     inputs = [asdict(prompt_set), asdict(options), instructions, variant.name, model]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -42,13 +42,13 @@ def verify_resume(config: str, steps: int, overrides: list[str]) -> list[str]:
 
     steps: N, the steps before the kill and after it.
     """
-    sft, training = parse_config(config, overrides)
-    folder = Path(f"{get_output_dir(training)}-verify-resume")
+    args = parse_config(config, overrides)
+    folder = Path(f"{get_output_dir(args)}-verify-resume")
     uninterrupted, resumed = folder / "whole", folder / "stopped"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config_file = folder / "config.yaml"
-    text = yaml.safe_dump(build_config_record(sft, training), allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(build_config_record(args), allow_unicode=True, sort_keys=False)
     config_file.write_text(text, encoding="utf-8")
     command = _build_command(config_file, steps)
     _wait_for_success(subprocess.Popen([*command, f"--output_dir={uninterrupted}"]))

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +49,7 @@ class TokenSpan(NamedTuple):
 class Template:
     """Base class: encodes pieces in batches. Subclasses define how messages are split into pieces."""
 
-    name: str
+    name: Literal["role", "chat"]
     chat_template: str  # the jinja text to save with the tokenizer
     role_headers: tuple[str, ...] = ()  # texts (not control tokens) before which a piece begins
     stop_token_id: int

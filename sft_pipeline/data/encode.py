@@ -229,7 +229,6 @@ def _compute_stats(encoded: Dataset, cached: bool) -> EncodingStats:
     value_counts = pc.value_counts(encoded.data.column("outcome")).to_pylist()
     counts = {entry["values"]: entry["counts"] for entry in value_counts}
     lengths = count_row_tokens(encoded)[_get_kept_mask(encoded)]
-    quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]) if len(lengths) else [0] * 6
     return EncodingStats(
         rows=len(encoded),
         kept=len(lengths),
@@ -237,9 +236,15 @@ def _compute_stats(encoded: Dataset, cached: bool) -> EncodingStats:
         dropped={reason: counts[reason] for reason in (TOO_LONG, UNSUPERVISED) if reason in counts},
         tokens=int(lengths.sum()),
         supervised_tokens=_count_supervised_tokens(encoded),
-        length_quantiles=dict(zip(["least", "25%", "median", "75%", "95%", "most"], map(int, quantiles))),
+        length_quantiles=compute_length_quantiles(lengths),
         cached=cached,
     )
+
+
+def compute_length_quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Return the smallest, largest and some quantiles between them of the numbers of tokens, by name."""
+    quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]) if len(lengths) else [0] * 6
+    return dict(zip(["least", "25%", "median", "75%", "95%", "most"], map(int, quantiles)))
 
 
 def _count_supervised_tokens(encoded: Dataset) -> int:

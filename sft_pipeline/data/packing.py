@@ -8,14 +8,17 @@ resume anywhere.
 
 import bisect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sft_pipeline.data.padding import DUMMY_ROW
+from sft_pipeline.model.loss_forward import patch_loss_forward
+from sft_pipeline.model.packed_attention import find_packing_obstacle, use_packed_attention
 from sft_pipeline.utils.constants import IGNORED
+from sft_pipeline.utils.errors import SFTError
 
 MIN_SAVED_SHARE = 0.05  # share of the tokens that a common prefix must save to be worth its overhead
 
@@ -58,31 +61,43 @@ def find_common_prefix(input_ids: Sequence[Tensor], labels: Sequence[Tensor]) ->
     return length if saved >= MIN_SAVED_SHARE * sum(len(ids) for ids in input_ids) else 0
 
 
-@dataclass(frozen=True)
-class PackedCollator:
+class PackingCollator:
+    """Collate rows to a packed batch, for `model`, which is set to attend within each row and to return losses.
+
+    Raises SFTError with the reason if `model` would not compute the same as for single rows.
+    longest: number of tokens of the longest row; a sliding window at least as long does no harm.
+    """
+
+    def __init__(self, model: PreTrainedModel, longest: int | None = None) -> None:
+        if reason := find_packing_obstacle(model, longest):
+            raise SFTError(reason)
+        patch_loss_forward(model)
+        use_packed_attention(model)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        return pack_rows(rows)
+
+
+def pack_rows(rows: Sequence[dict[str, Any]], share_prefix: bool = True) -> dict[str, Tensor]:
     """Collate dataset rows (`input_ids` and shifted `labels` of equal length) into one packed batch.
 
     The batch has `input_ids`, `position_ids`, `labels`, each (1, tokens) int64, `shift_labels`, the same tensor as
     `labels`, which tells transformers not to shift them again, and `row_lengths` (1 + rows) as described above.
     `share_prefix` computes the common prefix once.
     """
-
-    share_prefix: bool = True
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = rows or [DUMMY_ROW]
-        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        row_labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-        prefix = find_common_prefix(ids, row_labels) if self.share_prefix else 0
-        positions = [torch.arange(prefix), *(torch.arange(prefix, len(row)) for row in ids)]
-        labels = _join_rows(row_labels, prefix)
-        return {
-            "input_ids": _join_rows(ids, prefix),
-            "position_ids": torch.cat(positions)[None],
-            "labels": labels,
-            "shift_labels": labels,
-            "row_lengths": torch.tensor([prefix, *(len(row) - prefix for row in ids)]),
-        }
+    rows = rows or [DUMMY_ROW]
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+    row_labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+    prefix = find_common_prefix(ids, row_labels) if share_prefix else 0
+    positions = [torch.arange(prefix), *(torch.arange(prefix, len(row)) for row in ids)]
+    labels = _join_rows(row_labels, prefix)
+    return {
+        "input_ids": _join_rows(ids, prefix),
+        "position_ids": torch.cat(positions)[None],
+        "labels": labels,
+        "shift_labels": labels,
+        "row_lengths": torch.tensor([prefix, *(len(row) - prefix for row in ids)]),
+    }
 
 
 def _join_rows(rows: Sequence[Tensor], prefix: int) -> Tensor:
@@ -93,11 +108,10 @@ def _join_rows(rows: Sequence[Tensor], prefix: int) -> Tensor:
 def describe_savings(rows: Sequence[dict[str, Any]], batches: Iterable[list[int]]) -> str:
     """Describe in one line what packing saves compared with padding the same micro-batches (lists of row indices)."""
     padded_tokens = row_tokens = packed_tokens = targets = 0
-    collate = PackedCollator()
     for indices in filter(None, batches):
         batch = [rows[index] for index in indices]
         lengths = [len(row["input_ids"]) for row in batch]
-        packed = collate(batch)
+        packed = pack_rows(batch)
         padded_tokens += max(lengths) * len(lengths)
         row_tokens += sum(lengths)
         packed_tokens += packed["input_ids"].numel()

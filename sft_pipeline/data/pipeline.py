@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 from datasets import Dataset
 
-from sft_pipeline.config import SFTArguments
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.encode import Encoder, EncodingStats, encode_dataset
+from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import Message
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.sources import Source, load_conversations
 from sft_pipeline.data.splits import drop_overlap, mix_datasets, select_rows, split_held_out
 from sft_pipeline.data.tokenizer_export import count_id_differences
 from sft_pipeline.utils.errors import SFTError
@@ -33,67 +36,110 @@ class PreparedData:
     held_out_messages: Dataset | None
 
 
-def build_encoder(sft: SFTArguments, template: Template) -> Encoder:
-    return Encoder(template, sft.system_prompt, sft.max_length, sft.overlong, sft.train_on)
+def build_encoder(args: SFTArguments, template: Template) -> Encoder:
+    return Encoder(template, args.system_prompt, args.max_length, args.overlong, args.train_on)
 
 
-def prepare_data(sft: SFTArguments, template: Template) -> PreparedData:
-    """Load and encode the rows of the config, and log how many were read, truncated and dropped."""
-    train_messages, held_out_messages = load_conversations(sft)
-    encoder = build_encoder(sft, template)
-    train, train_stats = encode_dataset(train_messages, encoder, sft.num_proc)
+def prepare_data(
+    args: SFTArguments, template: Template, train_rows: Source | None = None, eval_rows: Source | None = None
+) -> PreparedData:
+    """Load and encode the training and held-out rows, and log how many were read, truncated and dropped.
+
+    train_rows and eval_rows are used in place of the keys train_data and eval_data. Rows that have `input_ids` and
+    `labels` are used as they are: template, system_prompt, max_length, overlong and train_on do not apply to them.
+    """
+    if is_encoded(train_rows) or is_encoded(eval_rows):
+        return _use_encoded_rows(args, train_rows, eval_rows)
+    train_messages, held_out_messages = load_splits(args, train_rows, eval_rows)
+    encoder = build_encoder(args, template)
+    train, train_stats = encode_dataset(train_messages, encoder, args.num_proc)
     logger.info("training rows: %s", train_stats)
-    _log_template_differences(train_messages[:COMPARED_ROWS]["messages"], template, sft)
+    _log_template_differences(train_messages[:COMPARED_ROWS]["messages"], template, args)
     if held_out_messages is None:
         return PreparedData(train, train_stats, None, None, None)
-    held_out, held_out_stats = encode_dataset(held_out_messages, encoder, sft.num_proc)
+    held_out, held_out_stats = encode_dataset(held_out_messages, encoder, args.num_proc)
     logger.info("held-out rows: %s", held_out_stats)
     return PreparedData(train, train_stats, held_out, held_out_stats, held_out_messages)
 
 
-def load_conversations(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
-    """Load (training, held-out or None) conversations; no row is in both.
+def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
+    """Check and measure rows that are encoded already. There are no held-out conversations to answer."""
+    given = [rows for rows in (train_rows, eval_rows) if rows is not None]
+    if train_rows is None or args.eval_data or not all(map(is_encoded, given)):
+        raise SFTError("train_dataset and eval_dataset: one of them is encoded; encode both or none of them")
+    for key in ("held_out", "max_train_rows"):
+        if getattr(args, key):
+            raise SFTError(
+                f"{key}: rows that are encoded already are not selected; give train_dataset and eval_dataset"
+            )
+    train, train_stats = load_encoded_rows(train_rows, "train_dataset")
+    logger.info("training rows, encoded already: %s", train_stats)
+    if eval_rows is None:
+        return PreparedData(train, train_stats, None, None, None)
+    held_out, held_out_stats = load_encoded_rows(eval_rows, "eval_dataset")
+    logger.info("held-out rows, encoded already: %s", held_out_stats)
+    return PreparedData(train, train_stats, held_out, held_out_stats, None)
+
+
+def load_splits(
+    args: SFTArguments, train_rows: Source | None = None, eval_rows: Source | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Load (training, held-out or None) conversations, from the arguments or from the keys; no row is in both.
 
     `max_train_rows` limits the training rows and does not change the held-out rows.
     """
-    train, held_out = _load_splits(sft)
-    return (select_rows(train, sft.max_train_rows) if sft.max_train_rows else train), held_out
+    if args.held_out and eval_rows is not None:
+        raise SFTError("held_out and eval_dataset are both set; remove one of them")
+    parts = _load_parts(args, args.train_data, train_rows, "train_dataset")
+    held_out_parts = _load_parts(args, args.eval_data, eval_rows, "eval_dataset")
+    train, held_out = _split_parts(args, parts, held_out_parts)
+    return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out
 
 
-def _load_splits(sft: SFTArguments) -> tuple[Dataset, Dataset | None]:
-    parts = [_load_source(name, sft) for name in sft.train_data]
-    if sft.eval_data:
-        train = mix_datasets(parts, sft.train_data_weights or None)
-        held_out = datasets.concatenate_datasets([_load_source(name, sft) for name in sft.eval_data])
+def _load_parts(args: SFTArguments, names: list[str], rows: Source | None, rows_name: str) -> list[Dataset]:
+    """Load `rows`, or the sources that a key names."""
+    if rows is None:
+        return [load_conversations(name, skip_bad_rows=args.skip_bad_rows) for name in names]
+    name = None if isinstance(rows, (str, os.PathLike)) else rows_name
+    return [load_conversations(rows, skip_bad_rows=args.skip_bad_rows, name=name)]
+
+
+def _split_parts(
+    args: SFTArguments, parts: list[Dataset], held_out_parts: list[Dataset]
+) -> tuple[Dataset, Dataset | None]:
+    weights = args.train_data_weights or None
+    if held_out_parts:
+        train = mix_datasets(parts, weights)
+        held_out = datasets.concatenate_datasets(held_out_parts)
         return drop_overlap(train, held_out), held_out
-    if not sft.held_out:
-        return mix_datasets(parts, sft.train_data_weights or None), None
-    train, held_out = split_held_out(datasets.concatenate_datasets(parts), sft.held_out)
-    if sft.train_data_weights:
+    if not args.held_out:
+        return mix_datasets(parts, weights), None
+    train, held_out = split_held_out(datasets.concatenate_datasets(parts), args.held_out)
+    if weights:
         # The held-out rows are taken from the sources before weighting; the weights apply to the remaining rows.
-        train = drop_overlap(mix_datasets(parts, sft.train_data_weights), held_out)
+        train = drop_overlap(mix_datasets(parts, weights), held_out)
     return train, held_out
 
 
-def load_one_row(sft: SFTArguments, template: Template, row: int) -> tuple[dict[str, list[int]], str]:
+def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict[str, list[int]], str]:
     """Load row `row` of train_data (from 0, in file order) as it is trained; returns it with its location.
 
     Raises SFTError for a row that does not exist or that the length policy drops.
     """
-    rows = datasets.concatenate_datasets([_load_source(name, sft) for name in sft.train_data])
+    rows = datasets.concatenate_datasets(_load_parts(args, args.train_data, None, ""))
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
     batch = rows[row : row + 1]
-    ids, labels, outcome = (column[0] for column in build_encoder(sft, template)(batch).values())
+    ids, labels, outcome = (column[0] for column in build_encoder(args, template)(batch).values())
     if not ids:
         raise SFTError(f"{batch['origin'][0]}: dropped ({outcome}); raise max_length or change overlong")
     return {"input_ids": ids, "labels": labels}, batch["origin"][0]
 
 
-def _log_template_differences(conversations: list[list[Message]], template: Template, sft: SFTArguments) -> None:
+def _log_template_differences(conversations: list[list[Message]], template: Template, args: SFTArguments) -> None:
     """Log for how many conversations the chat template that is saved gives other ids than training, if for any."""
     try:
-        count = count_id_differences(template, conversations, sft.system_prompt)
+        count = count_id_differences(template, conversations, args.system_prompt)
     except SFTError:
         return  # the template rewrites earlier turns, which `train_on: last` allows
     if count:
@@ -103,7 +149,3 @@ def _log_template_differences(conversations: list[list[Message]], template: Temp
             count,
             len(conversations),
         )
-
-
-def _load_source(name: str, sft: SFTArguments) -> Dataset:
-    return load_source(name, skip_bad_rows=sft.skip_bad_rows)

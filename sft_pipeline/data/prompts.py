@@ -32,7 +32,7 @@ class Prompt:
 
 
 def load_prompts(name_or_path: str) -> list[Prompt]:
-    """Load the prompts of a text file (.txt, one per line, blank lines skipped) or of a source as in `load_source`.
+    """Load the prompts of a text file (.txt, one per line, blank lines skipped) or of a source of `load_conversations`.
 
     The prompts are in the order of the rows. The first row that is an object determines the row format.
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from transformers import TrainingArguments
 
-from sft_pipeline.config import SFTArguments
+from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.config import SFTConfig
 from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.encode import ENCODING_FORMAT, EncodingStats, hash_texts, hash_tokenizer
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
@@ -47,7 +47,7 @@ SETTINGS = (
 REMEDY = "run `prepare` again, or use the config it was prepared with"
 
 
-def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
+def write_shards(args: SFTArguments, template: Template, folder: Path) -> None:
     """Prepare the rows of the config into `folder`.
 
     A folder that is up to date stays as it is; shards of another config are replaced.
@@ -55,11 +55,11 @@ def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
     Raises SFTError for data that cannot be prepared, a folder with other files, or one that cannot be written.
     """
     _check_replaceable(folder)
-    if find_shard_mismatch(sft, template, folder) is None:
+    if find_shard_mismatch(args, template, folder) is None:
         logger.info("%s: up to date, nothing to prepare", folder)
         return
-    inputs = list_shard_inputs(sft, template)
-    data = prepare_data(sft, template)
+    inputs = list_shard_inputs(args, template)
+    data = prepare_data(args, template)
     try:
         with write_aside(folder) as new_folder:
             _write_folder(data, inputs, new_folder)
@@ -71,14 +71,14 @@ def write_shards(sft: SFTArguments, template: Template, folder: Path) -> None:
         ) from error
 
 
-def map_shards(sft: SFTArguments, template: Template, training: TrainingArguments) -> PreparedData:
-    """Memory-map the rows of `sft.prepared_data`: every process reads the pages it needs and encodes nothing.
+def map_shards(args: SFTConfig, template: Template) -> PreparedData:
+    """Memory-map the rows of `args.prepared_data`: every process reads the pages it needs and encodes nothing.
 
     The main process checks the folder once for all. Raises SFTError for a folder that is missing, damaged or prepared
     from another config, with the first key that differs.
     """
-    folder = Path(str(sft.prepared_data)).expanduser()
-    reason = run_on_main_process(training, lambda: find_shard_mismatch(sft, template, folder))
+    folder = Path(str(args.prepared_data)).expanduser()
+    reason = run_on_main_process(args, lambda: find_shard_mismatch(args, template, folder))
     if reason is None and not (folder / RECORD_FILE).is_file():
         reason = "missing on this machine; copy it to all machines, or use a disk that they share"
     if reason:
@@ -98,20 +98,20 @@ def map_shards(sft: SFTArguments, template: Template, training: TrainingArgument
     return data
 
 
-def list_shard_inputs(sft: SFTArguments, template: Template) -> dict[str, Any]:
+def list_shard_inputs(args: SFTArguments, template: Template) -> dict[str, Any]:
     """List everything that the rows and their ids depend on, in the order in which it is compared."""
     return {
         "format": SHARDS_FORMAT,
         "rows_format": ROWS_FORMAT,
         "encoding_format": ENCODING_FORMAT,
-        **{key: [[name, hash_source(name)] for name in getattr(sft, key)] for key in SOURCES},
-        **{key: getattr(sft, key) for key in SETTINGS},
+        **{key: [[name, hash_source(name)] for name in getattr(args, key)] for key in SOURCES},
+        **{key: getattr(args, key) for key in SETTINGS},
         "tokenizer": hash_tokenizer(template.tokenizer),
         "chat_template": hash_texts(template.chat_template),
     }
 
 
-def find_shard_mismatch(sft: SFTArguments, template: Template, folder: Path) -> str | None:
+def find_shard_mismatch(args: SFTArguments, template: Template, folder: Path) -> str | None:
     """Return why this config cannot be trained from the folder, with the remedy; None if it can."""
     if not (folder / RECORD_FILE).is_file():
         return "has no prepared rows; run `prepare`" if folder.exists() else "no such folder; run `prepare`"
@@ -119,7 +119,7 @@ def find_shard_mismatch(sft: SFTArguments, template: Template, folder: Path) -> 
         damage = find_damage(folder)
         if damage:
             return f"damaged ({damage}); run `prepare` again"
-        difference = _find_difference(_read_record(folder)["made_from"], list_shard_inputs(sft, template))
+        difference = _find_difference(_read_record(folder)["made_from"], list_shard_inputs(args, template))
     except (SFTError, OSError) as error:
         # Returned, not raised: the other processes wait for the main process's result.
         return format_error(error)

@@ -1,6 +1,7 @@
-"""Load rows of a hub dataset, a file or a folder as a `datasets.Dataset` of messages, with the location of every row.
+"""Load rows of a hub dataset, a file, a folder or a list as a `datasets.Dataset` of messages, with their locations.
 
-    load_source("alpaca.json")  # columns: messages (list of {"role", "content"}), origin ("alpaca.json row 17")
+    load_conversations("alpaca.json")  # columns: messages (list of {"role", "content"}), origin ("alpaca.json row 17")
+    load_conversations([{"prompt": "Say hello.", "completion": "Hello."}])
 
 The row format is detected from the columns (see formats.py) and logged. Converted rows are kept in `datasets`' cache,
 under a key of the content, the row format and ROWS_FORMAT. Nothing from the data is executed or opened: no loading
@@ -10,10 +11,11 @@ scripts, no pickles, no paths in the rows, and no symbolic links that leave a fo
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -31,36 +33,69 @@ logger = logging.getLogger(__name__)
 # Part of the cache keys. Raise it when the same file would give other messages or other bad rows.
 ROWS_FORMAT = 1
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Mapping[str, Any]]
 FEATURES = Features(
     {
         "messages": [{"role": Value("string"), "content": Value("string")}],
         "origin": Value("string"),
-        "problem": Value("string"),  # why the row is bad, or null; load_source removes this column
+        "problem": Value("string"),  # why the row is bad, or null; load_conversations removes this column
     }
 )
 
 
-def load_source(name_or_path: str, split: str = "train", skip_bad_rows: bool = False) -> Dataset:
+def load_conversations(
+    source: Source,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    name: str | None = None,
+) -> Dataset:
     """Load a source as a dataset with the columns `messages` and `origin`.
 
     A source is a file (.json, .jsonl, .csv, .parquet, .arrow), a folder of such files, a folder written by
-    `save_to_disk`, or a dataset on the hub. All files of a folder are read, sorted by name, and must have the same
-    row format. `split` selects a split of a hub dataset or of a saved `DatasetDict`. Bad rows raise; with
-    `skip_bad_rows` they are dropped and their number is logged.
+    `save_to_disk`, or a dataset on the hub; or rows in memory: a list of dictionaries or a `Dataset`. All files of a
+    folder are read, sorted by name, and must have the same row format. `split` selects a split of a hub dataset or of
+    a saved `DatasetDict`. Bad rows raise; with `skip_bad_rows` they are dropped and their number is logged. `name` is
+    what the log and the errors call the source.
 
     Raises SFTError: missing source, file that does not parse, unknown or mixed row formats, bad row, no rows.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if path.is_dir():
-        dataset, description = _load_folder(path, split)
-    elif path.is_file():
-        dataset, row_format, columns = _load_file(path, format_line(path.name))
-        description = _describe_columns(row_format, columns)
+    if isinstance(source, (str, os.PathLike)):
+        name = name or str(source)
+        dataset, description = _load_named_source(str(source), split)
+    elif isinstance(source, Dataset):
+        name = name or "dataset"
+        dataset, description = _convert_dataset(source, name)
     else:
-        dataset, description = _convert_hub_dataset(_load_from_hub(name, split), name)
+        name = name or "rows"
+        dataset, description = _convert_list(source, name)
     dataset = _remove_bad_rows(dataset, name, skip_bad_rows)
     logger.info("%s: %s rows, %s", name, f"{len(dataset):,}", description)
     return dataset
+
+
+def _load_named_source(name: str, split: str) -> tuple[Dataset, str]:
+    """Load a folder, a file or a dataset of the hub; returns it with a description of how it is read."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, split)
+    if path.is_file():
+        dataset, row_format, columns = _load_file(path, format_line(path.name))
+        return dataset, _describe_columns(row_format, columns)
+    return _convert_dataset(_load_from_hub(name, split), name)
+
+
+def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
+    """Convert rows in memory; the columns of the first decide the row format."""
+    if not isinstance(rows, Sequence):
+        remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split, not streamed)"
+        raise SFTError(f"{name}: cannot be read, it is of type {type(rows).__name__}; {remedy}")
+    if not rows:
+        raise SFTError(f"{name}: no rows")
+    if not isinstance(rows[0], Mapping):
+        raise SFTError(f"{name} row 0: expected an object with columns, got {describe_type(rows[0])}")
+    row_format = detect_format(rows[0], name)
+    converted = [_convert_row(row, f"{name} row {index}", row_format) for index, row in enumerate(rows)]
+    return Dataset.from_list(converted, features=FEATURES), _describe_columns(row_format, list(rows[0]))
 
 
 def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRow]:
@@ -234,7 +269,7 @@ def _load_from_hub(name: str, split: str) -> Dataset:
         ) from error
 
 
-def _convert_hub_dataset(dataset: Dataset, name: str) -> tuple[Dataset, str]:
+def _convert_dataset(dataset: Dataset, name: str) -> tuple[Dataset, str]:
     columns = dataset.column_names
     row_format = detect_format(columns, name)
     selected = _select_arrow_columns(dataset, row_format)

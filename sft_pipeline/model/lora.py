@@ -5,29 +5,40 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: int, target_modules: list[str]) -> PreTrainedModel:
-    """Freeze `model` and add trainable adapters to `target_modules`: names of linear layers, or ["all-linear"].
 
-    Raises SFTError if `peft` is missing or no layer has such a name.
-    """
+def build_lora_config(args: SFTArguments) -> LoraConfig:
+    """Build the adapters' config of the keys `lora*`. Raises SFTError if `peft` is missing."""
     _check_peft("lora: true")
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    targets = target_modules[0] if target_modules == ["all-linear"] else target_modules
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    names = args.lora_target_modules
+    targets = names[0] if names == ["all-linear"] else names
+    return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
+    """Freeze `model` and add trainable adapters. Raises SFTError for a config that does not fit, as if no layer has
+    one of its names."""
+    from peft import get_peft_model
+
     try:
         # A PeftModel is no PreTrainedModel, but passes attributes through to it.
         return cast(PreTrainedModel, get_peft_model(model, config))
     except ValueError as error:
-        raise SFTError(f"lora_target_modules {target_modules}: {format_first_line(error)}") from error
+        names = getattr(config, "target_modules", None)
+        targets = sorted(names) if isinstance(names, set) else names
+        raise SFTError(f"lora_target_modules {targets}: {format_first_line(error)}") from error
 
 
 def find_base_model(folder: Path) -> str | None:

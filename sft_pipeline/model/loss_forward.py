@@ -32,14 +32,17 @@ CHUNK_POSITIONS = 1024  # positions whose logits are computed at a time in evalu
 def patch_loss_forward(model: PreTrainedModel) -> str | None:
     """Patch the forward of `model` to take the two calls above.
 
-    Returns None, or the reason why the logits are computed at every position: its head cannot be split off.
+    Returns None, or the reason why the logits are computed at every position: its head cannot be split off. A model
+    that is patched already stays as it is.
     """
+    causal_lm = unwrap_peft(model)
+    original_forward = causal_lm.forward
+    if hasattr(original_forward, "head_obstacle"):
+        return original_forward.head_obstacle
     try:
         head, reason = split_head(model), None
     except SFTError as error:
         head, reason = None, str(error)
-    causal_lm = unwrap_peft(model)
-    original_forward = causal_lm.forward
 
     def forward(
         *args: Any,
@@ -71,6 +74,7 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
             num_items = shift_labels.ne(IGNORED).sum().clamp(min=1)
         return CausalLMOutput(loss=head.compute_loss(hidden_states, shift_labels, num_items))
 
+    forward.head_obstacle = reason  # type: ignore[attr-defined]  # marks the patch
     causal_lm.forward = forward
     return reason
 

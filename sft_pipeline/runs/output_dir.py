@@ -16,11 +16,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import TrainingArguments
 
-from sft_pipeline.config import SFTArguments, build_config_record, get_output_dir
+from sft_pipeline.config import SFTConfig, get_output_dir
 from sft_pipeline.runs.checkpoints import find_checkpoint_to_resume
 from sft_pipeline.utils.errors import SFTError
 
@@ -32,30 +33,29 @@ REPORT_FILE = "report.html"
 TEMPLATE_FILE = "sft_template.json"
 
 
-def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | None:
+def check_output_dir(args: SFTConfig) -> str | None:
     """Check that the run may write to its output folder; return the checkpoint to resume from, or None.
 
-    Changes nothing on the disk. With `resume_from_checkpoint: auto` and no checkpoint the key is set to None: the run
-    starts from the beginning. Raises SFTError for a folder that is not writable, holds files of something else than a
-    run, or holds a run that is to be neither replaced nor resumed.
+    Changes nothing on the disk. With `resume_from_checkpoint: auto` and no checkpoint the run starts from the
+    beginning. Raises SFTError for a folder that is not writable, holds files of something else than a run, or holds a
+    run that is to be neither replaced nor resumed.
     """
-    folder = get_output_dir(training)
+    folder = get_output_dir(args)
     if folder.exists() and not folder.is_dir():
         raise SFTError(f"output_dir {folder}: is a file; choose another folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise SFTError(f"output_dir {folder}: no permission to write to {existing}; choose another folder")
     restarts = False  # whether an unfinished run without a checkpoint may be replaced
-    if _is_resuming(training):
-        checkpoint = find_checkpoint_to_resume(training, folder)
+    if is_resuming(args):
+        checkpoint = find_checkpoint_to_resume(args, folder)
         if checkpoint is not None:
             return checkpoint
-        training.resume_from_checkpoint = None
         restarts = not (folder / RESULTS_FILE).exists()
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RUN_FILE).is_file():
             raise SFTError(f"output_dir {folder}: holds files that are not a run's; choose another folder")
-        if not (sft.overwrite_output_dir or restarts):
+        if not (args.overwrite_output_dir or restarts):
             raise SFTError(
                 f"output_dir {folder}: already holds a run; add --overwrite_output_dir to replace it, "
                 "--resume_from_checkpoint true to continue it, or choose another folder"
@@ -63,30 +63,32 @@ def check_output_dir(sft: SFTArguments, training: TrainingArguments) -> str | No
     return None
 
 
-def create_output_dir(sft: SFTArguments, training: TrainingArguments) -> None:
-    """Create the output folder with its run.yaml, deleting the earlier run that it replaces.
+def create_output_dir(args: SFTConfig, checkpoint: str | None, record: dict[str, Any]) -> None:
+    """Create the output folder with its run.yaml; without a checkpoint to resume from, delete the run that is there.
 
-    Call it after `check_output_dir`, and after data and model are loaded, so that errors in those delete no run.
+    record: the config of the run, from `build_config_record`. Call this after every process has called
+    `check_output_dir`, and after data and model are loaded, so that errors in those delete no run.
     """
-    folder = get_output_dir(training)
-    with training.main_process_first(desc="output folder"):
-        if training.process_index == 0:
-            if (folder / RUN_FILE).is_file() and not _is_resuming(training):
+    folder = get_output_dir(args)
+    with args.main_process_first(desc="output folder"):
+        if args.process_index == 0:
+            if (folder / RUN_FILE).is_file() and checkpoint is None:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / RUN_FILE).exists():
-                text = yaml.safe_dump(build_config_record(sft, training), allow_unicode=True, sort_keys=False)
+                text = yaml.safe_dump(record, allow_unicode=True, sort_keys=False)
                 (folder / RUN_FILE).write_text(text, encoding="utf-8")
 
 
-def _is_resuming(training: TrainingArguments) -> bool:
-    return training.resume_from_checkpoint not in (None, "false", "False")
+def is_resuming(args: TrainingArguments) -> bool:
+    """Return whether `resume_from_checkpoint` asks to resume."""
+    return args.resume_from_checkpoint not in (None, "false", "False")
 
 
-def copy_evaluations(checkpoint: str | None, training: TrainingArguments) -> None:
+def copy_evaluations(checkpoint: str | None, args: TrainingArguments) -> None:
     """Copy the evaluations of the checkpoint's run, among them that of the base model, into a new output folder."""
-    if checkpoint is None or training.process_index:
+    if checkpoint is None or args.process_index:
         return
-    source, target = Path(checkpoint).parent / EVALUATION_DIR, get_output_dir(training) / EVALUATION_DIR
+    source, target = Path(checkpoint).parent / EVALUATION_DIR, get_output_dir(args) / EVALUATION_DIR
     if source.is_dir() and not target.exists():
         shutil.copytree(source, target)

@@ -1,7 +1,10 @@
 """Evaluate during training: answer held-out prompts and verifiable instructions, score, log and store the answers.
 
-    evaluation = EvaluationCallback(trainer, template, held_out_messages, sft)
+    held_out = load_conversations("held_out.jsonl")["messages"]
+    evaluation = EvaluationCallback(trainer, template, held_out)
     trainer.add_callback(evaluation)
+
+`trainer` is a `SFTTrainer`, which adds this callback itself, or any `transformers.Trainer` of a causal language model.
 
 The evaluations before the first step and of the final model ask every question. Intermediate ones ask only the first
 questions, as many as fit into `eval_answer_share` of the training time. Questions are split among the processes. The
@@ -19,14 +22,14 @@ from operator import itemgetter
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sft_pipeline.config import SFTArguments, get_output_dir
+from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.config import get_output_dir
 from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.messages import Message, add_system_prompt
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
 from sft_pipeline.evaluation.metrics.words import count_utf8_bytes
 from sft_pipeline.evaluation.step_results import (
@@ -35,9 +38,11 @@ from sft_pipeline.evaluation.step_results import (
     EvalPrompt,
     StepResults,
     build_table_row,
+    compute_changes,
     compute_held_out_metrics,
     compute_table_metrics,
     get_step_file,
+    join_answers,
     load_earlier_results,
 )
 from sft_pipeline.inference.answers import Answer, answer_prompts
@@ -55,25 +60,46 @@ INITIAL_QUESTIONS = 8  # asked by an intermediate evaluation while the cost of a
 class EvaluationCallback(TrainerCallback):
     """Answer questions at every evaluation of `trainer`.
 
+    held_out: conversations, each ending with the reference answer; the first `num_answers` are asked, and
+    `num_instructions` of the built-in instructions. system_prompt: for conversations without one. eval_answer_share:
+    see AnswerBudget.
+
     `evaluations` holds the results so far, in order and on every process.
     """
 
     def __init__(
-        self, trainer: SupervisedTrainer, template: Template, held_out: Dataset | None, sft: SFTArguments
+        self,
+        trainer: Trainer,
+        template: Template,
+        held_out: Sequence[list[Message]] = (),
+        *,
+        system_prompt: str | None = None,
+        num_answers: int = SFTArguments.num_answers,
+        num_instructions: int = SFTArguments.num_instructions,
+        max_new_tokens: int = SFTArguments.max_new_tokens,
+        eval_answer_share: float = SFTArguments.eval_answer_share,
     ) -> None:
-        """held_out: conversations (`messages`), each ending with the reference answer."""
-        self.trainer, self.template, self.max_new_tokens = trainer, template, sft.max_new_tokens
-        self.questions = build_questions(held_out, sft)
+        self.trainer, self.template, self.max_new_tokens = trainer, template, max_new_tokens
+        self.questions = build_questions(held_out[:num_answers], num_instructions, system_prompt)
         self.folder = get_output_dir(trainer.args) / EVALUATION_DIR
         self.evaluations: list[StepResults] = []
-        self._budget = AnswerBudget(sft.eval_answer_share)
+        self._budget = AnswerBudget(eval_answer_share)
         self._training_ended = False
         self._step_start = 0.0
 
     @property
-    def before(self) -> StepResults | None:
+    def first(self) -> StepResults | None:
         """The evaluation at step 0."""
         return next((results for results in self.evaluations if results.step == 0), None)
+
+    def compare_with_start(self) -> dict[str, Any]:
+        """Return the metrics of the last evaluation, their changes since step 0, and the answers of both."""
+        first, last = self.first, self.evaluations[-1] if self.evaluations else None
+        return {
+            "metrics": last and last.metrics,
+            "before_and_after": compute_changes(first, last) if first and last else {},
+            "answers": join_answers(first, last) if last else [],
+        }
 
     def is_complete(self, step: int) -> bool:
         """Whether the last evaluation was at `step` and asked every question."""
@@ -157,14 +183,17 @@ class EvaluationCallback(TrainerCallback):
             return [Answer("", False, 0, str(error))] * len(questions)
 
     def _build_results(self, step: int, seconds: float, table: list[AnswerRow]) -> StepResults:
+        metrics, complete = compute_table_metrics(table), len(table) == len(self.questions)
+        if not isinstance(self.trainer, SupervisedTrainer):  # only it has the loss of each row
+            return StepResults(step, complete, seconds, metrics, {}, 0, table)
         held_out = dict(zip(("nll_nats", "tokens", "correct"), self.trainer.row_loss_sums.T.tolist(), strict=True))
-        metrics = compute_held_out_metrics(held_out, self._utf8_bytes) | compute_table_metrics(table)
-        complete = len(table) == len(self.questions)
+        metrics = compute_held_out_metrics(held_out, self._utf8_bytes) | metrics
         return StepResults(step, complete, seconds, metrics, held_out, self._utf8_bytes, table)
 
     @cached_property
     def _utf8_bytes(self) -> int:
-        return sum(count_supervised_bytes(labels, self.template) for labels in self.trainer.eval_dataset["labels"])
+        rows: Any = self.trainer.eval_dataset
+        return sum(count_supervised_bytes(labels, self.template) for labels in rows["labels"])
 
     def _log_metrics(self, results: StepResults) -> None:
         """Log to every tracker all metrics but loss, perplexity and accuracy, which the trainer has logged already."""
@@ -210,13 +239,14 @@ class AnswerBudget:
             self.max_questions = len(results.table) or self.max_questions
 
 
-def build_questions(held_out: Dataset | None, sft: SFTArguments) -> list[EvalPrompt]:
-    """Return the first `num_answers` held-out conversations, then `num_instructions` verifiable instructions."""
-    rows = [] if held_out is None else held_out[: sft.num_answers]["messages"]
-    rows = [add_system_prompt(messages, sft.system_prompt) for messages in rows]
+def build_questions(
+    held_out: Sequence[list[Message]], num_instructions: int, system_prompt: str | None
+) -> list[EvalPrompt]:
+    """Return the held-out conversations, then `num_instructions` verifiable instructions."""
+    rows = [add_system_prompt(messages, system_prompt) for messages in held_out]
     questions = [EvalPrompt(messages[:-1], reference=messages[-1]["content"]) for messages in rows]
-    for instruction in sample_instructions(sft.num_instructions):
-        messages = add_system_prompt([{"role": "user", "content": instruction.prompt}], sft.system_prompt)
+    for instruction in sample_instructions(num_instructions):
+        messages = add_system_prompt([{"role": "user", "content": instruction.prompt}], system_prompt)
         questions.append(EvalPrompt(messages, instruction=instruction.id))
     return questions
 

@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from sft_pipeline.config import get_output_dir
 from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens
-from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.runs.checkpoints import clear_leftovers
 from sft_pipeline.training.checkpointing import CheckpointingTrainer, RunningLoss
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence, write_diverged_rows
@@ -110,7 +110,9 @@ class SupervisedTrainer(CheckpointingTrainer):
         if self.args.should_save:
             clear_leftovers(get_output_dir(self.args))
         with self._sigterm, raise_on_unsafe_pickles(resume_from_checkpoint):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output.metrics["tokens_per_second"] = round(self.tokens_per_second(), 1)
+        return output
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep the gradient norm of each step, which `check_step` needs and no callback gets."""
@@ -141,14 +143,14 @@ class SupervisedTrainer(CheckpointingTrainer):
         return StepBatchSampler(
             self._row_lengths,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            rows=self._train_batch_size,
+            rows=self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size),
             accumulation=args.gradient_accumulation_steps,
             processes=args.world_size,
             process=args.process_index,
             tokens=self._tokens_per_batch,
             epochs=math.ceil(args.num_train_epochs),
             max_steps=args.max_steps,
-            packed=isinstance(self.data_collator, PackedCollator),
+            packed=isinstance(self.data_collator, PackingCollator),
             shuffle=args.train_sampling_strategy == "random",
         )
 

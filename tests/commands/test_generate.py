@@ -16,7 +16,7 @@ from sft_pipeline.commands import generate as generate_module
 from sft_pipeline.commands.generate import GenerateOptions, compute_row_seed, generate_file
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.prompts import Prompt
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.inference.answers import Answer, answer_prompts
 from sft_pipeline.inference.engine import generate
 from sft_pipeline.inference.sampling import SamplingParams
@@ -49,7 +49,7 @@ def test_greedy_answers_are_those_of_the_evaluation(model_folder, tmp_path, toke
 def test_the_output_is_training_data_and_prompts(options, cache):
     assert generate_file(options) == 2
     rows = rows_of(options.output)
-    read = load_source(str(options.output))
+    read = load_conversations(str(options.output))
     assert read["messages"] == [row["messages"] for row in rows] and len(read) == 16
     again = replace(options, prompts=str(options.output), output=options.output.with_name("again.jsonl"), samples=1)
     assert generate_file(again) == 0
@@ -134,7 +134,7 @@ def test_bad_prompts_have_their_errors_and_all_others_are_answered(model_folder,
         f"{output}: 2 answers, 2 of them cut off by max_new_tokens; 4 prompts got none, see {output}.errors"
     )
     with pytest.raises(SFTError, match="unsupported file type"):
-        load_source(str(errors_of(output)))
+        load_conversations(str(errors_of(output)))
     generate_file(replace(request, max_length=40, overwrite=True))
     assert len(rows_of(errors_of(output))) == 4
     assert "exceed the limit of 40: shorten the prompt" in rows_of(errors_of(output))[1]["error"]

@@ -1,4 +1,4 @@
-"""Studies on a tiny model: one held-out set, finished parts are not repeated, and every error before any training."""
+"""Studies on a tiny model: one held-out set, finished parts are not repeated, and every error before any args."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from sft_pipeline.commands import study as module
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model
 from sft_pipeline.commands.study import read_plan, run_study
 from sft_pipeline.config import parse_config
-from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.splits import select_rows
 from sft_pipeline.evaluation.comparison import compare_models
 from sft_pipeline.evaluation.prompt_set import select_prompts
@@ -78,7 +78,7 @@ def trained(monkeypatch) -> list[str]:
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
         assert command[1:4] == ["-m", "sft_pipeline", "train"]
-        train(*parse_config(command[4], command[5:]), Console(quiet=True))
+        train(parse_config(command[4], command[5:]), Console(quiet=True))
         names.append(Path(command[4]).stem)
         return subprocess.CompletedProcess(command, 0)
 
@@ -100,7 +100,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     assert trained == ["4_rows", "attention"]
 
     # The same as evaluating the folders.
-    _, held = load_conversations(read_plan(config, []).base)
+    _, held = load_splits(read_plan(config, []).base)
     questions = select_prompts(held["messages"], 3, 1)
     request = EvaluateOptions("x", 3, 4, 1, "role")
     paths = {"untrained": model_folder, "4 rows": out / "4_rows", "attention": out / "attention"}
@@ -163,9 +163,9 @@ def test_errors_are_raised_before_anything_is_trained(case, write):
 def test_the_projects_studies_are_read(name):
     plan = read_plan(str(ROOT / "configs" / f"study_{name}.yaml"), ["--use_cpu", "true"])
     assert plan.folder == Path("outputs") / f"study_{name}" and not plan.variants[0].trained
-    assert {variant.sft.system_prompt for variant in plan.variants} == {plan.base.system_prompt}
-    assert {variant.sft.held_out for variant in plan.variants} == {50}
-    assert {variant.sft.num_answers for variant in plan.variants} == {0}
+    assert {variant.args.system_prompt for variant in plan.variants} == {plan.base.system_prompt}
+    assert {variant.args.held_out for variant in plan.variants} == {50}
+    assert {variant.args.num_answers for variant in plan.variants} == {0}
 
 
 # The two keys that studies vary.
@@ -183,9 +183,7 @@ def test_fewer_rows_are_among_more():
 
 def test_the_held_out_rows_do_not_depend_on_max_train_rows(keys):
     words = [f"--{key}={value}" for key, value in keys.items()]
-    (all_rows, held), (few, same) = (
-        load_conversations(parse_config(None, [*words, f"--max_train_rows={n}"])[0]) for n in (0, 3)
-    )
+    (all_rows, held), (few, same) = (load_splits(parse_config(None, [*words, f"--max_train_rows={n}"])) for n in (0, 3))
     assert held["messages"] == same["messages"] and len(all_rows) == 10 and len(few) == 3
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens, divide_rows
-from sft_pipeline.data.packing import PackedCollator, pack_best_fit
+from sft_pipeline.data.packing import pack_best_fit, pack_rows
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.utils.constants import IGNORED
 
@@ -161,7 +161,7 @@ def test_lengths_are_those_of_the_rows_as_selected():
     assert count_row_tokens(rows.select([2, 1])).tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("collate", [PaddingCollator(0), PackedCollator()], ids=["padded", "packed"])
+@pytest.mark.parametrize("collate", [PaddingCollator(0), pack_rows], ids=["padded", "packed"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_reads_an_empty_batch_as_one_token_without_a_target(collate, workers):
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[2, 3, IGNORED]]})

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BloomConfig, BloomForCausalLM
 
-from sft_pipeline.data.packing import PackedCollator, describe_savings, find_common_prefix, pack_best_fit
+from sft_pipeline.data.packing import PackingCollator, describe_savings, find_common_prefix, pack_best_fit, pack_rows
 from sft_pipeline.utils.constants import IGNORED
+from sft_pipeline.utils.errors import SFTError
 
 
 def build_row(ids, first_target):
@@ -53,7 +55,7 @@ def test_best_fit_takes_the_fullest_bin_that_holds_the_row():
 @settings(deadline=None, max_examples=60)
 @given(rows_of_one_start)
 def test_a_packed_batch_holds_every_row_and_its_targets(rows):
-    batch = PackedCollator()(rows)
+    batch = pack_rows(rows)
     prefix, *remainders = batch["row_lengths"].tolist()
     assert len(remainders) == len(rows) and min(remainders) >= 1
     assert batch["labels"] is batch["shift_labels"]
@@ -80,24 +82,40 @@ def test_the_prefix_is_what_all_rows_share_without_a_target():
     assert get_length(build_row([1, *range(100, 109)], 99), build_row([1, *range(200, 209)], 99)) == 1, "5% saved"
 
 
-def test_sharing_can_be_turned_off_and_the_collator_is_pickled():
+def test_the_collator_is_pickled_without_its_model(tiny_model):
+    """As a data loader does that starts its workers by spawning."""
     rows = [build_row([1, 2, 3, 4], 4), build_row([1, 2, 3, 5, 6], 4)]
-    collator = pickle.loads(pickle.dumps(PackedCollator(share_prefix=False)))
-    batch = collator(rows)
+    pickled = pickle.dumps(PackingCollator(tiny_model))
+    assert len(pickled) < 200
+    batch = pickle.loads(pickled)(rows)
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        key: value.tolist() for key, value in pack_rows(rows).items()
+    }
+
+
+def test_the_collator_refuses_a_model_that_packing_would_change():
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(SFTError, match="^BloomForCausalLM does not use transformers' attention interface$"):
+        PackingCollator(model)
+
+
+def test_sharing_can_be_turned_off():
+    rows = [build_row([1, 2, 3, 4], 4), build_row([1, 2, 3, 5, 6], 4)]
+    batch = pack_rows(rows, share_prefix=False)
     assert batch["row_lengths"].tolist() == [0, 4, 5]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
 
 
 def test_the_collator_uses_no_random_numbers():
     previous = torch.get_rng_state()
-    PackedCollator()([build_row([1, 2, 3], 2)] * 3)
+    pack_rows([build_row([1, 2, 3], 2)] * 3)
     assert torch.equal(previous, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("make", [list, torch.tensor])
 def test_rows_may_be_lists_or_tensors(make):
     rows = [{key: make(value) for key, value in build_row([1, 2, 3], 2).items()} for _ in range(2)]
-    assert PackedCollator()(rows)["row_lengths"].tolist() == [1, 2, 2]
+    assert pack_rows(rows)["row_lengths"].tolist() == [1, 2, 2]
 
 
 def test_savings_count_what_a_padded_batch_would_compute():

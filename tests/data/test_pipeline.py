@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_pipeline.config import SFTArguments
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.pipeline import build_encoder, load_conversations, load_one_row, prepare_data
+from sft_pipeline.data.pipeline import build_encoder, load_one_row, load_splits, prepare_data
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -38,35 +38,35 @@ def questions(dataset) -> list[int]:
 
 
 def test_nothing_held_out(file):
-    train, held_out = load_conversations(arguments([file("a.json", 0, 4), file("b.json", 4, 6)]))
+    train, held_out = load_splits(arguments([file("a.json", 0, 4), file("b.json", 4, 6)]))
     assert held_out is None
     assert questions(train) == list(range(6))
     assert train["origin"][:] == [*(f"a.json row {index}" for index in range(4)), "b.json row 0", "b.json row 1"]
 
 
 def test_held_out_by_count(file):
-    train, held_out = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
+    train, held_out = load_splits(arguments(file("a.json", 0, 20), held_out=6))
     assert len(held_out) == 6
     assert sorted(questions(train) + questions(held_out)) == list(range(20))
 
 
 def test_held_out_by_share(file):
-    train, held_out = load_conversations(arguments(file("a.json", 0, 200), held_out=0.25))
+    train, held_out = load_splits(arguments(file("a.json", 0, 200), held_out=0.25))
     assert 30 <= len(held_out) <= 70
     assert sorted(questions(train) + questions(held_out)) == list(range(200))
 
 
 def test_held_out_rows_are_the_same_in_another_order(file, tmp_path):
-    _, held_out = load_conversations(arguments(file("a.json", 0, 20), held_out=6))
+    _, held_out = load_splits(arguments(file("a.json", 0, 20), held_out=6))
     (tmp_path / "b.json").write_text(json.dumps(alpaca(0, 20)[::-1]), encoding="utf-8")
-    _, again = load_conversations(arguments(str(tmp_path / "b.json"), held_out=6))
+    _, again = load_splits(arguments(str(tmp_path / "b.json"), held_out=6))
     assert questions(again) == questions(held_out)
 
 
 def test_rows_of_eval_data_are_not_trained(file, caplog):
     keys = {"eval_data": [file("held.json", 15, 22), file("more.json", 30, 32)]}
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
-        train, held_out = load_conversations(arguments(file("a.json", 0, 20), **keys))
+        train, held_out = load_splits(arguments(file("a.json", 0, 20), **keys))
     assert questions(held_out) == [*range(15, 22), 30, 31]
     assert questions(train) == list(range(15))
     assert "dropped 5 training rows that are in the evaluation data too" in caplog.text
@@ -74,12 +74,12 @@ def test_rows_of_eval_data_are_not_trained(file, caplog):
 
 def test_eval_data_that_has_all(file):
     with pytest.raises(SFTError, match="train_data: every row is in the evaluation data too"):
-        load_conversations(arguments(file("a.json", 0, 3), eval_data=[file("held.json", 0, 3)]))
+        load_splits(arguments(file("a.json", 0, 3), eval_data=[file("held.json", 0, 3)]))
 
 
 def test_weights(file):
     sources = [file("a.json", 0, 4), file("b.json", 4, 8)]
-    train, held_out = load_conversations(arguments(sources, train_data_weights=[2.0, 0.5]))
+    train, held_out = load_splits(arguments(sources, train_data_weights=[2.0, 0.5]))
     assert held_out is None and len(train) == 10
     assert [index for index in questions(train) if index < 4] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len({index for index in questions(train) if index >= 4}) == 2
@@ -87,7 +87,7 @@ def test_weights(file):
 
 def test_weights_multiply_what_the_held_out_rows_leave(file):
     sources = [file("a.json", 0, 10), file("b.json", 10, 20)]
-    train, held_out = load_conversations(arguments(sources, train_data_weights=[3.0, 1.0], held_out=8))
+    train, held_out = load_splits(arguments(sources, train_data_weights=[3.0, 1.0], held_out=8))
     assert len(held_out) == 8
     remaining = set(range(20)) - set(questions(held_out))
     assert questions(train) == sorted(
@@ -96,7 +96,7 @@ def test_weights_multiply_what_the_held_out_rows_leave(file):
 
 
 def test_weights_beside_eval_data(file):
-    train, held_out = load_conversations(
+    train, held_out = load_splits(
         arguments(file("a.json", 0, 4), train_data_weights=[2.0], eval_data=[file("held.json", 3, 5)])
     )
     assert questions(train) == [0, 0, 1, 1, 2, 2] and questions(held_out) == [3, 4]
@@ -104,19 +104,19 @@ def test_weights_beside_eval_data(file):
 
 def test_weights_too_few(file):
     with pytest.raises(SFTError, match="train_data_weights: 1 weights for 2 datasets"):
-        load_conversations(arguments([file("a.json", 0, 2), file("b.json", 2, 4)], train_data_weights=[1.0]))
+        load_splits(arguments([file("a.json", 0, 2), file("b.json", 2, 4)], train_data_weights=[1.0]))
 
 
 def test_bad_rows_are_skipped_when_asked(file):
     bad = file("a.json", 0, 3, {"instruction": "question 3", "output": ""})
     with pytest.raises(SFTError, match="a.json row 3"):
-        load_conversations(arguments(bad))
-    assert questions(load_conversations(arguments(bad, skip_bad_rows=True))[0]) == [0, 1, 2]
+        load_splits(arguments(bad))
+    assert questions(load_splits(arguments(bad, skip_bad_rows=True))[0]) == [0, 1, 2]
 
 
 def test_a_missing_file():
     with pytest.raises(SFTError, match="none.json: no such file or folder"):
-        load_conversations(arguments("none.json"))
+        load_splits(arguments("none.json"))
 
 
 def test_prepare(file, tokenizer, cache, caplog):
@@ -172,7 +172,7 @@ def test_a_row_that_is_dropped(file, tokenizer):
 def test_the_projects_own_rows(tokenizer, cache):
     """What the quickstart trains on parses and fits, and no held-out row is trained."""
     path = Path(__file__).parents[2] / "configs" / "data" / "quickstart.jsonl"
-    train, held_out = load_conversations(arguments(str(path), held_out=40))
+    train, held_out = load_splits(arguments(str(path), held_out=40))
     assert len(held_out) >= 40 and len(train) > len(held_out)
     trained = {json.dumps(messages) for messages in train["messages"]}
     assert not trained & {json.dumps(messages) for messages in held_out["messages"]}

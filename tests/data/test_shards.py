@@ -1,5 +1,6 @@
 """Prepared shards: the same rows and run, refused by name where anything differs, whole or absent, mapped alone."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,10 @@ from safetensors.torch import load_file
 from support.processes import run_ranks
 from support.tiny import CHATML, build_tokenizer
 from tokenizers import normalizers
-from transformers import TrainingArguments
 
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.cli import main
-from sft_pipeline.config import SFTArguments, parse_config
+from sft_pipeline.config import SFTConfig, parse_config
 from sft_pipeline.data import shards
 from sft_pipeline.data.batch_sampler import StepBatchSampler, count_row_tokens
 from sft_pipeline.data.chat_templates import build_template
@@ -63,11 +64,11 @@ def config(tmp_path, model_folder, cache, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def written(config, tokenizer) -> tuple[SFTArguments, TrainingArguments]:
+def written(config, tokenizer) -> SFTConfig:
     """The config's keys, with its rows in shards/."""
-    sft, training = parse_config(str(config), [])
-    write_shards(sft, build_template("role", tokenizer), Path("shards"))
-    return sft, training
+    args = parse_config(str(config), [])
+    write_shards(args, build_template("role", tokenizer), Path("shards"))
+    return args
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +80,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a row is encoded")
 
     monkeypatch.setattr(Encoder, "__call__", refused)
-    monkeypatch.setattr("sft_pipeline.data.pipeline.load_source", refused)
+    monkeypatch.setattr("sft_pipeline.data.pipeline.load_conversations", refused)
 
 
 def same_rows(data: PreparedData, expected: PreparedData) -> bool:
@@ -96,14 +97,14 @@ def same_rows(data: PreparedData, expected: PreparedData) -> bool:
 @pytest.mark.parametrize("shard_size", ["500MB", "3KB"])
 def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, monkeypatch):
     monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", shard_size)
-    sft, training = parse_config(str(config), [])
+    args = parse_config(str(config), [])
     template = build_template("role", tokenizer)
-    write_shards(sft, template, Path("shards"))
+    write_shards(args, template, Path("shards"))
     files = sorted(path.name for path in Path("shards/train").glob("*.arrow"))
     assert (len(files) > 2) == (shard_size == "3KB")
-    expected = prepare_data(sft, template)
+    expected = prepare_data(args, template)
     no_encoding(monkeypatch)
-    data = map_shards(sft, template, training)
+    data = map_shards(args, template)
     assert same_rows(data, expected)
     assert data.train_stats == expected.train_stats and data.held_out_stats == expected.held_out_stats
     assert data.train_stats.dropped == {"longer than max_length": 1} and data.train_stats.cached
@@ -154,19 +155,19 @@ def test_shards_that_memory_could_not_hold_are_read(tmp_path):
 
 
 def test_without_held_out_rows(config, tokenizer):
-    sft, training = parse_config(str(config), ["--held_out", "0"])
+    args = parse_config(str(config), ["--held_out", "0"])
     template = build_template("role", tokenizer)
-    write_shards(sft, template, Path("shards"))
-    data = map_shards(sft, template, training)
+    write_shards(args, template, Path("shards"))
+    data = map_shards(args, template)
     assert data.held_out is data.held_out_stats is data.held_out_messages is None
-    assert same_rows(data, prepare_data(sft, template))
+    assert same_rows(data, prepare_data(args, template))
 
 
 def test_a_run_from_shards_is_the_run_without(config, monkeypatch, capsys):
     def run(name: str, *keys: str) -> dict:
-        sft, training = parse_config(str(config), ["--output_dir", name, *keys])
-        sft.prepared_data = sft.prepared_data if keys else None
-        return train(sft, training, Console(quiet=True))
+        args = parse_config(str(config), ["--output_dir", name, *keys])
+        args.prepared_data = args.prepared_data if keys else None
+        return train(args, Console(quiet=True))
 
     expected = run("plain")
     capsys.readouterr()
@@ -191,21 +192,21 @@ def test_the_folder_that_prepare_chooses(config, capsys, monkeypatch):
     main(["prepare", str(config)])
     assert "add --prepared_data out/tiny-prepared\n" in capsys.readouterr().out
     no_encoding(monkeypatch)
-    train(*parse_config(str(config), ["--prepared_data", "out/tiny-prepared"]), Console(quiet=True))
+    train(parse_config(str(config), ["--prepared_data", "out/tiny-prepared"]), Console(quiet=True))
     assert Path("out/tiny/results.json").is_file()
 
 
 def work(process: int, config: str) -> None:
     """One of two processes, neither of which may encode or read the data: it leaves what it was given and refused."""
-    sft, training = parse_config(config, ["--ddp_backend", "gloo"])
-    assert training.world_size == PROCESSES
-    template = build_template("role", load_tokenizer(sft.model_name_or_path))
+    args = parse_config(config, ["--ddp_backend", "gloo"])
+    assert args.world_size == PROCESSES
+    template = build_template("role", load_tokenizer(args.model_name_or_path))
     with pytest.MonkeyPatch.context() as patch:
         no_encoding(patch)
-        data = map_shards(sft, template, training)
-        sft.max_length = 150
+        data = map_shards(args, template)
+        args.max_length = 150
         with pytest.raises(SFTError) as refused:
-            map_shards(sft, template, training)
+            map_shards(args, template)
     rows = [getattr(data, name).to_list() for name in PARTS]
     Path(f"found-{process}.json").write_text(json.dumps({"rows": rows, "refused": str(refused.value)}))
     torch.distributed.destroy_process_group()
@@ -215,8 +216,8 @@ def test_two_processes_map_and_neither_encodes(config):
     main(["prepare", str(config)])
     run_ranks(work, PROCESSES, str(config))
     results = [json.loads(Path(f"found-{process}.json").read_text()) for process in range(PROCESSES)]
-    sft, _ = parse_config(str(config), [])
-    expected = prepare_data(sft, build_template("role", load_tokenizer(sft.model_name_or_path)))
+    args = parse_config(str(config), [])
+    expected = prepare_data(args, build_template("role", load_tokenizer(args.model_name_or_path)))
     assert results[0] == results[1]
     assert results[0]["rows"] == [getattr(expected, name).to_list() for name in PARTS]
     assert results[0]["refused"].startswith("prepared_data shards: max_length differs (prepared with 200, now 150); ")
@@ -240,12 +241,12 @@ CHANGES = {
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_that_differs_is_named(key, written, tokenizer):
-    sft, training = written
+    args = written
     changes, message = CHANGES[key]
     for name, value in changes.items():
-        setattr(sft, name, value)
+        setattr(args, name, value)
     with pytest.raises(SFTError) as refused:
-        map_shards(sft, build_template(sft.template, tokenizer), training)
+        map_shards(args, build_template(args.template, tokenizer))
     assert str(refused.value) == f"prepared_data shards: {key} differs ({message}); {REMEDY}"
 
 
@@ -254,39 +255,40 @@ FORMAT_KEYS = {"format", "rows_format", "encoding_format", "tokenizer", "chat_te
 
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     """Every key of ours does, or is named here as one that does not."""
-    made_from = list_shard_inputs(written[0], build_template("role", tokenizer))
+    made_from = list_shard_inputs(written, build_template("role", tokenizer))
     others = {"model_name_or_path", "prepared_data", "packing", "tokens_per_batch", "pad_to_multiple_of", "num_proc"}
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
     others |= {"early_stopping_patience", "overwrite_output_dir", "trust_remote_code"}
-    ours = {name for name in vars(written[0]) if name not in others and not name.startswith("lora")}
+    names = {key.name for key in dataclasses.fields(SFTArguments)}
+    ours = {name for name in names if name not in others and not name.startswith("lora")}
     assert ours | FORMAT_KEYS == set(made_from)
     assert set(CHANGES) | {"train_data", *FORMAT_KEYS} == set(made_from)
 
 
 def test_rows_that_have_changed(written, tokenizer):
-    sft, _ = written
+    args = written
     template = build_template("role", tokenizer)
     Path("rows.jsonl").touch()
-    assert find_shard_mismatch(sft, template, Path("shards")) is None
+    assert find_shard_mismatch(args, template, Path("shards")) is None
     Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Say 3", "Say 4", 1))
     message = f"train_data differs (the content of rows.jsonl differs); {REMEDY}"
-    assert find_shard_mismatch(sft, template, Path("shards")) == message
+    assert find_shard_mismatch(args, template, Path("shards")) == message
 
 
 def test_rows_that_are_elsewhere(written, tokenizer):
     """Under another name they are the same rows; where they are not here, on a cluster perhaps, the name has to do."""
-    sft, _ = written
+    args = written
     template = build_template("role", tokenizer)
     Path("rows.jsonl").rename("moved.jsonl")
-    assert find_shard_mismatch(sft, template, Path("shards")) is None
-    sft.train_data = ["moved.jsonl"]
-    assert find_shard_mismatch(sft, template, Path("shards")) is None
-    sft.train_data = ["owner/rows"]
-    assert find_shard_mismatch(sft, template, Path("shards")) == (
+    assert find_shard_mismatch(args, template, Path("shards")) is None
+    args.train_data = ["moved.jsonl"]
+    assert find_shard_mismatch(args, template, Path("shards")) is None
+    args.train_data = ["owner/rows"]
+    assert find_shard_mismatch(args, template, Path("shards")) == (
         f"train_data differs (prepared from rows.jsonl, now owner/rows); {REMEDY}"
     )
-    sft.train_data = ["moved.jsonl", "moved.jsonl"]
-    assert find_shard_mismatch(sft, template, Path("shards")).startswith(
+    args.train_data = ["moved.jsonl", "moved.jsonl"]
+    assert find_shard_mismatch(args, template, Path("shards")).startswith(
         "train_data differs (prepared from 1 sources, now 2)"
     )
 
@@ -294,35 +296,35 @@ def test_rows_that_are_elsewhere(written, tokenizer):
 def test_a_folder_of_rows_is_known_by_its_files(config, tokenizer):
     Path("folder").mkdir()
     shutil.copy("rows.jsonl", "folder/a.jsonl")
-    sft, _ = parse_config(str(config), ["--train_data", "folder"])
+    args = parse_config(str(config), ["--train_data", "folder"])
     template = build_template("role", tokenizer)
-    write_shards(sft, template, Path("shards"))
+    write_shards(args, template, Path("shards"))
     Path("folder/notes.txt").write_text("not read")
-    assert find_shard_mismatch(sft, template, Path("shards")) is None
+    assert find_shard_mismatch(args, template, Path("shards")) is None
     shutil.copy("rows.jsonl", "folder/b.jsonl")
-    assert find_shard_mismatch(sft, template, Path("shards")).startswith(
+    assert find_shard_mismatch(args, template, Path("shards")).startswith(
         "train_data differs (the content of folder differs)"
     )
     shutil.rmtree("folder")
     Path("folder").mkdir()
-    assert find_shard_mismatch(sft, template, Path("shards")).startswith("folder: no data file in this folder")
+    assert find_shard_mismatch(args, template, Path("shards")).startswith("folder: no data file in this folder")
 
 
 def test_another_tokenizer(written):
     own = build_tokenizer()
     own.backend_tokenizer.enable_truncation(7)  # which encoding turns off
     own.backend_tokenizer.enable_padding()
-    assert find_shard_mismatch(written[0], build_template("role", own), Path("shards")) is None
+    assert find_shard_mismatch(written, build_template("role", own), Path("shards")) is None
     own.backend_tokenizer.normalizer = normalizers.Lowercase()
-    message = find_shard_mismatch(written[0], build_template("role", own), Path("shards"))
+    message = find_shard_mismatch(written, build_template("role", own), Path("shards"))
     assert message.startswith("tokenizer differs (prepared with '") and message.endswith(REMEDY)
 
 
 def test_another_chat_template(config, make_tokenizer):
-    sft, _ = parse_config(str(config), ["--template", "chat"])
-    write_shards(sft, build_template("chat", make_tokenizer()), Path("shards"))
+    args = parse_config(str(config), ["--template", "chat"])
+    write_shards(args, build_template("chat", make_tokenizer()), Path("shards"))
     other = build_template("chat", make_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>")))
-    assert find_shard_mismatch(sft, other, Path("shards")).startswith("chat_template differs (prepared with '")
+    assert find_shard_mismatch(args, other, Path("shards")).startswith("chat_template differs (prepared with '")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_another_chat_template(config, make_tokenizer):
 def test_another_format(name, key, written, tokenizer, monkeypatch):
     number = getattr(shards, name)
     monkeypatch.setattr(shards, name, number + 1)
-    message = find_shard_mismatch(written[0], build_template("role", tokenizer), Path("shards"))
+    message = find_shard_mismatch(written, build_template("role", tokenizer), Path("shards"))
     assert message.startswith(f"{key} differs (prepared with {number}, now {number + 1})")
 
 
@@ -344,69 +346,67 @@ def test_damaged_shards(part, written, tokenizer):
     whole = file.read_bytes()
     file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     message = f"damaged ({name} differs from SHA256SUMS); run `prepare` again"
-    assert find_shard_mismatch(written[0], template, Path("shards")) == message
+    assert find_shard_mismatch(written, template, Path("shards")) == message
     # Which puts it in order.
-    write_shards(written[0], template, Path("shards"))
+    write_shards(written, template, Path("shards"))
     assert file.read_bytes() == whole
     if part != RECORD_FILE:
         file.unlink()
         message = f"damaged ({name} is missing); run `prepare` again"
-        assert find_shard_mismatch(written[0], template, Path("shards")) == message
+        assert find_shard_mismatch(written, template, Path("shards")) == message
 
 
 def test_folders_that_are_none(written, tokenizer):
     template = build_template("role", tokenizer)
-    assert find_shard_mismatch(written[0], template, Path("nowhere")) == "no such folder; run `prepare`"
-    assert find_shard_mismatch(written[0], template, Path(".")) == "has no prepared rows; run `prepare`"
+    assert find_shard_mismatch(written, template, Path("nowhere")) == "no such folder; run `prepare`"
+    assert find_shard_mismatch(written, template, Path(".")) == "has no prepared rows; run `prepare`"
     (Path("shards") / "SHA256SUMS").unlink()
-    assert find_shard_mismatch(written[0], template, Path("shards")).startswith(
-        "damaged (SHA256SUMS is missing or empty)"
-    )
+    assert find_shard_mismatch(written, template, Path("shards")).startswith("damaged (SHA256SUMS is missing or empty)")
 
 
 def test_a_machine_without_the_folder(written, tokenizer, monkeypatch):
     """The first process, on another one, has found nothing wrong."""
     monkeypatch.setattr(shards, "run_on_main_process", lambda training, look: None)
-    written[0].prepared_data = "elsewhere"
+    written.prepared_data = "elsewhere"
     with pytest.raises(SFTError, match="^prepared_data elsewhere: missing on this machine; copy it to all machines"):
-        map_shards(written[0], build_template("role", tokenizer), written[1])
+        map_shards(written, build_template("role", tokenizer))
 
 
 # Written whole or not at all.
 
 
 def test_shards_of_the_same_config_are_kept_and_others_replaced(written, tokenizer, caplog, monkeypatch):
-    sft, training = written
+    args = written
     template = build_template("role", tokenizer)
     previous = contents(Path("shards"))
     with caplog.at_level("INFO", logger="sft_pipeline"), pytest.MonkeyPatch.context() as patch:
         no_encoding(patch)
-        write_shards(sft, template, Path("shards"))
+        write_shards(args, template, Path("shards"))
     assert "shards: up to date, nothing to prepare" in caplog.text
     assert contents(Path("shards")) == previous
-    sft.max_length = 100
-    write_shards(sft, template, Path("shards"))
-    assert same_rows(map_shards(sft, template, training), prepare_data(sft, template))
+    args.max_length = 100
+    write_shards(args, template, Path("shards"))
+    assert same_rows(map_shards(args, template), prepare_data(args, template))
     assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
 
 
 def test_other_files_are_left_alone(config, tokenizer):
-    sft, _ = parse_config(str(config), [])
+    args = parse_config(str(config), [])
     for folder in (Path("rows.jsonl"), Path("thesis")):
         if folder.suffix == "":
             folder.mkdir()
             (folder / "chapter.tex").write_text("years of work")
         with pytest.raises(SFTError, match=f"^prepared_data {folder}: has files that `prepare` did not write; choose"):
-            write_shards(sft, build_template("role", tokenizer), folder)
+            write_shards(args, build_template("role", tokenizer), folder)
     assert contents(Path("thesis")) == {"chapter.tex": b"years of work"}
     Path("empty").mkdir()
-    write_shards(sft, build_template("role", tokenizer), Path("empty"))
+    write_shards(args, build_template("role", tokenizer), Path("empty"))
     assert (Path("empty") / RECORD_FILE).is_file()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, monkeypatch):
-    sft, _ = written
+    args = written
     previous = contents(Path("shards"))
 
     def broken_off(folder):
@@ -414,20 +414,20 @@ def test_writing_that_is_broken_off_costs_nothing(error, written, tokenizer, mon
         raise error
 
     monkeypatch.setattr(shards, "write_checksums", broken_off)
-    sft.max_length = 100
+    args.max_length = 100
     disk = isinstance(error, OSError)
     reason = r"\(\[Errno 28\] No space left on device\)"
     message = rf"^prepared_data (shards|new): cannot be written {reason}; check permissions and disk space$"
     for folder in (Path("shards"), Path("new")):
         with pytest.raises(SFTError if disk else KeyboardInterrupt, match=message if disk else None):
-            write_shards(sft, build_template("role", tokenizer), folder)
+            write_shards(args, build_template("role", tokenizer), folder)
     assert contents(Path("shards")) == previous
     assert sorted(path.name for path in Path().iterdir() if path.is_dir()) == ["cache", "shards"]
 
 
 def test_training_refuses_before_a_folder_is_made(config, tokenizer):
     with pytest.raises(SFTError, match="^prepared_data shards: no such folder; run `prepare`$"):
-        train(*parse_config(str(config), ["--output_dir", "out"]), Console(quiet=True))
+        train(parse_config(str(config), ["--output_dir", "out"]), Console(quiet=True))
     assert not Path("out").exists()
 
 
@@ -460,7 +460,7 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
             {"overlong": "truncate_answer"},
             {"overlong": "truncate_turns", "train_on": "last"},
         ):
-            sft = SFTArguments(
+            args = SFTArguments(
                 "m",
                 [str(file)],
                 template=template,
@@ -470,6 +470,6 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
                 max_train_rows=9,
                 **keys,
             )
-            data = prepare_data(sft, build_template(template, tokenizer))
+            data = prepare_data(args, build_template(template, tokenizer))
             results.append([getattr(data, name).to_list() for name in ("train", "held_out")])
     assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (2, "0f9f08cb6e53b0b6")

@@ -17,7 +17,7 @@ from support.source_rows import EXPECTED, QUICK, ROWS, TEXT, fails, talk
 
 from sft_pipeline.data import sources
 from sft_pipeline.data.formats import FORMATS, detect_format
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.sources import load_conversations
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def write(path: Path, rows, kind=None) -> Path:
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "A.JSON"])
 def test_every_kind_of_file_gives_the_same_messages(tmp_path, name):
     path = write(tmp_path / name, ROWS, Path(name).suffix.lower())
-    dataset = load_source(str(path))
+    dataset = load_conversations(str(path))
     assert dataset.column_names == ["messages", "origin"]
     assert dataset["messages"][:] == EXPECTED
     places = [f"{name} line {n}" for n in (1, 2, 3)] if name == "a.jsonl" else [f"{name} row {n}" for n in range(3)]
@@ -66,7 +66,7 @@ def test_every_kind_of_file_gives_the_same_messages(tmp_path, name):
 
 def test_both_containers_of_arrow(tmp_path):
     path = write(tmp_path / "a.arrow", ROWS, kind="file with a footer")
-    assert load_source(path)["messages"][:] == EXPECTED
+    assert load_conversations(path)["messages"][:] == EXPECTED
 
 
 @QUICK
@@ -75,44 +75,46 @@ def test_text_survives_every_kind_of_file(tmp_path, pairs):
     assume(not any("\0" in text for pair in pairs for text in pair))  # Python 3.10's csv refuses it
     rows = [{"instruction": user, "output": answer} for user, answer in pairs]
     for suffix in (".json", ".jsonl", ".csv", ".parquet"):
-        assert load_source(write(tmp_path / f"a{suffix}", rows))["messages"][:] == [talk(*pair) for pair in pairs]
+        assert load_conversations(write(tmp_path / f"a{suffix}", rows))["messages"][:] == [
+            talk(*pair) for pair in pairs
+        ]
 
 
 def test_text_that_looks_like_something_else_stays_text(tmp_path):
     rows = [{"instruction": "When?", "output": "2024-01-01"}, {"instruction": "1", "output": "NaN"}]
     for suffix in (".json", ".jsonl", ".csv"):
-        dataset = load_source(write(tmp_path / f"a{suffix}", rows))
+        dataset = load_conversations(write(tmp_path / f"a{suffix}", rows))
         assert [messages[-1]["content"] for messages in dataset["messages"]] == ["2024-01-01", "NaN"]
 
 
 def test_conversations_from_parquet_ignore_other_keys(tmp_path):
     rows = [{"id": 1, "messages": [{**message, "tool_calls": None} for message in talk()]}]
-    assert load_source(write(tmp_path / "a.parquet", rows))["messages"][:] == [talk()]
+    assert load_conversations(write(tmp_path / "a.parquet", rows))["messages"][:] == [talk()]
 
 
 def test_the_row_format_is_logged(tmp_path, caplog):
     path = write(tmp_path / "alpaca.json", [{**row, "id": 7} for row in ROWS])
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        load_source(path)
+        load_conversations(path)
     assert caplog.messages == [f"{path}: 3 rows, read as alpaca (instruction, input, output); ignored columns: id"]
 
 
 def test_lines_of_json_under_the_name_json_and_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
-    dataset = load_source(path)
+    dataset = load_conversations(path)
     assert dataset["messages"][:] == EXPECTED
     assert dataset["origin"][:] == ["a.json line 1", "a.json line 3", "a.json line 5"]
 
 
 def test_an_unchanged_file_is_converted_once(tmp_path):
     path = write(tmp_path / "a.json", ROWS)
-    first = load_source(path)
+    first = load_conversations(path)
     path.touch()
-    assert load_source(path).cache_files == first.cache_files
-    assert load_source(path)._fingerprint == first._fingerprint
+    assert load_conversations(path).cache_files == first.cache_files
+    assert load_conversations(path)._fingerprint == first._fingerprint
     write(path, ROWS[:2])
-    assert load_source(path)["messages"][:] == EXPECTED[:2]
+    assert load_conversations(path)["messages"][:] == EXPECTED[:2]
 
 
 GOOD = '{"instruction": "Hi", "output": "Hello"}\n'
@@ -198,7 +200,7 @@ FIXED_ROWS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_converted_messages_of_this_rows_format(tmp_path, name):
     rows, expected = FIXED_ROWS[name]
-    dataset = load_source(write(tmp_path / "a.jsonl", rows), skip_bad_rows=True)
+    dataset = load_conversations(write(tmp_path / "a.jsonl", rows), skip_bad_rows=True)
     messages = dict(zip(dataset["origin"], dataset["messages"]))
     converted = [messages.get(f"a.jsonl line {number}") for number in range(1, len(rows) + 1)]
     assert detect_format(rows[0]).name == name
@@ -221,11 +223,11 @@ def test_the_cache_key_depends_on_content_row_format_and_number_alone(tmp_path, 
     assert sources._build_cache_key(path, FORMATS["messages"]) == KEY.replace("alpaca", "messages")
     copy.write_text(GOOD * 2)
     assert sources._build_cache_key(copy, alpaca) not in (KEY, KEY.replace("alpaca", "messages"))
-    first = load_source(path)
-    assert load_source(path).cache_files == first.cache_files
+    first = load_conversations(path)
+    assert load_conversations(path).cache_files == first.cache_files
     monkeypatch.setattr(sources, "ROWS_FORMAT", 2)
     assert sources._build_cache_key(path, alpaca) == KEY.removesuffix("1") + "2"
-    assert load_source(path).cache_files != first.cache_files
+    assert load_conversations(path).cache_files != first.cache_files
 
 
 # Files that cannot be read
@@ -268,13 +270,13 @@ def test_the_cache_key_depends_on_content_row_format_and_number_alone(tmp_path, 
 def test_files_that_cannot_be_read_say_where(tmp_path, name, content, parts):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fails(lambda: load_source(str(path)), *parts)
+    fails(lambda: load_conversations(str(path)), *parts)
 
 
 def test_a_broken_line_is_found_behind_a_thousand_good_ones(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD * 2500 + "{")
-    fails(lambda: load_source(path), "a.jsonl line 2501: invalid JSON")
+    fails(lambda: load_conversations(path), "a.jsonl line 2501: invalid JSON")
 
 
 def test_a_file_without_read_permission(tmp_path, monkeypatch):
@@ -284,24 +286,24 @@ def test_a_file_without_read_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    fails(lambda: load_source(path), "a.jsonl: cannot be read (Permission denied)")
+    fails(lambda: load_conversations(path), "a.jsonl: cannot be read (Permission denied)")
 
 
 def test_bad_rows_are_refused_with_their_number_or_skipped_and_counted(tmp_path, caplog):
     empty = {"instruction": "Hi", "input": "", "output": ""}
     path = write(tmp_path / "a.json", [ROWS[0], empty, ROWS[1], empty])
-    fails(lambda: load_source(path), "a.json row 1: no answer", "(1 more bad rows)", "skip_bad_rows")
+    fails(lambda: load_conversations(path), "a.json row 1: no answer", "(1 more bad rows)", "skip_bad_rows")
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        dataset = load_source(path, skip_bad_rows=True)
+        dataset = load_conversations(path, skip_bad_rows=True)
     assert dataset["messages"][:] == EXPECTED[:2] and dataset["origin"][:] == ["a.json row 0", "a.json row 2"]
     assert "skipped 2 of 4 rows as bad; first error: a.json row 1: no answer" in caplog.messages[0]
     assert "2 rows" in caplog.messages[1]
     write(path, [empty])
     fails(
-        lambda: load_source(path),
+        lambda: load_conversations(path),
         "a.json row 0: no answer: the content of messages[1] (assistant) is empty; fix the data",
     )
-    fails(lambda: load_source(path, skip_bad_rows=True), "all rows are bad; first error: a.json row 0")
+    fails(lambda: load_conversations(path, skip_bad_rows=True), "all rows are bad; first error: a.json row 0")
 
 
 # Folders and the hub
@@ -315,17 +317,17 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path, caplog):
     (folder / "README.md").write_text("not data")
     (folder / ".hidden.json").write_text("not read")
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        dataset = load_source(folder)
+        dataset = load_conversations(folder)
     assert dataset["origin"][:] == ["rows/a.jsonl line 1", "rows/a.jsonl line 2", "rows/b.json row 0"]
     assert dataset["messages"][:] == EXPECTED[1:] + EXPECTED[:1]
     assert "3 rows, 2 files, read as alpaca" in caplog.text
 
 
 def test_folders_that_do_not_fit(tmp_path):
-    fails(lambda: load_source(tmp_path), "no data file in this folder")
+    fails(lambda: load_conversations(tmp_path), "no data file in this folder")
     write(tmp_path / "a.json", ROWS)
     write(tmp_path / "b.json", [{"messages": talk()}])
-    fails(lambda: load_source(tmp_path), "mixed row formats: a.json is alpaca, b.json is messages")
+    fails(lambda: load_conversations(tmp_path), "mixed row formats: a.json is alpaca, b.json is messages")
 
 
 def test_saved_data_sets(tmp_path):
@@ -333,13 +335,13 @@ def test_saved_data_sets(tmp_path):
     saved.save_to_disk(tmp_path / "one")
     (tmp_path / "one" / "cache-1.arrow").write_bytes(b"what a map left there")
     files = sorted((tmp_path / "one").iterdir())
-    dataset = load_source(tmp_path / "one")
+    dataset = load_conversations(tmp_path / "one")
     assert dataset["messages"][:] == EXPECTED
     assert dataset["origin"][0] == "one/data-00000-of-00001.arrow row 0"
     assert sorted((tmp_path / "one").iterdir()) == files
     datasets.DatasetDict(train=saved, test=saved.select([2])).save_to_disk(tmp_path / "two")
-    assert load_source(tmp_path / "two", split="test")["messages"][:] == EXPECTED[2:]
-    fails(lambda: load_source(tmp_path / "two", split="dev"), "no split 'dev'", "test, train")
+    assert load_conversations(tmp_path / "two", split="test")["messages"][:] == EXPECTED[2:]
+    fails(lambda: load_conversations(tmp_path / "two", split="dev"), "no split 'dev'", "test, train")
 
 
 @pytest.mark.parametrize(
@@ -364,16 +366,19 @@ def test_a_saved_data_set_that_is_broken_or_leaves_its_folder(tmp_path, state, p
     folder = tmp_path / "saved"
     folder.mkdir()
     (folder / "state.json").write_text(state)
-    fails(lambda: load_source(folder), *parts)
+    fails(lambda: load_conversations(folder), *parts)
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone/a", "a/b/c", "~/no such folder", "data/gone.csv"])
 def test_a_missing_path_is_not_sought_on_the_hub(name):
-    fails(lambda: load_source(name), f"{name}: no such file or folder")
+    fails(lambda: load_conversations(name), f"{name}: no such file or folder")
 
 
 def test_a_hub_name_offline():
-    fails(lambda: load_source("someone/rows"), "someone/rows: no such file or folder, and not available on the hub (")
+    fails(
+        lambda: load_conversations("someone/rows"),
+        "someone/rows: no such file or folder, and not available on the hub (",
+    )
 
 
 def test_a_hub_name_with_a_hub(monkeypatch):
@@ -384,16 +389,18 @@ def test_a_hub_name_with_a_hub(monkeypatch):
         return Dataset.from_list([{**row, "text": "x"} for row in [*ROWS, {"instruction": "Hi", "output": ""}]])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    dataset = load_source("someone/rows", split="train[:4]", skip_bad_rows=True)
+    dataset = load_conversations("someone/rows", split="train[:4]", skip_bad_rows=True)
     assert asked == [("someone/rows", "train[:4]")]
     assert dataset.column_names == ["messages", "origin"] and dataset.format["type"] is None
     assert dataset["messages"][:] == EXPECTED
     assert dataset["origin"][2] == "someone/rows row 2"
-    fails(lambda: load_source("someone/rows"), "someone/rows row 3: no answer")
+    fails(lambda: load_conversations("someone/rows"), "someone/rows row 3: no answer")
 
 
 def test_paths_in_the_data_are_not_opened(monkeypatch, tmp_path):
     features = datasets.Features(instruction=datasets.Image(), output=datasets.Value("string"))
     rows = Dataset.from_dict({"instruction": [str(tmp_path / "secret.png")], "output": ["x"]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
-    fails(lambda: load_source("someone/images"), "someone/images row 0: 'instruction' must be a string, got dict")
+    fails(
+        lambda: load_conversations("someone/images"), "someone/images row 0: 'instruction' must be a string, got dict"
+    )

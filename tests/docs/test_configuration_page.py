@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from sft_pipeline.config import SFTArguments
+from sft_pipeline.arguments import SFTArguments
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 SECTION = TEXT[TEXT.index("## Keys of this project") : TEXT.index("## The rows of a step")]

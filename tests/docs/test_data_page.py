@@ -10,7 +10,7 @@ import pytest
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.formats import FORMATS
 from sft_pipeline.data.shards import SETTINGS
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.sources import load_conversations
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def test_the_examples_are_read(row_format, kind, tmp_path, caplog):
     file = tmp_path / f"rows{kind}"
     file.write_text(EXAMPLES[row_format] if kind == ".jsonl" else f"[{EXAMPLES[row_format]}]", encoding="utf-8")
     with caplog.at_level("INFO", logger="sft_pipeline"):
-        [row] = load_source(str(file))
+        [row] = load_conversations(str(file))
     assert row["messages"] == CONVERSATIONS[row_format]
     assert f"1 rows, read as {row_format} ({', '.join(json.loads(EXAMPLES[row_format]))})" in caplog.text
 

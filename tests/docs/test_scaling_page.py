@@ -65,9 +65,10 @@ def test_parameter_counts_are_those_of_the_models(scaling):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapter_counts_are_those_of_peft(scaling, small):
-    from sft_pipeline.model.lora import add_lora
+    from sft_pipeline.arguments import SFTArguments
+    from sft_pipeline.model.lora import add_adapters, build_lora_config
 
-    model = add_lora(build_model(small), scaling.LORA_RANK, 32, ["all-linear"])
+    model = add_adapters(build_model(small), build_lora_config(SFTArguments(lora_rank=scaling.LORA_RANK)))
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert small.adapter_parameters == trained
 

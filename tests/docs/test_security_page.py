@@ -21,6 +21,7 @@ from support.trainers import make_trainer
 from transformers import AutoTokenizer
 
 from sft_pipeline import cli
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.commands.chat import AnswerStreamer, Conversation, chat
 from sft_pipeline.commands.generate import _encode_prompt
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
@@ -30,12 +31,12 @@ from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.preview import format_row_json
 from sft_pipeline.data.prompts import Prompt, load_prompts
-from sft_pipeline.data.sources import load_source
+from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.data.tokenizer_export import build_saved_chat_template
 from sft_pipeline.evaluation.judge import Judge
 from sft_pipeline.evaluation.prompt_set import add_examples
 from sft_pipeline.model.loading import load_model, load_tokenizer
-from sft_pipeline.model.lora import add_lora
+from sft_pipeline.model.lora import add_adapters, build_lora_config
 from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.runs.trained_model import load_template
@@ -109,9 +110,7 @@ def test_code_that_a_model_brings_is_not_run_unless_asked_for(load, name, model_
         load(str(folder))
     except SFTError as error:
         assert len(str(error).splitlines()) == 1 and "trust_remote_code" in str(error)
-    assert (
-        parse_config(None, ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"])[0].trust_remote_code is False
-    )
+    assert parse_config(None, ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true"]).trust_remote_code is False
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -120,7 +119,7 @@ def test_weights_that_are_pickles_are_refused_with_the_way_to_convert_them(adapt
     folder = Path(shutil.copytree(model_folder, tmp_path / "copied"))
     if adapters:
         pytest.importorskip("peft")
-        model = add_lora(load_model(str(folder)), 2, 4, ["all-linear"])
+        model = add_adapters(load_model(str(folder)), build_lora_config(SFTArguments(lora_rank=2, lora_alpha=4)))
         folder = tmp_path / "adapters"
         model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
@@ -163,17 +162,15 @@ def test_a_config_and_its_record_hold_no_token(tmp_path):
     )
     (tmp_path / "mine.yaml").write_text(f"hub_token: {SECRET}\n")
     assert SECRET not in message + refusal(lambda: parse_config(str(tmp_path / "mine.yaml"), needed), "hub_token")
-    sft, training = parse_config(None, needed)
-    training.hub_token = SECRET
-    assert "hub_token" not in build_config_record(sft, training) and SECRET not in repr(
-        build_config_record(sft, training)
-    )
+    args = parse_config(None, needed)
+    args.hub_token = SECRET
+    assert "hub_token" not in build_config_record(args) and SECRET not in repr(build_config_record(args))
 
 
 def test_the_library_pushes_no_pickle_on_the_way():
     needed = ["--model_name_or_path=m", "--train_data=x", "--use_cpu=true", "--push_to_hub=true"]
     refusal(lambda: parse_config(None, needed), "push_to_hub needs hub_strategy: end, it is every_save")
-    assert parse_config(None, [*needed, "--hub_strategy=end"])[1].push_to_hub
+    assert parse_config(None, [*needed, "--hub_strategy=end"]).push_to_hub
 
 
 def test_a_password_in_a_url_is_not_repeated():
@@ -181,7 +178,7 @@ def test_a_password_in_a_url_is_not_repeated():
     message = str(SFTError(judge._format_problem("HTTP 401 k3y")))
     assert "https://***@host.test/v1" in message and "k3y" not in message + repr(judge)
     assert SECRET not in refusal(
-        lambda: load_source(f"https://me:{SECRET}@host.test/rows.json"), "https://***@host.test/rows"
+        lambda: load_conversations(f"https://me:{SECRET}@host.test/rows.json"), "https://***@host.test/rows"
     )
 
 
@@ -196,13 +193,13 @@ def test_a_link_out_of_a_data_folder_is_refused(tmp_path):
     folder.mkdir()
     (folder / "good.jsonl").write_text(json.dumps(rows[0]))
     (folder / "again.jsonl").symlink_to("good.jsonl")
-    assert len(load_source(str(folder))) == 2  # within the folder
+    assert len(load_conversations(str(folder))) == 2  # within the folder
     (tmp_path / "link").symlink_to(folder)
-    assert len(load_source(str(tmp_path / "link"))) == 2  # the user's own
+    assert len(load_conversations(str(tmp_path / "link"))) == 2  # the user's own
     for target in (private, "../private.jsonl", "/nowhere/at/all.jsonl"):
         (folder / "zz.jsonl").unlink(missing_ok=True)
         (folder / "zz.jsonl").symlink_to(target)
-        for load in (load_source, load_prompts):
+        for load in (load_conversations, load_prompts):
             refusal(
                 lambda load=load: load(str(folder)),
                 "zz.jsonl is a symbolic link that leaves the folder",
@@ -212,7 +209,9 @@ def test_a_link_out_of_a_data_folder_is_refused(tmp_path):
     [data] = (tmp_path / "saved").glob("*.arrow")
     data.rename(tmp_path / "elsewhere.arrow")
     data.symlink_to(tmp_path / "elsewhere.arrow")
-    refusal(lambda: load_source(str(tmp_path / "saved")), f"{data.name} is a symbolic link that leaves the folder")
+    refusal(
+        lambda: load_conversations(str(tmp_path / "saved")), f"{data.name} is a symbolic link that leaves the folder"
+    )
 
 
 def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
@@ -221,12 +220,12 @@ def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
     file = tmp_path / "rows.arrow"
     with pa.ipc.new_file(str(file), table.schema) as writer:
         writer.write_table(table)
-    assert len(load_source(str(file))) == 1
+    assert len(load_conversations(str(file))) == 1
     offsets = (0).to_bytes(4, "little") + (8).to_bytes(4, "little")
     content = file.read_bytes()
     at = content.rindex(offsets, 0, content.index(b"Hi there"))
     file.write_bytes(content[: at + 4] + (1 << 30).to_bytes(4, "little") + content[at + 8 :])
-    refusal(lambda: load_source(str(file)), "rows.arrow: not a readable Arrow file")
+    refusal(lambda: load_conversations(str(file)), "rows.arrow: not a readable Arrow file")
 
 
 # ---- templates, YAML
@@ -396,7 +395,7 @@ def test_columns_of_one_name_are_refused_not_lost(kind, tmp_path):
     else:
         with pa.ipc.new_file(str(file), twins.schema) as writer:
             writer.write_table(twins)
-    refusal(lambda: load_source(str(file)), f"rows.{kind}: duplicate column 'completion'")
+    refusal(lambda: load_conversations(str(file)), f"rows.{kind}: duplicate column 'completion'")
 
 
 def test_a_row_that_spells_a_stand_in_keeps_its_text(tokenizer):

@@ -9,10 +9,11 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import parse_config
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.model.loading import load_model
-from sft_pipeline.model.lora import add_lora
+from sft_pipeline.model.lora import add_adapters, build_lora_config
 from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
@@ -50,7 +51,7 @@ def config(model_folder, tmp_path):
 
 
 def run(config, *overrides):
-    return train(*parse_config(str(config), list(overrides)), Console(quiet=True))
+    return train(parse_config(str(config), list(overrides)), Console(quiet=True))
 
 
 def logits(model):
@@ -90,13 +91,13 @@ def test_checkpointing_changes_nothing(config, tmp_path):
 
 def test_unknown_layers_are_named(tiny_model):
     with pytest.raises(SFTError, match=r"lora_target_modules \['nowhere'\]: .*not found"):
-        add_lora(tiny_model, 4, 8, ["nowhere"])
+        add_adapters(tiny_model, build_lora_config(SFTArguments(lora_target_modules=["nowhere"])))
 
 
-def test_missing_peft_is_reported(tiny_model, monkeypatch):
+def test_missing_peft_is_reported(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SFTError, match="lora: true needs peft"):
-        add_lora(tiny_model, 4, 8, ["all-linear"])
+        build_lora_config(SFTArguments())
 
 
 def test_adapters_are_merged_into_their_base(config, tmp_path):

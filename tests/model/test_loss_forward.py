@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.model import loss_forward
 from sft_pipeline.model.loss_forward import patch_loss_forward
@@ -128,7 +128,7 @@ def test_packed_rows_give_the_padded_loss(name):
     plain, ours = make(SPLIT[name]), make(SPLIT[name])
     patch_loss_forward(ours)
     use_packed_attention(ours)
-    batch = PackedCollator()(rows())
+    batch = pack_rows(rows())
     assert batch["row_lengths"][0] == 3  # the third row has a target in the fourth place
     expected = plain(**ordinary_batch(rows())).loss
     assert ours(**batch).loss.item() == pytest.approx(expected.item(), abs=2e-6)
@@ -150,7 +150,7 @@ def test_row_sums_are_those_of_each_row_alone(name, positions, monkeypatch):
         return
     use_packed_attention(ours)
     for share_prefix in (True, False):
-        packed = ours(**PackedCollator(share_prefix)(rows()), return_row_losses=True).logits
+        packed = ours(**pack_rows(rows(), share_prefix), return_row_losses=True).logits
         torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-4)
         assert torch.equal(packed[:, 1:], padded[:, 1:])
 

@@ -53,7 +53,7 @@ def trained(config, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run") / "out"
     shown = tmp_path_factory.mktemp("shown") / "text"
     with shown.open("w") as file:
-        train(*parse_config(str(config), ["--output_dir", str(folder)]), Console(file=file, width=100))
+        train(parse_config(str(config), ["--output_dir", str(folder)]), Console(file=file, width=100))
     return folder, shown.read_text()
 
 

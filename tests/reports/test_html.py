@@ -23,7 +23,7 @@ from support.reports import edit
 
 from sft_pipeline.cli import main
 from sft_pipeline.config import build_config_record, parse_config
-from sft_pipeline.data.pipeline import load_conversations
+from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.preview import BARS, build_preview
 from sft_pipeline.evaluation.step_results import compute_changes
 from sft_pipeline.reports import charts, svg
@@ -159,7 +159,7 @@ def test_answers_stand_before_and_after_in_their_order(trained):
 
 def test_the_first_row_shows_what_is_trained(trained, config):
     folder, _ = trained
-    conversation = load_conversations(parse_config(str(config), [])[0])[0][0]["messages"]
+    conversation = load_splits(parse_config(str(config), []))[0][0]["messages"]
     page = Page(folder / "report.html")
     assert "".join(page.texts["trained"]) == conversation[-1]["content"] + "<|im_end|>"
     [row] = [text for text in page.texts["pre"] if text.startswith("<|im_start|>")]
@@ -186,7 +186,7 @@ def test_the_config_the_versions_and_the_command_that_repeats_the_run(trained):
     assert run.command in page.texts["pre"]
     launch, verb, file, *overrides = shlex.split(run.command)
     assert (launch, verb) == ("./launch.sh", "train")
-    again = build_config_record(*parse_config(file, overrides))
+    again = build_config_record(parse_config(file, overrides))
     assert again == yaml.safe_load((folder / "run.yaml").read_text()) | {"output_dir": f"{folder}-again"}
 
 

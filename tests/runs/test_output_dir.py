@@ -25,7 +25,7 @@ def test_an_output_folder_without_write_permission_is_refused(inner, public):
     parsed = parse_config(
         None, ["--model_name_or_path=m", "--train_data=d", "--use_cpu=true", f"--output_dir={output}"]
     )
-    message = run_as_nobody(lambda: check_output_dir(*parsed))
+    message = run_as_nobody(lambda: check_output_dir(parsed))
     assert (
         message == f"SFTError: output_dir {output}: no permission to write to {public / 'taken'}; choose another folder"
     )

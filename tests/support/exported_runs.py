@@ -41,7 +41,7 @@ def remember_runs(model_folder: Path, runs_folder: Path) -> Callable[..., Path]:
             "disable_tqdm": True,
             "output_dir": str(folder),
         }
-        train(*parse_keys(common | keys), Console(quiet=True))
+        train(parse_keys(common | keys), Console(quiet=True))
         return folder
 
     def remembered(**keys) -> Path:

@@ -39,15 +39,16 @@ from support.tiny import CHATML, CONTROL, build_tokenizer
 from transformers import AutoTokenizer, TrainingArguments
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
-from sft_pipeline.config import SFTArguments, parse_config
+from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import IGNORED, Encoder
 from sft_pipeline.data.formats import FORMATS, convert_to_messages, detect_format
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.prompts import load_prompts
 from sft_pipeline.data.readers import read_rows
-from sft_pipeline.data.sources import load_source, read_raw_rows
+from sft_pipeline.data.sources import load_conversations, read_raw_rows
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
 
@@ -312,7 +313,7 @@ def check_sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None
     """All good rows are loaded, in order, if bad ones are skipped; otherwise a bad row is an error."""
     suffix, content, _ = file
     path = write_file(f"source{suffix}", content)
-    loaded = return_or_catch(lambda: load_source(str(path), skip_bad_rows=skip))
+    loaded = return_or_catch(lambda: load_conversations(str(path), skip_bad_rows=skip))
     rows = return_or_catch(lambda: list(read_raw_rows(str(path))))
     if isinstance(rows, SFTError) or not rows or not isinstance(rows[0][1], dict):
         assert isinstance(loaded, SFTError)
@@ -537,9 +538,9 @@ def check_config(content: bytes, overrides: list[tuple[str, Any]]) -> None:
     words = [f"--{key}={value}" for key, value in overrides]
     parsed = return_or_catch(lambda: parse_config(str(path), words))
     if not isinstance(parsed, SFTError):
-        sft, training = parsed
-        assert isinstance(sft.max_length, int) and sft.max_length >= 1 and sft.train_data and training.output_dir
-        assert sft.template in ("role", "chat") and isinstance(sft.trust_remote_code, bool)
+        args = parsed
+        assert isinstance(args.max_length, int) and args.max_length >= 1 and args.train_data and args.output_dir
+        assert args.template in ("role", "chat") and isinstance(args.trust_remote_code, bool)
 
 
 def draw_answer_lines(random: Random) -> bytes:

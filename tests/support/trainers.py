@@ -9,15 +9,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_pipeline.data.packing import PackedCollator
+from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.packed_attention import use_packed_attention
 from sft_pipeline.training.trainer import SupervisedTrainer
 
 IGNORED, VOCABULARY = -100, 97
-
-COLLATORS = {"padded": PaddingCollator(0), "packed": PackedCollator()}
 
 
 def make_model(**config) -> LlamaForCausalLM:
@@ -64,10 +62,11 @@ def make_trainer(
             **arguments,
         }
     )
+    model = model or make_model()
     return SupervisedTrainer(
-        model=model or make_model(),
+        model=model,
         args=training,
-        data_collator=COLLATORS[collator],
+        data_collator=PackingCollator(model) if collator == "packed" else PaddingCollator(0),
         train_dataset=rows,
         eval_dataset=held_out,
         callbacks=list(callbacks),

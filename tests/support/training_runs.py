@@ -9,7 +9,7 @@ from sft_pipeline.train import train
 
 
 def run_train(config: Path, *overrides: str) -> dict:
-    return train(*parse_config(str(config), list(overrides)), Console(quiet=True))
+    return train(parse_config(str(config), list(overrides)), Console(quiet=True))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Evaluation during training: questions, logs, files and cost, and no effect on training."""
+"""Evaluation during training: questions, logs, files and cost, and no effect on args."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import build_input_ids_and_labels
 from sft_pipeline.data.messages import add_system_prompt
-from sft_pipeline.data.pipeline import load_conversations, prepare_data
+from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
 from sft_pipeline.evaluation.metrics.instruction_following import is_followed, sample_instructions
 from sft_pipeline.evaluation.step_results import EvalPrompt, StepResults
@@ -33,7 +33,6 @@ from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, RUN_FILE
 from sft_pipeline.train import train
 from sft_pipeline.training import evaluation_callback as callback_module
-from sft_pipeline.training.builder import build_trainer
 from sft_pipeline.training.evaluation_callback import (
     INITIAL_QUESTIONS,
     AnswerBudget,
@@ -43,6 +42,7 @@ from sft_pipeline.training.evaluation_callback import (
     describe_results,
     select_first,
 )
+from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import SFTError
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def config(model_folder, tmp_path_factory) -> Path:
 
 
 def run_train(config: Path, folder: Path, *overrides: str) -> dict:
-    return train(*parse_config(str(config), ["--output_dir", str(folder), *overrides]), Console(quiet=True))
+    return train(parse_config(str(config), ["--output_dir", str(folder), *overrides]), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_each_evaluation_writes_a_file(run):
 
 def test_the_table_has_held_out_prompts_and_instructions_with_the_answers_of_the_model(run, config):
     folder, _ = run
-    _, held_out = load_conversations(parse_config(str(config), [])[0])
+    _, held_out = load_splits(parse_config(str(config), []))
     rows, instructions = held_out["messages"][:NUM_ANSWERS], sample_instructions(NUM_INSTRUCTIONS)
     prompts = [row[-2]["content"] for row in rows] + [instruction.prompt for instruction in instructions]
     template = build_template("role", AutoTokenizer.from_pretrained(folder))
@@ -230,8 +230,9 @@ def test_prompts_longer_than_the_context_have_an_error_in_the_table(config, tmp_
     template = build_template(
         "role", AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["model_name_or_path"])
     )
-    sft = parse_config(str(config), [])[0]
-    for question in build_questions(load_conversations(sft)[1], sft):
+    args = parse_config(str(config), [])
+    held_out = load_splits(args)[1]["messages"][:NUM_ANSWERS]
+    for question in build_questions(held_out, NUM_INSTRUCTIONS, args.system_prompt):
         lengths.append(len(template.encode_prompt(question.messages)))
     limit = sorted(lengths)[len(lengths) // 2] + 6
     results = run_train(config, tmp_path / "out", *limit_positions(config, tmp_path / "model", limit))
@@ -268,7 +269,7 @@ def test_sharded_parameters_do_not_generate(trainer):
     assert [answer.error for answer in answers] == [message] * 2
 
 
-# No effect on training.
+# No effect on args.
 
 
 @pytest.mark.parametrize(("dropout", "packing"), [(0.0, "true"), (0.2, "true"), (0.2, "false")])
@@ -296,12 +297,8 @@ def test_training_computes_the_same_bits_without_the_callback(dropout, packing, 
 @pytest.fixture
 def trainer(config, tmp_path, tiny_model, make_tokenizer):
     """A trainer with the callback as its `evaluation`, evaluated once."""
-    sft, training = parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--report_to", "none"])
-    template = build_template("role", make_tokenizer())
-    data = prepare_data(sft, template)
-    trainer = build_trainer(sft, training, tiny_model, template, data)
-    trainer.evaluation = EvaluationCallback(trainer, template, data.held_out_messages, sft)
-    trainer.add_callback(trainer.evaluation)
+    args = parse_config(str(config), ["--output_dir", str(tmp_path / "out"), "--report_to", "none"])
+    trainer = SFTTrainer(tiny_model, args, processing_class=make_tokenizer())
     trainer.evaluate()
     return trainer
 

@@ -119,7 +119,7 @@ def config(write_config, tmp_path_factory) -> Path:
 
 
 def run_train(config: Path, output: Path) -> dict:
-    return train(*parse_config(str(config), [f"--output_dir={output}"]), Console(quiet=True))
+    return train(parse_config(str(config), [f"--output_dir={output}"]), Console(quiet=True))
 
 
 def make_interrupted_publish(moved: int):

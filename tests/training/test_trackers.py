@@ -1,4 +1,4 @@
-"""Trackers: wandb and trackio get what the run logged, across a resume; no failure of a tracker ends training."""
+"""Trackers: wandb and trackio get what the run logged, across a resume; no failure of a tracker ends args."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ from sft_pipeline.evaluation.step_results import get_step_file
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, REPORT_FILE, RESULTS_FILE, RUN_FILE
 from sft_pipeline.train import train
 from sft_pipeline.training import trackers
-from sft_pipeline.training.builder import build_trainer
+from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.training.trackers import (
     INSTALL,
     TRACKERS_FILE,
@@ -101,7 +101,7 @@ def run(model_folder, folder, offline) -> SimpleNamespace:
 
 def run_training(config: Path, out: Path, *overrides: str) -> list[dict]:
     """Train, and return the log history of the trainer."""
-    train(*parse_config(str(config), ["--output_dir", str(out), *overrides]), Console(quiet=True))
+    train(parse_config(str(config), ["--output_dir", str(out), *overrides]), Console(quiet=True))
     return json.loads((out / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
 
 
@@ -191,7 +191,7 @@ def test_wandb_has_the_config_and_the_data_statistics(run, folder):
     stats = config["data"]["train"]
     assert stats["dropped"] and stats["rows"] == stats["kept"] + sum(stats["dropped"].values())
     assert config["supervised_share"]["train"] == stats["supervised_tokens"] / stats["tokens"]
-    assert (config["sft"]["max_length"], config["max_steps"], config["hub_token"]) == (80, 4, "<HUB_TOKEN>")
+    assert (config["max_length"], config["max_steps"], config["hub_token"]) == (80, 4, "<HUB_TOKEN>")
 
 
 def query_trackio(query: str) -> list[tuple]:
@@ -214,7 +214,7 @@ def test_trackio_has_the_config_and_the_data_statistics(run):
     [(name, text)] = query_trackio("SELECT run_name, config FROM configs")
     config = json.loads(text)
     assert (name, config["data"]) == (get_run_name(run), run.results["rows"])
-    assert (config["sft"]["max_length"], config["hub_token"]) == (80, "<HUB_TOKEN>")
+    assert (config["max_length"], config["hub_token"]) == (80, "<HUB_TOKEN>")
 
 
 def test_no_tracker_has_the_token(run, folder):
@@ -261,14 +261,14 @@ class KillCallback(TrainerCallback):
 def train_until_killed(config: Path, out: Path, event: str, step: int) -> None:
     """Train in this process, which is killed at the event."""
 
-    def build(*args):
-        trainer = build_trainer(*args)
+    def build(args):
+        trainer = SFTTrainer(args=args)
         trainer.add_callback(KillCallback(event, step))
         return trainer
 
     os.environ.pop("WANDB_SERVICE", None)  # the service of the parent process
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft_pipeline.train.build_trainer", build)
+        patch.setattr("sft_pipeline.train.SFTTrainer", build)
         run_training(config, out)
 
 

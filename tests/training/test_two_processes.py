@@ -11,7 +11,7 @@ from support.processes import run_ranks
 from support.trainers import make_trainer
 from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 
-from sft_pipeline.config import SFTArguments, build_config_record
+from sft_pipeline.config import SFTConfig, build_config_record
 
 REFERENCE = ("padded", 8, 1, 0)
 BUDGET = ("packed", 1, 2, 48)
@@ -59,7 +59,7 @@ def run_worker(process: int, folder: str) -> None:
     reports["budget"] = train_and_report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
     reports["resumed"] = train_and_report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
     if process == 0:  # as the first process of a run does before it trains
-        build_config_record(SFTArguments("model", ["rows"]), resumed.args)
+        build_config_record(SFTConfig.from_training_arguments(resumed.args))
     assert resumed.args.world_size == PartialState().num_processes == PROCESSES
     if process == 0:
         (out / "reports.json").write_text(json.dumps(reports))

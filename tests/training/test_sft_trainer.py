@@ -14,7 +14,7 @@ def config(write_config, tmp_path_factory) -> Path:
 
 
 def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("sft_pipeline.data.collators.find_packing_obstacle", lambda model, longest: "it is a teapot")
+    monkeypatch.setattr("sft_pipeline.data.packing.find_packing_obstacle", lambda model, longest: "it is a teapot")
     message = r"^tokens_per_batch: 128 needs packing, which is off \(it is a teapot\); set it to 0$"
     with pytest.raises(SFTError, match=message):
         run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")

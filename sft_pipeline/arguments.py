@@ -1,0 +1,135 @@
+"""The keys of this package, without imports of torch or transformers: `--help` lists them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DEFAULT_PROJECT = "sft_pipeline"  # the project name in trackers; the library's default is huggingface
+
+
+@dataclass
+class SFTArguments:
+    """The keys of this package, which `SFTConfig` (config.py) adds to those of `transformers.TrainingArguments`."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to train: a hub name, a model folder, or smollm2-135m (from the package index)."},
+    )
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Training data: files, folders or hub names of datasets with instruction rows."},
+    )
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Held-out data, given like train_data; without it, `held_out` splits rows off train_data."},
+    )
+    train_data_weights: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Times that each source of train_data is used per epoch: 2 is twice, 0.5 uses half of its rows."
+        },
+    )
+    held_out: float = field(
+        default=0.0,
+        metadata={
+            "help": "Rows of train_data held out for evaluation: a number from 1, a fraction below 1, or 0 for none."
+        },
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Skip and count malformed rows instead of stopping at the first one."}
+    )
+    template: Literal["role", "chat"] = field(
+        default="chat",
+        metadata={
+            "help": "Format: chat is the tokenizer's chat template, role is \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for rows that have none of their own."}
+    )
+    train_on: Literal["all", "last"] = field(
+        default="all",
+        metadata={"help": "Assistant turns that the loss is computed on: all turns of a conversation, or the last."},
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "Maximum number of tokens in a row; longer rows are handled by `overlong`."},
+    )
+    overlong: Literal["drop", "truncate_answer", "truncate_turns"] = field(
+        default="drop",
+        metadata={
+            "help": "How to handle rows above max_length: drop them, cut off their end or remove their oldest turns."
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Concatenate the rows of a batch without padding, and compute their common prefix once."},
+    )
+    tokens_per_batch: int = field(
+        default=0,
+        metadata={
+            "help": "With packing, maximum number of tokens in a device's batch; 0 sizes batches by number of rows."
+        },
+    )
+    pad_to_multiple_of: int = field(
+        default=8, metadata={"help": "Without packing, batches are padded to a multiple of this many tokens."}
+    )
+    lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters (LoRA, with peft) instead of all parameters."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "LoRA scaling: adapter outputs are multiplied by lora_alpha / lora_rank."}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the linear layers that get LoRA adapters; all-linear selects all of them."},
+    )
+    lora_merge: bool = field(
+        default=False, metadata={"help": "Save the model with the adapters merged into it, instead of the adapters."}
+    )
+    trainable_modules: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Train only parameters whose name matches one of these regular expressions, such as self_attn."
+        },
+    )
+    max_train_rows: int = field(
+        default=0,
+        metadata={"help": "Maximum number of training rows, selected by a hash of their content; 0 uses all rows."},
+    )
+    prepared_data: str | None = field(
+        default=None,
+        metadata={"help": "Folder written by `prepare`; training reads its encoded rows instead of encoding them."},
+    )
+    num_proc: int = field(default=2, metadata={"help": "Number of processes that encode rows."})
+    num_answers: int = field(
+        default=5,
+        metadata={
+            "help": "Number of held-out prompts answered before training, at each evaluation and after training."
+        },
+    )
+    num_instructions: int = field(
+        default=24,
+        metadata={
+            "help": "Built-in instructions (of 74) answered with these prompts; code checks that they are followed."
+        },
+    )
+    eval_answer_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Maximum time for answers during training, as a fraction of training time; limits their number."
+        },
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens in an answer."})
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={"help": "Stop after this many evaluations without a better eval_loss; 0 disables early stopping."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that is already in output_dir."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that a model repository contains."}
+    )

@@ -1,0 +1,347 @@
+"""`SFTTrainer`: a run from rows and a model, for Python and for the command line.
+
+    trainer = SFTTrainer("Qwen/Qwen3-0.6B", SFTConfig("outputs/run"), train_dataset=rows, eval_dataset=held_out)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+
+It encodes the rows, prepares the model and answers held-out prompts at each evaluation; how it trains is in trainer.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
+
+from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir
+from sft_pipeline.data.batch_sampler import count_row_tokens
+from sft_pipeline.data.chat_templates import Template, build_template
+from sft_pipeline.data.collators import choose_collator
+from sft_pipeline.data.packing import PackingCollator, describe_savings
+from sft_pipeline.data.padding import PaddingCollator
+from sft_pipeline.data.pipeline import PreparedData, prepare_data
+from sft_pipeline.data.preview import build_preview
+from sft_pipeline.data.shards import map_shards
+from sft_pipeline.data.sources import Source
+from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
+from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
+from sft_pipeline.model.freezing import freeze_except
+from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model, set_special_tokens
+from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.loss_forward import patch_loss_forward
+from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.runs.checkpoints import needs_evaluation
+from sft_pipeline.runs.output_dir import (
+    PREVIEW_FILE,
+    check_output_dir,
+    copy_evaluations,
+    create_output_dir,
+    is_resuming,
+)
+from sft_pipeline.runs.trained_model import save_template_settings
+from sft_pipeline.training.evaluation_callback import EvaluationCallback
+from sft_pipeline.training.fsdp import gather_weights
+from sft_pipeline.training.memory import set_malloc_options
+from sft_pipeline.training.trackers import drop_missing_trackers, start_trackers
+from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.files import get_cache_dir, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 1000  # about as many rows are packed to measure what packing saves
+
+
+class SFTTrainer(SupervisedTrainer):
+    """Fine-tune a causal language model on conversations.
+
+    model: a hub name, a folder, or a model, which is changed in place. Default: `model_name_or_path` of `args`.
+    args: a SFTConfig, or TrainingArguments, which are completed with our defaults.
+    train_dataset, eval_dataset: rows of any format of docs/data.md as a list, a `Dataset` or the name of a file, folder
+        or hub dataset; or encoded rows, with `input_ids` and shifted `labels`. Default: `train_data`, `eval_data` and
+        `held_out` of `args`.
+    processing_class: the tokenizer; by default the model's.
+    template: a name or a Template; by default `template` of `args`.
+    peft_config: the adapters to train, in place of the keys `lora*` of `args`.
+    callbacks: as for `transformers.Trainer`.
+
+    Attributes: `data`, the encoded rows with their statistics; `template`; `evaluation`, with the results of all
+    evaluations; `config_record`, the config that is written to run.yaml. Raises SFTError for rows, a model or settings
+    that cannot be trained.
+    """
+
+    args: SFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Source | None = None,
+        eval_dataset: Source | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        template: str | Template | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        args = SFTConfig.from_training_arguments(args or SFTConfig())
+        source = model or args.model_name_or_path
+        if source is None:
+            raise SFTError("model: missing; give a model, a folder or a hub name")
+        args.model_name_or_path = source if isinstance(source, str) else source.name_or_path
+        path = str(resolve_model(source, get_cache_dir()) if isinstance(source, str) else source.name_or_path)
+        if processing_class is None and not path:
+            raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
+        tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code)
+        self.template = (
+            template if isinstance(template, Template) else build_template(template or args.template, tokenizer)
+        )
+        args.template = self.template.name
+        self.config_record = build_config_record(args)  # before the steps below change `args`
+        drop_missing_trackers(args)
+
+        self.data = load_training_data(args, self.template, train_dataset, eval_dataset)
+        set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
+        set_seed(args.seed)
+        model = load_model(path, args.trust_remote_code) if isinstance(source, str) else source
+        set_special_tokens(unwrap_peft(model), tokenizer, self.template.stop_token_id)
+        model, collator = prepare_model(model, args, self.template, self.data, peft_config)
+        set_training_arguments(args)
+        self.trainable_parameters = count_trainable_parameters(model)
+        logger.info(
+            "training %s of %s parameters in %s",
+            f"{self.trainable_parameters:,}",
+            f"{model.num_parameters():,}",
+            model.dtype,
+        )
+        patience = args.early_stopping_patience
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out and sort_by_length(self.data.held_out),
+            processing_class=build_saved_tokenizer(self.template, args.system_prompt),
+            callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+            tokens_per_batch=args.tokens_per_batch,
+        )
+        if args.lora_merge and self.is_fsdp_enabled:
+            raise SFTError(
+                "lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of the two off"
+            )
+        held_out = self.data.held_out_messages
+        self.evaluation = EvaluationCallback(
+            self,
+            self.template,
+            [] if held_out is None else held_out[: args.num_answers]["messages"],
+            system_prompt=args.system_prompt,
+            num_answers=args.num_answers,
+            num_instructions=args.num_instructions,
+            max_new_tokens=args.max_new_tokens,
+            eval_answer_share=args.eval_answer_share,
+        )
+        self.add_callback(self.evaluation)
+        self._has_output_dir = False
+        log_devices(self)
+        if isinstance(collator, PackingCollator):
+            log_packing(self)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train and evaluate the final model, with the trackers of `report_to`.
+
+        resume_from_checkpoint: a checkpoint folder, True (the newest one) or "auto" (the newest one if there is one);
+        by default the key of `args`. The output folder is created here, and gets the files that runs/output_dir.py
+        lists. Raises SFTError for a folder that holds something else, RunPreempted after SIGTERM.
+        """
+        if resume_from_checkpoint is not None:
+            self.args.resume_from_checkpoint = str(resume_from_checkpoint)
+        checkpoint = self._create_output_dir()
+        if checkpoint:
+            logger.info("resuming from %s", checkpoint)
+            self.args.eval_on_start = needs_evaluation(checkpoint, self.args)
+        with start_trackers(self, checkpoint, describe_data(self.data)):
+            output = super().train(checkpoint, *args, **kwargs)
+            if self.data.held_out is not None:
+                self._evaluate_final_model()
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Compute the held-out loss and answer the held-out prompts; the answers are stored in the output folder."""
+        if not self._has_output_dir:
+            self._create_output_dir()
+        return super().evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and tokenizer, with the template that `chat`, `generate` and `evaluate` use.
+
+        With `lora_merge` the adapters are merged first, except in checkpoints.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.args.lora_merge and not _internal_call and hasattr(model, "merge_and_unload"):
+            self.model = model.merge_and_unload()
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and output_dir is not None:
+            save_template_settings(Path(output_dir), self.template.name, self.args.system_prompt)
+
+    def _create_output_dir(self) -> str | None:
+        """Create the output folder of this run, once; return the checkpoint to resume from, or None."""
+        if self._has_output_dir and not is_resuming(self.args):
+            return None
+        checkpoint = check_output_dir(self.args)
+        self.accelerator.wait_for_everyone()  # the others check the folder as this process has found it
+        create_output_dir(self.args, checkpoint, self.config_record)
+        copy_evaluations(checkpoint, self.args)
+        if self.is_world_process_zero():
+            write_json(
+                get_output_dir(self.args) / PREVIEW_FILE, build_preview(self.data.train, self.template.tokenizer)
+            )
+        self._has_output_dir = True
+        return checkpoint
+
+    def _evaluate_final_model(self) -> None:
+        """Evaluate the model that will be saved, unless the last evaluation did so and asked every question.
+
+        `load_best_model_at_end` has replaced the model since the last evaluation.
+        """
+        step = self.state.global_step
+        last_step = next((entry["step"] for entry in reversed(self.state.log_history) if "eval_loss" in entry), None)
+        if last_step != step or not self.evaluation.is_complete(step) or self.args.load_best_model_at_end:
+            self.evaluate()
+
+
+def load_training_data(
+    args: SFTConfig, template: Template, train_rows: Source | None = None, eval_rows: Source | None = None
+) -> PreparedData:
+    """Map the shards of `prepared_data`, or encode the rows.
+
+    On each machine the first process encodes; the others then read its cache.
+    """
+    if args.prepared_data and train_rows is None and eval_rows is None:
+        return map_shards(args, template)
+    if not args.train_data and train_rows is None:
+        raise SFTError("train_dataset: missing; give rows, or the key train_data")
+    with args.main_process_first(desc="encoding"):
+        return prepare_data(args, template, train_rows, eval_rows)
+
+
+def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:
+    """Turn evaluation off, also at step 0, if there are no held-out rows.
+
+    Raises SFTError for keys that need them.
+    """
+    if has_held_out_rows:
+        return
+    if args.load_best_model_at_end:
+        raise SFTError("load_best_model_at_end needs held-out rows: set held_out, eval_data or eval_dataset")
+    args.eval_on_start, args.eval_strategy = False, IntervalStrategy.NO
+
+
+def prepare_model(
+    model: PreTrainedModel, args: SFTConfig, template: Template, data: PreparedData, peft_config: PeftConfig | None
+) -> tuple[PreTrainedModel, PackingCollator | PaddingCollator]:
+    """Patch the model's loss, attention and layers in place, add adapters, freeze; return the model and its collator.
+
+    The packing collator is chosen if `packing` is on and the model supports it, else the padding one; logs why not.
+    Raises SFTError for `tokens_per_batch` where rows cannot be packed.
+    """
+    longest = max(stats.length_quantiles["most"] for stats in (data.train_stats, data.held_out_stats) if stats)
+    pad_token_id: Any = template.tokenizer.pad_token_id
+    with gather_weights(model):
+        reason = patch_loss_forward(model)
+        if reason:
+            logger.info("logits are computed at every position: %s", reason)
+        collator, reason = choose_collator(model, longest, pad_token_id, args.pad_to_multiple_of, args.packing)
+    if reason and args.tokens_per_batch:
+        raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
+    if reason:
+        logger.info("batches are padded: %s", reason)
+    if args.lora and peft_config:
+        raise SFTError("lora and peft_config both describe adapters; remove one of them")
+    if args.lora or peft_config:
+        model = add_adapters(model, peft_config or build_lora_config(args))
+    if args.trainable_modules:
+        freeze_except(model, args.trainable_modules)
+    # ZeRO-3 gathers the weights of a module when it is called, and a fused layer does not call its submodules.
+    if isinstance(collator, PackingCollator) and not is_deepspeed_zero3_enabled():
+        logger.info("forward and backward are fused in %s layers", use_fused_layers(model))
+    return model, collator
+
+
+def set_training_arguments(args: SFTConfig) -> None:
+    """Set in place the arguments that follow from our model and data; on a CPU also configure malloc."""
+    # All columns are inputs of the patched forward; the library would drop those not in the signature of the original.
+    args.remove_unused_columns = False
+    # Every forward pass uses every parameter, also for a batch without targets, so DDP need not search for unused ones.
+    args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
+    if args.device.type == "cpu":
+        set_malloc_options()
+
+
+def sort_by_length(dataset: Dataset) -> Dataset:
+    """Sort rows by number of tokens, so that evaluation batches need less padding; metrics stay the same."""
+    return dataset.select(np.argsort(count_row_tokens(dataset), kind="stable"))
+
+
+def count_trainable_parameters(model: PreTrainedModel) -> int:
+    """Count parameters that require gradients; `ds_numel` is the full size of one sharded by ZeRO-3."""
+    return sum(getattr(w, "ds_numel", w.numel()) for w in model.parameters() if w.requires_grad)
+
+
+def log_devices(trainer: SFTTrainer) -> None:
+    """Log the number of processes, if more than one, and whether the model is replicated or sharded.
+
+    Warn if one process uses one of several GPUs.
+    """
+    args = trainer.args
+    if args.world_size > 1:
+        layout = "the whole model on each"
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            layout = f"the model sharded across them ({'FSDP2' if trainer.is_fsdp_enabled else 'ZeRO-3'})"
+        logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, layout)
+    elif args.device.type == "cuda" and torch.cuda.device_count() > 1:
+        logger.warning(
+            "%s GPUs are visible and this process uses one: start a process for each with `accelerate launch` or "
+            "launch.sh, or hide the others with CUDA_VISIBLE_DEVICES",
+            torch.cuda.device_count(),
+        )
+
+
+def log_packing(trainer: SFTTrainer) -> None:
+    """Log what packing saves, measured on about SAMPLE_ROWS rows."""
+    batches = trainer.build_batch_sampler()
+    sample = islice(batches, -(-len(batches) * SAMPLE_ROWS // len(trainer.train_dataset)))
+    logger.info("%s", describe_savings(trainer.train_dataset, sample))
+
+
+def describe_data(data: PreparedData) -> dict[str, Any]:
+    """Return what trackers store beside the arguments: row counts and shares of supervised tokens."""
+    stats = {"train": data.train_stats, "held_out": data.held_out_stats}
+    shares = {name: split.supervised_tokens / split.tokens for name, split in stats.items() if split}
+    return {"data": count_rows(data), "supervised_share": shares}
+
+
+def count_rows(data: PreparedData) -> dict[str, dict[str, Any] | None]:
+    """Return the counts of training and held-out rows: kept, dropped, tokens (data/encode.py, EncodingStats)."""
+    return {"train": asdict(data.train_stats), "held_out": asdict(data.held_out_stats) if data.held_out_stats else None}
