@@ -229,7 +229,10 @@ class ChatTemplate(Template):
             section = self._split_control_tokens(text[start:end])
             stops = [i for i, piece in enumerate(section) if piece.token_id == self.stop_token_id]
             if (start, end) in supervised and stops:
-                section = [piece._replace(supervised=i <= stops[-1]) for i, piece in enumerate(section)]
+                section = [
+                    TemplatePiece(piece.text, piece.token_id, supervised=i <= stops[-1])
+                    for i, piece in enumerate(section)
+                ]
             pieces += section
         return pieces
 

@@ -290,7 +290,7 @@ def _check_arguments(
         raise SFTError("stop_strings: need decode, a function from ids to text, such as tokenizer.decode")
     if seeds is not None and len(seeds) != num_prompts:
         raise SFTError(f"seeds: got {len(seeds)} for {num_prompts} prompts; give one seed per prompt")
-    if model.config.is_encoder_decoder or not model._supports_attention_backend:
+    if model.config.is_encoder_decoder or not model.is_backend_compatible():
         raise SFTError(
             f"{type(model).__name__}: generation supports only decoder models with transformers' attention interface; "
             "use transformers' generate instead"

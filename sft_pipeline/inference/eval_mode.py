@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from sft_pipeline.kernels.cpu_layer_inference import (
     can_fuse_linear,
 )
 from sft_pipeline.kernels.cpu_layer_training import disable_fused_layers
-from sft_pipeline.model.module_utils import use_eval_mode
+from sft_pipeline.model.module_utils import restore_configs, use_eval_mode
 
 ATTENTION = "sft_generation"
 
@@ -38,21 +38,18 @@ def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[
 
 
 @contextmanager
-def _use_attention(model: nn.Module, attention: Callable) -> Iterator[None]:
+def _use_attention(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
     """Register `attention` with transformers and select it in all configurations of `model`.
 
     No mask function is registered, so that transformers builds no attention mask.
     """
-    configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
-    names = [(config, config._attn_implementation) for config in configs]
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attention
     try:
-        for config in configs:
-            config._attn_implementation = ATTENTION
-        yield
+        with restore_configs(model):
+            # The backbone's: transformers reads the source of the class, which a head defined in a notebook lacks.
+            cast(PreTrainedModel, model.base_model).set_attn_implementation(ATTENTION)
+            yield
     finally:
-        for config, name in names:
-            config._attn_implementation = name
         del ALL_ATTENTION_FUNCTIONS[ATTENTION]
 
 

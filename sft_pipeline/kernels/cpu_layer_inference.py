@@ -33,8 +33,8 @@ class OneDnnLinear:
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_TOKENS)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        self.linear = torch.ops.mkldnn._linear_pointwise.default
-        self.linear_binary = torch.ops.mkldnn._linear_pointwise.binary
+        linear_pointwise = torch.ops.mkldnn._linear_pointwise
+        self.linear, self.linear_binary = linear_pointwise.default, linear_pointwise.binary
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """Return activation(x W^T + b). `activation` is a name of oneDNN's: "none", or "swish" for silu."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sft_pipeline.utils.errors import SFTError
 
@@ -49,3 +49,29 @@ def use_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, is_training in training_modes.items():
             module.training = is_training
+
+
+@contextmanager
+def restore_configs(model: nn.Module) -> Iterator[None]:
+    """At the end of this block, the configs of `model` have the attributes they had before it.
+
+    `set_attn_implementation` changes several configs, and transformers has no public way to read what they had.
+    """
+    attributes = [(config, dict(vars(config))) for config in _find_configs(model)]
+    try:
+        yield
+    finally:
+        for config, values in attributes:
+            vars(config).update(values)
+
+
+def _find_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Return the configs of all modules, and the configs inside them, each once."""
+    configs: dict[int, PreTrainedConfig] = {}
+    values = [getattr(module, "config", None) for module in model.modules()]
+    while values:
+        value = values.pop()
+        if isinstance(value, PreTrainedConfig) and id(value) not in configs:
+            configs[id(value)] = value
+            values.extend(vars(value).values())
+    return list(configs.values())

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sft_pipeline.kernels.cpu_attention import PackedRows, compute_attention, compute_attention_grads
-from sft_pipeline.model.module_utils import unwrap_peft, use_eval_mode
+from sft_pipeline.model.module_utils import restore_configs, unwrap_peft, use_eval_mode
 from sft_pipeline.utils.errors import format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
@@ -86,15 +86,12 @@ def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) ->
     model = unwrap_peft(model)
     if reason := _find_unsupported_feature(model, longest):
         return reason
-    attn_implementation = model.config._attn_implementation
     try:
-        use_packed_attention(model)
-        with use_eval_mode(model):
+        with restore_configs(model), use_eval_mode(model):
+            use_packed_attention(model)
             difference = _measure_packing_difference(model.base_model)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"{type(model).__name__} does not accept packed rows ({format_first_line(error)})"
-    finally:
-        model.set_attn_implementation(attn_implementation)
     is_float32 = next(model.parameters()).dtype == torch.float32
     if difference < (FLOAT32_TOLERANCE if is_float32 else LOW_PRECISION_TOLERANCE):
         return None
@@ -106,9 +103,10 @@ def _find_unsupported_feature(model: PreTrainedModel, longest: int | None) -> st
     config, name = model.config.get_text_config(), type(model).__name__
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+    if not model.is_backend_compatible():
         return f"{name} does not use transformers' attention interface"
-    if not model._supports_sdpa or getattr(config, "attn_logit_softcapping", None):
+    has_sdpa = model.get_correct_attn_implementation(None) == "sdpa"  # transformers' default, where a model has it
+    if not has_sdpa or getattr(config, "attn_logit_softcapping", None):
         return f"{name} changes its attention scores (soft-capping or sinks)"
     attention_types = {"full_attention", "sliding_attention", "chunked_attention"}
     if unsupported_types := set(getattr(config, "layer_types", None) or ()) - attention_types:

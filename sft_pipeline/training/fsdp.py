@@ -69,7 +69,7 @@ class ShardedTrainer(Trainer):
             plugin.set_mixed_precision(self.accelerator.mixed_precision)
         state = self.accelerator.state
         state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        PartialState().distributed_type = DistributedType.FSDP  # all instances share their attributes
         self.is_fsdp_enabled = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -78,7 +78,12 @@ class ShardedTrainer(Trainer):
         Overridden because with SHARDED_STATE_DICT the library writes no model file outside checkpoints.
         """
         if self.is_fsdp_enabled and self._state_dict_type == SHARDED and not _internal_call:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.set_state_dict_type(FULL)
+            try:
+                super().save_model(output_dir, _internal_call=True)  # without a push to the hub
+            finally:
+                plugin.set_state_dict_type(SHARDED)
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

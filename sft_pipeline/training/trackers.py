@@ -33,7 +33,7 @@ from typing import Any
 
 import pandas
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import TrackioCallback, get_available_reporting_integrations, rewrite_logs
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sft_pipeline.config import get_output_dir
@@ -47,6 +47,8 @@ NO_STEP = -1  # nothing is logged yet, not even the evaluation at step 0
 INSTALL = 'pip install -e ".[track]"'  # wandb and trackio
 INIT_TIMEOUT = 30.0  # seconds to reach the server of wandb
 FINISH_TIMEOUT = 120.0  # seconds to upload at the end of the run; `wandb sync` uploads what is missing then
+# What transformers logs once at the end of a run and does not send to trackio, which has no summary of a run.
+SUMMARY_METRICS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 TOKEN_OPTION = re.compile(r"(--[\w-]*token)(=.*)?")
 
 
@@ -162,23 +164,32 @@ def _wrap_callbacks(trainer: Trainer, config: dict[str, Any]) -> dict[str, Guard
     guarded = {}
     for index, callback in enumerate(callbacks):
         if name := names.get(type(callback)):
+            callback = StepTrackioCallback() if name == "trackio" else callback
             guarded[name] = callbacks[index] = GuardedCallback(name, callback, config)
-            if name == "trackio":
-                callback._trackio = TrackioWithSteps(callback._trackio)
     return guarded
 
 
-class TrackioWithSteps:
-    """The trackio module, except that `log` uses the training step, where trackio would count the calls."""
+class StepTrackioCallback(TrackioCallback):
+    """Log to trackio under the training step, where trackio would count the calls of `log`."""
 
-    def __init__(self, trackio: Any) -> None:
-        self.trackio = trackio
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log all but the summary of the run, as the library does, with a step."""
+        self.on_train_begin(args, state, control, model=model)  # starts trackio unless it has been started
+        if state.is_world_process_zero:
+            metrics = {name: value for name, value in (logs or {}).items() if name not in SUMMARY_METRICS}
+            log_to_trackio(rewrite_logs(metrics), state.global_step)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.trackio, name)
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        self.trackio.log(metrics, step=metrics["train/global_step"])
+def log_to_trackio(metrics: dict[str, Any], step: int) -> None:
+    importlib.import_module("trackio").log({**metrics, "train/global_step": step}, step=step)
 
 
 def _resolve_run_name(args: TrainingArguments, checkpoint: str | None) -> str:
@@ -278,5 +289,8 @@ def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:
     tracker = importlib.import_module(name)
     # With dtype object, None in a column of strings or booleans does not become NaN.
     frame = pandas.DataFrame(rows, dtype=object)
-    row = {"eval/table": tracker.Table(dataframe=frame), "train/global_step": step}
-    (TrackioWithSteps(tracker) if name == "trackio" else tracker).log(row)
+    row = {"eval/table": tracker.Table(dataframe=frame)}
+    if name == "trackio":
+        log_to_trackio(row, step)
+    else:
+        tracker.log({**row, "train/global_step": step})

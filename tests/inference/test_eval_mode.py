@@ -60,3 +60,12 @@ def test_gradient_checkpointing_does_not_matter():
         c.ids for c in generate(LLAMA, PROMPTS, [], GREEDY)
     ]
     assert model.is_activation_checkpointing
+
+
+def test_a_model_class_without_source_can_generate():
+    """Such as a class defined in a notebook: transformers reads the source before it sets an attention function."""
+    model = make_model("gpt2")  # whose layers are not fused
+    completions = generate(model, PROMPTS, [], GREEDY)
+    namespace = {"__module__": "notebook", "_can_set_attn_implementation_cached_value": None}
+    model.__class__ = type("NotebookModel", (type(model),), namespace)
+    assert generate(model, PROMPTS, [], GREEDY) == completions

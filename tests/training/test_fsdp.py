@@ -79,6 +79,7 @@ def run_worker(process: int, folder: str) -> None:
         checkpoint = out / state_dict_type / f"checkpoint-{CHECKPOINT_STEP}"
         assert detect_state_dict_type(checkpoint) == state_dict_type
         trainer.save_model()
+        assert trainer.accelerator.state.fsdp_plugin.state_dict_type.name == state_dict_type, "unchanged by the save"
         resumed = build(out / "resumed", state_dict_type)
         reports[f"{state_dict_type} resumed"] = train_and_report(resumed, str(checkpoint))
     reports["untied"] = train_and_report(build(out / "untied", SHARDED, tied=False, save_strategy="no"))
