@@ -5,16 +5,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
 from sft_pipeline.config import DEFAULTS, parse_config
 from sft_pipeline.utils.errors import SFTError
 
-CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 NEEDED = "model_name_or_path: m\ntrain_data: rows.json\n"
 
 
@@ -120,37 +117,18 @@ def test_fsdp_is_a_boolean(write, arguments):
     assert "Unknown `fsdp` option: sideways" in refusal(write("fsdp: sideways"))
 
 
-def test_a_dictionary_may_be_in_a_separate_file(write):
-    _, training = parse_config(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
+def test_a_dictionary_may_be_in_a_separate_file(write, tmp_path):
+    file = tmp_path / "fsdp.json"
+    file.write_text('{"state_dict_type": "SHARDED_STATE_DICT"}')
+    _, training = parse_config(write("fsdp: true"), ["--fsdp_config", str(file)])
     assert training.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     assert training.fsdp_plugin_args["reshard_after_forward"] is True
 
 
-def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
-    """transformers' config, built without the package `deepspeed`, which its constructor requires but its methods do
-    not use."""
-    members = {name: value for name, value in vars(HfTrainerDeepSpeedConfig).items() if not name.startswith("__")}
-    config = type("Config", (HfDeepSpeedConfig,), members)(str(path))
-    config.mismatches, config._dtype = [], None
-    return config
-
-
-def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
-    keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\n"
-    _, training = parse_config(write(keys + "bf16: true\nuse_cpu: true\n"), [])
-    config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
-    config.trainer_config_process(training)
-    config.trainer_config_finalize(training, tiny_model, 10)
-    values = config.config
-    assert config.is_zero3() and config.dtype() == torch.bfloat16 and "auto" not in json.dumps(values)
-    assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (2, 3)
-    assert (values["train_batch_size"], values["gradient_clipping"]) == (6, 0.5)
-    assert values["zero_optimization"]["reduce_bucket_size"] == tiny_model.config.hidden_size**2
-
-
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_key_without_the_package(write):
-    assert "deepspeed" in refusal(write(""), "--deepspeed", str(CONFIG_FOLDER / "deepspeed_zero3.json"))
+def test_deepspeed_key_without_the_package(write, tmp_path):
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert "deepspeed" in refusal(write(""), "--deepspeed", str(tmp_path / "zero3.json"))
     unset_hf_deepspeed_config()  # transformers keeps the partly built config
 
 
