@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every command of the project in its virtual environment:
 #     ./launch.sh COMMAND [ARGUMENTS]    train, preview, prepare, chat, generate, evaluate, ...: ./launch.sh --help
+#     ./launch.sh --config_file FILE train CONFIG    the processes of a config file of accelerate (configs/accelerate)
 #     ./launch.sh test | lint            the tests; ruff and mypy
 #
 # On a Slurm cluster, from this folder (docs/slurm.md); options given to sbatch override those below:
@@ -12,7 +13,7 @@
 #SBATCH --signal=B:TERM@120
 #
 # Creates .venv beside this file if no virtual environment is active, installs the pinned releases the first time, and
-# passes all arguments on unchanged. Training starts one process per GPU, or NUM_PROCESSES processes.
+# passes all arguments on unchanged. Training starts one process per GPU, as many as FILE says, or NUM_PROCESSES.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -f $root/setup.cfg ]]; then root=${SLURM_SUBMIT_DIR:-$root}; fi # sbatch runs a copy elsewhere
@@ -57,7 +58,7 @@ once() { # print each error line once, though every process prints it; print all
     done
 }
 
-slurm() { # train, one process per task of the job; on SIGTERM save a checkpoint and requeue the job, which resumes
+slurm() { # train, a process or with FILE a launcher per task; on SIGTERM save and requeue the job, which resumes
     local step told=yes status
     local task='if [[ $SLURM_NTASKS -gt 1 ]]; then
             export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -66,6 +67,12 @@ slurm() { # train, one process per task of the job; on SIGTERM save a checkpoint
     read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
     if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then set -- "$@" --resume_from_checkpoint auto; fi
+    if [[ $config_file ]]; then
+        task='exec python -m sft_pipeline.training.launch --machine_rank "$SLURM_PROCID" "$@"'
+        set -- --config_file "$config_file" ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
+            --num_machines "$SLURM_NTASKS" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
+            -m sft_pipeline "$@"
+    fi
     # Status 75: the process got SIGTERM and has saved. srun must not kill the others, which are still saving.
     { srun --kill-on-bad-exit=0 bash -c "$task" bash "$@" 2>&1 >&3 | once >&2; } 3>&1 &
     step=$!
@@ -81,6 +88,15 @@ slurm() { # train, one process per task of the job; on SIGTERM save a checkpoint
     exit "$status"
 }
 
+config_file=""
+if [[ ${1:-} == --config_file ]]; then
+    if [[ ${3:-} != train ]]; then
+        echo "launch.sh: expected --config_file FILE train CONFIG; other commands run in one process" >&2
+        exit 2
+    fi
+    config_file=$2
+    shift 2
+fi
 environment
 verb=${1:---help}
 if [[ $verb == test ]]; then
@@ -104,6 +120,10 @@ install "$extras"
 if [[ $verb == train ]]; then
     # In the script of a Slurm job, not in a step of it, which srun has already started.
     if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; fi
+    if [[ $config_file ]]; then
+        exec python -m sft_pipeline.training.launch --config_file "$config_file" \
+            ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} -m sft_pipeline "$@"
+    fi
     processes=${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     if [[ $processes -gt 1 ]]; then
         threads=$(python -c "import os; print(max(1, (os.cpu_count() or 1) // $processes))")

@@ -296,7 +296,7 @@ def build_config_record(args: SFTConfig) -> dict[str, Any]:
     # Creating the arguments sets up the device and the process group of this process; with other values of use_cpu
     # and ddp_backend it would break a distributed run.
     default = SFTConfig(args.output_dir, use_cpu=args.use_cpu, ddp_backend=args.ddp_backend).to_dict()
-    default |= {"use_cpu": False, "ddp_backend": None}
+    default |= {"use_cpu": False, "ddp_backend": None, "bf16": False, "fp16": False}
     own_keys = [key.name for key in dataclasses.fields(SFTArguments)]
     values = args.to_dict()
     changed = [key for key in values if key in RECORDED_KEYS or values[key] != default.get(key)]

@@ -5,16 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
-from sft_pipeline.config import DEFAULTS, parse_config
+from sft_pipeline.config import build_config_record, parse_config
+from sft_pipeline.training.sft_trainer import set_evaluation_arguments
 from sft_pipeline.utils.errors import SFTError
 
-CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 NEEDED = "model_name_or_path: m\ntrain_data: rows.json\n"
 
 
@@ -69,8 +67,13 @@ def test_the_reference_run():
 def test_defaults_of_the_package_and_of_transformers(write):
     args = parse_config(write(""), [])
     assert (args.template, args.train_on, args.overlong, args.max_length) == ("chat", "all", "drop", 1024)
-    for key in ("logging_steps", "logging_first_step", "disable_tqdm", "logging_nan_inf_filter"):
-        assert getattr(args, key) == DEFAULTS[key], key
+    assert (args.logging_steps, args.logging_first_step, args.eval_strategy, args.eval_on_start) == (
+        10,
+        True,
+        "epoch",
+        True,
+    )
+    assert (args.disable_tqdm, args.logging_nan_inf_filter, args.log_on_each_node) == (False, False, False)
     assert args.per_device_train_batch_size == 8 and args.weight_decay == 0.0
     assert args.output_dir == "outputs/mine"
 
@@ -124,37 +127,26 @@ def test_fsdp_is_a_boolean(write, arguments):
     assert "Unknown `fsdp` option: sideways" in refusal(write("fsdp: sideways"))
 
 
-def test_a_dictionary_may_be_in_a_separate_file(write):
-    args = parse_config(write("fsdp: true"), ["--fsdp_config", str(CONFIG_FOLDER / "fsdp2.json")])
+def test_a_dictionary_may_be_in_a_separate_file(write, tmp_path):
+    file = tmp_path / "fsdp.json"
+    file.write_text('{"state_dict_type": "SHARDED_STATE_DICT"}')
+    args = parse_config(write("fsdp: true"), ["--fsdp_config", str(file)])
     assert args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     assert args.fsdp_plugin_args["reshard_after_forward"] is True
 
 
-def deepspeed_config(path: Path) -> HfDeepSpeedConfig:
-    """transformers' config, built without the package `deepspeed`, which its constructor requires but its methods do
-    not use."""
-    members = {name: value for name, value in vars(HfTrainerDeepSpeedConfig).items() if not name.startswith("__")}
-    config = type("Config", (HfDeepSpeedConfig,), members)(str(path))
-    config.mismatches, config._dtype = [], None
-    return config
-
-
-def test_the_deepspeed_config_is_filled_from_the_run(write, tiny_model):
-    keys = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\nmax_grad_norm: 0.5\n"
-    args = parse_config(write(keys + "bf16: true\nuse_cpu: true\n"), [])
-    config = deepspeed_config(CONFIG_FOLDER / "deepspeed_zero3.json")
-    config.trainer_config_process(args)
-    config.trainer_config_finalize(args, tiny_model, 10)
-    values = config.config
-    assert config.is_zero3() and config.dtype() == torch.bfloat16 and "auto" not in json.dumps(values)
-    assert (values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"]) == (2, 3)
-    assert (values["train_batch_size"], values["gradient_clipping"]) == (6, 0.5)
-    assert values["zero_optimization"]["reduce_bucket_size"] == tiny_model.config.hidden_size**2
+def test_the_precision_of_accelerates_file_is_recorded(write, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = parse_config(write(""))
+    assert args.bf16 and build_config_record(args)["bf16"] is True
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate always sets it: no wish of the user's
+    assert parse_config(write("bf16: true\nuse_cpu: true\n")).mixed_precision == "bf16"
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_key_without_the_package(write):
-    assert "deepspeed" in refusal(write(""), "--deepspeed", str(CONFIG_FOLDER / "deepspeed_zero3.json"))
+def test_deepspeed_key_without_the_package(write, tmp_path):
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert "deepspeed" in refusal(write(""), "--deepspeed", str(tmp_path / "zero3.json"))
     unset_hf_deepspeed_config()  # transformers keeps the partly built config
 
 
@@ -168,16 +160,18 @@ def test_without_a_file():
     assert (args.model_name_or_path, args.output_dir) == ("m", "outputs/run")
 
 
-def test_evaluation_is_on_where_there_are_rows(write):
-    _, without = parse_config(write(""), [])
-    assert not without.eval_on_start and without.eval_strategy == IntervalStrategy.NO
-    _, configured = parse_config(write("eval_strategy: steps\neval_steps: 3\n"), [])
-    assert configured.eval_strategy == IntervalStrategy.NO
-    for key in ("held_out: 2\n", "eval_data: held.json\n"):
-        args = parse_config(write(key), [])
-        assert args.eval_on_start and args.eval_strategy == IntervalStrategy.EPOCH
-        args = parse_config(write(key + "eval_strategy: steps\neval_steps: 3\n"), [])
-        assert args.eval_strategy == IntervalStrategy.STEPS
+def test_evaluation_is_off_without_held_out_rows(write):
+    """As SFTTrainer finds out; a strategy of the user's own stays where there are rows."""
+    for text, strategy in (
+        ("", "epoch"),
+        ("eval_strategy: steps\neval_steps: 3\n", "steps"),
+        ("eval_strategy: no", "no"),
+    ):
+        with_rows, without = parse_config(write(text)), parse_config(write(text))
+        set_evaluation_arguments(with_rows, has_held_out_rows=True)
+        set_evaluation_arguments(without, has_held_out_rows=False)
+        assert with_rows.eval_on_start and with_rows.eval_strategy == strategy
+        assert not without.eval_on_start and without.eval_strategy == IntervalStrategy.NO
 
 
 @pytest.mark.parametrize(
@@ -193,7 +187,7 @@ def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
 
 
 def test_an_extra_positional_argument(write):
-    assert refusal(write(""), "stray").startswith("the command line: unknown key stray;")
+    assert refusal(write(""), "stray") == "the command line: stray belongs to no key; a config file comes first"
 
 
 def test_missing_keys():

@@ -66,6 +66,8 @@ def iterate_commands(line: str) -> Iterator[list[str]]:
 def remove_launcher(words: list[str]) -> list[str]:
     """Return what follows ./launch.sh or `-m sft_pipeline`, whichever launcher precedes it."""
     words = words[next((index for index, word in enumerate(words) if "=" not in word), len(words)) :]
+    if words[:2] == ["./launch.sh", "--config_file"]:
+        return words[3:]
     if words[:1] in (["./launch.sh"], ["sft-pipeline"]):
         return words[1:]
     is_launched = words[:1] and words[0] in ("python", "accelerate", "torchrun", "srun")
@@ -112,7 +114,8 @@ def test_commands_are_found_and_wrong_ones_reported():
     text += "```\n$ echo 'a b' | ./launch.sh chat out\n```\n"
     text += "```bash\nNUM=2 torchrun --nproc_per_node 2 -m sft_pipeline train CONFIG --lorra true  # why\nit's\n```\n"
     text += "- a point\n    ./launch.sh nothing\n- `accelerate launch -m\n  sft_pipeline preview CONFIG`"
-    first, chat, third, fourth = [words for line in iterate_code(text) for words in iterate_commands(line)]
+    text += " and `./launch.sh --config_file FILE train CONFIG --lora`"
+    first, chat, third, fourth, fifth = [words for line in iterate_code(text) for words in iterate_commands(line)]
     assert first == ["train", "configs/no.yaml"] and find_problem(first) == "no config file configs/no.yaml"
     assert chat == ["chat", "out"] and find_problem(chat) is None
     assert third == ["train", "CONFIG", "--lorra", "true"] and "--lorra" in find_problem(third)
@@ -120,6 +123,7 @@ def test_commands_are_found_and_wrong_ones_reported():
     assert find_problem(["chat", "out", "--top_x", "1"]) == "unknown: ['--top_x', '1']"
     assert find_problem(["tain", "CONFIG"]) == "does not parse: ['tain', 'CONFIG']"
     assert fourth == ["preview", "CONFIG"] and find_problem(fourth) is None
+    assert fifth == ["train", "CONFIG", "--lora"] and find_problem(fifth) is None
     assert len(DOCUMENTED_COMMANDS) > 10 and {"test", "lint"} <= LAUNCHER_COMMANDS and COMMANDS >= CONFIG_COMMANDS
 
 
@@ -154,9 +158,9 @@ def test_links_and_pictures_resolve(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_named_scripts_and_tests_exist(path):
+def test_named_files_exist(path):
     text = path.read_text(encoding="utf-8")
-    names = set(re.findall(r"\b(?:benchmarks|tests)/[\w/]+\.py\b", text))
+    names = set(re.findall(r"\b(?:benchmarks|tests)/[\w/]+\.py\b|\bconfigs/accelerate/\w+\.yaml\b", text))
     assert [name for name in sorted(names) if not (ROOT / name).is_file()] == []
 
 

@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from sft_pipeline.cli import _print_error_once
 from sft_pipeline.commands.verify_resume import compare_checkpoints
@@ -21,19 +20,16 @@ from sft_pipeline.runs.output_dir import RESULTS_FILE
 from sft_pipeline.training import launch
 
 ROOT = Path(__file__).parents[2]
+CONFIG_FILES = ROOT / "configs" / "accelerate"
 LAUNCHER = ["sft_pipeline.training.launch", "--nproc_per_node", "2"]
 STEPS = 5
-
-
-def failure(exitcode: int) -> ProcessFailure:
-    return ProcessFailure(local_rank=1, pid=9, exitcode=exitcode, error_file="none")
 
 
 @pytest.mark.parametrize(
     ("exitcode", "status"), [(1, 1), (2, 2), (75, 75), (-signal.SIGKILL, 137), (-signal.SIGTERM, 143)]
 )
 def test_the_status_is_that_of_the_worker_that_failed_first(exitcode, status, capsys):
-    assert launch._report_failure(1, failure(exitcode)) == status
+    assert launch._report_failure(1, exitcode) == status
     errors = capsys.readouterr().err
     assert errors == (
         "" if exitcode > 0 else f"sft-pipeline: process 1 was killed by {signal.Signals(-exitcode).name}\n"
@@ -128,23 +124,28 @@ def prepare_environment(folder: Path) -> dict[str, str]:
     return {"VIRTUAL_ENV": str(folder), "NUM_PROCESSES": "2"}
 
 
+def build_accelerate_options(name: str) -> list[str]:
+    """Return the options for two processes with a config file, on a free port."""
+    return [f"--config_file={CONFIG_FILES / name}.yaml", "--num_processes=2", "--main_process_port=0"]
+
+
+def build_accelerate_command(name: str) -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch", *build_accelerate_options(name), "-m", "sft_pipeline"]
+
+
 STARTERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "sft_pipeline"],
-    "accelerate": [
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
-        *("--mixed_precision=no", "--dynamo_backend=no", "-m", "sft_pipeline"),
-    ],
-    "launch.sh": [],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "sft_pipeline"],
+    "accelerate launch, cpu": build_accelerate_command("cpu"),
+    "launch.sh": [str(ROOT / "launch.sh")],
+    "launch.sh, multi_gpu": [str(ROOT / "launch.sh"), "--config_file", str(CONFIG_FILES / "multi_gpu.yaml")],
 }
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", STARTERS)
 def test_two_processes_train_like_one(name, config, single_process_weights, tmp_path):
-    words, environment = [sys.executable, *STARTERS[name]], {}
-    if name == "launch.sh":
-        words, environment = [str(ROOT / "launch.sh")], prepare_environment(tmp_path)
-    output, errors = wait_for_end(start_run(words, config, tmp_path / "out", **environment), 0)
+    environment = prepare_environment(tmp_path) if name.startswith("launch.sh") else {}
+    output, errors = wait_for_end(start_run(STARTERS[name], config, tmp_path / "out", **environment), 0)
     assert output.count("saved in") == 1, "only one process prints"
     assert "2 processes (gloo), the whole model on each" in errors
     assert json.loads((tmp_path / "out" / RESULTS_FILE).read_text())["steps"] == STEPS
@@ -154,13 +155,14 @@ def test_two_processes_train_like_one(name, config, single_process_weights, tmp_
 
 @pytest.mark.real
 def test_two_processes_with_a_sharded_model_train_like_one(config, single_process_weights, tmp_path):
-    """With the keys and the config file of docs/devices.md; then one process resumes."""
-    out, keys = tmp_path / "out", ["--fsdp", "--fsdp_config", "configs/fsdp2.json"]
-    _, errors = wait_for_end(start_run(build_command(), config, out, *keys), 0)
+    """With the command of docs/devices.md; then one process resumes."""
+    out = tmp_path / "out"
+    _, errors = wait_for_end(start_run(build_accelerate_command("fsdp2"), config, out), 0)
     assert "2 processes (gloo), the model sharded across them (FSDP2)" in errors
     assert "forward and backward are fused in 2 layers" in " ".join(errors)
     for key, weight in load_weights(out).items():
         torch.testing.assert_close(weight, single_process_weights[key], rtol=0, atol=1e-5)
+    assert (out / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir(), "each process saved its shard"
     resume = [f"--resume_from_checkpoint={out / 'checkpoint-2'}", "--gradient_accumulation_steps=2"]
     wait_for_end(start_run([sys.executable, "-m", "sft_pipeline"], config, tmp_path / "alone", *resume), 0)
     for key, weight in load_weights(tmp_path / "alone").items():
@@ -174,9 +176,11 @@ def test_an_error_is_printed_in_one_line(config, tmp_path):
 
 
 @pytest.mark.real
-def test_sigterm_reaches_the_workers_and_the_run_resumes(config, single_process_weights, tmp_path):
+@pytest.mark.parametrize("options", [LAUNCHER[1:], build_accelerate_options("fsdp2")], ids=["torchrun", "accelerate"])
+def test_sigterm_reaches_the_workers_and_the_run_resumes(options, config, tmp_path):
     out, auto = tmp_path / "out", "--resume_from_checkpoint=auto"
-    run = start_run(build_command(), config, out, auto, "--max_steps=100000", "--save_steps=1", "--save_total_limit=2")
+    command = [sys.executable, "-m", LAUNCHER[0], *options, "-m", "sft_pipeline"]
+    run = start_run(command, config, out, auto, "--max_steps=100000", "--save_steps=1", "--save_total_limit=2")
     while run.poll() is None and not (out / "checkpoint-1").is_dir():
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
@@ -184,7 +188,7 @@ def test_sigterm_reaches_the_workers_and_the_run_resumes(config, single_process_
     matches = [re.fullmatch(r"sft-pipeline: SIGTERM: saved \S+-(\d+); .*", line) for line in errors]
     [saved] = [int(match[1]) for match in matches if match]
     assert "Traceback" not in "".join(errors)
-    wait_for_end(start_run(build_command(), config, out, auto, f"--max_steps={saved + 2}"), 0)
+    wait_for_end(start_run(command, config, out, auto, f"--max_steps={saved + 2}"), 0)
     assert json.loads((out / RESULTS_FILE).read_text())["steps"] == saved + 2
 
 

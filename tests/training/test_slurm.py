@@ -44,12 +44,13 @@ def submit(slurm, model_folder, tmp_path_factory):
     environment = {"VIRTUAL_ENV": str(path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"OMP_NUM_THREADS": "1"}
 
-    def submit_job(name: str, nodes: int, *overrides: str) -> tuple[str, Path]:
+    def submit_job(name: str, nodes: int, *overrides: str, options: tuple[str, ...] = ()) -> tuple[str, Path]:
+        """options: those of launch.sh itself, before `train`."""
         folder = path / name
         folder.mkdir()
         keys = [f"--output_dir={folder / 'out'}", f"--per_device_train_batch_size={ROWS_PER_STEP // nodes}", *overrides]
         sbatch = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={folder / 'log'}"]
-        return slurm.run(*sbatch, "launch.sh", "train", path / "tiny.yaml", *keys, **environment), folder
+        return slurm.run(*sbatch, "launch.sh", *options, "train", path / "tiny.yaml", *keys, **environment), folder
 
     return submit_job
 
@@ -113,6 +114,15 @@ def test_an_interrupted_job_is_requeued_and_ends_like_an_uninterrupted_one(inter
     log = (folder / "log").read_text()
     [(path, step)] = re.findall(r"SIGTERM: saved (.+-(\d+)); resume with --resume_from_checkpoint auto", log)
     assert path == str(folder / "out" / f"checkpoint-{step}") and SAVE_STEPS <= int(step) < STEPS
+    assert_same_end(uninterrupted[2], folder)
+
+
+def test_launchers_of_a_config_file_train_save_and_resume_like_processes_of_slurm(slurm, submit, uninterrupted):
+    job, folder = submit("launchers", 2, options=("--config_file", "configs/accelerate/cpu.yaml"))
+    wait_for_checkpoint(folder)
+    slurm.run("scontrol", "requeue", job)
+    wait_for_end(slurm, job, folder)
+    assert slurm.get_field(job, "Restarts") == "1" and "SIGTERM: saved" in (folder / "log").read_text()
     assert_same_end(uninterrupted[2], folder)
 
 
