@@ -25,8 +25,8 @@ fi
 environment() { # use the active virtual environment, or .venv
     if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
         if [[ ! -x $root/.venv/bin/python ]]; then
-            python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-                echo "launch.sh: needs Python 3.10 or newer, python3 is $(python3 --version)" >&2
+            python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+                echo "launch.sh: needs Python 3.11 or newer, python3 is $(python3 --version)" >&2
                 exit 2
             }
             echo "creating $root/.venv" >&2
@@ -115,7 +115,7 @@ if [[ $verb == lint ]]; then
     exec mypy
 fi
 extras=lora,plot,judge
-if [[ $verb == dashboard || " $* " == *" --report_to"* ]]; then extras+=,track; fi
+if [[ $verb == dashboard || " $* " == *" --report_to"*trackio* ]]; then extras+=,track; fi
 install "$extras"
 if [[ $verb == train ]]; then
     # In the script of a Slurm job, not in a step of it, which srun has already started.

@@ -29,7 +29,7 @@ from sft_pipeline.utils.files import get_cache_dir
 
 PACKAGE = "sft_pipeline"
 INSTALL = "pip install -c constraints.txt -e"
-EXTRAS = {"lora": ["peft"], "judge": ["openai"], "track": ["wandb", "trackio"], "plot": ["matplotlib"]}
+EXTRAS = {"lora": ["peft"], "judge": ["openai"], "track": ["trackio"], "plot": ["matplotlib"]}
 MIN_DISK_GIB = 2.0  # weights and optimizer state of the smallest model take 1.5
 HUB_TIMEOUT = 5.0  # seconds
 
@@ -76,16 +76,16 @@ def _format_value(value: Any) -> str:
 
 
 def list_findings() -> Iterator[Finding]:
-    """Run all checks in order; those that need torch are left out if a requirement is not met."""
+    """Run all checks in order; those that import a requirement are left out if one is not met."""
     yield Finding("python", platform.python_version(), platform.platform())
     requirements = [_check_requirement(requirement) for requirement in _list_requirements()]
     yield from requirements
     yield from (_check_extra(extra, names) for extra, names in EXTRAS.items())
     if not any(finding.fatal for finding in requirements):
         yield from _check_hardware()
+        yield _check_wandb_mode()
+        yield _check_hub()
     yield from _check_disks()
-    yield _check_wandb()
-    yield _check_hub()
 
 
 def _list_requirements() -> list[Any]:
@@ -185,23 +185,21 @@ def _check_disks() -> Iterator[Finding]:
         yield Finding(name, free, f"free in {folder}", advice, fatal=bool(advice))
 
 
-def _check_wandb() -> Finding:
+def _check_wandb_mode() -> Finding:
     """Report whether `report_to: wandb` would be online; looks for a local account, without a request or a prompt."""
     mode = os.environ.get("WANDB_MODE", "online")
-    if not _get_version("wandb"):
-        return Finding("wandb", "not installed")
     if mode != "online":
-        return Finding("wandb", mode)
+        return Finding("wandb_mode", mode)
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     try:
         has_account = wandb.login(prompt=False, verify=False)
     except wandb.Error as error:  # the key is malformed
-        return Finding("wandb", "offline", format_error(error), "fix WANDB_API_KEY")
+        return Finding("wandb_mode", "offline", format_error(error), "fix WANDB_API_KEY")
     if has_account:
-        return Finding("wandb", "online")
-    return Finding("wandb", "offline", "no account here", "set WANDB_API_KEY or run `wandb login`")
+        return Finding("wandb_mode", "online")
+    return Finding("wandb_mode", "offline", "no account here", "set WANDB_API_KEY or run `wandb login`")
 
 
 def _check_hub() -> Finding:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 TRACKERS_FILE = "trackers.json"
 NO_STEP = -1  # nothing is logged yet, not even the evaluation at step 0
-INSTALL = 'pip install -e ".[track]"'  # wandb and trackio
+INSTALL = 'pip install -e ".[track]"'  # trackio
 INIT_TIMEOUT = 30.0  # seconds to reach the server of wandb
 FINISH_TIMEOUT = 120.0  # seconds to upload at the end of the run; `wandb sync` uploads what is missing then
 # What transformers logs once at the end of a run and does not send to trackio, which has no summary of a run.
@@ -60,7 +60,7 @@ def drop_missing_trackers(training: TrainingArguments) -> None:
             choices = ", ".join(INTEGRATION_TO_CALLBACK)
             raise SFTError(f"report_to: unknown tracker {name}; choose from {choices}, or none")
         if name not in get_available_reporting_integrations():
-            remedy = INSTALL if name in ("wandb", "trackio") else f"pip install {name}"
+            remedy = INSTALL if name == "trackio" else f"pip install {name}"
             logger.warning("%s is not installed (%s); training continues without it", name, remedy)
             names.remove(name)
     if "wandb" in names:

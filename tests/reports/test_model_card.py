@@ -1,9 +1,9 @@
 """Model card: results, data and licences of an exported run."""
 
+import importlib.metadata
 import json
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from support.exported_runs import remember_runs
 
@@ -37,7 +37,7 @@ def test_the_card_has_the_results_of_the_run(trained, tmp_path):
     cells = f"{change['before']:.3f} | {change['after']:.3f} | {change['difference']:+.3f}"
     assert f"| held-out loss, nats/token | {cells} |" in text
     assert "| `learning_rate` | 0.03 |" in text and "| `system_prompt` | You are 冬瓜. |" in text
-    assert f"torch {torch.__version__}" in text and "This model: not stated." in text
+    assert f"torch {importlib.metadata.version('torch')}" in text and "This model: not stated." in text
     assert "lora" not in text
 
 

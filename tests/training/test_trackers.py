@@ -9,6 +9,7 @@ import signal
 import socket
 import sqlite3
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -352,15 +353,25 @@ def make_arguments(*report_to: str) -> SimpleNamespace:
 
 def test_trackers_that_are_not_installed_are_removed_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard"])
-    args = make_arguments("wandb", "tensorboard", "mlflow")
+    args = make_arguments("trackio", "tensorboard", "mlflow")
     drop_missing_trackers(args)
     assert args.report_to == ["tensorboard"]
     assert caplog.messages == [
-        f"wandb is not installed ({INSTALL}); training continues without it",
+        f"trackio is not installed ({INSTALL}); training continues without it",
         "mlflow is not installed (pip install mlflow); training continues without it",
     ]
     with pytest.raises(SFTError, match="report_to: unknown tracker wand; choose from azure_ml, .*, or none"):
         drop_missing_trackers(make_arguments("wand"))
+
+
+def test_a_run_without_report_to_imports_no_tracker(write_config, tmp_path):
+    config = write_config(tmp_path, 2, max_steps=1, output_dir=str(tmp_path / "out"))
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if not line.startswith("report_to")))
+    command = [sys.executable, "-X", "importtime", "-m", "sft_pipeline", "train", str(config)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines() if "|" in line}
+    assert "transformers" in imported and not {"wandb", "trackio"} & imported
 
 
 def test_a_tracker_that_fails_is_removed_with_one_warning(caplog):
@@ -514,7 +525,8 @@ def test_an_upload_that_takes_too_long_ends_with_a_warning(slow, monkeypatch, ca
 
 @pytest.mark.real
 def test_the_real_wandb_goes_offline_if_the_server_does_not_respond(monkeypatch, tmp_path, offline, caplog):
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     caplog.set_level("INFO", "sft_pipeline")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -533,7 +545,8 @@ def test_the_real_wandb_goes_offline_if_the_server_does_not_respond(monkeypatch,
 
 def test_the_real_wandb_does_not_prompt_in_a_terminal(monkeypatch, tmp_path, offline):
     """Without a key, and with a terminal, the real `login` returns False."""
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_MODE", "online")
