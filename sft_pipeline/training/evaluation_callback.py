@@ -116,7 +116,7 @@ class EvaluationCallback(TrainerCallback):
         for results in self.evaluations:
             self._budget.restore(results)
             if state.is_world_process_zero and results.step > last_tracked_step:
-                send_table(results.table, args, results.step)
+                send_table(results.table, self.trainer, results.step)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._step_start = time.perf_counter()
@@ -150,7 +150,7 @@ class EvaluationCallback(TrainerCallback):
         self._log_metrics(results)
         if state.is_world_process_zero:
             results.write(self.folder / (get_step_file(step) if best_step is None else BEST_FILE))
-            send_table(results.table, args, state.global_step)
+            send_table(results.table, self.trainer, state.global_step)
             if self.questions and not args.disable_tqdm:
                 tqdm.write(f"step {step}: {describe_results(results, len(self.questions))}")
 

@@ -60,7 +60,7 @@ from sft_pipeline.runs.trained_model import save_template_settings
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory import set_malloc_options
-from sft_pipeline.training.trackers import drop_missing_trackers, start_trackers
+from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_json
@@ -150,6 +150,7 @@ class SFTTrainer(SupervisedTrainer):
             raise SFTError(
                 "lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of the two off"
             )
+        guard_trackers(self)
         held_out = self.data.held_out_messages
         self.evaluation = EvaluationCallback(
             self,

@@ -1,6 +1,7 @@
 """Log to the trackers named in `report_to`: one tracker run across resumes, and no tracker failure ends training.
 
-    drop_missing_trackers(training)                         # before the trainer is created
+    drop_missing_trackers(args)                             # before the trainer is created
+    guard_trackers(trainer)
     with start_trackers(trainer, checkpoint, {"data": stats}):
         trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -52,9 +53,9 @@ SUMMARY_METRICS = ("train_runtime", "train_samples_per_second", "train_steps_per
 TOKEN_OPTION = re.compile(r"(--[\w-]*token)(=.*)?")
 
 
-def drop_missing_trackers(training: TrainingArguments) -> None:
+def drop_missing_trackers(args: TrainingArguments) -> None:
     """Remove trackers that are not installed from `report_to`, with a warning. Raises SFTError for an unknown name."""
-    names = get_trackers(training)
+    names = get_trackers(args)
     for name in list(names):
         if name not in INTEGRATION_TO_CALLBACK:
             choices = ", ".join(INTEGRATION_TO_CALLBACK)
@@ -73,18 +74,21 @@ def start_trackers(trainer: Trainer, checkpoint: str | None, config: dict[str, A
     """Start the trackers, and finish them at the end. config: sent to wandb and trackio beside the arguments."""
     args, run_name = trainer.args, _resolve_run_name(trainer.args, checkpoint)
     args.run_name = args.run_name or run_name
-    callbacks = _wrap_callbacks(trainer, config)
+    callbacks = list_guarded_callbacks(trainer)
+    names = [callback.name for callback in callbacks]
+    for callback in callbacks:
+        callback.config = config
     wandb_run = None
-    if "wandb" in callbacks and trainer.is_world_process_zero():
+    if "wandb" in names and trainer.is_world_process_zero():
         wandb_run = call_tracker("wandb", args, partial(_start_wandb, run_name, args))
-    if "trackio" in callbacks:
+    if "trackio" in names:
         logger.info("trackio: run %s, project %s; view it with ./launch.sh dashboard", args.run_name, args.project)
     status = 1
     try:
         yield
         status = 0
     finally:
-        for callback in callbacks.values():
+        for callback in callbacks:
             callback.close()
         if wandb_run is not None:
             call_tracker("wandb", args, partial(_finish_wandb, wandb_run, status))
@@ -119,21 +123,29 @@ def call_tracker(name: str, args: TrainingArguments, call: Callable[[], Any]) ->
 class GuardedCallback:
     """Wrap a tracker callback of transformers so that every event goes through `call_tracker`.
 
-    `on_train_end` is put off until `close`, since the last evaluation is logged after the end of training.
+    Nothing is sent before `on_train_begin` and after `close`: an evaluation then starts no tracker. `on_train_end` is
+    put off until `close`, since the last evaluation is logged after the end of training. `config` is sent to wandb and
+    trackio beside the arguments.
     """
 
-    def __init__(self, name: str, callback: TrainerCallback, config: dict[str, Any]) -> None:
-        self.name, self.callback, self.config = name, callback, config
+    def __init__(self, name: str, callback: TrainerCallback) -> None:
+        self.name, self.callback, self.config, self.is_open = name, callback, dict[str, Any](), False
         self._call_train_end: Callable[[], Any] = lambda: None
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         method = getattr(self.callback, event)
-        return lambda args, *more, **kwargs: call_tracker(self.name, args, partial(method, args, *more, **kwargs))
+
+        def call(args: TrainingArguments, *more: Any, **kwargs: Any) -> None:
+            if self.is_open:
+                call_tracker(self.name, args, partial(method, args, *more, **kwargs))
+
+        return call
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the tracker, send the config, and log again what a resumed run may have lost."""
+        self.is_open = True
         call_tracker(self.name, args, partial(self.callback.on_train_begin, args, state, control, **kwargs))
         if not state.is_world_process_zero:
             return
@@ -155,18 +167,20 @@ class GuardedCallback:
     def close(self) -> None:
         """Call the `on_train_end` that was put off, if there was one."""
         self._call_train_end()
+        self.is_open = False
 
 
-def _wrap_callbacks(trainer: Trainer, config: dict[str, Any]) -> dict[str, GuardedCallback]:
-    """Replace each tracker callback of the trainer by a guarded one; return those by tracker name."""
+def guard_trackers(trainer: Trainer) -> None:
+    """Replace each tracker callback of the trainer by a guarded one."""
     names = {INTEGRATION_TO_CALLBACK[name]: name for name in get_trackers(trainer.args)}
     callbacks = trainer.callback_handler.callbacks
-    guarded = {}
     for index, callback in enumerate(callbacks):
         if name := names.get(type(callback)):
-            callback = StepTrackioCallback() if name == "trackio" else callback
-            guarded[name] = callbacks[index] = GuardedCallback(name, callback, config)
-    return guarded
+            callbacks[index] = GuardedCallback(name, StepTrackioCallback() if name == "trackio" else callback)
+
+
+def list_guarded_callbacks(trainer: Trainer) -> list[GuardedCallback]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GuardedCallback)]
 
 
 class StepTrackioCallback(TrackioCallback):
@@ -278,11 +292,12 @@ def _hide_secrets(argv: list[str]) -> None:
             argv[index + 1] = "***"
 
 
-def send_table(rows: list[dict[str, Any]], args: TrainingArguments, step: int) -> None:
+def send_table(rows: list[dict[str, Any]], trainer: Trainer, step: int) -> None:
     """Log a table to the trackers in use that support tables, at the step under which transformers logs metrics."""
+    closed = [callback.name for callback in list_guarded_callbacks(trainer) if not callback.is_open]
     for name in ("wandb", "trackio"):
-        if rows:
-            call_tracker(name, args, partial(_log_table, name, rows, step))
+        if rows and name not in closed:
+            call_tracker(name, trainer.args, partial(_log_table, name, rows, step))
 
 
 def _log_table(name: str, rows: list[dict[str, Any]], step: int) -> None:

@@ -311,12 +311,12 @@ def test_only_entries_after_the_last_step_are_logged_again(tmp_path):
         {"eval_loss": 1.5, "step": 6},
     ]
     state = TrainerState(global_step=6, is_world_process_zero=True, log_history=history)
-    GuardedCallback("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("mlflow", callback).on_train_begin(args, state, TrainerControl())
     args.report_to.append("mlflow")
-    GuardedCallback("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("mlflow", callback).on_train_begin(args, state, TrainerControl())
     assert seen == [(6, {"loss": 1.0}), (6, {"eval_loss": 1.5})] and state.global_step == 6
     state.is_world_process_zero = False
-    GuardedCallback("mlflow", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("mlflow", callback).on_train_begin(args, state, TrainerControl())
     assert len(seen) == 2
 
 
@@ -382,7 +382,7 @@ def test_a_tracker_that_fails_is_removed_with_one_warning(caplog):
         on_train_begin = on_train_end = on_log
 
     args, state = make_arguments("trackio", "wandb"), TrainerState(is_world_process_zero=True)
-    guarded = GuardedCallback("trackio", Broken(), {})
+    guarded = GuardedCallback("trackio", Broken())
     for event in (guarded.on_train_begin, guarded.on_log, guarded.on_log, guarded.on_train_end):
         assert event(args, state, TrainerControl(), logs={}) is None
     guarded.close()
@@ -397,23 +397,31 @@ def test_a_tracker_that_cannot_start_does_not_end_training(monkeypatch, tmp_path
     args = TrainingArguments(str(tmp_path), report_to=["wandb"], use_cpu=True)
     callback = SimpleNamespace(on_train_begin=lambda *args, **kwargs: None)
     state = TrainerState(is_world_process_zero=True)
-    GuardedCallback("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("wandb", callback).on_train_begin(args, state, TrainerControl())
     assert args.report_to == [] and caplog.messages == [
         "wandb failed (division by zero); training continues without it"
     ]
-    GuardedCallback("wandb", callback, {}).on_train_begin(args, state, TrainerControl())
+    GuardedCallback("wandb", callback).on_train_begin(args, state, TrainerControl())
     assert len(caplog.messages) == 1
 
 
 def test_on_train_end_is_called_after_the_last_evaluation():
     calls = []
     callback = SimpleNamespace(on_log=lambda *args: calls.append("log"), on_train_end=lambda *args: calls.append("end"))
-    guarded = GuardedCallback("mlflow", callback, {})
+    callback.on_train_begin = lambda *args: None
+    guarded = GuardedCallback("mlflow", callback)
     guarded.close()
+    guarded.on_log(make_arguments("mlflow"), None, None)
+    guarded.on_train_begin(make_arguments("mlflow"), TrainerState(is_world_process_zero=False), None)
     guarded.on_train_end(make_arguments("mlflow"), None, None)
     guarded.on_log(make_arguments("mlflow"), None, None)
     guarded.close()
+    guarded.on_log(make_arguments("mlflow"), None, None)  # an evaluation before or after training is not tracked
     assert calls == ["log", "end"]
+
+
+def build_trainer_with(args, *callbacks) -> SimpleNamespace:
+    return SimpleNamespace(args=args, callback_handler=SimpleNamespace(callbacks=callbacks))
 
 
 def test_tables_go_only_to_trackers_in_use(monkeypatch, caplog):
@@ -424,16 +432,18 @@ def test_tables_go_only_to_trackers_in_use(monkeypatch, caplog):
         )
         monkeypatch.setitem(sys.modules, name, stand_in)
     rows = [{"answer": "a", "followed": None}, {"answer": "b", "followed": True}]
-    send_table(rows, make_arguments("trackio"), 7)
-    send_table(rows, make_arguments("mlflow"), 8)
-    send_table([], make_arguments("wandb"), 9)
-    send_table(rows, make_arguments("wandb"), 10)
+    send_table(rows, build_trainer_with(make_arguments("trackio")), 7)
+    send_table(rows, build_trainer_with(make_arguments("mlflow")), 8)
+    send_table([], build_trainer_with(make_arguments("wandb")), 9)
+    send_table(rows, build_trainer_with(make_arguments("wandb")), 10)
+    send_table(rows, build_trainer_with(make_arguments("wandb"), GuardedCallback("wandb", None)), 11)  # not open
     assert logged == [
         ({"eval/table": rows, "train/global_step": 7}, {"step": 7}),
         ({"eval/table": rows, "train/global_step": 10}, {}),
     ]
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
-    send_table(rows, args := make_arguments("wandb"), 7)
+    args = make_arguments("wandb")
+    send_table(rows, build_trainer_with(args), 7)
     assert args.report_to == [] and "training continues without it" in caplog.text
 
 
