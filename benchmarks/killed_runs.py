@@ -33,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sft_pipeline.cli import main as run_cli
 from sft_pipeline.model.loading import load_tokenizer, resolve_model
-from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.files import get_cache_dir
 
@@ -118,7 +118,7 @@ def train_plain(plan: Plan, task: Path, output: Path) -> None:
 
 
 TRAINERS: dict[str, tuple[type[Trainer], Callable[[Plan, Path, Path], None]]] = {
-    "ours": (SupervisedTrainer, train_ours),
+    "ours": (SFTTrainer, train_ours),
     "plain": (Trainer, train_plain),
 }
 

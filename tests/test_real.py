@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,31 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
     chat(str(tmp_path / "out"), 16)
     output = capsys.readouterr()
     assert len([line for line in output.out.splitlines() if line.strip()]) >= 2 and "no answer" not in output.err
+
+
+@pytest.mark.real
+def test_two_processes_of_accelerate_train_the_quickstart_like_one(tmp_path, monkeypatch):
+    """The config as it is, without `use_cpu`: on a machine without accelerators the processes join over gloo."""
+    monkeypatch.delenv("SFT_PIPELINE_CACHE")
+    keys = {"max_steps": 3, "logging_steps": 1, "held_out": 4, "num_answers": 0, "num_instructions": 0}
+    words = ["-m", "sft_pipeline", "train", "configs/quickstart.yaml", *(f"--{key}={keys[key]}" for key in keys)]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port=0"]
+    launchers = {
+        "one": [sys.executable],
+        "multi_gpu": [*accelerate, "--multi_gpu", "--num_processes=2"],
+        "file": [*accelerate, "--config_file=configs/accelerate/cpu.yaml"],
+    }
+    losses = {}
+    for name, launcher in launchers.items():
+        rows = 4 if name == "one" else 2
+        options = [f"--per_device_train_batch_size={rows}", f"--output_dir={tmp_path / name}"]
+        subprocess.run([*launcher, *words, *options], cwd=ROOT, check=True)
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [entry.get("loss", entry.get("eval_loss")) for entry in history]
+        losses[name] = [loss for loss in losses[name] if loss is not None]
+    assert len(losses["one"]) == 5  # three steps, held out before and after
+    assert losses["multi_gpu"] == pytest.approx(losses["one"], rel=1e-5)
+    assert losses["file"] == pytest.approx(losses["one"], rel=1e-5)
 
 
 @pytest.mark.real

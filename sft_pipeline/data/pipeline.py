@@ -64,8 +64,7 @@ def prepare_data(
 
 def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
     """Check and measure rows that are encoded already. There are no held-out conversations to answer."""
-    given = [rows for rows in (train_rows, eval_rows) if rows is not None]
-    if train_rows is None or args.eval_data or not all(map(is_encoded, given)):
+    if args.eval_data or not is_encoded(train_rows) or not (eval_rows is None or is_encoded(eval_rows)):
         raise SFTError("train_dataset and eval_dataset: one of them is encoded; encode both or none of them")
     for key in ("held_out", "max_train_rows"):
         if getattr(args, key):

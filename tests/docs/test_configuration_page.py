@@ -4,7 +4,10 @@ import dataclasses
 import re
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.config import RECORDED_KEYS, SFTConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 SECTION = TEXT[TEXT.index("## Keys of this project") : TEXT.index("## The rows of a step")]
@@ -38,3 +41,15 @@ def test_defaults_are_those_of_the_code():
             assert table[field.name] == ", ".join(default), field.name
         else:
             assert float(table[field.name]) == default, field.name
+
+
+def test_the_changed_defaults_are_listed():
+    names = [name for name in RECORDED_KEYS if name in SFTConfig.__annotations__]
+    ours, library = (
+        {key.name: key.default for key in dataclasses.fields(cls)} for cls in (SFTConfig, TrainingArguments)
+    )
+    sentence = " ".join(SECTION[SECTION.index("have another default here:") : SECTION.index("All others have")].split())
+    for name in names:
+        assert ours[name] != library[name], name
+        assert f"`{name}` {str(ours[name]).lower()}" in sentence, name
+    assert sentence.count("`") == 2 * len(names)
