@@ -107,7 +107,7 @@ class SFTArguments:
     num_answers: int = field(
         default=5,
         metadata={
-            "help": "Number of held-out prompts answered before training, at each evaluation and after training."
+            "help": "Number of held-out prompts answered before and after training; in between eval_answer_share limits it."
         },
     )
     num_instructions: int = field(
@@ -129,6 +129,12 @@ class SFTArguments:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that is already in output_dir."}
+    )
+    push_evaluation: bool = field(
+        default=False,
+        metadata={
+            "help": "With push_to_hub, also upload evaluations, report, preview and logs: text of rows and answers."
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that a model repository contains."}

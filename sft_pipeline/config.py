@@ -234,8 +234,12 @@ def _check_values(args: SFTConfig) -> None:
     if args.held_out < 0 or (args.held_out > 1 and args.held_out != int(args.held_out)):
         raise SFTError(f"held_out is {args.held_out}; give a whole number of rows, a share below 1, or 0")
     if args.push_to_hub and args.hub_strategy != "end":
-        # With the other strategies the library also pushes its pickled arguments.
+        # With the other strategies the library pushes the whole output folder at each checkpoint.
         raise SFTError(f"push_to_hub needs hub_strategy: end, it is {HubStrategy(args.hub_strategy).value}")
+    if args.push_evaluation and not args.push_to_hub:
+        raise SFTError("push_evaluation needs push_to_hub: true")
+    if args.trackio_static_space_id and not args.trackio_space_id:
+        raise SFTError("trackio_static_space_id needs trackio_space_id: the log of a local run is not published")
     if args.held_out and args.eval_data:
         raise SFTError("held_out and eval_data are both set; remove one of them")
     if args.lora and args.trainable_modules:

@@ -40,4 +40,4 @@ def export_model(folder: str, destination: Path, dtype: str = "float32", license
         copy_folder_permissions(staging)
         build_saved_tokenizer(template, system_prompt).save_pretrained(staging)
         save_template_settings(staging, template.name, system_prompt)
-        build_model_card(run, destination.name, dtype, license_id).save(staging / "README.md")
+        build_model_card(run.results, destination.name, dtype, license_id).save(staging / "README.md")

@@ -151,6 +151,7 @@ def train_variant(variant: StudyVariant) -> None:
     variant.config_file.write_text(text, encoding="utf-8")
     # An unfinished run is started again.
     options = ["--overwrite_output_dir", "--num_answers", "0", "--num_instructions", "0"]
+    options += ["--push_to_hub", "false", "--push_evaluation", "false"]  # the variants would share one repository
     command = [sys.executable, "-m", "sft_pipeline", "train", str(variant.config_file), *options]
     status = subprocess.run(command, check=False).returncode
     if status:

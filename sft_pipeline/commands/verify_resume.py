@@ -73,6 +73,7 @@ def _build_command(config_file: Path, steps: int) -> list[str]:
     keys = {"max_steps": 2 * steps, "save_strategy": "steps", "save_steps": steps, "logging_steps": 1}
     keys |= {"save_total_limit": 0, "save_only_model": "false", "load_best_model_at_end": "false"}
     keys |= {"early_stopping_patience": 0, "eval_strategy": "no", "eval_on_start": "false", "report_to": "none"}
+    keys |= {"push_to_hub": "false", "push_evaluation": "false"}
     keys |= {"num_answers": 0, "num_instructions": 0}
     overrides = [f"--{key}={value}" for key, value in keys.items()]
     return [sys.executable, "-m", "sft_pipeline", "train", str(config_file), *overrides]

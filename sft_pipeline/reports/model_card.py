@@ -1,4 +1,4 @@
-"""The model card of an exported run: base model and data with their licences, settings, and the changes of metrics.
+"""The model card of a run that is exported or pushed: base model and data with licences, settings, changes of metrics.
 
 The front matter is for the Hub: base model, licence, data sets, and the metrics as its `model-index`.
 """
@@ -6,6 +6,7 @@ The front matter is for the Hub: base model, licence, data sets, and the metrics
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
@@ -13,7 +14,6 @@ from sft_pipeline.data.sources import is_hub_name
 from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS
 from sft_pipeline.model.loading import PACKAGED
 from sft_pipeline.reports.console_summary import format_change
-from sft_pipeline.reports.run_results import RunResults
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 # The metrics of the model-index.
@@ -28,30 +28,36 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def build_model_card(run: RunResults, name: str, dtype: str, licence: str | None) -> ModelCard:
-    """Build the card of the model `name`. licence: an identifier of the Hub; None takes that of the base model."""
-    config = run.results["config"]
-    base, data = config["model_name_or_path"], [*config["train_data"], *config.get("eval_data", [])]
+def build_model_card(
+    results: dict[str, Any], name: str, dtype: str, licence: str | None, has_adapters: bool = False
+) -> ModelCard:
+    """Build the card of the model `name`. results: the content of a run's results.json.
+
+    licence: an identifier of the Hub; None takes that of the base model. has_adapters: the model is saved as adapters.
+    """
+    config = results["config"]
+    base, data = config["model_name_or_path"], [*config.get("train_data", []), *config.get("eval_data", [])]
     metadata = ModelCardData(
         model_name=name,
         base_model=_get_hub_model(base),
         license=licence or find_licence(base, "model"),
         datasets=[source for source in data if _is_on_hub(source)] or None,
-        library_name="transformers",
+        library_name="peft" if has_adapters else "transformers",
         pipeline_tag="text-generation",
         tags=["sft", "sft_pipeline"],
-        eval_results=_build_eval_results(run, data) or None,
+        eval_results=_build_eval_results(results, data) or None,
     )
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
         name=name,
         dtype=dtype,
-        base=_get_hub_model(base) or _hide_folders(base),
+        base=_get_hub_model(base) or _hide_folders(base) or "a model without a name",
         base_licence=find_licence(base, "model"),
         data=[(_hide_folders(source), find_licence(source, "dataset")) for source in data],
-        results=run.results,
-        changes=[format_change(metric, change) for metric, change in run.results["before_and_after"].items()],
+        results=results,
+        has_adapters=has_adapters,
+        changes=[format_change(metric, change) for metric, change in results["before_and_after"].items()],
         settings={key: config[key] for key in SETTINGS if config.get(key) and (config["lora"] or "lora" not in key)},
     )
 
@@ -62,6 +68,8 @@ def find_licence(name: str, kind: str) -> str | None:
 
     kind: "model" or "dataset".
     """
+    if not name:
+        return None  # a model or rows from a program, without a name
     if name in PACKAGED:
         return PACKAGED[name].licence
     path = Path(name).expanduser()
@@ -74,16 +82,16 @@ def find_licence(name: str, kind: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _build_eval_results(run: RunResults, data: list[str]) -> list[EvalResult]:
+def _build_eval_results(results: dict[str, Any], data: list[str]) -> list[EvalResult]:
     """Return the metrics of the saved model that the run has."""
-    values = run.results["metrics"] or {}
-    held_out = f"held-out rows of {', '.join(map(_hide_folders, data))}"
-    results = []
+    values = results["metrics"] or {}
+    held_out = f"held-out rows of {', '.join(map(_hide_folders, data))}" if data else "held-out rows"
+    eval_results = []
     for name in CARD_METRICS:
         if values.get(name) is None:
             continue
         is_instructions = name == INSTRUCTIONS_FOLLOWED
-        results.append(
+        eval_results.append(
             EvalResult(
                 task_type="text-generation",
                 dataset_type="instructions" if is_instructions else "held-out",
@@ -93,7 +101,7 @@ def _build_eval_results(run: RunResults, data: list[str]) -> list[EvalResult]:
                 metric_value=round(values[name], 4),
             )
         )
-    return results
+    return eval_results
 
 
 def _get_hub_model(name: str) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
 
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir
 from sft_pipeline.data.batch_sampler import count_row_tokens
@@ -58,7 +57,9 @@ from sft_pipeline.runs.output_dir import (
 )
 from sft_pipeline.runs.trained_model import save_template_settings
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
+from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.fsdp import gather_weights
+from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
@@ -158,6 +159,7 @@ class SFTTrainer(SupervisedTrainer):
             eval_answer_share=args.eval_answer_share,
         )
         self.add_callback(self.evaluation)
+        self.train_output: TrainOutput | None = None  # of the last call of `train`
         self._has_output_dir = False
         log_devices(self)
         if isinstance(collator, PackingCollator):
@@ -177,7 +179,7 @@ class SFTTrainer(SupervisedTrainer):
             logger.info("resuming from %s", checkpoint)
             self.args.eval_on_start = needs_evaluation(checkpoint, self.args)
         with start_trackers(self, checkpoint, describe_data(self.data)):
-            output = super().train(checkpoint, *args, **kwargs)
+            self.train_output = output = super().train(checkpoint, *args, **kwargs)
             if self.data.held_out is not None:
                 self._evaluate_final_model()
         return output
@@ -188,10 +190,11 @@ class SFTTrainer(SupervisedTrainer):
             self._create_output_dir()
         return super().evaluate(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, push: bool = True) -> None:
         """Save model and tokenizer, with the template that `chat`, `generate` and `evaluate` use.
 
-        With `lora_merge` the adapters are merged first, except in checkpoints.
+        With `lora_merge` the adapters are merged first, except in checkpoints. With `push_to_hub` a model that is saved
+        in the output folder is then uploaded, unless `push` is off.
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         if self.args.lora_merge and not _internal_call and hasattr(model, "merge_and_unload"):
@@ -199,6 +202,59 @@ class SFTTrainer(SupervisedTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and output_dir is not None:
             save_template_settings(Path(output_dir), self.template.name, self.args.system_prompt)
+        if self.args.push_to_hub and push and not _internal_call and output_dir in (None, self.args.output_dir):
+            upload_model(self, "Model save")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository `hub_model_id`: before training, so that a missing login is known by then."""
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            raise SFTError("push_to_hub needs hub_strategy: end")  # set after `args` was created
+        name = self.args.hub_model_id or get_output_dir(self.args).absolute().name
+        with convert_hub_errors(
+            f"no repository {name}", "check network and login (`hf auth login`), or turn push_to_hub off"
+        ):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and upload it, with tokenizer and card; with `push_evaluation` also the evaluations.
+
+        As in the library, except for the files that are uploaded: training/hub.py lists them. kwargs: of
+        `create_model_card`.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(push=False)
+        return upload_model(self, commit_message, blocking, token, revision, **kwargs)
+
+    def create_model_card(
+        self,
+        language: Any = None,
+        license: str | None = None,
+        tags: Any = None,
+        model_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write README.md of the output folder, from the results of the run; called by process 0.
+
+        tags: added to ours. Raises SFTError for the other options of the library, and before `train`.
+        """
+        if args or kwargs:
+            raise SFTError(
+                f"create_model_card: {', '.join(kwargs) or 'options'} not supported; edit {CARD_FILE} instead"
+            )
+        card = build_card(self, model_name, license)
+        card.data["language"] = language
+        card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
+        card.save(get_output_dir(self.args) / CARD_FILE)
 
     def _create_output_dir(self) -> str | None:
         """Create the output folder of this run, once; return the checkpoint to resume from, or None."""
@@ -287,9 +343,13 @@ def set_training_arguments(args: SFTConfig) -> None:
     """Set in place the arguments that follow from our model and data; on a CPU also configure malloc."""
     # All columns are inputs of the patched forward; the library would drop those not in the signature of the original.
     args.remove_unused_columns = False
-    # Every forward pass uses every parameter, also for a batch without targets, so DDP need not search for unused ones.
+    # Every forward pass uses every trained parameter (freeze_unreached), also for a batch without targets, so DDP need
+    # not search for unused ones.
     args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
     args.dataloader_pin_memory &= torch.accelerator.is_available()
+    if args.trackio_static_space_id is None:
+        # The library publishes trackio's log, with prompts and answers, as a Space when a model is pushed.
+        args.trackio_static_space_id = False
     if args.device.type == "cpu":
         set_malloc_options()
 
@@ -335,8 +395,3 @@ def describe_data(data: PreparedData) -> dict[str, Any]:
     stats = {"train": data.train_stats, "held_out": data.held_out_stats}
     shares = {name: split.supervised_tokens / split.tokens for name, split in stats.items() if split}
     return {"data": count_rows(data), "supervised_share": shares}
-
-
-def count_rows(data: PreparedData) -> dict[str, dict[str, Any] | None]:
-    """Return the counts of training and held-out rows: kept, dropped, tokens (data/encode.py, EncodingStats)."""
-    return {"train": asdict(data.train_stats), "held_out": asdict(data.held_out_stats) if data.held_out_stats else None}

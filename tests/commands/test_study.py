@@ -92,7 +92,7 @@ def study_results(config: str, *overrides: str) -> dict:
 
 
 def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
-    config = write(few_shot=1)
+    config = write(few_shot=1, push_to_hub=True, hub_strategy="end")  # the variants do not push: there is no hub here
     results = study_results(config)
     out = Path(config).parent / "out"
     names = ["untrained", "untrained, 1 examples", "4 rows", "4 rows, 1 examples", "attention", "attention, 1 examples"]

@@ -33,11 +33,11 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.real
 def test_verify_resume_finds_no_difference(config, tmp_path, caplog):
-    """With a config that names trackers, which get nothing."""
+    """With a config that names trackers and the hub, which get nothing."""
+    overrides = [f"--output_dir={tmp_path / 'out'}", "--report_to", "wandb", "trackio"]
+    overrides += ["--push_to_hub=true", "--hub_strategy=end", "--push_evaluation=true"]
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
-        assert (
-            verify_resume(str(config), 4, [f"--output_dir={tmp_path / 'out'}", "--report_to", "wandb", "trackio"]) == []
-        )
+        assert verify_resume(str(config), 4, overrides) == []
     message = r"8 steps, compared with 4, a kill, and 4 more: \d+ values compared, 0 differ"
     assert re.fullmatch(message, caplog.messages[-1])
     assert names(tmp_path) == ["out-verify-resume"]
