@@ -107,7 +107,7 @@ class SFTArguments:
     num_answers: int = field(
         default=5,
         metadata={
-            "help": "Number of held-out prompts answered before and after training; in between eval_answer_share limits it."
+            "help": "Number of held-out prompts answered before and after training; eval_answer_share limits it between."
         },
     )
     num_instructions: int = field(
