@@ -106,9 +106,7 @@ class SFTArguments:
     num_proc: int = field(default=2, metadata={"help": "Number of processes that encode rows."})
     num_answers: int = field(
         default=5,
-        metadata={
-            "help": "Number of held-out prompts answered before and after training; eval_answer_share limits it between."
-        },
+        metadata={"help": "Held-out prompts answered before and after training; eval_answer_share limits the others."},
     )
     num_instructions: int = field(
         default=24,
