@@ -12,11 +12,12 @@ itself, below any wrapper of `peft`, DDP or FSDP, so that their hooks see one or
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -77,6 +78,21 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
     forward.head_obstacle = reason  # type: ignore[attr-defined]  # marks the patch
     causal_lm.forward = forward
     return reason
+
+
+def check_loss_forward(model: nn.Module) -> None:
+    """Raise SFTError if the forward of `model`, or of the model inside its adapters, is not the patched one any more.
+
+    Functions around it that tell what they wrap, such as those of mixed precision, are accepted.
+    """
+    causal_lm = unwrap_peft(model)
+    forward = inspect.unwrap(causal_lm.forward, stop=lambda function: hasattr(function, "head_obstacle"))
+    if not hasattr(forward, "head_obstacle"):
+        name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
+        raise SFTError(
+            f"the forward of {type(causal_lm).__name__} was replaced by {name} after the trainer prepared the model, "
+            "and would train other losses; replace it before the trainer is built, or not at all"
+        )
 
 
 def _run_with_full_logits(

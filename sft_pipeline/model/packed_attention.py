@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sft_pipeline.kernels.cpu_attention import PackedRows, compute_attention, compute_attention_grads
 from sft_pipeline.model.module_utils import restore_configs, unwrap_peft, use_eval_mode
-from sft_pipeline.utils.errors import format_first_line
+from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
 
@@ -74,6 +74,17 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTN_IMPLEMENTATION, packed_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(ATTN_IMPLEMENTATION)
+
+
+def check_packed_attention(model: nn.Module) -> None:
+    """Raise SFTError if the attention of `model` is not the one that `use_packed_attention` has set any more."""
+    causal_lm = unwrap_peft(model)
+    name = causal_lm.config.get_text_config()._attn_implementation
+    if name != ATTN_IMPLEMENTATION:
+        raise SFTError(
+            f"the attention of {type(causal_lm).__name__} was set to {name} after the trainer prepared the model, and "
+            "would mix packed rows; set packing: false to use it"
+        )
 
 
 def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) -> str | None:
