@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sft_pipeline.kernels.cpu_attention import PackedRows, compute_attention, compute_attention_grads
-from sft_pipeline.model.module_utils import restore_configs, unwrap_peft, use_eval_mode
+from sft_pipeline.model.module_utils import adds_router_loss, restore_configs, unwrap_peft, use_eval_mode
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
@@ -116,6 +116,8 @@ def _find_unsupported_feature(model: PreTrainedModel, longest: int | None) -> st
         return f"{name} is an encoder-decoder"
     if not model.is_backend_compatible():
         return f"{name} does not use transformers' attention interface"
+    if adds_router_loss(model):
+        return f"{name} adds a router loss over the tokens of a padded batch (output_router_logits: true)"
     has_sdpa = model.get_correct_attn_implementation(None) == "sdpa"  # transformers' default, where a model has it
     if not has_sdpa or getattr(config, "attn_logit_softcapping", None):
         return f"{name} changes its attention scores (soft-capping or sinks)"
