@@ -27,8 +27,8 @@ from sft_pipeline.model.packed_attention import build_packed_arguments
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
-# The largest relative difference of a model's own loss that is accepted, by the dtype of its weights.
-LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+# The largest relative difference that the checks of a model accept in its loss and logits, by the dtype of its weights.
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 CHUNK_POSITIONS = 1024  # positions whose logits are computed at a time in evaluation
 
 
@@ -37,12 +37,14 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
 
     Returns None, or the reason why the logits are computed at every position: its head cannot be split off, or its own
     forward adds the loss of its router. A model that is patched already stays as it is. Raises SFTError for a model
-    whose own loss is not the cross-entropy of its logits.
+    that is not causal, and for one whose own loss is not the cross-entropy of its logits.
     """
     causal_lm = unwrap_peft(model)
     original_forward = causal_lm.forward
     if hasattr(original_forward, "head_obstacle"):
         return original_forward.head_obstacle
+    if causal_lm.config.is_encoder_decoder:
+        raise SFTError(f"{type(causal_lm).__name__} is an encoder-decoder; give a causal language model")
     has_router_loss = adds_router_loss(causal_lm)
     try:
         head, reason = split_head(model), None
@@ -52,6 +54,7 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
         head, reason = None, f"{type(causal_lm).__name__} adds a router loss (output_router_logits: true)"
     else:
         _check_own_loss(causal_lm, reason)
+    _check_causality(causal_lm)
 
     def forward(
         *args: Any,
@@ -119,10 +122,26 @@ def _check_own_loss(model: PreTrainedModel, head_obstacle: str | None) -> None:
     own_loss: Any = output.loss
     loss = torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), input_ids[0, 1:])
     difference = (own_loss - loss).abs().item() / loss.clamp_min(1).item()
-    if difference > LOSS_TOLERANCE.get(weight.dtype, LOW_PRECISION_TOLERANCE):
+    if difference > CHECK_TOLERANCE.get(weight.dtype, LOW_PRECISION_TOLERANCE):
         raise SFTError(
             f"{name}: its own loss is not the cross-entropy of its logits (they differ by {difference:.1g}), and the "
             "rest of it would not be trained; train it with transformers.Trainer"
+        )
+
+
+def _check_causality(model: PreTrainedModel) -> None:
+    """Raise SFTError if the logits of a token depend on later tokens, which are its targets."""
+    weight = next(model.parameters())
+    input_ids = torch.arange(6, device=weight.device)[None] % model.config.get_text_config().vocab_size
+    with use_eval_mode(model):
+        logits, expected = (
+            model(input_ids=ids, use_cache=False).logits[:, :3].float() for ids in (input_ids, input_ids[:, :3])
+        )
+    difference = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+    if difference > CHECK_TOLERANCE.get(weight.dtype, LOW_PRECISION_TOLERANCE):
+        raise SFTError(
+            f"{type(model).__name__} attends to later tokens, which are the targets; give a causal language model (of "
+            "BERT and its relatives: with is_decoder: true in its config)"
         )
 
 
