@@ -42,11 +42,13 @@ def build(folder: Path, run: tuple[str, int, int, int], **arguments):
     return make_trainer(folder, collator, rows=ROWS, tokens_per_batch=tokens_per_batch, **options, **sizes, **arguments)
 
 
-def build_kind(folder: Path, kind: str, **arguments):
+def build_kind(folder: Path, kind: str, processes: int = 1, **arguments):
+    """As in SFTTrainer, DDP does not search for unused parameters: one without a gradient is an error."""
     model = make(KINDS[kind])
     patch_loss_forward(model)
     freeze_unreached(model)
-    return build(folder / kind, ("packed", 4 // arguments.pop("processes", 1), 2, 0), model=model, **arguments)
+    run = ("packed", 4 // processes, 2, 0)
+    return build(folder / kind, run, model=model, ddp_find_unused_parameters=False, **arguments)
 
 
 def train_and_report(trainer, checkpoint: str | None = None) -> dict:
