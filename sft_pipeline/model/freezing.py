@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from itertools import zip_longest
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from sft_pipeline.model.module_utils import unwrap_peft, use_eval_mode
 from sft_pipeline.utils.errors import SFTError
+
+logger = logging.getLogger(__name__)
 
 
 def freeze_except(model: nn.Module, patterns: list[str]) -> None:
@@ -27,3 +34,35 @@ def freeze_except(model: nn.Module, patterns: list[str]) -> None:
             )
     for name, parameter in model.named_parameters():
         parameter.requires_grad = any(re.search(pattern, name) for pattern in patterns)
+
+
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """Freeze the parameters outside the text model that text does not reach, such as those of a vision tower.
+
+    They would have no gradient, for which DDP waits. Which they are is found by the gradient of the logits of a few
+    tokens; those of the text model are not looked at, as a few tokens do not reach every expert. Raises SFTError if
+    none is left to train.
+    """
+    causal_lm = unwrap_peft(model)
+    text_modules = (causal_lm.get_decoder(), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    text_parameters = {parameter for module in text_modules if module is not None for parameter in module.parameters()}
+    trainable = {name: parameter for name, parameter in causal_lm.named_parameters() if parameter.requires_grad}
+    others = {name: parameter for name, parameter in trainable.items() if parameter not in text_parameters}
+    if not others:
+        return
+    input_ids = torch.arange(4, device=causal_lm.device)[None] % causal_lm.config.get_text_config().vocab_size
+    grads: tuple[Tensor | None, ...] = ()
+    with use_eval_mode(model), torch.enable_grad():
+        logits = causal_lm(input_ids=input_ids, use_cache=False).logits
+        if logits.requires_grad:  # else no trainable parameter is reached at all
+            grads = torch.autograd.grad(logits.sum(), list(others.values()), allow_unused=True)
+    unreached = [name for name, grad in zip_longest(others, grads) if grad is None]
+    if not unreached:
+        return
+    if len(unreached) == len(trainable):
+        raise SFTError(f"nothing to train: rows of text do not reach {unreached[0]} and the other trainable parameters")
+    for name in unreached:
+        others[name].requires_grad = False
+    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in unreached)
+    count = sum(others[name].numel() for name in unreached)
+    logger.info("frozen, as rows of text do not reach them: %s parameters (%s)", f"{count:,}", ", ".join(modules))

@@ -12,37 +12,49 @@ itself, below any wrapper of `peft`, DDP or FSDP, so that their hooks see one or
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from sft_pipeline.model.lm_head import LMHead, split_head
-from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.lm_head import LOW_PRECISION_TOLERANCE, LMHead, split_head
+from sft_pipeline.model.module_utils import adds_router_loss, unwrap_peft, use_eval_mode
 from sft_pipeline.model.packed_attention import build_packed_arguments
 from sft_pipeline.utils.constants import IGNORED
-from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.errors import SFTError, format_first_line
 
+# The largest relative difference that the checks of a model accept in its loss and logits, by the dtype of its weights.
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 CHUNK_POSITIONS = 1024  # positions whose logits are computed at a time in evaluation
 
 
 def patch_loss_forward(model: PreTrainedModel) -> str | None:
     """Patch the forward of `model` to take the two calls above.
 
-    Returns None, or the reason why the logits are computed at every position: its head cannot be split off. A model
-    that is patched already stays as it is.
+    Returns None, or the reason why the logits are computed at every position: its head cannot be split off, or its own
+    forward adds the loss of its router. A model that is patched already stays as it is. Raises SFTError for a model
+    that is not causal, and for one whose own loss is not the cross-entropy of its logits.
     """
     causal_lm = unwrap_peft(model)
     original_forward = causal_lm.forward
     if hasattr(original_forward, "head_obstacle"):
         return original_forward.head_obstacle
+    if causal_lm.config.is_encoder_decoder:
+        raise SFTError(f"{type(causal_lm).__name__} is an encoder-decoder; give a causal language model")
+    has_router_loss = adds_router_loss(causal_lm)
     try:
         head, reason = split_head(model), None
     except SFTError as error:
         head, reason = None, str(error)
+    if has_router_loss:
+        head, reason = None, f"{type(causal_lm).__name__} adds a router loss (output_router_logits: true)"
+    else:
+        _check_own_loss(causal_lm, reason)
+    _check_causality(causal_lm)
 
     def forward(
         *args: Any,
@@ -61,7 +73,13 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
             kwargs |= build_packed_arguments(row_lengths)
         if head is None:
             return _run_with_full_logits(
-                original_forward, shift_labels, num_items_in_batch, row_lengths, return_row_losses, kwargs
+                original_forward,
+                shift_labels,
+                num_items_in_batch,
+                row_lengths,
+                return_row_losses,
+                has_router_loss,
+                kwargs,
             )
         hidden_states = head.compute_hidden_states(**kwargs)
         if return_row_losses:
@@ -79,16 +97,94 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
     return reason
 
 
+def _check_own_loss(model: PreTrainedModel, head_obstacle: str | None) -> None:
+    """Raise SFTError if the model's own loss of a few tokens is not the cross-entropy of its logits.
+
+    Such a model adds another loss, which we would drop; or, where we run its own forward because of `head_obstacle`, it
+    does not take shifted labels.
+    """
+    weight = next(model.parameters())
+    input_ids = torch.arange(4, device=weight.device)[None] % model.config.get_text_config().vocab_size
+    labels: dict[str, Any] = {"labels": input_ids}
+    if head_obstacle:
+        shifted = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
+        labels = {"labels": shifted, "shift_labels": shifted, "num_items_in_batch": 3}
+    name = type(model).__name__
+    with use_eval_mode(model):
+        try:
+            output = model(input_ids=input_ids, use_cache=False, **labels)
+        except TypeError as error:
+            if not head_obstacle:
+                return  # it has no loss of its own
+            raise SFTError(
+                f"{name} takes no shifted labels ({format_first_line(error)}), and {head_obstacle}"
+            ) from error
+    own_loss: Any = output.loss
+    loss = torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), input_ids[0, 1:])
+    difference = (own_loss - loss).abs().item() / loss.clamp_min(1).item()
+    if difference > CHECK_TOLERANCE.get(weight.dtype, LOW_PRECISION_TOLERANCE):
+        raise SFTError(
+            f"{name}: its own loss is not the cross-entropy of its logits (they differ by {difference:.1g}), and the "
+            "rest of it would not be trained; train it with transformers.Trainer"
+        )
+
+
+def _check_causality(model: PreTrainedModel) -> None:
+    """Raise SFTError if the logits of a token depend on later tokens, which are its targets."""
+    weight = next(model.parameters())
+    input_ids = torch.arange(6, device=weight.device)[None] % model.config.get_text_config().vocab_size
+    with use_eval_mode(model):
+        logits, expected = (
+            model(input_ids=ids, use_cache=False).logits[:, :3].float() for ids in (input_ids, input_ids[:, :3])
+        )
+    difference = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+    if difference > CHECK_TOLERANCE.get(weight.dtype, LOW_PRECISION_TOLERANCE):
+        raise SFTError(
+            f"{type(model).__name__} attends to later tokens, which are the targets; give a causal language model (of "
+            "BERT and its relatives: with is_decoder: true in its config)"
+        )
+
+
+def check_loss_forward(model: nn.Module) -> None:
+    """Raise SFTError if the forward of `model`, or of the model inside its adapters, is not the patched one any more.
+
+    Functions around it that tell what they wrap, such as those of mixed precision, are accepted.
+    """
+    causal_lm = unwrap_peft(model)
+    forward = inspect.unwrap(causal_lm.forward, stop=lambda function: hasattr(function, "head_obstacle"))
+    if not hasattr(forward, "head_obstacle"):
+        name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
+        raise SFTError(
+            f"the forward of {type(causal_lm).__name__} was replaced by {name} after the trainer prepared the model, "
+            "and would train other losses; replace it before the trainer is built, or not at all"
+        )
+
+
 def _run_with_full_logits(
     original_forward: Callable[..., Any],
     labels: Tensor,
     num_items: int | Tensor | None,
     row_lengths: Tensor | None,
     return_row_losses: bool,
+    has_router_loss: bool,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run the model's own forward, for a model whose head cannot be split off. labels: shifted."""
+    """Run the model's own forward, for a model whose head cannot be split off. labels: shifted.
+
+    A router loss, which is a mean over tokens, is weighted by the batch's share of the step's targets. The library
+    would add it once for each micro-batch and process.
+    """
     if not return_row_losses:
+        if has_router_loss and num_items is not None:
+            num_targets = labels.ne(IGNORED).sum()
+            output = original_forward(
+                **kwargs,
+                use_cache=False,
+                labels=labels,
+                shift_labels=labels,
+                num_items_in_batch=num_targets.clamp(min=1),
+            )
+            return CausalLMOutput(loss=output.loss * (num_targets / num_items))
         return original_forward(
             **kwargs, use_cache=False, labels=labels, shift_labels=labels, num_items_in_batch=num_items
         )

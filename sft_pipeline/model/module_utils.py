@@ -25,6 +25,15 @@ def unwrap_peft(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def adds_router_loss(model: PreTrainedModel) -> bool:
+    """Return whether the forward of `model`, a mixture of experts, adds the loss of its router to that of the labels.
+
+    It does so with `output_router_logits` in its config, in every family of transformers that has such a loss.
+    """
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, "output_router_logits", False) for config in configs)
+
+
 @contextmanager
 def replace_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Within this block, the attribute `name` of the module instance is `value`."""

@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sft_pipeline.kernels.cpu_attention import PackedRows, compute_attention, compute_attention_grads
-from sft_pipeline.model.module_utils import restore_configs, unwrap_peft, use_eval_mode
-from sft_pipeline.utils.errors import format_first_line
+from sft_pipeline.model.module_utils import adds_router_loss, restore_configs, unwrap_peft, use_eval_mode
+from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
 
@@ -76,6 +76,17 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTN_IMPLEMENTATION)
 
 
+def check_packed_attention(model: nn.Module) -> None:
+    """Raise SFTError if the attention of `model` is not the one that `use_packed_attention` has set any more."""
+    causal_lm = unwrap_peft(model)
+    name = causal_lm.config.get_text_config()._attn_implementation
+    if name != ATTN_IMPLEMENTATION:
+        raise SFTError(
+            f"the attention of {type(causal_lm).__name__} was set to {name} after the trainer prepared the model, and "
+            "would mix packed rows; set packing: false to use it"
+        )
+
+
 def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) -> str | None:
     """Return the reason why packed rows would not be exact for `model`, in one clause, or None.
 
@@ -105,6 +116,8 @@ def _find_unsupported_feature(model: PreTrainedModel, longest: int | None) -> st
         return f"{name} is an encoder-decoder"
     if not model.is_backend_compatible():
         return f"{name} does not use transformers' attention interface"
+    if adds_router_loss(model):
+        return f"{name} adds a router loss over the tokens of a padded batch (output_router_logits: true)"
     has_sdpa = model.get_correct_attn_implementation(None) == "sdpa"  # transformers' default, where a model has it
     if not has_sdpa or getattr(config, "attn_logit_softcapping", None):
         return f"{name} changes its attention scores (soft-capping or sinks)"

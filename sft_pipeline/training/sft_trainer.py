@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
+from transformers.utils import is_liger_kernel_available
 
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir
 from sft_pipeline.data.batch_sampler import count_row_tokens
@@ -42,7 +43,7 @@ from sft_pipeline.data.shards import map_shards
 from sft_pipeline.data.sources import Source
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
-from sft_pipeline.model.freezing import freeze_except
+from sft_pipeline.model.freezing import freeze_except, freeze_unreached
 from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model, set_special_tokens
 from sft_pipeline.model.lora import add_adapters, build_lora_config
 from sft_pipeline.model.loss_forward import patch_loss_forward
@@ -71,6 +72,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+LIGER_DEVICES = ("cuda", "xpu", "npu")
 SAMPLE_ROWS = 1000  # about as many rows are packed to measure what packing saves
 
 
@@ -128,6 +131,8 @@ class SFTTrainer(SupervisedTrainer):
         set_seed(args.seed)
         model = load_model(path, args.trust_remote_code) if isinstance(source, str) else source
         set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_id)
+        if args.use_liger_kernel:
+            set_liger_arguments(args)
         model, collator = prepare_model(model, args, template, self.data, peft_config)
         set_training_arguments(args)
         self.trainable_parameters = count_trainable_parameters(model)
@@ -333,8 +338,10 @@ def prepare_model(
         model = add_adapters(model, peft_config or build_lora_config(args))
     if args.trainable_modules:
         freeze_except(model, args.trainable_modules)
-    # ZeRO-3 gathers the weights of a module when it is called, and a fused layer does not call its submodules.
-    if isinstance(collator, PackingCollator) and not is_deepspeed_zero3_enabled():
+    with gather_weights(model):
+        freeze_unreached(model)
+    # A fused layer does not call its submodules: not Liger's, and not those whose weights ZeRO-3 gathers at their call.
+    if isinstance(collator, PackingCollator) and not is_deepspeed_zero3_enabled() and not args.use_liger_kernel:
         logger.info("forward and backward are fused in %s layers", use_fused_layers(model))
     return model, collator
 
@@ -352,6 +359,21 @@ def set_training_arguments(args: SFTConfig) -> None:
         args.trackio_static_space_id = False
     if args.device.type == "cpu":
         set_malloc_options()
+
+
+def set_liger_arguments(args: SFTConfig) -> None:
+    """Take Liger's norms, activations and rotary positions without its losses, as the loss is ours.
+
+    Raises SFTError for a config that asks for them, and where Liger is missing or cannot run.
+    """
+    kernels = args.liger_kernel_config or {}
+    if losses := [name for name in LIGER_LOSSES if kernels.get(name)]:
+        raise SFTError(f"liger_kernel_config: {losses[0]} would replace our loss; set it to false, or leave it out")
+    if not is_liger_kernel_available():
+        raise SFTError("use_liger_kernel: liger-kernel is not installed; `pip install liger-kernel`, or remove the key")
+    if args.device.type not in LIGER_DEVICES:
+        raise SFTError(f"use_liger_kernel: its kernels do not run on the device {args.device.type}; remove the key")
+    args.liger_kernel_config = kernels | dict.fromkeys(LIGER_LOSSES, False)
 
 
 def sort_by_length(dataset: Dataset) -> Dataset:

@@ -34,6 +34,9 @@ from transformers.trainer_utils import EvalPrediction
 from sft_pipeline.config import get_output_dir
 from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens
 from sft_pipeline.data.packing import PackingCollator
+from sft_pipeline.kernels.cpu_layer_training import find_unused_forward
+from sft_pipeline.model.loss_forward import check_loss_forward
+from sft_pipeline.model.packed_attention import check_packed_attention
 from sft_pipeline.runs.checkpoints import clear_leftovers
 from sft_pipeline.training.checkpointing import CheckpointingTrainer, RunningLoss
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence, write_diverged_rows
@@ -126,8 +129,21 @@ class SupervisedTrainer(CheckpointingTrainer):
 
         self.accelerator.clip_grad_norm_ = clip_and_keep_norm
 
+    def check_forwards(self) -> None:
+        """Raise SFTError if a forward or the attention of the model was replaced after the model was prepared."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        check_loss_forward(model)
+        if isinstance(self.data_collator, PackingCollator):
+            check_packed_attention(model)
+        if name := find_unused_forward(model):
+            raise SFTError(
+                f"the forward of {name} was replaced after the trainer prepared the model, and would not be called; "
+                "replace it before the trainer is built"
+            )
+
     def rehearse(self) -> None:
-        """Run the heaviest batch once, and start the clock."""
+        """Check the model, run the heaviest batch once, and start the clock."""
+        self.check_forwards()
         batches, step = self.build_batch_sampler(), super().training_step
         rehearse_heaviest_batch(self, self.model_wrapped, batches, step, self._memory_remedy)
         self._start_time = time.perf_counter()
@@ -224,6 +240,7 @@ class SupervisedTrainer(CheckpointingTrainer):
 
         So training is the same whenever evaluations come.
         """
+        self.check_forwards()
         start, remedy = time.perf_counter(), "lower per_device_eval_batch_size"
         with handle_out_of_memory("an evaluation", remedy, self.args), restore_random_states(self.args.device):
             metrics = super().evaluate(*args, **kwargs)

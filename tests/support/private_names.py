@@ -11,7 +11,7 @@ import evaluate
 import torch
 from torch import nn
 from torch.distributed import distributed_c10d
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 
 
 class PrivateName(NamedTuple):
@@ -88,6 +88,14 @@ PRIVATE_NAMES = (
         lambda: evaluate.Metric._compute,
         "(self, *, predictions=None, references=None, **kwargs)",
         EVALUATE_REASON,
+    ),
+    PrivateName(
+        "model/packed_attention.py",
+        "_attn_implementation",
+        "transformers",
+        lambda: PreTrainedConfig()._attn_implementation,
+        "NoneType",
+        "a model has set_attn_implementation, but no public way to read what was set",
     ),
     PrivateName(
         "training/rank_failures.py",

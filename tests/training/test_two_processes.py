@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.multiprocessing
 from accelerate import PartialState
+from support.model_kinds import EXPERTS_PACKED, build_llava, make
 from support.processes import run_ranks
 from support.trainers import make_trainer
 from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 
 from sft_pipeline.config import SFTConfig, build_config_record
+from sft_pipeline.model.freezing import freeze_unreached
+from sft_pipeline.model.loss_forward import patch_loss_forward
 
 REFERENCE = ("padded", 8, 1, 0)
 BUDGET = ("packed", 1, 2, 48)
@@ -27,6 +30,8 @@ TWO_PROCESSES = {
     "packed 2 x 2": ("packed", 2, 2, 0),
 }
 RESUMED, RESUMED_AT = "packed 2 x 2", 5  # within the second epoch
+# With parameters that no row reaches, and with experts that few tokens of a process reach.
+KINDS = {"a vision tower": build_llava, "experts": EXPERTS_PACKED["Mixtral"]}
 SAVING = {"save_strategy": "steps", "save_steps": RESUMED_AT}
 
 
@@ -37,8 +42,20 @@ def build(folder: Path, run: tuple[str, int, int, int], **arguments):
     return make_trainer(folder, collator, rows=ROWS, tokens_per_batch=tokens_per_batch, **options, **sizes, **arguments)
 
 
+def build_kind(folder: Path, kind: str, processes: int = 1, **arguments):
+    """As in SFTTrainer, DDP does not search for unused parameters: one without a gradient is an error."""
+    model = make(KINDS[kind])
+    patch_loss_forward(model)
+    freeze_unreached(model)
+    run = ("packed", 4 // processes, 2, 0)
+    return build(folder / kind, run, model=model, ddp_find_unused_parameters=False, **arguments)
+
+
 def train_and_report(trainer, checkpoint: str | None = None) -> dict:
     """Train, and return what the tests compare."""
+    trainer.args.ddp_find_unused_parameters = (
+        False  # as in SFTTrainer: a trained parameter without gradient is an error
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -58,6 +75,8 @@ def run_worker(process: int, folder: str) -> None:
     resumed = build(out / "resumed", TWO_PROCESSES[RESUMED], **ddp)
     reports["budget"] = train_and_report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
     reports["resumed"] = train_and_report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
+    for kind in KINDS:
+        reports[kind] = train_and_report(build_kind(out, kind, processes=PROCESSES, **ddp))
     if process == 0:  # as the first process of a run does before it trains
         build_config_record(SFTConfig.from_training_arguments(resumed.args))
     assert resumed.args.world_size == PartialState().num_processes == PROCESSES
@@ -98,6 +117,12 @@ def test_ten_steps_lower_the_loss(one_process):
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_train_like_one(name, two_processes, one_process):
     assert_same(two_processes[name], one_process)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_models_whose_parameters_are_not_all_reached(kind, two_processes, tmp_path):
+    expected = train_and_report(build_kind(tmp_path, kind))
+    assert_same(two_processes[kind], expected)
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
