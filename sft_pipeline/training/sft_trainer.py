@@ -44,7 +44,13 @@ from sft_pipeline.data.sources import Source
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.freezing import freeze_except
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model, set_special_tokens
+from sft_pipeline.model.loading import (
+    check_revision,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    set_special_tokens,
+)
 from sft_pipeline.model.lora import add_adapters, build_lora_config
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.module_utils import unwrap_peft
@@ -113,7 +119,9 @@ class SFTTrainer(SupervisedTrainer):
         path = str(resolve_model(source, get_cache_dir()) if isinstance(source, str) else source.name_or_path)
         if processing_class is None and not path:
             raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
-        tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code)
+        if isinstance(source, str):
+            check_revision(path, args.revision)
+        tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code, args.revision)
         self.template = (
             template if isinstance(template, Template) else build_template(template or args.template, tokenizer)
         )
@@ -124,7 +132,7 @@ class SFTTrainer(SupervisedTrainer):
         self.data = load_training_data(args, self.template, train_dataset, eval_dataset)
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
-        model = load_model(path, args.trust_remote_code) if isinstance(source, str) else source
+        model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
         set_special_tokens(unwrap_peft(model), tokenizer, self.template.stop_token_id)
         model, collator = prepare_model(model, args, self.template, self.data, peft_config)
         set_training_arguments(args)
@@ -142,7 +150,7 @@ class SFTTrainer(SupervisedTrainer):
             data_collator=collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.held_out and sort_by_length(self.data.held_out),
-            processing_class=build_saved_tokenizer(self.template, args.system_prompt),
+            processing_class=build_saved_tokenizer(self.template, args.system_prompt, args.trust_remote_code),
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
             tokens_per_batch=args.tokens_per_batch,
         )
