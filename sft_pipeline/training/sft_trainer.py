@@ -63,6 +63,7 @@ from sft_pipeline.runs.output_dir import (
     is_resuming,
 )
 from sft_pipeline.runs.trained_model import save_template_settings
+from sft_pipeline.training.devices import check_devices
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory import set_malloc_options
@@ -112,6 +113,7 @@ class SFTTrainer(SupervisedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         args = SFTConfig.from_training_arguments(args or SFTConfig())
+        check_devices(args)
         source = model or args.model_name_or_path
         if source is None:
             raise SFTError("model: missing; give a model, a folder or a hub name")
@@ -319,22 +321,13 @@ def count_trainable_parameters(model: PreTrainedModel) -> int:
 
 
 def log_devices(trainer: SFTTrainer) -> None:
-    """Log the number of processes, if more than one, and whether the model is replicated or sharded.
-
-    Warn if one process uses one of several GPUs.
-    """
+    """Log the number of processes, if more than one, and whether the model is replicated or sharded."""
     args = trainer.args
     if args.world_size > 1:
         layout = "the whole model on each"
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             layout = f"the model sharded across them ({'FSDP2' if trainer.is_fsdp_enabled else 'ZeRO-3'})"
         logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, layout)
-    elif args.device.type == "cuda" and torch.cuda.device_count() > 1:
-        logger.warning(
-            "%s GPUs are visible and this process uses one: start a process for each with `accelerate launch` or "
-            "launch.sh, or hide the others with CUDA_VISIBLE_DEVICES",
-            torch.cuda.device_count(),
-        )
 
 
 def log_packing(trainer: SFTTrainer) -> None:
