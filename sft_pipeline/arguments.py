@@ -16,10 +16,6 @@ class SFTArguments:
         default=None,
         metadata={"help": "Model to train: a hub name, a model folder, or smollm2-135m (from the package index)."},
     )
-    revision: str | None = field(
-        default=None,
-        metadata={"help": "Branch, tag or commit of the hub repository of model_name_or_path; by default its main."},
-    )
     train_data: list[str] = field(
         default_factory=list,
         metadata={"help": "Training data: files, folders or hub names of datasets with instruction rows."},
@@ -136,4 +132,8 @@ class SFTArguments:
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that a model repository contains."}
+    )
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the hub repository of model_name_or_path; by default its main."},
     )

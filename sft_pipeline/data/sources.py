@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the cache keys. Raise it when the same file would give other messages, bad rows or unread names.
 ROWS_FORMAT = 2
-SHOWN_NAMES = 20  # most names of one source that the log lists; in broken data every row may have others
+SHOWN_NAMES = 20  # most names of one source that are listed; in broken data every row may have others
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Mapping[str, Any]]
 FEATURES = Features(
@@ -70,6 +70,16 @@ def load_conversations(
 
     Raises SFTError: missing source, file that does not parse, unknown or mixed row formats, bad row, no rows.
     """
+    return load_source(source, split, skip_bad_rows, name)[0]
+
+
+def load_source(
+    source: Source, split: str = "train", skip_bad_rows: bool = False, name: str | None = None
+) -> tuple[Dataset, dict[str, int]]:
+    """Load a source as `load_conversations` does; also return in how many rows each name is that nothing reads.
+
+    These are the SHOWN_NAMES most frequent names, the largest number first.
+    """
     if isinstance(source, (str, os.PathLike)):
         name = name or str(source)
         source = _resolve_source(str(source), split)
@@ -88,7 +98,7 @@ def load_conversations(
     logger.info("%s: %s rows, %s", name, f"{len(dataset):,}", description)
     if unread:
         logger.info("%s: not read: %s", name, describe_unread_names(unread))
-    return dataset
+    return dataset, dict(unread.most_common(SHOWN_NAMES))
 
 
 def _resolve_source(name: str, split: str) -> Path | Dataset:

@@ -132,6 +132,14 @@ def test_every_number_is_that_of_the_results(trained):
     assert results["rows"]["train"]["dropped"] == {"longer than max_length": 1}
 
 
+def test_what_of_the_rows_nothing_read_is_listed(trained, config):
+    results = json.loads((trained[0] / "results.json").read_text())
+    rows = str(config.parent / "rows.json")
+    assert results["unread"] == {rows: {"<id>": 1}, str(config.parent / "held.json"): {}}
+    page = (trained[0] / "report.html").read_text()
+    assert f"<p>{rows}: not read: <code>&lt;id&gt;</code> in " in page and page.count("not read: <code>") == 1
+
+
 def test_a_number_that_is_not_shown_right_is_seen(folder):
     """The check above would pass on anything if it read nothing."""
     page = Page(write_report([folder]))
