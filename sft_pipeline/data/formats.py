@@ -105,14 +105,12 @@ def list_unread_names(row: Any, row_format: RowFormat) -> list[str]:
     for column in read:
         turns = row.get(column)
         if isinstance(turns, list):
-            names += (
-                f"{column}[].{key}"
-                for turn in turns
-                if isinstance(turn, Mapping)
-                for key, value in turn.items()
-                if key not in row_format.message_keys and value is not None
-            )
-    return list(dict.fromkeys(map(format_line, names)))
+            for turn in turns:
+                # Most have the two keys that are read and no other.
+                if isinstance(turn, Mapping) and len(turn) > len(row_format.message_keys):
+                    unread = [key for key in turn if key not in row_format.message_keys and turn[key] is not None]
+                    names += [f"{column}[].{key}" for key in unread]
+    return list(dict.fromkeys(map(format_line, names))) if names else names
 
 
 def describe_type(value: Any) -> str:

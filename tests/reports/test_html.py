@@ -83,7 +83,7 @@ def everywhere(content, change):
 
 def at(content, pointer: str):
     for key in pointer.split("/")[1:]:
-        content = content[int(key) if isinstance(content, list) else key]
+        content = content[int(key) if isinstance(content, list) else key.replace("~1", "/").replace("~0", "~")]
     return content
 
 
@@ -91,7 +91,7 @@ def numbers_below(content, pointer: str = ""):
     """The pointer of every number."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from numbers_below(value, f"{pointer}/{key}")
+            yield from numbers_below(value, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}")
     elif isinstance(content, (int, float)) and not isinstance(content, bool):
         yield pointer
 
