@@ -18,6 +18,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.register_assert_rewrite("support")
@@ -40,6 +41,11 @@ SLOW_FILES = (
     ),
     *("test_fault_tolerance", "test_hf_metrics", "test_resumable_jsonl", "test_train", "test_trainer"),
 )
+
+
+# Speed is not tested, and a machine that does other work is slow.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -157,6 +157,21 @@ def test_encoded_rows_are_trained_as_they_are(trained, model_folder, tmp_path):
         assert trainer.data.train_stats.supervised_tokens == trained[0].data.train_stats.supervised_tokens
 
 
+def test_a_model_may_be_trained_again(trained, model_folder, tmp_path):
+    """As in a notebook whose cell is run twice. The first trainer's patches stay on the model."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    template = build_template("chat", AutoTokenizer.from_pretrained(model_folder))
+    initial = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name in ("first", "second"):
+        model.load_state_dict(initial)
+        train_model(tmp_path / name, model, ROWS, template=template)
+        assert_same_weights(tmp_path / name, read_weights(trained[1]))
+    [answer] = answer_prompts(model, template, [[{"role": "user", "content": "Say text."}]], 4)
+    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "Say text."}])])
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert template.parse(generated[0, ids.shape[1] :].tolist()) == answer.text
+
+
 def test_held_out_rows_may_be_split_off(model_folder, tmp_path):
     args = make_args(tmp_path / "out", held_out=3, template="role", system_prompt="You are 冬瓜.")
     trainer = SFTTrainer(str(model_folder), args, train_dataset=ROWS)
@@ -250,6 +265,8 @@ def test_errors_name_what_is_wrong(model_folder, tiny_model, tmp_path):
     held_out = make_args(tmp_path / "out", held_out=2)
     refuse("held_out and eval_dataset are both set", model=folder, args=held_out, eval_dataset=HELD_OUT)
     lora = make_args(tmp_path / "out", lora=True)
+    template = build_template("chat", AutoTokenizer.from_pretrained(folder))
+    refuse("processing_class: the Template", model=folder, template=template, processing_class=template.tokenizer)
     refuse("lora and peft_config", model=folder, args=lora, peft_config=LoraConfig())
     best = make_args(tmp_path / "out", load_best_model_at_end=True, save_strategy="epoch")
     refuse("load_best_model_at_end needs held-out rows", model=folder, args=best)

@@ -89,7 +89,7 @@ class SFTTrainer(SupervisedTrainer):
         or hub dataset; or encoded rows, with `input_ids` and shifted `labels`. Default: `train_data`, `eval_data` and
         `held_out` of `args`.
     processing_class: the tokenizer; by default the model's.
-    template: a name or a Template; by default `template` of `args`.
+    template: a name, or a Template with its tokenizer; by default `template` of `args`.
     peft_config: the adapters to train, in place of the keys `lora*` of `args`.
     callbacks: as for `transformers.Trainer`.
 
@@ -119,32 +119,29 @@ class SFTTrainer(SupervisedTrainer):
             raise SFTError("model: missing; give a model, a folder or a hub name")
         args.model_name_or_path = source if isinstance(source, str) else source.name_or_path
         path = str(resolve_model(source, get_cache_dir()) if isinstance(source, str) else source.name_or_path)
-        if processing_class is None and not path:
-            raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
         if isinstance(source, str):
             check_revision(path, args.revision)
-        tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code, args.revision)
-        self.template = (
-            template if isinstance(template, Template) else build_template(template or args.template, tokenizer)
-        )
-        args.template = self.template.name
+        if not isinstance(template, Template):
+            if processing_class is None and not path:
+                raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
+            tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code, args.revision)
+            template = build_template(template or args.template, tokenizer)
+        elif processing_class is not None:
+            raise SFTError("processing_class: the Template given as template has its tokenizer; leave it out")
+        self.template, args.template = template, template.name
         self.config_record = build_config_record(args)  # before the steps below change `args`
         drop_missing_trackers(args)
 
-        self.data = load_training_data(args, self.template, train_dataset, eval_dataset)
+        self.data = load_training_data(args, template, train_dataset, eval_dataset)
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
         model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
-        set_special_tokens(unwrap_peft(model), tokenizer, self.template.stop_token_id)
-        model, collator = prepare_model(model, args, self.template, self.data, peft_config)
+        set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_id)
+        model, collator = prepare_model(model, args, template, self.data, peft_config)
         set_training_arguments(args)
         self.trainable_parameters = count_trainable_parameters(model)
-        logger.info(
-            "training %s of %s parameters in %s",
-            f"{self.trainable_parameters:,}",
-            f"{model.num_parameters():,}",
-            model.dtype,
-        )
+        parameters = f"{self.trainable_parameters:,} of {model.num_parameters():,} parameters"
+        logger.info("training %s in %s", parameters, model.dtype)
         patience = args.early_stopping_patience
         super().__init__(
             model=model,
@@ -152,19 +149,17 @@ class SFTTrainer(SupervisedTrainer):
             data_collator=collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.held_out and sort_by_length(self.data.held_out),
-            processing_class=build_saved_tokenizer(self.template, args.system_prompt, args.trust_remote_code),
+            processing_class=build_saved_tokenizer(template, args.system_prompt, args.trust_remote_code),
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
             tokens_per_batch=args.tokens_per_batch,
         )
         if args.lora_merge and self.is_fsdp_enabled:
-            raise SFTError(
-                "lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of the two off"
-            )
+            raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of them off")
         guard_trackers(self)
         held_out = self.data.held_out_messages
         self.evaluation = EvaluationCallback(
             self,
-            self.template,
+            template,
             [] if held_out is None else held_out[: args.num_answers]["messages"],
             system_prompt=args.system_prompt,
             num_answers=args.num_answers,
@@ -224,9 +219,8 @@ class SFTTrainer(SupervisedTrainer):
         create_output_dir(self.args, checkpoint, self.config_record)
         copy_evaluations(checkpoint, self.args)
         if self.is_world_process_zero():
-            write_json(
-                get_output_dir(self.args) / PREVIEW_FILE, build_preview(self.data.train, self.template.tokenizer)
-            )
+            preview = build_preview(self.data.train, self.template.tokenizer)
+            write_json(get_output_dir(self.args) / PREVIEW_FILE, preview)
         self._has_output_dir = True
         return checkpoint
 
