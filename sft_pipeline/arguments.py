@@ -137,3 +137,7 @@ class SFTArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that a model repository contains."}
     )
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the hub repository of model_name_or_path; by default its main."},
+    )

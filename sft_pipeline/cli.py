@@ -79,11 +79,13 @@ def _load_config_and_template(extra_args: list[str]) -> tuple[Any, Any]:
     """
     from sft_pipeline.config import parse_config
     from sft_pipeline.data.chat_templates import build_template
-    from sft_pipeline.model.loading import load_tokenizer, resolve_model
+    from sft_pipeline.model.loading import check_revision, load_tokenizer, resolve_model
     from sft_pipeline.utils.files import get_cache_dir
 
     config = parse_config(*_split_config_path(extra_args))
-    tokenizer = load_tokenizer(resolve_model(str(config.model_name_or_path), get_cache_dir()), config.trust_remote_code)
+    path = resolve_model(str(config.model_name_or_path), get_cache_dir())
+    check_revision(path, config.revision)
+    tokenizer = load_tokenizer(path, config.trust_remote_code, config.revision)
     return config, build_template(config.template, tokenizer)
 
 
@@ -127,7 +129,7 @@ def _run_prepare(args: argparse.Namespace, extra_args: list[str]) -> None:
 def _run_chat(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.commands.chat import chat
 
-    chat(args.model, args.max_new_tokens)
+    chat(args.model, args.max_new_tokens, args.trust_remote_code, args.revision)
 
 
 def _run_generate(args: argparse.Namespace, extra_args: list[str]) -> None:
@@ -165,7 +167,7 @@ def _run_report(args: argparse.Namespace, extra_args: list[str]) -> None:
 def _run_export(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.commands.export import export_model
 
-    export_model(args.folder, Path(args.destination), args.dtype, args.license)
+    export_model(args.folder, Path(args.destination), args.dtype, args.license, args.trust_remote_code, args.revision)
     print(f"exported to {args.destination}; serve it: transformers serve {args.destination}")
 
 

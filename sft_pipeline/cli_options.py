@@ -70,6 +70,7 @@ def _add_chat(subparsers: Subparsers) -> None:
     parser = _add_command(subparsers, "chat", "chat with a model in the terminal, or through a pipe")
     parser.add_argument("model", help="a run's output folder, a model folder or a hub name")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="token limit of an answer (256)")
+    _add_loading_options(parser)
 
 
 def _add_generate(subparsers: Subparsers) -> None:
@@ -82,6 +83,7 @@ def _add_generate(subparsers: Subparsers) -> None:
     parser.add_argument("--model", required=True, help="a run's output folder, a model folder or a hub name")
     parser.add_argument("--output", required=True, help="a .jsonl file; FILE.errors lists prompts without an answer")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_loading_options(parser)
     absent = argparse.SUPPRESS
     parser.add_argument("--samples", type=int, default=absent, help="answers to each prompt (1)")
     parser.add_argument("--batch_size", type=int, default=absent, help="answers generated in parallel (16)")
@@ -129,6 +131,7 @@ def _add_evaluate(subparsers: Subparsers) -> None:
         "--judge_base_url", help="OpenAI-compatible endpoint that compares answers, such as https://api.openai.com/v1"
     )
     parser.add_argument("--judge_model", help="model at that endpoint; the API key is read from OPENAI_API_KEY")
+    _add_loading_options(parser)
     parser.add_argument("--output", help="folder for JSON, Markdown, a picture and all answers")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
 
@@ -151,6 +154,15 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the weights (float32, as trained)")
     parser.add_argument(
         "--license", help="license of the model as the hub names it, such as apache-2.0 (the base model's, if known)"
+    )
+    _add_loading_options(parser)
+
+
+def _add_loading_options(parser: CommandParser) -> None:
+    """Add the two keys of a config that commands without a config need to load some models."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that the model contains")
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of the model on the hub, or of the base model of adapters"
     )
 
 

@@ -25,10 +25,11 @@ from sft_pipeline.utils.sanitize import replace_control_characters
 HELP = "/reset starts a new conversation, /system TEXT starts one with this system prompt, /quit exits"
 
 
-def chat(name_or_path: str, max_new_tokens: int) -> None:
+def chat(name_or_path: str, max_new_tokens: int, trust_remote_code: bool = False, revision: str | None = None) -> None:
     """Answer the lines of standard input until it ends or a line is /quit."""
     SamplingParams(max_new_tokens=max_new_tokens)  # raises SFTError for an invalid number before the model is loaded
-    conversation = Conversation(*load_trained(name_or_path), max_new_tokens)
+    loaded = load_trained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
+    conversation = Conversation(*loaded, max_new_tokens)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(HELP)

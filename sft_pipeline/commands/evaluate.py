@@ -30,7 +30,7 @@ from sft_pipeline.evaluation.metrics.instruction_following import load_instructi
 from sft_pipeline.evaluation.model_results import EvaluatedModel, ModelResults, check_context_length, run_prompt_set
 from sft_pipeline.evaluation.plots import draw_comparison
 from sft_pipeline.evaluation.prompt_set import PromptSet, select_prompts
-from sft_pipeline.model.loading import resolve_model
+from sft_pipeline.model.loading import check_revision, resolve_model, takes_revision
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.runs.output_dir import RUN_FILE
 from sft_pipeline.runs.trained_model import load_template, load_trained
@@ -50,6 +50,7 @@ class EvaluateOptions:
 
     data: a run's output folder, or a file, folder or hub name of rows; None evaluates on instructions alone.
     few_shot: examples in each prompt of a second evaluation of every model; 0 leaves that out.
+    trust_remote_code, revision: as for `load_trained`; the revision is that of the models that are on the hub.
     Raises SFTError for a number outside its range.
     """
 
@@ -59,6 +60,8 @@ class EvaluateOptions:
     few_shot: int = 0
     template: str = "chat"
     system_prompt: str | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("num_prompts", 1), ("max_new_tokens", 1), ("few_shot", 0)):
@@ -84,9 +87,12 @@ def evaluate_models(
     check_output_folder(output)
     if judge and len(models) < 2 and not options.few_shot:
         raise SFTError("a judge compares answers of two models; name another model or give --few_shot")
-    for name in models:
-        # Check all names now: the evaluation of the first model takes minutes.
-        load_template(resolve_model(name, get_cache_dir()), options.template, options.system_prompt)
+    # Check all names now: the evaluation of the first model takes minutes.
+    paths = [resolve_model(name, get_cache_dir()) for name in models]
+    if not any(map(takes_revision, paths)):
+        check_revision(paths[0], options.revision)
+    for path in paths:
+        load_template(path, options.template, options.system_prompt, options.trust_remote_code, options.revision)
     prompt_set = load_prompt_set(options)
     results = [result for name in models for result in run_model(name, name, prompt_set, options)]
     comparison = compare_models(results, prompt_set)
@@ -150,7 +156,10 @@ def run_model(path: str, name: str, prompt_set: PromptSet, options: EvaluateOpti
 
     The model's memory is freed when the iterator is exhausted.
     """
-    model, template, system_prompt = load_trained(path, options.template, options.system_prompt)
+    revision = options.revision if takes_revision(path) else None
+    model, template, system_prompt = load_trained(
+        path, options.template, options.system_prompt, options.trust_remote_code, revision
+    )
     patch_loss_forward(model)
     evaluated = EvaluatedModel(name, model, template, system_prompt)
     if options.few_shot:

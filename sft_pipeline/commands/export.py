@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
-from sft_pipeline.model.loading import load_model, set_special_tokens
+from sft_pipeline.model.loading import check_revision, load_model, set_special_tokens
 from sft_pipeline.reports.model_card import build_model_card
 from sft_pipeline.reports.run_results import read_run
 from sft_pipeline.runs.trained_model import load_template, save_template_settings
@@ -21,23 +21,33 @@ from sft_pipeline.utils.files import copy_folder_permissions, write_aside
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_model(folder: str, destination: Path, dtype: str = "float32", license_id: str | None = None) -> None:
+def export_model(
+    folder: str,
+    destination: Path,
+    dtype: str = "float32",
+    license_id: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> None:
     """Write the model of a run's output folder to `destination`, which appears complete or not at all.
 
     dtype: a key of DTYPES. license_id: the model's license as the hub names it ("apache-2.0"), for the model card.
+    trust_remote_code: run the code that the folder contains. revision: of the base model of adapters, on the hub; by
+    default the one that they were trained with.
     Raises SFTError if `folder` is not the output folder of a finished run, or `destination` exists.
     """
     run = read_run(Path(folder))
     if destination.exists():
         raise SFTError(f"{destination}: already exists; choose another folder, or delete it")
-    template, system_prompt = load_template(folder)
-    model: Any = load_model(folder)
+    check_revision(folder, revision)
+    template, system_prompt = load_template(folder, trust_remote_code=trust_remote_code)
+    model: Any = load_model(folder, trust_remote_code, revision)
     model.to(dtype=DTYPES[dtype])
     set_special_tokens(model, template.tokenizer, template.stop_token_id)
     model.config.use_cache = True  # training sets it to False
     with write_aside(destination) as staging:
         model.save_pretrained(staging)
         copy_folder_permissions(staging)
-        build_saved_tokenizer(template, system_prompt).save_pretrained(staging)
+        build_saved_tokenizer(template, system_prompt, trust_remote_code).save_pretrained(staging)
         save_template_settings(staging, template.name, system_prompt)
         build_model_card(run.results, destination.name, dtype, license_id).save(staging / "README.md")

@@ -50,7 +50,8 @@ class GenerateOptions:
     """Input, output and settings of `generate_file`.
 
     samples: answers to each prompt. max_length: limit of prompt and answer together, in tokens. system_prompt: replaces
-    the one that the model was trained with; a row's own system message has precedence over both.
+    the one that the model was trained with; a row's own system message has precedence over both. trust_remote_code,
+    revision: as for `load_trained`.
     """
 
     prompts: str
@@ -63,6 +64,8 @@ class GenerateOptions:
     stop_strings: tuple[str, ...] = ()
     system_prompt: str | None = None
     overwrite: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ def generate_file(options: GenerateOptions) -> int:
     """
     _check_options(options)
     prompts = load_prompts(options.prompts)
-    model, template, trained_system_prompt = load_trained(options.model)
+    model, template, trained_system_prompt = load_trained(
+        options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
+    )
     system_prompt = trained_system_prompt if options.system_prompt is None else options.system_prompt
     encoded = [_encode_prompt(prompt, template, system_prompt) for prompt in prompts]
     with closing(AnswerFile(options.output, _describe_settings(options, model, encoded), options.overwrite)) as file:

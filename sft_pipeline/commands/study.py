@@ -169,6 +169,8 @@ def load_or_run_variant(variant: StudyVariant, prompt_set: PromptSet, plan: Stud
         plan.few_shot,
         variant.args.template,
         variant.args.system_prompt,
+        variant.args.trust_remote_code,
+        variant.args.revision,
     )
     key = _hash_inputs(variant, prompt_set, options)
     if variant.records_file.is_file():

@@ -2,7 +2,7 @@
 
 | format | columns | one row |
 | --- | --- | --- |
-| messages | `messages` | list of {role, content}; other keys of a message are ignored |
+| messages | `messages` | list of {role, content} |
 | sharegpt | `conversations`, optional `system` | list of {from, value}; human = user, gpt = assistant |
 | alpaca | `instruction`, `output`, optional `input`, `system`, `history` | history is a list of [user, assistant] |
 | prompt-completion | `prompt`, `completion` | both strings, or both lists of {role, content} |
@@ -10,6 +10,8 @@
 Every row becomes [system], user, assistant, user, assistant, ...: an optional system message, then user and assistant
 alternating, the assistant last. Any other row raises SFTError with the reason. Alpaca's input is appended to the
 instruction after a newline, as in LLaMA-Factory (Zheng et al. 2024); with an empty input the instruction is used alone.
+
+Other columns, and other keys of a message, are not read: `list_unread_names`.
 
 In error messages `messages[i]` is message i of the converted conversation, counted from 0, system message included.
 """
@@ -21,11 +23,13 @@ from typing import Any
 
 from sft_pipeline.data.messages import Message
 from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.sanitize import format_line
 
 SourceRow = Mapping[str, Any]
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
+MESSAGE_KEYS, SHAREGPT_KEYS = ("role", "content"), ("from", "value")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class RowFormat:
     optional: tuple[str, ...]
     convert: Callable[[SourceRow], list[Message]]
     answer_column: str | None = None  # holds the answer alone; a row that is only a prompt may lack it
+    message_keys: tuple[str, str] = MESSAGE_KEYS  # of a message in a column that holds a list of them
 
     def select_columns(self, columns: Collection[str]) -> list[str]:
         """Return those of `columns` that this format reads, in the order of `columns`."""
@@ -88,6 +93,26 @@ def convert_to_prompt(row: Any, row_format: RowFormat) -> tuple[list[Message], s
     return messages, answer
 
 
+def list_unread_names(row: Any, row_format: RowFormat) -> list[str]:
+    """List what a row holds and `row_format` does not read, each name once: "id", "messages[].weight".
+
+    Null values are left out: Arrow fills the keys that a row lacks with them.
+    """
+    if not isinstance(row, Mapping):
+        return []
+    read = row_format.required + row_format.optional
+    names = [str(column) for column, value in row.items() if column not in read and value is not None]
+    for column in read:
+        turns = row.get(column)
+        if isinstance(turns, list):
+            for turn in turns:
+                # Most have the two keys that are read and no other.
+                if isinstance(turn, Mapping) and len(turn) > len(row_format.message_keys):
+                    unread = [key for key in turn if key not in row_format.message_keys and turn[key] is not None]
+                    names += [f"{column}[].{key}" for key in unread]
+    return list(dict.fromkeys(map(format_line, names))) if names else names
+
+
 def describe_type(value: Any) -> str:
     """Return the type name of a value for an error message: "null" for None."""
     return "null" if value is None else type(value).__name__
@@ -122,7 +147,7 @@ def _convert_messages(row: SourceRow) -> list[Message]:
 
 
 def _convert_sharegpt(row: SourceRow) -> list[Message]:
-    return _get_system_message(row) + _convert_turns(row, "conversations", ("from", "value"), SHAREGPT_ROLES)
+    return _get_system_message(row) + _convert_turns(row, "conversations", SHAREGPT_KEYS, SHAREGPT_ROLES)
 
 
 def _convert_prompt_completion(row: SourceRow) -> list[Message]:
@@ -137,7 +162,7 @@ def _convert_prompt_completion(row: SourceRow) -> list[Message]:
 
 
 def _convert_turns(
-    row: SourceRow, column: str, keys: tuple[str, str] = ("role", "content"), roles: Mapping[str, str] = ROLES
+    row: SourceRow, column: str, keys: tuple[str, str] = MESSAGE_KEYS, roles: Mapping[str, str] = ROLES
 ) -> list[Message]:
     """Convert a column that holds a list of messages, given its keys for role and text and its names of the roles."""
     turns = row[column]
@@ -202,7 +227,7 @@ FORMATS = {
     row_format.name: row_format
     for row_format in (
         RowFormat("messages", ("messages",), (), _convert_messages),
-        RowFormat("sharegpt", ("conversations",), ("system",), _convert_sharegpt),
+        RowFormat("sharegpt", ("conversations",), ("system",), _convert_sharegpt, message_keys=SHAREGPT_KEYS),
         RowFormat("alpaca", ("instruction", "output"), ("input", "system", "history"), _convert_alpaca, "output"),
         RowFormat("prompt-completion", ("prompt", "completion"), (), _convert_prompt_completion, "completion"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -15,7 +15,7 @@ from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.encode import Encoder, EncodingStats, encode_dataset
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import Message
-from sft_pipeline.data.sources import Source, load_conversations
+from sft_pipeline.data.sources import Source, load_source
 from sft_pipeline.data.splits import drop_overlap, mix_datasets, select_rows, split_held_out
 from sft_pipeline.data.tokenizer_export import count_id_differences
 from sft_pipeline.utils.errors import SFTError
@@ -27,13 +27,17 @@ COMPARED_ROWS = 100  # rows on which the saved chat template is compared with th
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Encoded training and held-out rows with their statistics, and the held-out conversations as messages."""
+    """Encoded training and held-out rows with their statistics, and the held-out conversations as messages.
+
+    unread: for each source, in how many rows each column or key is that nothing reads.
+    """
 
     train: Dataset
     train_stats: EncodingStats
     held_out: Dataset | None
     held_out_stats: EncodingStats | None
     held_out_messages: Dataset | None
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def build_encoder(args: SFTArguments, template: Template) -> Encoder:
@@ -50,16 +54,16 @@ def prepare_data(
     """
     if is_encoded(train_rows) or is_encoded(eval_rows):
         return _use_encoded_rows(args, train_rows, eval_rows)
-    train_messages, held_out_messages = load_splits(args, train_rows, eval_rows)
+    train_messages, held_out_messages, unread = load_splits_and_unread(args, train_rows, eval_rows)
     encoder = build_encoder(args, template)
     train, train_stats = encode_dataset(train_messages, encoder, args.num_proc)
     logger.info("training rows: %s", train_stats)
     _log_template_differences(train_messages[:COMPARED_ROWS]["messages"], template, args)
     if held_out_messages is None:
-        return PreparedData(train, train_stats, None, None, None)
+        return PreparedData(train, train_stats, None, None, None, unread)
     held_out, held_out_stats = encode_dataset(held_out_messages, encoder, args.num_proc)
     logger.info("held-out rows: %s", held_out_stats)
-    return PreparedData(train, train_stats, held_out, held_out_stats, held_out_messages)
+    return PreparedData(train, train_stats, held_out, held_out_stats, held_out_messages, unread)
 
 
 def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
@@ -87,20 +91,35 @@ def load_splits(
 
     `max_train_rows` limits the training rows and does not change the held-out rows.
     """
+    return load_splits_and_unread(args, train_rows, eval_rows)[:2]
+
+
+def load_splits_and_unread(
+    args: SFTArguments, train_rows: Source | None = None, eval_rows: Source | None = None
+) -> tuple[Dataset, Dataset | None, dict[str, dict[str, int]]]:
+    """Load the splits as `load_splits` does; also return `PreparedData.unread`."""
     if args.held_out and eval_rows is not None:
         raise SFTError("held_out and eval_dataset are both set; remove one of them")
-    parts = _load_parts(args, args.train_data, train_rows, "train_dataset")
-    held_out_parts = _load_parts(args, args.eval_data, eval_rows, "eval_dataset")
+    unread: dict[str, dict[str, int]] = {}
+    parts = _load_parts(args, args.train_data, train_rows, "train_dataset", unread)
+    held_out_parts = _load_parts(args, args.eval_data, eval_rows, "eval_dataset", unread)
     train, held_out = _split_parts(args, parts, held_out_parts)
-    return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out
+    return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out, unread
 
 
-def _load_parts(args: SFTArguments, names: list[str], rows: Source | None, rows_name: str) -> list[Dataset]:
-    """Load `rows`, or the sources that a key names."""
-    if rows is None:
-        return [load_conversations(name, skip_bad_rows=args.skip_bad_rows) for name in names]
-    name = None if isinstance(rows, (str, os.PathLike)) else rows_name
-    return [load_conversations(rows, skip_bad_rows=args.skip_bad_rows, name=name)]
+def _load_parts(
+    args: SFTArguments, names: list[str], rows: Source | None, rows_name: str, unread: dict[str, dict[str, int]]
+) -> list[Dataset]:
+    """Load `rows`, or the sources that a key names; adds to `unread`."""
+    sources: dict[str, Source] = {name: name for name in names}
+    if rows is not None:
+        sources = {str(rows) if isinstance(rows, (str, os.PathLike)) else rows_name: rows}
+        names = list(sources)
+    parts = []
+    for name in names:
+        part, unread[name] = load_source(sources[name], skip_bad_rows=args.skip_bad_rows, name=name)
+        parts.append(part)
+    return parts
 
 
 def _split_parts(
@@ -125,7 +144,7 @@ def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict
 
     Raises SFTError for a row that does not exist or that the length policy drops.
     """
-    rows = datasets.concatenate_datasets(_load_parts(args, args.train_data, None, ""))
+    rows = datasets.concatenate_datasets(_load_parts(args, args.train_data, None, "", {}))
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
     batch = rows[row : row + 1]

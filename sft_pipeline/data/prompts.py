@@ -8,14 +8,15 @@ error as `problem`.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_pipeline.data.formats import RowFormat, convert_to_prompt, detect_format
+from sft_pipeline.data.formats import RowFormat, convert_to_prompt, detect_format, list_unread_names
 from sft_pipeline.data.messages import Message
 from sft_pipeline.data.readers import LocatedRow
-from sft_pipeline.data.sources import read_raw_rows
+from sft_pipeline.data.sources import describe_unread_names, read_raw_rows
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ def _convert_rows(rows: list[LocatedRow], name: str) -> tuple[list[Prompt], str]
     if columns is None:
         return [], ""
     row_format = detect_format(columns, name, require_answer=False)
-    return [_convert_row(row, row_format) for row in rows], f"read as {row_format.name}"
+    unread = Counter(key for _, row in rows for key in list_unread_names(row, row_format))
+    description = f"read as {row_format.name}" + (f"; not read: {describe_unread_names(unread)}" if unread else "")
+    return [_convert_row(row, row_format) for row in rows], description
 
 
 def _convert_row(located_row: LocatedRow, row_format: RowFormat) -> Prompt:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import reprlib
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sft_pipeline.config import SFTConfig
 from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.encode import ENCODING_FORMAT, EncodingStats, hash_texts, hash_tokenizer
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
-from sft_pipeline.data.sources import ROWS_FORMAT, hash_source, list_saved_files
+from sft_pipeline.data.sources import ROWS_FORMAT, describe_unread_names, hash_source, list_saved_files
 from sft_pipeline.utils.distributed import run_on_main_process
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, write_checksums, write_json
@@ -36,7 +37,7 @@ from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, wri
 logger = logging.getLogger(__name__)
 
 # Raise it when the same settings give other splits or keys of prepared.json.
-SHARDS_FORMAT = 2
+SHARDS_FORMAT = 3
 RECORD_FILE = "prepared.json"
 PARTS = ("train", "held_out", "held_out_messages")
 SOURCES = ("train_data", "eval_data")
@@ -91,7 +92,11 @@ def map_shards(args: SFTConfig, template: Template) -> PreparedData:
         held_out=_map_part(folder / "held_out") if held_out_stats else None,
         held_out_stats=EncodingStats(**held_out_stats) if held_out_stats else None,
         held_out_messages=_map_part(folder / "held_out_messages") if held_out_stats else None,
+        unread=record["unread"],
     )
+    for source, counts in data.unread.items():
+        if counts:
+            logger.info("%s: not read: %s", source, describe_unread_names(Counter(counts)))
     logger.info("training rows of %s: %s", folder, data.train_stats)
     if data.held_out_stats:
         logger.info("held-out rows of %s: %s", folder, data.held_out_stats)
@@ -169,7 +174,7 @@ def _write_folder(data: PreparedData, inputs: dict[str, Any], folder: Path) -> N
         rows = getattr(data, name)
         if rows is not None:
             rows.save_to_disk(folder / name)
-    record: dict[str, Any] = {"made_from": inputs}
+    record: dict[str, Any] = {"made_from": inputs, "unread": data.unread}
     for name in ("train_stats", "held_out_stats"):
         stats = getattr(data, name)
         record[name] = stats and asdict(replace(stats, cached=True))

@@ -3,9 +3,9 @@
     load_conversations("alpaca.json")  # columns: messages (list of {"role", "content"}), origin ("alpaca.json row 17")
     load_conversations([{"prompt": "Say hello.", "completion": "Hello."}])
 
-The row format is detected from the columns (see formats.py) and logged. Converted rows are kept in `datasets`' cache,
-under a key of the content, the row format and ROWS_FORMAT. Nothing from the data is executed or opened: no loading
-scripts, no pickles, no paths in the rows, and no symbolic links that leave a folder.
+The row format is detected from the columns (see formats.py) and logged, and so is what it does not read. Converted
+rows are kept in `datasets`' cache, under a key of the content, the row format and ROWS_FORMAT. Nothing from the data is
+executed or opened: no loading scripts, no pickles, no paths in the rows, and no symbolic links that leave a folder.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,22 +24,32 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from sft_pipeline.data.formats import FORMATS, RowFormat, convert_to_messages, describe_type, detect_format
+from sft_pipeline.data.formats import (
+    FORMATS,
+    RowFormat,
+    convert_to_messages,
+    describe_type,
+    detect_format,
+    list_unread_names,
+)
 from sft_pipeline.data.readers import READERS, LocatedRow, read_rows
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.sanitize import format_line
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache keys. Raise it when the same file would give other messages or other bad rows.
-ROWS_FORMAT = 1
+# Part of the cache keys. Raise it when the same file would give other messages, bad rows or unread names.
+ROWS_FORMAT = 2
+SHOWN_NAMES = 20  # most names of one source that are listed; in broken data every row may have others
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Mapping[str, Any]]
 FEATURES = Features(
     {
         "messages": [{"role": Value("string"), "content": Value("string")}],
         "origin": Value("string"),
-        "problem": Value("string"),  # why the row is bad, or null; load_conversations removes this column
+        # load_conversations removes these two columns: why the row is bad, or null; what of the row nothing reads.
+        "problem": Value("string"),
+        "unread": [Value("string")],
     }
 )
 
@@ -59,29 +70,49 @@ def load_conversations(
 
     Raises SFTError: missing source, file that does not parse, unknown or mixed row formats, bad row, no rows.
     """
+    return load_source(source, split, skip_bad_rows, name)[0]
+
+
+def load_source(
+    source: Source, split: str = "train", skip_bad_rows: bool = False, name: str | None = None
+) -> tuple[Dataset, dict[str, int]]:
+    """Load a source as `load_conversations` does; also return in how many rows each name is that nothing reads.
+
+    These are the SHOWN_NAMES most frequent names, the largest number first.
+    """
     if isinstance(source, (str, os.PathLike)):
         name = name or str(source)
-        dataset, description = _load_named_source(str(source), split)
-    elif isinstance(source, Dataset):
-        name = name or "dataset"
-        dataset, description = _convert_dataset(source, name)
+        source = _resolve_source(str(source), split)
     else:
-        name = name or "rows"
+        name = name or ("dataset" if isinstance(source, Dataset) else "rows")
+    unread: Counter[str] = Counter()
+    if isinstance(source, Path):
+        dataset, description = _load_path(source, split)
+    elif isinstance(source, Dataset):
+        dataset, description = _convert_dataset(source, name)
+        unread += _count_unread_columns(source, detect_format(source.column_names, name))
+    else:
         dataset, description = _convert_list(source, name)
-    dataset = _remove_bad_rows(dataset, name, skip_bad_rows)
+    unread += _count_unread_names(dataset)
+    dataset = _remove_bad_rows(dataset.remove_columns("unread"), name, skip_bad_rows)
     logger.info("%s: %s rows, %s", name, f"{len(dataset):,}", description)
-    return dataset
+    if unread:
+        logger.info("%s: not read: %s", name, describe_unread_names(unread))
+    return dataset, dict(unread.most_common(SHOWN_NAMES))
 
 
-def _load_named_source(name: str, split: str) -> tuple[Dataset, str]:
-    """Load a folder, a file or a dataset of the hub; returns it with a description of how it is read."""
+def _resolve_source(name: str, split: str) -> Path | Dataset:
+    """Return the path of a folder or file, or the dataset of the hub."""
     path = Path(name).expanduser()
+    return path if path.is_dir() or path.is_file() else _load_from_hub(name, split)
+
+
+def _load_path(path: Path, split: str) -> tuple[Dataset, str]:
+    """Load a folder or a file; returns it with a description of how it is read."""
     if path.is_dir():
         return _load_folder(path, split)
-    if path.is_file():
-        dataset, row_format, columns = _load_file(path, format_line(path.name))
-        return dataset, _describe_columns(row_format, columns)
-    return _convert_dataset(_load_from_hub(name, split), name)
+    dataset, row_format, columns = _load_file(path, format_line(path.name))
+    return dataset, _describe_columns(row_format, columns)
 
 
 def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
@@ -115,11 +146,21 @@ def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRo
 
 
 def _describe_columns(row_format: RowFormat, columns: list[str]) -> str:
-    """Describe how a source is read: "read as alpaca (instruction, input, output); ignored columns: id"."""
-    used = row_format.select_columns(columns)
-    ignored = [column for column in columns if column not in used]
-    description = f"read as {row_format.name} ({', '.join(used)})"
-    return format_line(description + (f"; ignored columns: {', '.join(ignored)}" if ignored else ""))
+    """Describe how a source is read: "read as alpaca (instruction, input, output)"."""
+    return format_line(f"read as {row_format.name} ({', '.join(row_format.select_columns(columns))})")
+
+
+def describe_unread_names(counts: Counter[str]) -> str:
+    """Describe the numbers of rows by name, the largest first: "id in 40 rows, messages[].weight in 12 rows"."""
+    shown = [f"{name} in {rows:,} row{'s' if rows > 1 else ''}" for name, rows in counts.most_common(SHOWN_NAMES)]
+    more = [f"{len(counts) - SHOWN_NAMES:,} other names"] if len(counts) > SHOWN_NAMES else []
+    return ", ".join(shown + more)
+
+
+def _count_unread_names(dataset: Dataset) -> Counter[str]:
+    """Count the rows of a dataset of FEATURES in which a name is in the column `unread`."""
+    names = pc.value_counts(pc.list_flatten(dataset.data.column("unread")))
+    return Counter({entry["values"]: entry["counts"] for entry in names.to_pylist()})
 
 
 def _load_file(path: Path, name: str) -> tuple[Dataset, RowFormat, list[str]]:
@@ -153,10 +194,12 @@ def _generate_rows(path: str, name: str, format_name: str, cache_key: str) -> It
 
 def _convert_row(row: Any, location: str, row_format: RowFormat) -> dict[str, Any]:
     """Convert a row to the columns of FEATURES; a bad row gets its error as `problem`."""
+    unread = list_unread_names(row, row_format)
     try:
-        return {"messages": convert_to_messages(row, row_format), "origin": location, "problem": None}
+        messages, problem = convert_to_messages(row, row_format), None
     except SFTError as error:
-        return {"messages": [], "origin": location, "problem": str(error)}
+        messages, problem = [], str(error)
+    return {"messages": messages, "origin": location, "problem": problem, "unread": unread}
 
 
 def _build_cache_key(path: Path, row_format: RowFormat) -> str:
@@ -284,6 +327,19 @@ def _convert_dataset(dataset: Dataset, name: str) -> tuple[Dataset, str]:
         desc=f"reading {name}",
     )
     return converted.with_format(None), _describe_columns(row_format, columns)
+
+
+def _count_unread_columns(dataset: Dataset, row_format: RowFormat) -> Counter[str]:
+    """Count the rows of a source that hold something in a column that `row_format` does not read."""
+    read = row_format.select_columns(dataset.column_names)
+    unread = dataset.select_columns([column for column in dataset.column_names if column not in read])
+    counts: Counter[str] = Counter()
+    if unread.column_names:
+        # As Arrow tables, slices of the file: columns of images are neither decoded nor read.
+        for table in unread.with_format("arrow").iter(batch_size=1000):
+            for column in table.column_names:
+                counts[format_line(column)] += len(table) - table.column(column).null_count
+    return +counts
 
 
 def _select_arrow_columns(dataset: Dataset, row_format: RowFormat) -> Dataset:

@@ -42,10 +42,13 @@ def build_saved_chat_template(template: Template, system_prompt: str | None) -> 
     return template.chat_template if template.chat_template.startswith(prefix) else prefix + template.chat_template
 
 
-def build_saved_tokenizer(template: Template, system_prompt: str | None) -> PreTrainedTokenizerBase:
+def build_saved_tokenizer(
+    template: Template, system_prompt: str | None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Return a copy of the tokenizer as other tools will load it.
 
-    Its chat template adds the system prompt, and its pre-tokenizer splits at the role headers.
+    Its chat template adds the system prompt, and its pre-tokenizer splits at the role headers. With `trust_remote_code`
+    it may have a class of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         with _split_at_role_headers(template):
@@ -55,7 +58,7 @@ def build_saved_tokenizer(template: Template, system_prompt: str | None) -> PreT
             file = Path(folder) / "tokenizer_config.json"
             config = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
             file.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     tokenizer.chat_template = build_saved_chat_template(template, system_prompt)
     return tokenizer
 

@@ -80,29 +80,50 @@ def resolve_model(name_or_path: str, cache: Path) -> str:
     return name_or_path
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or hub name. Raises SFTError if there is none or it cannot be read."""
+def takes_revision(path: str) -> bool:
+    """Return whether the model, or the base model of the adapters in the folder, is on the hub."""
+    base = find_base_model(Path(path))
+    return not Path(base.name_or_path if base else path).expanduser().is_dir()
+
+
+def check_revision(path: str, revision: str | None) -> None:
+    """Raise SFTError for a revision of a model that is not on the hub, which would be ignored."""
+    if revision and not takes_revision(path):
+        raise SFTError(f"revision {revision}: {path} is a folder, and only models on the hub have one; remove it")
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or hub name. Raises SFTError if there is none or it cannot be read.
+
+    revision: a branch, tag or commit of the hub repository; a folder has none.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         raise _build_load_error(path, "tokenizer", error) from error
 
 
-def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
     """Load a model with float32 weights, whatever dtype it was saved in: in 16 bits small optimizer steps are lost.
 
-    Adapters in a folder are merged into their base model. Only safetensors are read, because a pickle can run code.
-    Raises SFTError for a folder without them and for a model that transformers cannot load.
+    Adapters in a folder are merged into their base model, at `revision` or else the revision that they name. Only
+    safetensors are read, because a pickle can run code. Raises SFTError for a folder without them and for a model that
+    transformers cannot load.
     """
     folder = Path(path)
     base = find_base_model(folder)
     if folder.is_dir() and not _has_files(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
         raise _build_missing_weights_error(folder)
     if base:
-        return merge_adapters(load_model(base, trust_remote_code), folder)
+        base_model = load_model(base.name_or_path, trust_remote_code, revision or base.revision)
+        return merge_adapters(base_model, folder)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+            path,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            use_safetensors=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _build_load_error(path, "model", error) from error
@@ -131,7 +152,7 @@ def _build_load_error(path: str, kind: str, error: Exception) -> SFTError:
     For a folder it quotes the whole message of the library; for a hub name its first line, as links follow.
     """
     if "trust_remote_code" in str(error):
-        reason = "it needs custom code; if you trust that code, train with trust_remote_code: true"
+        reason = "it needs custom code; if you trust that code, add --trust_remote_code"
     elif not Path(path).exists():
         return SFTError(
             f"{path}: neither a local model folder nor available on the Hugging Face Hub ({format_first_line(error)}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that adapters belong to: its folder or hub name, and its revision on the hub."""
+
+    name_or_path: str
+    revision: str | None
+
+
 def build_lora_config(args: SFTArguments) -> LoraConfig:
     """Build the adapters' config of the keys `lora*`. Raises SFTError if `peft` is missing."""
     _check_peft("lora: true")
@@ -24,7 +33,13 @@ def build_lora_config(args: SFTArguments) -> LoraConfig:
 
     names = args.lora_target_modules
     targets = names[0] if names == ["all-linear"] else names
-    return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        revision=args.revision,
+    )
 
 
 def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
@@ -41,8 +56,8 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
         raise SFTError(f"lora_target_modules {targets}: {format_first_line(error)}") from error
 
 
-def find_base_model(folder: Path) -> str | None:
-    """Return the folder or hub name of the model that the adapters in `folder` belong to; None if it has no adapters.
+def find_base_model(folder: Path) -> BaseModel | None:
+    """Return the model that the adapters in `folder` belong to; None if it has no adapters.
 
     Raises SFTError if `peft` is missing, or the base is a local folder that does not exist.
     """
@@ -51,13 +66,14 @@ def find_base_model(folder: Path) -> str | None:
         return None
     _check_peft(f"{folder}: holds adapters and")
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads(file.read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
         is_folder = Path(base).expanduser().is_dir()
     except (ValueError, KeyError, TypeError) as error:
         raise SFTError(f"{file}: has no base_model_name_or_path; set it to the base model's folder") from error
     if (base.startswith((".", "~")) or base.count("/") > 1) and not is_folder:
         raise SFTError(f"{file}: no base model at {base}; set base_model_name_or_path to its folder")
-    return base
+    return BaseModel(base, config.get("revision"))
 
 
 def merge_adapters(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -10,36 +10,46 @@ import torch
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.chat_templates import TEMPLATES, Template, build_template
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model
+from sft_pipeline.model.loading import check_revision, load_model, load_tokenizer, resolve_model
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_json
 
 
 def load_trained(
-    name_or_path: str, template_name: str = "chat", system_prompt: str | None = None
+    name_or_path: str,
+    template_name: str = "chat",
+    system_prompt: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, Template, str | None]:
     """Load model, template and system prompt of a run's output folder, a model folder or a hub name.
 
     Adapters are merged. The model is on the accelerator if there is one. `template_name` and `system_prompt` are for
-    models that no run of this package saved: see `load_template`.
+    models that no run of this package saved: see `load_template`. `revision` is a branch, tag or commit of the model on
+    the hub, or of the base model of adapters.
     """
     path = resolve_model(name_or_path, get_cache_dir())
-    template, system_prompt = load_template(path, template_name, system_prompt)
-    model = load_model(path)
+    check_revision(path, revision)
+    template, system_prompt = load_template(path, template_name, system_prompt, trust_remote_code, revision)
+    model = load_model(path, trust_remote_code, revision)
     device: Any = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model.to(device)
     return model, template, system_prompt
 
 
 def load_template(
-    path: str, template_name: str = "chat", system_prompt: str | None = None
+    path: str,
+    template_name: str = "chat",
+    system_prompt: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> tuple[Template, str | None]:
     """Load the template and system prompt that the model was trained with.
 
     For a folder that no run saved, return those of the arguments. Raises SFTError if TEMPLATE_FILE is not readable.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code, revision)
     file = Path(path) / TEMPLATE_FILE
     if file.is_file():
         try:

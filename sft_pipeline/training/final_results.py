@@ -31,6 +31,7 @@ def build_results(trainer: SFTTrainer, output: TrainOutput) -> dict[str, Any]:
         "seconds": round(output.metrics["train_runtime"], 1),
         **trainer.evaluation.compare_with_start(),
         "rows": count_rows(trainer.data),
+        "unread": trainer.data.unread,
         "loss_curve": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
         "versions": {name: version(name) for name in PACKAGES},
         "seed": trainer.args.seed,

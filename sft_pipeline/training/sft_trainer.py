@@ -44,7 +44,13 @@ from sft_pipeline.data.sources import Source
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.freezing import freeze_except, freeze_unreached
-from sft_pipeline.model.loading import load_model, load_tokenizer, resolve_model, set_special_tokens
+from sft_pipeline.model.loading import (
+    check_revision,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    set_special_tokens,
+)
 from sft_pipeline.model.lora import add_adapters, build_lora_config
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.module_utils import unwrap_peft
@@ -57,6 +63,7 @@ from sft_pipeline.runs.output_dir import (
     is_resuming,
 )
 from sft_pipeline.runs.trained_model import save_template_settings
+from sft_pipeline.training.devices import check_devices
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.fsdp import gather_weights
@@ -110,15 +117,18 @@ class SFTTrainer(SupervisedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         args = SFTConfig.from_training_arguments(args or SFTConfig())
+        check_devices(args)
         source = model or args.model_name_or_path
         if source is None:
             raise SFTError("model: missing; give a model, a folder or a hub name")
         args.model_name_or_path = source if isinstance(source, str) else source.name_or_path
         path = str(resolve_model(source, get_cache_dir()) if isinstance(source, str) else source.name_or_path)
+        if isinstance(source, str):
+            check_revision(path, args.revision)
         if not isinstance(template, Template):
             if processing_class is None and not path:
                 raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
-            tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code)
+            tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code, args.revision)
             template = build_template(template or args.template, tokenizer)
         elif processing_class is not None:
             raise SFTError("processing_class: the Template given as template has its tokenizer; leave it out")
@@ -129,7 +139,7 @@ class SFTTrainer(SupervisedTrainer):
         self.data = load_training_data(args, template, train_dataset, eval_dataset)
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
-        model = load_model(path, args.trust_remote_code) if isinstance(source, str) else source
+        model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
         set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_id)
         if args.use_liger_kernel:
             set_liger_arguments(args)
@@ -145,7 +155,7 @@ class SFTTrainer(SupervisedTrainer):
             data_collator=collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.held_out and sort_by_length(self.data.held_out),
-            processing_class=build_saved_tokenizer(template, args.system_prompt),
+            processing_class=build_saved_tokenizer(template, args.system_prompt, args.trust_remote_code),
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
             tokens_per_batch=args.tokens_per_batch,
         )
@@ -387,22 +397,13 @@ def count_trainable_parameters(model: PreTrainedModel) -> int:
 
 
 def log_devices(trainer: SFTTrainer) -> None:
-    """Log the number of processes, if more than one, and whether the model is replicated or sharded.
-
-    Warn if one process uses one of several GPUs.
-    """
+    """Log the number of processes, if more than one, and whether the model is replicated or sharded."""
     args = trainer.args
     if args.world_size > 1:
         layout = "the whole model on each"
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             layout = f"the model sharded across them ({'FSDP2' if trainer.is_fsdp_enabled else 'ZeRO-3'})"
         logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, layout)
-    elif args.device.type == "cuda" and torch.cuda.device_count() > 1:
-        logger.warning(
-            "%s GPUs are visible and this process uses one: start a process for each with `accelerate launch` or "
-            "launch.sh, or hide the others with CUDA_VISIBLE_DEVICES",
-            torch.cuda.device_count(),
-        )
 
 
 def log_packing(trainer: SFTTrainer) -> None:

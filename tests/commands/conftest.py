@@ -25,7 +25,7 @@ def options(model_folder, tmp_path) -> GenerateOptions:
 def whole(options, monkeypatch) -> SimpleNamespace:
     """A run that was not cut off: its output and errors, and the partial file as it was just before the end."""
     loaded = generate_module.load_trained(options.model)
-    monkeypatch.setattr(generate_module, "load_trained", lambda name: loaded)
+    monkeypatch.setattr(generate_module, "load_trained", lambda name, **options: loaded)
     content = {}
     write_output = AnswerFile.write_output
 

@@ -199,7 +199,7 @@ def test_a_changed_model_or_changed_prompts_are_detected(options, whole, monkeyp
     changed = load_model(options.model)
     changed.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
     with monkeypatch.context() as patch:
-        patch.setattr(generate_module, "load_trained", lambda name: (changed, *template_and_prompt))
+        patch.setattr(generate_module, "load_trained", lambda name, **options: (changed, *template_and_prompt))
         with pytest.raises(SFTError, match=r"was started with different settings \(model\);"):
             generate_file(options)
     Path(options.prompts).write_text(json.dumps({"prompt": "Hi"}))

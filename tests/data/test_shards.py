@@ -52,7 +52,7 @@ def config(tmp_path, model_folder, cache, monkeypatch) -> Path:
     """A config whose rows are rows.jsonl beside it; their folder is the current one."""
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Say {n} times {n}.", "input": "", "output": "text " * (n % 7 + 1)} for n in range(30)]
-    rows[11]["output"] = "a row that is dropped " * 40
+    rows[11] |= {"output": "a row that is dropped " * 40, "id": 11}
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"model_name_or_path": str(model_folder), "train_data": "rows.jsonl", "held_out": 6, "template": "role"}
     keys |= {"system_prompt": "You are 冬瓜.", "max_length": 200, "num_answers": 2, "num_instructions": 0}
@@ -80,7 +80,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a row is encoded")
 
     monkeypatch.setattr(Encoder, "__call__", refused)
-    monkeypatch.setattr("sft_pipeline.data.pipeline.load_conversations", refused)
+    monkeypatch.setattr("sft_pipeline.data.pipeline.load_source", refused)
 
 
 def same_rows(data: PreparedData, expected: PreparedData) -> bool:
@@ -95,7 +95,7 @@ def same_rows(data: PreparedData, expected: PreparedData) -> bool:
 
 
 @pytest.mark.parametrize("shard_size", ["500MB", "3KB"])
-def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, monkeypatch):
+def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", shard_size)
     args = parse_config(str(config), [])
     template = build_template("role", tokenizer)
@@ -104,8 +104,11 @@ def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, 
     assert (len(files) > 2) == (shard_size == "3KB")
     expected = prepare_data(args, template)
     no_encoding(monkeypatch)
-    data = map_shards(args, template)
+    with caplog.at_level("INFO", "sft_pipeline.data.shards"):
+        data = map_shards(args, template)
     assert same_rows(data, expected)
+    assert data.unread == expected.unread == {"rows.jsonl": {"id": 1}}
+    assert "rows.jsonl: not read: id in 1 row" in caplog.messages
     assert data.train_stats == expected.train_stats and data.held_out_stats == expected.held_out_stats
     assert data.train_stats.dropped == {"longer than max_length": 1} and data.train_stats.cached
     # As files, of which nothing is in memory before it is read.
@@ -258,7 +261,7 @@ def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     made_from = list_shard_inputs(written, build_template("role", tokenizer))
     others = {"model_name_or_path", "prepared_data", "packing", "tokens_per_batch", "pad_to_multiple_of", "num_proc"}
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
-    others |= {"early_stopping_patience", "overwrite_output_dir", "trust_remote_code"}
+    others |= {"early_stopping_patience", "overwrite_output_dir", "trust_remote_code", "revision"}
     names = {key.name for key in dataclasses.fields(SFTArguments)}
     ours = {name for name in names if name not in others and not name.startswith("lora")}
     assert ours | FORMAT_KEYS == set(made_from)
@@ -472,4 +475,4 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
             )
             data = prepare_data(args, build_template(template, tokenizer))
             results.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (2, "0f9f08cb6e53b0b6")
+    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (3, "0f9f08cb6e53b0b6")

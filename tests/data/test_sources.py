@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -95,7 +96,74 @@ def test_the_row_format_is_logged(tmp_path, caplog):
     path = write(tmp_path / "alpaca.json", [{**row, "id": 7} for row in ROWS])
     with caplog.at_level(logging.INFO, "sft_pipeline"):
         load_conversations(path)
-    assert caplog.messages == [f"{path}: 3 rows, read as alpaca (instruction, input, output); ignored columns: id"]
+    assert caplog.messages == [
+        f"{path}: 3 rows, read as alpaca (instruction, input, output)",
+        f"{path}: not read: id in 3 rows",
+    ]
+
+
+UNREAD_ROWS = [
+    {"prompt": "Hi", "completion": "Yes?"},
+    {"prompt": [{"role": "user", "content": "Hi", "name": "A"}], "completion": [{"role": "assistant", "content": "B"}]},
+]
+
+
+def chat_row(id_: int | None = None, **keys: object) -> dict[str, object]:
+    """A row of messages whose answer has more keys."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?", **keys}]
+    return {"messages": messages, **({} if id_ is None else {"id": id_})}
+
+
+@pytest.mark.parametrize("kind", ["a.json", "a.jsonl", "a.parquet", "a.arrow", "list", "dataset", "shuffled"])
+def test_what_nothing_reads_is_counted_by_name(kind, tmp_path, caplog):
+    """A key is counted once a row, a null not at all; the first row does not decide. A second call reads the cache."""
+    rows = [
+        chat_row(),
+        *(chat_row(number, weight=0) for number in range(12)),
+        chat_row(reasoning_content="Hm.", weight=None),
+        {"messages": [{**message, "tool_calls": "f()"} for message in chat_row()["messages"]]},
+    ]
+    source: Any = rows
+    if kind in ("dataset", "shuffled"):
+        source = Dataset.from_list([{"id": None, **row} for row in rows])
+        source = source.shuffle(seed=1) if kind == "shuffled" else source
+    elif kind != "list":
+        filled = [{"id": None, **row} for row in rows] if kind in ("a.parquet", "a.arrow") else rows
+        source = write(tmp_path / kind, filled)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "sft_pipeline"):
+            dataset = load_conversations(source, name="rows")
+        assert dataset.column_names == ["messages", "origin"] and len(dataset) == 15
+        [account, unread] = caplog.messages
+        assert account == "rows: 15 rows, read as messages (messages)"
+        counts = unread.removeprefix("rows: not read: ").split(", ")
+        assert sorted(counts[:2]) == ["id in 12 rows", "messages[].weight in 12 rows"]
+        assert sorted(counts[2:]) == ["messages[].reasoning_content in 1 row", "messages[].tool_calls in 1 row"]
+
+
+def test_unread_keys_of_the_other_formats(tmp_path, caplog):
+    turns = [{"from": "human", "value": "Hi", "weight": 1}, {"from": "gpt", "value": "Yes?"}]
+    with caplog.at_level(logging.INFO, "sft_pipeline"):
+        load_conversations([{"conversations": turns, "system": "", "tools": "[]"}], name="a")
+        load_conversations([{**row, 7: "x"} for row in UNREAD_ROWS], name="b")
+        bad = [{"prompt": "Hi", "completion": " ", "score": 2}, 3]
+        load_conversations([*UNREAD_ROWS[:1], *bad], name="c", skip_bad_rows=True)
+        load_conversations(UNREAD_ROWS[:1], name="d")
+    assert [line for line in caplog.messages if "not read" in line or line.startswith("d")] == [
+        "a: not read: tools in 1 row, conversations[].weight in 1 row",
+        "b: not read: 7 in 2 rows, prompt[].name in 1 row",
+        "c: not read: score in 1 row",
+        "d: 1 rows, read as prompt-completion (prompt, completion)",
+    ]
+
+
+def test_names_that_nothing_reads_are_one_short_line(tmp_path, caplog):
+    rows = [{**UNREAD_ROWS[0], f"id{number}\n\ud800": 1} for number in range(30)]
+    with caplog.at_level(logging.INFO, "sft_pipeline"):
+        load_conversations(write(tmp_path / "a.jsonl", rows), name="a")
+    assert caplog.messages[-1].startswith("a: not read: id0\u240a\\ud800 in 1 row, id1")
+    assert caplog.messages[-1].endswith("in 1 row, 10 other names")
 
 
 def test_lines_of_json_under_the_name_json_and_blank_lines(tmp_path):
@@ -117,7 +185,7 @@ def test_an_unchanged_file_is_converted_once(tmp_path):
 
 
 GOOD = '{"instruction": "Hi", "output": "Hello"}\n'
-KEY = "4adc440e83f727f388dd2e490c22ed57-alpaca-1"
+KEY = "4adc440e83f727f388dd2e490c22ed57-alpaca-2"
 
 
 # The number of the row format in the cache keys
@@ -203,7 +271,7 @@ def test_converted_messages_of_this_rows_format(tmp_path, name):
     messages = dict(zip(dataset["origin"], dataset["messages"]))
     converted = [messages.get(f"a.jsonl line {number}") for number in range(1, len(rows) + 1)]
     assert detect_format(rows[0]).name == name
-    assert (sources.ROWS_FORMAT, converted) == (1, expected), (
+    assert (sources.ROWS_FORMAT, converted) == (2, expected), (
         "the same file gives other messages or other bad rows: if that is intended, raise ROWS_FORMAT in "
         "sft_pipeline/data/sources.py, or rows cached by earlier versions are used, and update this test"
     )
@@ -224,8 +292,8 @@ def test_the_cache_key_depends_on_content_row_format_and_number_alone(tmp_path, 
     assert sources._build_cache_key(copy, alpaca) not in (KEY, KEY.replace("alpaca", "messages"))
     first = load_conversations(path)
     assert load_conversations(path).cache_files == first.cache_files
-    monkeypatch.setattr(sources, "ROWS_FORMAT", 2)
-    assert sources._build_cache_key(path, alpaca) == KEY.removesuffix("1") + "2"
+    monkeypatch.setattr(sources, "ROWS_FORMAT", 3)
+    assert sources._build_cache_key(path, alpaca) == KEY.removesuffix("2") + "3"
     assert load_conversations(path).cache_files != first.cache_files
 
 

@@ -22,7 +22,8 @@ def config(model_folder, tmp_path_factory) -> Path:
     rows = [
         {"instruction": f"Say {w} {n} times.", "output": " ".join([w] * n) + "."} for n in range(1, 9) for w in words
     ]
-    (folder / "rows.json").write_text(json.dumps([*rows[:18], {"instruction": "Go on.", "output": "text " * 400}]))
+    long_row = {"instruction": "Go on.", "output": "text " * 400, "<id>": 18}
+    (folder / "rows.json").write_text(json.dumps([*rows[:18], long_row]))
     (folder / "held.json").write_text(json.dumps(rows[18:]))
     keys = {
         "model_name_or_path": str(model_folder),

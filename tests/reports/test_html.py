@@ -83,7 +83,7 @@ def everywhere(content, change):
 
 def at(content, pointer: str):
     for key in pointer.split("/")[1:]:
-        content = content[int(key) if isinstance(content, list) else key]
+        content = content[int(key) if isinstance(content, list) else key.replace("~1", "/").replace("~0", "~")]
     return content
 
 
@@ -91,7 +91,7 @@ def numbers_below(content, pointer: str = ""):
     """The pointer of every number."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from numbers_below(value, f"{pointer}/{key}")
+            yield from numbers_below(value, f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}")
     elif isinstance(content, (int, float)) and not isinstance(content, bool):
         yield pointer
 
@@ -130,6 +130,14 @@ def test_every_number_is_that_of_the_results(trained):
     expected = {f"{folder / 'results.json'}#{pointer}" for pointer in numbers_below(told)}
     assert sources == expected and len(expected) > 60
     assert results["rows"]["train"]["dropped"] == {"longer than max_length": 1}
+
+
+def test_what_of_the_rows_nothing_read_is_listed(trained, config):
+    results = json.loads((trained[0] / "results.json").read_text())
+    rows = str(config.parent / "rows.json")
+    assert results["unread"] == {rows: {"<id>": 1}, str(config.parent / "held.json"): {}}
+    page = (trained[0] / "report.html").read_text()
+    assert f"<p>{rows}: not read: <code>&lt;id&gt;</code> in " in page and page.count("not read: <code>") == 1
 
 
 def test_a_number_that_is_not_shown_right_is_seen(folder):

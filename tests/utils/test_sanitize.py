@@ -19,7 +19,7 @@ def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
     file.write_text(json.dumps({"prompt": "Hi", "completion": "Yes?", "more\n\x1b[2J": 1}))
     with caplog.at_level(logging.INFO):
         assert load_conversations(str(file))["origin"] == ["a\u241b[2J\u240a.jsonl line 1"]
-    assert "ignored columns: more\u240a\u241b[2J" in caplog.text
+    assert "not read: more\u240a\u241b[2J" in caplog.text
     os.close(os.open(os.fsencode(tmp_path) + b"/\xff.jsonl", os.O_CREAT))
     refusal(lambda: load_conversations(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), "\\udcff.jsonl: no rows")
 
