@@ -32,7 +32,7 @@ GROUPS = {
     "batches and memory": (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "tokens_per_batch"),
         *("pad_to_multiple_of", "activation_checkpointing", "auto_find_batch_size", "bf16", "fp16", "tf32"),
-        *("torch_compile", "dataloader_num_workers"),
+        "dataloader_num_workers",
     ),
     "evaluation": (
         *("eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "num_answers"),

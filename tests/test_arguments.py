@@ -87,7 +87,10 @@ def test_a_refused_key_is_one_line(key):
         ),
         ({"optim_args": "eps=1"}, "optim_args is not read by optim: adamw_torch_fused; remove it"),
         ({"optim_target_modules": "mlp"}, "optim_target_modules is not read by optim: adamw_torch_fused; remove it"),
-        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs dataloader_num_workers: 1 or more"),
+        (
+            {"dataloader_persistent_workers": True},
+            "dataloader_persistent_workers needs dataloader_num_workers: 1 or more",
+        ),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it has to be 1 or more"),
         (
             {"accelerator_config": {"split_batches": True}},
