@@ -259,6 +259,7 @@ REFUSED_KEYS = {
     "bf16_full_eval": "would cast the weights that are saved; set bf16: true, which evaluates in bf16 too",
     "fp16_full_eval": "would cast the weights that are saved; set fp16: true, which evaluates in fp16 too",
     "torch_compile": "was not run with packed batches and fused layers; remove it",
+    "average_tokens_across_devices": "has to be true, as each token of a step counts alike; remove it",
     "batch_eval_metrics": "does not fit an evaluation weighted by tokens; remove it",
     "eval_do_concat_batches": "has to be true, as the metrics are sums over all batches; remove it",
     "parallelism_config": "is not supported; shard the model with fsdp or deepspeed",

@@ -53,18 +53,17 @@ CHANGES = {
     "held_out": 3,
     "max_train_rows": 4,
     "max_length": 40,
-    "train_on": None,
     "system_prompt": "Be brief.",
     "lora": True,
     "trainable_modules": ["self_attn"],
 }
-CHANGES.pop("train_on")
 
 _REFUSED_VALUES = {
     "label_smoothing_factor": 0.1,
     "bf16_full_eval": True,
     "fp16_full_eval": True,
     "torch_compile": True,
+    "average_tokens_across_devices": False,
     "batch_eval_metrics": True,
     "eval_do_concat_batches": False,
     "parallelism_config": None,
@@ -135,18 +134,19 @@ _NO_EFFECT = {
     "do_predict": ("the command says what is done; see `generate`", True),
     "local_rank": ("launchers set LOCAL_RANK", 0),
     "use_cache": ("training keeps no keys and values; set in the saved config only", True),
-    "average_tokens_across_devices": ("in one process; over several, false is judged by reading only", False),
 }
 
 ARGUMENTS: dict[str, Argument] = {
     **{name: Argument(HONOURED, EFFECT, value) for name, value in CHANGES.items()},
     **{name: Argument(REFUSED, REFUSAL, _REFUSED_VALUES[name]) for name in REFUSED_KEYS},
+    "torch_compile_backend": Argument(REFUSED, "turns torch_compile on", "eager"),
+    "torch_compile_mode": Argument(REFUSED, "turns torch_compile on", "default"),
     **{name: Argument(HONOURED, check) for name, check in _TESTS.items()},
     **{name: Argument(NO_EFFECT, reason, on) for name, (reason, on) in _NO_EFFECT.items()},
     **_list_read(
         *("tf32", "deepspeed", "push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
         *("hub_revision", "use_liger_kernel", "liger_kernel_config", "trackio_space_id", "trackio_bucket_id"),
-        *("trackio_static_space_id", "torch_compile_backend", "torch_compile_mode", "gradient_checkpointing"),
+        *("trackio_static_space_id", "gradient_checkpointing"),
         *("gradient_checkpointing_kwargs", "dataloader_multiprocessing_context"),
         *("dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism"),
         num_train_epochs=2,
@@ -190,15 +190,15 @@ def write_table() -> str:
         "# Every key",
         "",
         "Made from `tests/support/arguments.py`, which `tests/test_arguments.py` checks against the pinned release of",
-        'transformers. *Honoured*: the named test shows the effect; "judged by reading" means that no test does, because',
-        "the key needs a device, several nodes or a hub, or because the test is still missing. *Refused*: ends in one line",
-        "with the remedy. *Without effect here*: with the reason. Types and defaults: `sft-pipeline train --help all`.",
+        "transformers. *Honoured*: the named test shows the effect; 'judged by reading' means that no test does, as the",
+        "key needs a device, several nodes or a hub, or the test is still missing. *Refused*: ends in one line with the",
+        "remedy. *Without effect here*: with the reason. Types and defaults: `sft-pipeline train --help all`.",
     ]
     for title, fields in (("Keys of this project", SFTArguments), ("Keys of TrainingArguments", TrainingArguments)):
         lines += ["", f"## {title}", "", "| key | | shown by, or why |", "| --- | --- | --- |"]
         for key in dataclasses.fields(fields):
             argument = ARGUMENTS[key.name]
-            check = f"{key.name} {REFUSED_KEYS[key.name]}" if argument.status == REFUSED else argument.check
+            check = f"{key.name} {REFUSED_KEYS[key.name]}" if key.name in REFUSED_KEYS else argument.check
             check = f"`{check.replace('::', ' ')}`" if check.startswith("tests/") else check
             lines.append(f"| `{key.name}` | {argument.status} | {check} |")
     return "\n".join(lines) + "\n"
