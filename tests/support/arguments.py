@@ -190,8 +190,8 @@ def write_table() -> str:
         "# Every key",
         "",
         "Made from `tests/support/arguments.py`, which `tests/test_arguments.py` checks against the pinned release of",
-        "transformers. *Honoured*: the named test shows the effect; 'judged by reading' means that no test does, as the",
-        "key needs a device, several nodes or a hub, or the test is still missing. *Refused*: ends in one line with the",
+        "transformers. *Honoured*: the named test shows the effect; 'judged by reading' means that none does, as the",
+        "key needs a device, several nodes or a hub, or a test is missing. *Refused*: ends in one line with the",
         "remedy. *Without effect here*: with the reason. Types and defaults: `sft-pipeline train --help all`.",
     ]
     for title, fields in (("Keys of this project", SFTArguments), ("Keys of TrainingArguments", TrainingArguments)):
