@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import textwrap
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
-HELP_WIDTH = 80  # columns of the texts that argparse does not wrap
 EXIT_STATUS = """exit status:
   0    success
   1    some prompts have no answer (generate), the resumed run differs
@@ -41,7 +38,7 @@ def build_parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    _add_command(subparsers, "train", "fine-tune a model as a config says", "[CONFIG] [--key value ...]")
+    _add_train(subparsers)
     _add_preview(subparsers)
     prepare = "encode the rows of a config once, into shards for the key prepared_data"
     _add_command(subparsers, "prepare", prepare, "[CONFIG] [--key value ...]")
@@ -57,6 +54,24 @@ def build_parser() -> CommandParser:
     doctor.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_dashboard(subparsers)
     return parser
+
+
+class _HelpAction(argparse.Action):
+    """Print the help with the keys: those that people set, or `all`. Only this imports transformers."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        from sft_pipeline.key_help import describe_keys
+
+        parser.epilog = describe_keys(all_keys=value == "all")
+        parser.print_help()
+        parser.exit()
+
+
+def _add_train(subparsers: Subparsers) -> None:
+    usage = "[CONFIG] [--key value ...]"
+    parser = _add_command(subparsers, "train", "fine-tune a model as a config says", usage, add_help=False)
+    help = "list the keys that people set, or all keys"
+    parser.add_argument("-h", "--help", action=_HelpAction, nargs="?", choices=["all"], metavar="all", help=help)
 
 
 def _add_preview(subparsers: Subparsers) -> None:
@@ -179,28 +194,19 @@ def _add_dashboard(subparsers: Subparsers) -> None:
     parser.add_argument("--no_browser", action="store_true", help="print the address, open no browser")
 
 
-def _add_command(subparsers: Subparsers, name: str, description: str, usage: str | None = None) -> CommandParser:
+def _add_command(
+    subparsers: Subparsers, name: str, description: str, usage: str | None = None, add_help: bool = True
+) -> CommandParser:
     """Add a command's parser. `usage` is for commands that read a config: all other arguments are then its keys."""
     parser = subparsers.add_parser(
         name,
         help=description,
         description=f"{description}\n\nCONFIG is a YAML file and comes first" if usage else description,
         usage=usage and f"%(prog)s {usage}",
-        epilog=usage and _describe_keys(),
+        epilog="`sft-pipeline train --help` lists the keys" if usage and add_help else None,
+        add_help=add_help,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(reads_config=usage is not None)
     return parser
-
-
-def _describe_keys() -> str:
-    """List the config keys of SFTArguments with their help texts."""
-    from sft_pipeline.arguments import SFTArguments
-
-    lines = ["keys, beside all of transformers.TrainingArguments:"]
-    for field in dataclasses.fields(SFTArguments):
-        indent = " " * 6
-        text = textwrap.fill(field.metadata["help"], HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
-        lines += [f"  {field.name}", text]
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import HubStrategy, SchedulerType
 
 from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments
 from sft_pipeline.utils.errors import SFTError, format_error
@@ -224,7 +226,8 @@ def _check_known_keys(names: list[str], source: str) -> None:
 
 def _check_values(args: SFTConfig) -> None:
     """Raise SFTError for values out of range and for keys that exclude each other."""
-    for key in ("max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for key in (*sizes, "max_length", "pad_to_multiple_of", "num_proc", "max_new_tokens", "lora_rank", "lora_alpha"):
         if getattr(args, key) < 1:
             raise SFTError(f"{key} is {getattr(args, key)}; it has to be 1 or more")
     counts = ("num_answers", "num_instructions", "early_stopping_patience", "tokens_per_batch", "max_train_rows")
@@ -246,10 +249,57 @@ def _check_values(args: SFTConfig) -> None:
         raise SFTError("lora and trainable_modules both select what is trained; remove one of them")
     if args.early_stopping_patience and not args.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
-    if args.dataloader_drop_last:
-        raise SFTError("dataloader_drop_last would skip rows; remove it, as every epoch trains on each row once")
+    for key, reason in REFUSED_KEYS.items():
+        if getattr(args, key) != TrainingArguments.__dataclass_fields__[key].default:
+            raise SFTError(f"{key} {reason}")
+    _check_library_values(args)
     if args.tokens_per_batch:
         _check_tokens_per_batch(args)
+
+
+# Keys of TrainingArguments that would fail, or change without a word what is trained, evaluated or saved.
+REFUSED_KEYS = {
+    "label_smoothing_factor": "needs logits that are not computed here; set it to 0",
+    "bf16_full_eval": "would cast the weights that are saved; set bf16: true, which evaluates in bf16 too",
+    "fp16_full_eval": "would cast the weights that are saved; set fp16: true, which evaluates in fp16 too",
+    "torch_compile": "was not run with packed batches and fused layers; remove it",
+    "average_tokens_across_devices": "has to be true, as each token of a step counts alike; remove it",
+    "batch_eval_metrics": "does not fit an evaluation weighted by tokens; remove it",
+    "eval_do_concat_batches": "has to be true, as the metrics are sums over all batches; remove it",
+    "parallelism_config": "is not supported; shard the model with fsdp or deepspeed",
+    "enable_jit_checkpoint": "is not needed: SIGTERM saves a checkpoint anyway; remove it",
+    "ignore_data_skip": "would train rows twice after a resume; remove it",
+    "dataloader_drop_last": "would skip rows; remove it, as every epoch trains on each row once",
+    "length_column_name": "names a column that encoded rows do not have; remove it, as tokens are counted",
+}
+PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")  # they read no optim_args
+
+
+def _check_library_values(args: SFTConfig) -> None:
+    """Raise SFTError for values that the library would fail on with a traceback, or ignore."""
+    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(args, key) and not args.dataloader_num_workers:
+            raise SFTError(f"{key} needs dataloader_num_workers: 1 or more")
+    optimizer = getattr(args.optim, "value", args.optim)
+    if args.optim_args and optimizer in PLAIN_OPTIMIZERS:
+        raise SFTError(f"optim_args is not read by optim: {optimizer}; remove it")
+    if args.optim_target_modules and not optimizer.startswith(("galore", "apollo")):
+        raise SFTError(f"optim_target_modules is not read by optim: {optimizer}; remove it")
+    accelerator: Any = args.accelerator_config
+    if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
+        raise SFTError(
+            "accelerator_config: split_batches, dispatch_batches and even_batches would change the rows of an "
+            "evaluation; remove them"
+        )
+    schedule = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
+    parameters = inspect.signature(schedule).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    own = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    known = [name for name in parameters if name not in own]
+    unknown = [name for name in args.lr_scheduler_kwargs or () if name not in known]
+    if unknown and not takes_any:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise SFTError(f"lr_scheduler_kwargs: {unknown[0]} is not one of {name}'s: {', '.join(known) or 'none'}")
 
 
 def _check_world_size(args: TrainingArguments) -> None:

@@ -18,6 +18,7 @@ ROOMS = (
         "__main__",
         "cli",
         "cli_options",
+        "key_help",
         "commands",
         "train",
         "training",

@@ -1,0 +1,204 @@
+"""What each key of a config does here: `docs/arguments.md` is made from this table (tests/test_arguments.py)."""
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.config import REFUSED_KEYS
+
+HONOURED, REFUSED, NO_EFFECT = "honoured", "refused", "without effect here"
+EFFECT = "tests/test_arguments.py::test_a_key_changes_the_run"
+REFUSAL = "tests/test_arguments.py::test_a_refused_key_is_one_line"
+READ = "judged by reading"  # no test: it needs a device, several nodes, a hub, or the test is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """on: a value that is not the default; check: a test's file and name, READ, or the reason of no effect."""
+
+    status: str
+    check: str
+    on: Any = None
+
+
+def _list_read(*names: str, **values: Any) -> dict[str, Argument]:
+    return {name: Argument(HONOURED, READ, value) for name, value in {**dict.fromkeys(names), **values}.items()}
+
+
+# Keys whose effect the weights or the log of two steps show, with a value that differs from the tests' own.
+CHANGES = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 1,
+    "optim": "adafactor",
+    "weight_decay": 0.1,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-3,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.01,
+    "bf16": True,
+    "neftune_noise_alpha": 5.0,
+    "logging_steps": 2,
+    "logging_strategy": "no",
+    "include_num_input_tokens_seen": True,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "data_seed": 1,
+    "seed": 1,
+    "train_sampling_strategy": "sequential",
+    "held_out": 3,
+    "max_train_rows": 4,
+    "max_length": 40,
+    "system_prompt": "Be brief.",
+    "lora": True,
+    "trainable_modules": ["self_attn"],
+}
+
+_REFUSED_VALUES = {
+    "label_smoothing_factor": 0.1,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "torch_compile": True,
+    "average_tokens_across_devices": False,
+    "batch_eval_metrics": True,
+    "eval_do_concat_batches": False,
+    "parallelism_config": None,
+    "enable_jit_checkpoint": True,
+    "ignore_data_skip": True,
+    "dataloader_drop_last": True,
+    "length_column_name": "input_ids",
+}
+
+_TESTS = {
+    "output_dir": "tests/test_train.py::test_results_are_complete_and_on_disk",
+    "lr_scheduler_kwargs": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
+    "activation_checkpointing": "tests/test_train.py::test_activation_checkpointing_changes_no_loss",
+    "auto_find_batch_size": "tests/training/test_memory.py::"
+    "test_auto_find_batch_size_lowers_the_batch_size_in_the_rehearsal",
+    "disable_tqdm": "tests/training/test_trainer.py::test_no_progress_bar_with_disable_tqdm",
+    "report_to": "tests/training/test_trackers.py::test_trackio_has_every_logged_value_in_one_run",
+    "run_name": "tests/training/test_trackers.py::test_each_new_run_has_its_own_name",
+    "per_device_eval_batch_size": "tests/training/test_trainer.py::"
+    "test_evaluation_is_weighted_by_tokens_for_any_batch_size",
+    "load_best_model_at_end": "tests/test_train.py::test_the_best_model_is_saved_and_training_stops_early",
+    "metric_for_best_model": "tests/training/test_evaluation_callback.py::test_the_best_model_has_its_own_file",
+    "greater_is_better": "tests/training/test_evaluation_callback.py::test_the_best_model_has_its_own_file",
+    "restore_callback_states_from_checkpoint": "tests/training/test_checkpointing.py::"
+    "test_early_stopping_patience_is_resumed",
+    "accelerator_config": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
+    "optim_args": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
+    "optim_target_modules": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
+    "fsdp": "tests/training/test_fsdp.py::test_two_processes_with_a_sharded_model_train_like_one",
+    "fsdp_config": "tests/training/test_fsdp.py::test_unsupported_settings_are_refused",
+    "resume_from_checkpoint": "tests/test_train.py::test_a_resumed_run_ends_with_the_same_bits",
+    "model_name_or_path": "tests/test_train.py::test_results_are_complete_and_on_disk",
+    "train_data": "tests/data/test_pipeline.py::test_prepare",
+    "eval_data": "tests/data/test_pipeline.py::test_rows_of_eval_data_are_not_trained",
+    "train_data_weights": "tests/data/test_pipeline.py::test_weights",
+    "skip_bad_rows": "tests/data/test_pipeline.py::test_bad_rows_are_skipped_when_asked",
+    "template": "tests/data/test_pipeline.py::test_the_encoder_has_the_configs_settings",
+    "train_on": "tests/data/test_pipeline.py::test_the_encoder_has_the_configs_settings",
+    "overlong": "tests/data/test_encode.py::test_truncate_answer",
+    "packing": "tests/test_train.py::test_packed_and_padded_runs_are_the_same_run",
+    "tokens_per_batch": "tests/test_train.py::test_a_budget_of_tokens_trains_whole_epochs",
+    "pad_to_multiple_of": "tests/data/test_padding.py::test_padding_is_right_and_by_length",
+    "lora_rank": "tests/model/test_lora.py::test_only_the_adapters_are_trained_and_saved",
+    "lora_alpha": "tests/model/test_lora.py::test_the_merged_model_computes_what_the_adapters_do",
+    "lora_target_modules": "tests/model/test_lora.py::test_unknown_layers_are_named",
+    "lora_merge": "tests/model/test_lora.py::test_the_merged_model_computes_what_the_adapters_do",
+    "prepared_data": "tests/data/test_shards.py::test_a_run_from_shards_is_the_run_without",
+    "num_proc": "tests/data/test_encode.py::test_two_processes_give_the_rows_of_one",
+    "num_answers": "tests/test_train.py::test_answers_are_of_held_out_prompts_before_and_after",
+    "num_instructions": "tests/training/test_evaluation_callback.py::"
+    "test_the_table_has_held_out_prompts_and_instructions_with_the_answers_of_the_model",
+    "eval_answer_share": "tests/training/test_evaluation_callback.py::test_intermediate_answers_stay_under_their_share",
+    "max_new_tokens": "tests/training/test_evaluation_callback.py::test_every_metric_can_be_computed_from_the_file",
+    "early_stopping_patience": "tests/test_train.py::test_the_best_model_is_saved_and_training_stops_early",
+    "overwrite_output_dir": "tests/test_cli.py::test_a_folder_that_holds_a_run_is_refused_and_replaced_when_asked",
+    "trust_remote_code": "tests/docs/test_security_page.py::test_code_that_a_model_brings_is_not_run_unless_asked_for",
+    "hub_token": "tests/docs/test_security_page.py::test_a_config_and_its_record_hold_no_token",
+}
+
+_NO_EFFECT = {
+    "logging_nan_inf_filter": ("the logged loss is our own mean, and a NaN stops the run", True),
+    "prediction_loss_only": ("the held-out metrics are sums of rows, which are always returned", True),
+    "include_for_metrics": ("the held-out metrics need the sums of rows only", ["loss"]),
+    "label_names": ("rows always have the column `labels`", ["labels"]),
+    "remove_unused_columns": ("set to false: all columns of encoded rows are inputs", False),
+    "do_train": ("the command says what is done", True),
+    "do_eval": ("the command says what is done; set held_out or eval_data", True),
+    "do_predict": ("the command says what is done; see `generate`", True),
+    "local_rank": ("launchers set LOCAL_RANK", 0),
+    "use_cache": ("training keeps no keys and values; set in the saved config only", True),
+}
+
+ARGUMENTS: dict[str, Argument] = {
+    **{name: Argument(HONOURED, EFFECT, value) for name, value in CHANGES.items()},
+    **{name: Argument(REFUSED, REFUSAL, _REFUSED_VALUES[name]) for name in REFUSED_KEYS},
+    "torch_compile_backend": Argument(REFUSED, "turns torch_compile on", "eager"),
+    "torch_compile_mode": Argument(REFUSED, "turns torch_compile on", "default"),
+    **{name: Argument(HONOURED, check) for name, check in _TESTS.items()},
+    **{name: Argument(NO_EFFECT, reason, on) for name, (reason, on) in _NO_EFFECT.items()},
+    **_list_read(
+        *("tf32", "deepspeed", "push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+        *("hub_revision", "use_liger_kernel", "liger_kernel_config", "trackio_space_id", "trackio_bucket_id"),
+        *("trackio_static_space_id", "gradient_checkpointing"),
+        *("gradient_checkpointing_kwargs", "dataloader_multiprocessing_context"),
+        *("dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism"),
+        num_train_epochs=2,
+        lr_scheduler_type="cosine",
+        fp16=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        torch_empty_cache_steps=1,
+        logging_first_step=False,
+        log_on_each_node=True,
+        log_level="info",
+        log_level_replica="info",
+        project="other",
+        eval_steps=1,
+        eval_delay=1,
+        eval_use_gather_object=True,
+        eval_accumulation_steps=1,
+        save_only_model=True,
+        save_strategy="no",
+        save_steps=1,
+        save_on_each_node=True,
+        save_total_limit=1,
+        use_cpu=True,
+        dataloader_num_workers=1,
+        dataloader_pin_memory=False,
+        dataloader_in_order=False,
+        ddp_find_unused_parameters=True,
+        ddp_bucket_cap_mb=10,
+        ddp_broadcast_buffers=True,
+        ddp_static_graph=True,
+        ddp_backend="gloo",
+        ddp_timeout=60,
+        debug="underflow_overflow",
+        skip_memory_metrics=False,
+    ),
+}
+
+
+def write_table() -> str:
+    """Return the text of docs/arguments.md."""
+    lines = [
+        "# Every key",
+        "",
+        "Made from `tests/support/arguments.py`, which `tests/test_arguments.py` checks against the pinned release of",
+        "transformers. *Honoured*: the named test shows the effect; 'judged by reading' means that none does, as the",
+        "key needs a device, several nodes or a hub, or a test is missing. *Refused*: ends in one line with the",
+        "remedy. *Without effect here*: with the reason. Types and defaults: `sft-pipeline train --help all`.",
+    ]
+    for title, fields in (("Keys of this project", SFTArguments), ("Keys of TrainingArguments", TrainingArguments)):
+        lines += ["", f"## {title}", "", "| key | | shown by, or why |", "| --- | --- | --- |"]
+        for key in dataclasses.fields(fields):
+            argument = ARGUMENTS[key.name]
+            check = f"{key.name} {REFUSED_KEYS[key.name]}" if key.name in REFUSED_KEYS else argument.check
+            check = f"`{check.replace('::', ' ')}`" if check.startswith("tests/") else check
+            lines.append(f"| `{key.name}` | {argument.status} | {check} |")
+    return "\n".join(lines) + "\n"
