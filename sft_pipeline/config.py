@@ -291,7 +291,7 @@ def _check_library_values(args: SFTConfig) -> None:
             "accelerator_config: split_batches, dispatch_batches and even_batches would change the rows of an "
             "evaluation; remove them"
         )
-    schedule = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
     parameters = inspect.signature(schedule).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     own = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")

@@ -21,7 +21,7 @@ GROUPS = {
     "model and data": (
         *("model_name_or_path", "train_data", "train_data_weights", "eval_data", "held_out", "max_train_rows"),
         *("prepared_data", "num_proc", "lora", "lora_rank", "lora_alpha", "lora_target_modules", "lora_merge"),
-        *("trainable_modules", "trust_remote_code"),
+        *("trainable_modules", "trust_remote_code", "revision"),
     ),
     "template and rows": (*("template", "system_prompt", "train_on", "max_length", "overlong", "skip_bad_rows"),),
     "optimisation": (
@@ -42,6 +42,7 @@ GROUPS = {
     "saving and resuming": (
         *("output_dir", "overwrite_output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model"),
         *("resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
+        "push_evaluation",
     ),
     "devices": ("use_cpu", "fsdp", "fsdp_config", "deepspeed", "ddp_backend", "ddp_timeout"),
     "logging and tracking": (

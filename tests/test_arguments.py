@@ -16,6 +16,7 @@ from support.training_runs import run_train
 from sft_pipeline.config import REFUSED_KEYS, SFTConfig
 from sft_pipeline.utils.errors import SFTError
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "arguments.md"
 WITH_VALUE = [name for name, argument in ARGUMENTS.items() if argument.on is not None]
@@ -73,7 +74,7 @@ def test_a_key_changes_the_run(key, run, plain_run):
 @pytest.mark.parametrize("key", [name for name in REFUSED_KEYS if ARGUMENTS[name].on is not None])
 def test_a_refused_key_is_one_line(key):
     with pytest.raises(SFTError) as error:
-        SFTConfig(**{key: ARGUMENTS[key].on})
+        SFTConfig(use_cpu=True, **{key: ARGUMENTS[key].on})
     assert str(error.value) == f"{key} {REFUSED_KEYS[key]}"
 
 
@@ -101,7 +102,7 @@ def test_a_refused_key_is_one_line(key):
 )
 def test_values_that_the_library_would_fail_on_or_ignore(keys, message):
     with pytest.raises(SFTError) as error:
-        SFTConfig(**keys)
+        SFTConfig(use_cpu=True, **keys)
     assert str(error.value) == message
 
 

@@ -111,7 +111,8 @@ def test_the_command_line_takes_precedence(write):
 
 
 def test_lists_dictionaries_nothing_and_flags(write):
-    text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nlr_scheduler_kwargs: {num_cycles: 2}\nskip_bad_rows: true\n"
+    text = "train_data_weights: [1, 0.5]\nsystem_prompt:\nskip_bad_rows: true\n"
+    text += "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     args = parse_config(write(text, needed="model_name_or_path: m\ntrain_data: [a.json, b.json]\n"), [])
     assert (args.train_data, args.train_data_weights) == (["a.json", "b.json"], [1.0, 0.5])
     assert args.system_prompt is None and args.skip_bad_rows is True

@@ -59,7 +59,7 @@ def test_imports_run_one_way(path):
 
 def test_the_root_holds_the_ways_in_alone():
     names = {path.stem for path in PACKAGE.glob("*.py")}
-    assert names == {"__init__", "__main__", "arguments", "cli", "cli_options", "config", "train"}
+    assert names == {"__init__", "__main__", "arguments", "cli", "cli_options", "config", "key_help", "train"}
 
 
 def test_the_imports_are_seen():
@@ -94,7 +94,7 @@ def test_init_files_are_empty_but_the_first():
 @pytest.mark.parametrize(
     "verb",
     [
-        *("", "train", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"),
+        *("", "preview", "prepare", "chat", "generate", "evaluate", "study", "report", "verify-resume"),
         *("doctor", "dashboard", "export"),
     ],
 )

@@ -119,6 +119,13 @@ _TESTS = {
     "early_stopping_patience": "tests/test_train.py::test_the_best_model_is_saved_and_training_stops_early",
     "overwrite_output_dir": "tests/test_cli.py::test_a_folder_that_holds_a_run_is_refused_and_replaced_when_asked",
     "trust_remote_code": "tests/docs/test_security_page.py::test_code_that_a_model_brings_is_not_run_unless_asked_for",
+    "revision": "tests/commands/test_loading_options.py::test_the_revision_is_that_of_model_and_tokenizer",
+    "push_to_hub": "tests/training/test_hub.py::test_model_tokenizer_and_card_are_pushed_and_no_text_of_rows",
+    "push_evaluation": "tests/training/test_hub.py::test_evaluations_previews_and_logs_are_pushed_if_asked_for",
+    "hub_strategy": "tests/training/test_hub.py::test_a_strategy_that_pushes_checkpoints_is_refused_also_if_set_later",
+    "use_liger_kernel": "tests/training/test_liger.py::test_a_model_with_its_kernels_trains_the_same_steps",
+    "liger_kernel_config": "tests/training/test_liger.py::test_some_of_its_kernels_and_adapters",
+    "trackio_static_space_id": "tests/training/test_hub.py::test_keys_that_would_do_nothing_are_refused",
     "hub_token": "tests/docs/test_security_page.py::test_a_config_and_its_record_hold_no_token",
 }
 
@@ -143,9 +150,9 @@ ARGUMENTS: dict[str, Argument] = {
     **{name: Argument(HONOURED, check) for name, check in _TESTS.items()},
     **{name: Argument(NO_EFFECT, reason, on) for name, (reason, on) in _NO_EFFECT.items()},
     **_list_read(
-        *("tf32", "deepspeed", "push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
-        *("hub_revision", "use_liger_kernel", "liger_kernel_config", "trackio_space_id", "trackio_bucket_id"),
-        *("trackio_static_space_id", "gradient_checkpointing"),
+        *("tf32", "deepspeed", "hub_private_repo", "hub_model_id", "hub_always_push"),
+        *("hub_revision", "trackio_space_id", "trackio_bucket_id"),
+        "gradient_checkpointing",
         *("gradient_checkpointing_kwargs", "dataloader_multiprocessing_context"),
         *("dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism"),
         num_train_epochs=2,
