@@ -280,6 +280,11 @@ def _check_library_values(args: SFTConfig) -> None:
     for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(args, key) and not args.dataloader_num_workers:
             raise SFTError(f"{key} needs dataloader_num_workers: 1 or more")
+    if args.debug:
+        raise SFTError(
+            "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run "
+            "anyway"
+        )
     optimizer = getattr(args.optim, "value", args.optim)
     if args.optim_args and optimizer in PLAIN_OPTIMIZERS:
         raise SFTError(f"optim_args is not read by optim: {optimizer}; remove it")

@@ -10,7 +10,18 @@ import re
 from pathlib import Path
 
 import pytest
-from support.arguments import ARGUMENTS, CHANGES, HONOURED, NO_EFFECT, READ, REFUSED, write_table
+from support.arguments import (
+    ARGUMENTS,
+    CHANGES,
+    CONTEXT,
+    HONOURED,
+    NEEDED,
+    NO_EFFECT,
+    READ,
+    REFUSED,
+    SAME,
+    write_table,
+)
 from support.training_runs import run_train
 
 from sft_pipeline.config import REFUSED_KEYS, SFTConfig
@@ -19,6 +30,11 @@ from sft_pipeline.utils.errors import SFTError
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "arguments.md"
+DEBUG = (
+    "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run anyway"
+)
+    "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run anyway"
+)
 WITH_VALUE = [name for name, argument in ARGUMENTS.items() if argument.on is not None]
 
 
@@ -43,7 +59,7 @@ def test_the_page_is_the_table():
 
 @pytest.fixture(scope="module")
 def run(write_config, tmp_path_factory):
-    """run(key=value, ...) trains two steps; returns the sum of the weights' absolute values and the log."""
+    """run(key=value, ...) trains two steps; returns the sums of the weights' absolute values, the log and the files."""
     from safetensors.torch import load_file
 
     def train(**keys):
@@ -51,12 +67,12 @@ def run(write_config, tmp_path_factory):
         own = {"max_steps": 2, "logging_steps": 1, "held_out": 2, "num_answers": 0, "num_instructions": 0}
         config = write_config(folder, rows=8, **(own | {"output_dir": str(folder / "out")} | keys))
         run_train(config)
-        [*_, checkpoint] = sorted((folder / "out").glob("checkpoint-*")) or [None]
-        log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"] if checkpoint else []
+        log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
         measured = ("_runtime", "per_second", "memory", "seconds")
         log = [{k: v for k, v in entry.items() if not any(word in k for word in measured)} for entry in log]
         weights = load_file(next((folder / "out").glob("*model.safetensors")))
-        return {name: weight.double().abs().sum().item() for name, weight in weights.items()}, log
+        files = {str(path.relative_to(folder / "out")) for path in folder.glob("out/**/*")}
+        return {name: weight.double().abs().sum().item() for name, weight in weights.items()}, log, files
 
     return train
 
@@ -66,9 +82,21 @@ def plain_run(run):
     return run()
 
 
+def test_the_same_keys_give_the_same_run(run, plain_run):
+    assert run() == plain_run
+
+
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_changes_the_run(key, run, plain_run):
-    assert run(**{key: CHANGES[key]}) != plain_run
+    context = CONTEXT.get(key, {})
+    assert run(**(context | {key: CHANGES[key]})) != (run(**context) if context else plain_run)
+
+
+@pytest.mark.parametrize("key", SAME)
+def test_a_key_changes_no_result(key, run, plain_run):
+    """It changes memory, speed or messages."""
+    needed = NEEDED.get(key, {})
+    assert run(**needed, **{key: SAME[key]}) == (run(**needed) if needed else plain_run)
 
 
 @pytest.mark.parametrize("key", [name for name in REFUSED_KEYS if ARGUMENTS[name].on is not None])
@@ -92,6 +120,7 @@ def test_a_refused_key_is_one_line(key):
             {"dataloader_persistent_workers": True},
             "dataloader_persistent_workers needs dataloader_num_workers: 1 or more",
         ),
+        ({"debug": "underflow_overflow"}, DEBUG),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it has to be 1 or more"),
         (
             {"accelerator_config": {"split_batches": True}},
@@ -110,7 +139,7 @@ def test_values_that_the_library_would_fail_on_or_ignore(keys, message):
 def test_a_key_on_trains_two_steps_or_ends_in_one_line(key, run):
     """Thirty keys at random; every other key has its default, as in `plain_run`, which is the same run with it off."""
     try:
-        run(**{key: ARGUMENTS[key].on})
+        run(**(NEEDED.get(key, {}) | {key: ARGUMENTS[key].on}))
     except SFTError as error:
         assert "\n" not in str(error)
 

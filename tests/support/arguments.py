@@ -10,8 +10,9 @@ from sft_pipeline.config import REFUSED_KEYS
 
 HONOURED, REFUSED, NO_EFFECT = "honoured", "refused", "without effect here"
 EFFECT = "tests/test_arguments.py::test_a_key_changes_the_run"
+SAME_RUN = "tests/test_arguments.py::test_a_key_changes_no_result"
 REFUSAL = "tests/test_arguments.py::test_a_refused_key_is_one_line"
-READ = "judged by reading"  # no test: it needs a device, several nodes, a hub, or the test is missing
+READ = "judged by reading"  # no test: it needs a GPU, several processes or nodes, or a hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ def _list_read(*names: str, **values: Any) -> dict[str, Argument]:
     return {name: Argument(HONOURED, READ, value) for name, value in {**dict.fromkeys(names), **values}.items()}
 
 
-# Keys whose effect the weights or the log of two steps show, with a value that differs from the tests' own.
+# Keys whose effect the weights, the log or the files of two steps show, with a value that differs from the tests' own.
 CHANGES = {
     "per_device_train_batch_size": 4,
     "max_steps": 1,
@@ -54,6 +55,49 @@ CHANGES = {
     "system_prompt": "Be brief.",
     "lora": True,
     "trainable_modules": ["self_attn"],
+    "num_train_epochs": 2,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 2,
+    "logging_first_step": False,
+    "eval_steps": 1,
+    "eval_delay": 2,
+    "save_strategy": "no",
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "save_only_model": True,
+    "skip_memory_metrics": False,
+}
+# Other keys with which a key of CHANGES has an effect within two steps.
+CONTEXT = {
+    "num_train_epochs": {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8},
+    "lr_scheduler_type": {"max_steps": 3},
+    "logging_steps": {"logging_first_step": False},
+    "logging_first_step": {"logging_steps": 2},
+    "eval_steps": {"eval_strategy": "steps", "eval_steps": 2},
+    "eval_delay": {"eval_strategy": "steps", "eval_steps": 1},
+    "save_total_limit": {"save_steps": 1},
+}
+# Keys that change memory, speed or the library's messages: the run is the same.
+SAME = {
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "eval_accumulation_steps": 1,
+    "eval_use_gather_object": True,
+    "torch_empty_cache_steps": 1,
+    "log_level": "info",
+    "dataloader_num_workers": 1,
+    "dataloader_persistent_workers": True,
+    "dataloader_prefetch_factor": 3,
+    "dataloader_multiprocessing_context": "fork",
+    "dataloader_pin_memory": False,
+    "dataloader_in_order": False,
+    "save_on_each_node": True,
+}
+NEEDED = {
+    "activation_checkpointing_kwargs": {"activation_checkpointing": True},
+    **{
+        f"dataloader_{name}": {"dataloader_num_workers": 1}
+        for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+    },
 }
 
 _REFUSED_VALUES = {
@@ -75,6 +119,8 @@ _TESTS = {
     "output_dir": "tests/test_train.py::test_results_are_complete_and_on_disk",
     "lr_scheduler_kwargs": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
     "activation_checkpointing": "tests/test_train.py::test_activation_checkpointing_changes_no_loss",
+    "gradient_checkpointing": "tests/test_train.py::test_activation_checkpointing_changes_no_loss",
+    "project": "tests/training/test_trackers.py::test_trackio_has_the_config_and_the_data_statistics",
     "auto_find_batch_size": "tests/training/test_memory.py::"
     "test_auto_find_batch_size_lowers_the_batch_size_in_the_rehearsal",
     "disable_tqdm": "tests/training/test_trainer.py::test_no_progress_bar_with_disable_tqdm",
@@ -144,7 +190,9 @@ _NO_EFFECT = {
 
 ARGUMENTS: dict[str, Argument] = {
     **{name: Argument(HONOURED, EFFECT, value) for name, value in CHANGES.items()},
+    **{name: Argument(HONOURED, SAME_RUN, value) for name, value in SAME.items()},
     **{name: Argument(REFUSED, REFUSAL, _REFUSED_VALUES[name]) for name in REFUSED_KEYS},
+    "debug": Argument(REFUSED, "its hooks are on modules that fused layers do not call", "underflow_overflow"),
     "torch_compile_backend": Argument(REFUSED, "turns torch_compile on", "eager"),
     "torch_compile_mode": Argument(REFUSED, "turns torch_compile on", "default"),
     **{name: Argument(HONOURED, check) for name, check in _TESTS.items()},
@@ -152,41 +200,17 @@ ARGUMENTS: dict[str, Argument] = {
     **_list_read(
         *("tf32", "deepspeed", "hub_private_repo", "hub_model_id", "hub_always_push"),
         *("hub_revision", "trackio_space_id", "trackio_bucket_id"),
-        "gradient_checkpointing",
-        *("gradient_checkpointing_kwargs", "dataloader_multiprocessing_context"),
-        *("dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism"),
-        num_train_epochs=2,
-        lr_scheduler_type="cosine",
+        *("full_determinism", "gradient_checkpointing_kwargs"),
         fp16=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        torch_empty_cache_steps=1,
-        logging_steps=2,
-        logging_first_step=False,
         log_on_each_node=True,
-        log_level="info",
         log_level_replica="info",
-        project="other",
-        eval_steps=1,
-        eval_delay=1,
-        eval_use_gather_object=True,
-        eval_accumulation_steps=1,
-        save_only_model=True,
-        save_strategy="no",
-        save_steps=1,
-        save_on_each_node=True,
-        save_total_limit=1,
         use_cpu=True,
-        dataloader_num_workers=1,
-        dataloader_pin_memory=False,
-        dataloader_in_order=False,
         ddp_find_unused_parameters=True,
         ddp_bucket_cap_mb=10,
         ddp_broadcast_buffers=True,
         ddp_static_graph=True,
         ddp_backend="gloo",
         ddp_timeout=60,
-        debug="underflow_overflow",
-        skip_memory_metrics=False,
     ),
 }
 
@@ -198,7 +222,7 @@ def write_table() -> str:
         "",
         "Made from `tests/support/arguments.py`, which `tests/test_arguments.py` checks against the pinned release of",
         "transformers. *Honoured*: the named test shows the effect; 'judged by reading' means that none does, as the",
-        "key needs a device, several nodes or a hub, or a test is missing. *Refused*: ends in one line with the",
+        "key needs a GPU, several processes or nodes, or a hub. *Refused*: ends in one line with the",
         "remedy. *Without effect here*: with the reason. Types and defaults: `sft-pipeline train --help all`.",
     ]
     for title, fields in (("Keys of this project", SFTArguments), ("Keys of TrainingArguments", TrainingArguments)):
