@@ -33,8 +33,6 @@ PAGE = ROOT / "docs" / "arguments.md"
 DEBUG = (
     "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run anyway"
 )
-    "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run anyway"
-)
 WITH_VALUE = [name for name, argument in ARGUMENTS.items() if argument.on is not None]
 
 
