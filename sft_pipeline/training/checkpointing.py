@@ -111,7 +111,7 @@ class CheckpointingTrainer(ShardedTrainer):
         overwrites the old files in place, and a kill or a full disk would destroy them.
         """
         if output_dir is not None:
-            super().save_model(output_dir, _internal_call=True)  # else the library pushes the whole output folder
+            super().save_model(output_dir, _internal_call)
             if self.args.should_save:
                 (Path(output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 copy_folder_permissions(Path(output_dir))

@@ -81,10 +81,11 @@ class ShardedTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.set_state_dict_type(FULL)
             try:
-                super().save_model(output_dir, _internal_call=True)  # without a push to the hub
+                super().save_model(output_dir, _internal_call=True)
             finally:
                 plugin.set_state_dict_type(SHARDED)
-        super().save_model(output_dir, _internal_call)
+        # As for a checkpoint: else the library pushes the whole output folder to the hub.
+        super().save_model(output_dir, _internal_call=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, also one saved with FSDP into a model without.
