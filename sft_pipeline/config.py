@@ -149,6 +149,12 @@ class _Parser(HfArgumentParser):
         if names[0] == "--fsdp":
             # The library reads its value as a string, as older releases did; true and false must be booleans.
             options["type"] = lambda text: {"true": True, "false": None}.get(text.lower(), text)
+        if names[0] == "--include_num_input_tokens_seen":
+            # The library reads its value as a boolean, as older releases did.
+            options["type"] = lambda text: {"true": "all", "false": "no"}.get(text.lower(), text)
+            options["choices"] = ("all", "non_padding", "no")
+        if typing.get_origin(options.get("type")) is dict:
+            options["type"] = json.loads
         if names[0] == "--report_to":
             options["nargs"] = "+"  # several trackers; the library accepts only one
         return super().add_argument(*names, **options)
@@ -280,6 +286,9 @@ def _check_library_values(args: SFTConfig) -> None:
     for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(args, key) and not args.dataloader_num_workers:
             raise SFTError(f"{key} needs dataloader_num_workers: 1 or more")
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in ("loss", "perplexity", "token_accuracy"):
+        raise SFTError(f"metric_for_best_model is {metric}; choose loss, perplexity or token_accuracy")
     if args.debug:
         raise SFTError(
             "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run "

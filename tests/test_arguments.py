@@ -119,6 +119,10 @@ def test_a_refused_key_is_one_line(key):
             "dataloader_persistent_workers needs dataloader_num_workers: 1 or more",
         ),
         ({"debug": "underflow_overflow"}, DEBUG),
+        (
+            {"metric_for_best_model": "eval_bleu"},
+            "metric_for_best_model is bleu; choose loss, perplexity or token_accuracy",
+        ),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it has to be 1 or more"),
         (
             {"accelerator_config": {"split_batches": True}},

@@ -144,6 +144,14 @@ def test_the_precision_of_accelerates_file_is_recorded(write, monkeypatch):
     assert parse_config(write("bf16: true\nuse_cpu: true\n")).mixed_precision == "bf16"
 
 
+def test_keys_that_the_librarys_parser_cannot_read(write):
+    args = parse_config(write("liger_kernel_config: {rope: true}\ninclude_num_input_tokens_seen: non_padding\n"))
+    assert (args.liger_kernel_config, args.include_num_input_tokens_seen) == ({"rope": True}, "non_padding")
+    args = parse_config(write("include_num_input_tokens_seen: true\n"))
+    assert args.include_num_input_tokens_seen == "all"
+    assert refusal(write("include_num_input_tokens_seen: many\n"))
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_deepspeed_key_without_the_package(write, tmp_path):
     (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
