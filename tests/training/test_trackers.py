@@ -501,10 +501,12 @@ OFFLINE_MESSAGE = "offline; upload it with wandb sync wandb/offline-run-1"
 def test_wandb_starts_online_or_offline_without_a_prompt(wandb, modes, messages, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     caplog.set_level("INFO", "sft_pipeline")
-    wandb_run = call_tracker("wandb", args := make_arguments("wandb"), lambda: trackers._start_wandb("out-1", args))
+    args = make_arguments("wandb")
+    args.run_name = "mine"
+    wandb_run = call_tracker("wandb", args, lambda: trackers._start_wandb("out-1", args))
     assert [call["mode"] for call in wandb.init_calls] == modes and wandb_run is not None
-    names = {(call["id"], call["resume"], call["project"]) for call in wandb.init_calls}
-    assert names == {("out-1", "allow", "sft_pipeline")}
+    names = {(call["id"], call["name"], call["resume"], call["project"]) for call in wandb.init_calls}
+    assert names == {("out-1", "mine", "allow", "sft_pipeline")}
     assert caplog.messages == messages
 
 
