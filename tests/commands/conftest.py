@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 from support.answer_files import DRAWN, LINES, errors_of, rows_of
+from support.model_comparison import data, other_folder
 
 from sft_pipeline.commands import generate as generate_module
 from sft_pipeline.commands.generate import GenerateOptions, generate_file
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
+
+__all__ = ["data", "other_folder"]
 
 
 @pytest.fixture

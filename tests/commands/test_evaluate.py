@@ -2,12 +2,11 @@
 
 import json
 import logging
-from pathlib import Path
 
 import datasets
 import pytest
 from rich.console import Console
-from support.model_comparison import ROWS, SYSTEM, plain_losses, save_other_model, write_rows
+from support.model_comparison import ROWS, SYSTEM, plain_losses
 
 from sft_pipeline.cli import main
 from sft_pipeline.commands.evaluate import (
@@ -31,19 +30,6 @@ def as_it_was():
     yield
     logging.getLogger("sft_pipeline").setLevel(level)
     datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def other_folder(model_folder, tmp_path_factory) -> Path:
-    """The tiny model with other weights, saved as a run with the role template and a system prompt."""
-    folder = tmp_path_factory.mktemp("other") / "run"
-    save_other_model(model_folder, folder)
-    return folder
 
 
 def test_without_matplotlib_all_other_files_are_written(data, model_folder, tmp_path, monkeypatch, caplog):

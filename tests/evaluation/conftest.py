@@ -1,9 +1,7 @@
 """Two tiny models, their answers to a prompt set, and their comparison."""
 
-from pathlib import Path
-
 import pytest
-from support.model_comparison import save_other_model, write_rows
+from support.model_comparison import data, other_folder
 
 from sft_pipeline.commands.evaluate import (
     EvaluateOptions,
@@ -14,18 +12,7 @@ from sft_pipeline.evaluation.comparison import Comparison, compare_models
 from sft_pipeline.evaluation.model_results import ModelResults
 from sft_pipeline.evaluation.prompt_set import PromptSet
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def other_folder(model_folder, tmp_path_factory) -> Path:
-    """The tiny model with other weights, saved as a run with the role template and a system prompt."""
-    folder = tmp_path_factory.mktemp("other") / "run"
-    save_other_model(model_folder, folder)
-    return folder
+__all__ = ["data", "other_folder"]
 
 
 @pytest.fixture(scope="module")

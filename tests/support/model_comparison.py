@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from sft_pipeline.data.chat_templates import build_template
@@ -67,3 +68,16 @@ def build_conversations(questions: PromptSet, index: int) -> list[list[dict]]:
     examples = [message for example in questions.examples for message in example] if index % 2 else []
     system = [{"role": "system", "content": SYSTEM}] if index >= 2 else []
     return [system + examples + row for row in questions.rows]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def other_folder(model_folder, tmp_path_factory) -> Path:
+    """The tiny model with other weights, saved as a run with the role template and a system prompt."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    save_other_model(model_folder, folder)
+    return folder
