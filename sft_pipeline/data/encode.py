@@ -1,16 +1,20 @@
-"""Encode messages as training rows: `input_ids` and shifted, masked `labels`, with statistics of the outcomes.
+"""Encode conversations as training rows, with statistics of the outcomes.
 
-    rows, stats = encode_dataset(messages, Encoder(template, max_length=1024))
+    rows, stats = encode_dataset(conversations, Encoder(template, max_length=1024))
     print(stats)
 
+A row is a conversation. It has one or more sequences, whose `input_ids` and `labels` are concatenated; `sequence_lengths`
+has their numbers of tokens, and `computed_tokens` how many are computed if what they share is computed once.
+
 `labels[t]` is the id to predict at position t: the token at t + 1 if that token is supervised, else -100. The last
-label is -100. Labels are shifted here and nowhere else.
+label of a sequence is -100. Labels are shifted here and nowhere else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,36 +27,50 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from sft_pipeline.data.batch_sampler import count_row_tokens
-from sft_pipeline.data.chat_templates import Template, TokenSpan
-from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.data.messages import (
+    SYSTEM_ROLES,
+    Conversation,
+    add_system_prompt,
+    parse_conversation,
+    replace_messages,
+)
+from sft_pipeline.data.prefix_tree import count_tree_tokens
+from sft_pipeline.data.template import Template, TokenSequence
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_aside
 
 # Part of the cache key: raise it when the same messages would give other ids or labels (or FEATURES change).
-ENCODING_FORMAT = 1
+ENCODING_FORMAT = 2
 KEPT, TRUNCATED, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
     # 32 bits are enough for every vocabulary and halve the files.
-    {"input_ids": ListOf(Value("int32")), "labels": ListOf(Value("int32")), "outcome": Value("string")}
+    {
+        "input_ids": ListOf(Value("int32")),
+        "labels": ListOf(Value("int32")),
+        "sequence_lengths": ListOf(Value("int32")),
+        "computed_tokens": Value("int32"),
+        # encode_dataset removes these two columns: of the row, and of its sequences.
+        "outcome": Value("string"),
+        "dropped_sequences": Value("int32"),
+    }
 )
 
 
-def build_input_ids_and_labels(spans: list[TokenSpan], limit: int | None = None) -> tuple[list[int], list[int]]:
-    """Return (input_ids, labels) of one row from its spans, cut off after `limit` tokens."""
-    targets = (span.ids if span.supervised else [IGNORED] * len(span.ids) for span in spans)
-    ids = list(itertools.chain.from_iterable(span.ids for span in spans))[:limit]
+def build_input_ids_and_labels(sequence: TokenSequence, limit: int | None = None) -> tuple[list[int], list[int]]:
+    """Return (input_ids, labels) of one sequence of spans, cut off after `limit` tokens."""
+    targets = (span.ids if span.supervised else [IGNORED] * len(span.ids) for span in sequence.spans)
+    ids = list(itertools.chain.from_iterable(span.ids for span in sequence.spans))[:limit]
     return ids, [*list(itertools.chain.from_iterable(targets))[1:limit], IGNORED]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The function for `Dataset.map`: encodes a batch of `messages` and `origin` as the columns of FEATURES.
+    """The function for `Dataset.map`: encodes a batch of `conversation` and `origin` as the columns of FEATURES.
 
-    overlong: what to do with a row of more than max_length tokens. "drop" it, "truncate_answer" (cut off its end, so it
-    has no stop token) or "truncate_turns" (remove its oldest exchanges, but not the system message). A row without a
-    supervised token is dropped in each case.
+    overlong: what to do with a sequence of more than max_length tokens. "drop" it, "truncate_answer" (cut off its end,
+    so it has no stop token) or "truncate_turns" (remove its oldest exchanges, but not the system message). A text is cut
+    into sequences of max_length tokens. A row is dropped if no sequence with a supervised token is left.
     """
 
     template: Template
@@ -62,12 +80,12 @@ class Encoder:
     train_on: str = "all"
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        conversations = [add_system_prompt(messages, self.system_prompt) for messages in batch["messages"]]
+        conversations = [add_system_prompt(parse_conversation(text), self.system_prompt) for text in batch["conversation"]]
         try:
             rows = self.template.render(conversations, self.train_on)
         except SFTError:
             rows = self._render_each(conversations, batch["origin"])
-        columns = zip(*(self._encode_row(spans, messages) for spans, messages in zip(rows, conversations)))
+        columns = zip(*(self._encode_row(sequences, row) for sequences, row in zip(rows, conversations)))
         return dict(zip(FEATURES, map(list, columns)))
 
     def compute_cache_key(self) -> str:
@@ -76,47 +94,79 @@ class Encoder:
         return hash_texts(
             repr(settings),
             self.template.chat_template,
+            json.dumps(self.template.chat_template_kwargs, sort_keys=True),
             hash_tokenizer(self.template.tokenizer),
             str(ENCODING_FORMAT),
         )
 
-    def _render_each(self, conversations: list[list[Message]], origins: list[str]) -> list[list[TokenSpan]]:
+    def _render_each(self, conversations: list[Conversation], origins: list[str]) -> list[list[TokenSequence]]:
         """Render a batch that failed one row at a time, so that the error names the row."""
         rows = []
-        for messages, origin in zip(conversations, origins):
+        for conversation, origin in zip(conversations, origins):
             try:
-                rows += self.template.render([messages], self.train_on)
+                rows += self.template.render([conversation], self.train_on)
             except SFTError as error:
                 raise SFTError(f"{origin}: {error}") from error
         return rows
 
-    def _encode_row(self, spans: list[TokenSpan], messages: list[Message]) -> tuple[list[int], list[int], str]:
-        """Return one row's (input_ids, labels, outcome); ids and labels of a dropped row are empty."""
-        outcome = KEPT
-        if _count_tokens(spans) > self.max_length:
-            outcome = TRUNCATED
-            if self.overlong == "truncate_turns":
-                spans = self._drop_oldest_turns(messages)
-            if _count_tokens(spans) > self.max_length and self.overlong != "truncate_answer":
-                return [], [], TOO_LONG
-        ids, labels = build_input_ids_and_labels(spans, self.max_length)
-        if labels.count(IGNORED) == len(labels):
-            return [], [], TOO_LONG if outcome == TRUNCATED else UNSUPERVISED
-        return ids, labels, outcome
+    def _encode_row(self, sequences: list[TokenSequence], conversation: Conversation) -> tuple[Any, ...]:
+        """Return the values of one row in the columns of FEATURES; a dropped row has no ids."""
+        encoded: list[tuple[list[int], list[int]]] = []
+        dropped, outcome = 0, KEPT
+        for sequence in sequences:
+            pieces = [build_input_ids_and_labels(sequence)]
+            if len(pieces[0][0]) > self.max_length:
+                pieces = self._shorten(sequence, pieces[0], conversation)
+                if "text" not in conversation:
+                    dropped += not pieces
+                    outcome = TRUNCATED if pieces else outcome
+            encoded += pieces
+        if not encoded:
+            return [], [], [], 0, TOO_LONG if sequences else UNSUPERVISED, 0
+        ids, labels = (list(itertools.chain.from_iterable(column)) for column in zip(*encoded))
+        computed_tokens = count_tree_tokens([np.asarray(ids, dtype=np.int32) for ids, _ in encoded])
+        return ids, labels, [len(ids) for ids, _ in encoded], computed_tokens, outcome, dropped
 
-    def _drop_oldest_turns(self, messages: list[Message]) -> list[TokenSpan]:
-        """Render the conversation without as many of its oldest exchanges as needed to fit into max_length.
+    def _shorten(
+        self, sequence: TokenSequence, encoded: tuple[list[int], list[int]], conversation: Conversation
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the sequences of at most max_length tokens, with targets, that a longer one is made into."""
+        if "text" in conversation:
+            return self._cut_text(*encoded)
+        if self.overlong == "truncate_turns":
+            shorter = self._drop_oldest_turns(sequence, conversation)
+            return [encoded for encoded in map(build_input_ids_and_labels, shorter) if self._fits(encoded)]
+        if self.overlong == "truncate_answer":
+            cut = build_input_ids_and_labels(sequence, self.max_length)
+            return [cut] if self._fits(cut) else []
+        return []
 
-        The last exchange always stays, even if it does not fit.
+    def _fits(self, encoded: tuple[list[int], list[int]]) -> bool:
+        ids, labels = encoded
+        return len(ids) <= self.max_length and labels.count(IGNORED) < len(labels)
+
+    def _cut_text(self, ids: list[int], labels: list[int]) -> list[tuple[list[int], list[int]]]:
+        """Cut a text; each sequence begins with the last token of the one before, so that every token is predicted."""
+        step = self.max_length - 1
+        starts = range(0, len(ids) - 1, step) if step else ()
+        return [(ids[start : start + step + 1], [*labels[start : start + step][: len(ids) - start - 1], IGNORED]) for start in starts]
+
+    def _drop_oldest_turns(self, sequence: TokenSequence, conversation: Conversation) -> list[TokenSequence]:
+        """Render the turns of a sequence without as many of the oldest exchanges as needed to fit into max_length.
+
+        An exchange begins with a user message. The last one always stays, even if it does not fit.
         """
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        turns = messages[len(system) :]
-        while True:
-            # A single exchange stays: the caller sees from its length that it does not fit.
-            turns = turns[2:] or turns
-            [spans] = self.template.render([system + turns], self.train_on)
-            if _count_tokens(spans) <= self.max_length or len(turns) <= 2:
-                return spans
+        messages = conversation["messages"][: sequence.turns[-1] + 1]
+        trained = [message if index in sequence.turns else {**message, "train": False} for index, message in enumerate(messages)]
+        start = next((index for index, message in enumerate(trained) if message["role"] not in SYSTEM_ROLES), 0)
+        shorter = [sequence]
+        while any(_count_tokens(part) > self.max_length for part in shorter):
+            exchanges = [index for index in range(start + 1, len(trained)) if trained[index]["role"] == "user"]
+            if not exchanges:
+                break
+            trained = trained[:start] + trained[exchanges[0] :]
+            [shorter] = self.template.render([replace_messages(conversation, trained)])
+        return shorter
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -131,36 +181,48 @@ def hash_texts(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _count_tokens(spans: list[TokenSpan]) -> int:
-    return sum(len(span.ids) for span in spans)
+def _count_tokens(sequence: TokenSequence) -> int:
+    return sum(len(span.ids) for span in sequence.spans)
 
 
 @dataclass(frozen=True)
 class EncodingStats:
     """Outcomes of all rows: each is kept (possibly truncated) or dropped for a reason, and counted once."""
 
-    rows: int
+    rows: int  # conversations and texts
     kept: int
     truncated: int  # of the kept rows
     dropped: dict[str, int]  # reason: rows
-    tokens: int  # of the kept rows, like all that follow
+    sequences: int  # of the kept rows, like all that follow
+    dropped_sequences: int  # longer than max_length
+    tokens: int
+    computed_tokens: int  # with what the sequences of a row share computed once
     supervised_tokens: int
-    length_quantiles: dict[str, int]  # tokens
+    length_quantiles: dict[str, int]  # tokens per sequence
     cached: bool
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
         lengths = ", ".join(f"{name} {value:,}" for name, value in self.length_quantiles.items())
         supervised_share = self.supervised_tokens / max(1, self.tokens)
-        return (
+        lines = [
             f"{self.rows:,} rows, {self.kept:,} kept ({self.truncated:,} of them truncated), dropped: {dropped}"
-            f"{' (read from the cache)' if self.cached else ''}\n"
-            f"{self.tokens:,} tokens, {supervised_share:.0%} supervised; tokens per row: {lengths}"
+            f"{' (read from the cache)' if self.cached else ''}"
+        ]
+        if self.sequences > self.kept or self.dropped_sequences:
+            without = f", without {self.dropped_sequences:,} longer than max_length" if self.dropped_sequences else ""
+            lines.append(
+                f"{self.sequences:,} sequences{without}; {self.computed_tokens:,} tokens are computed, as sequences of a "
+                "row share their beginnings"
+            )
+        lines.append(
+            f"{self.tokens:,} tokens, {supervised_share:.0%} supervised; tokens per sequence: {lengths}"
         )
+        return "\n".join(lines)
 
 
 def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tuple[Dataset, EncodingStats]:
-    """Encode rows of `messages` and `origin`; return the kept rows (`input_ids`, `labels`) and the statistics.
+    """Encode rows of `conversation` and `origin`; return the kept rows and the statistics.
 
     The result is cached in `SFT_PIPELINE_CACHE` or ~/.cache/sft_pipeline under a hash of the rows and
     `encoder.compute_cache_key()`: only a change of data, template, tokenizer, settings or ENCODING_FORMAT encodes
@@ -180,7 +242,7 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
         raise SFTError(f"no row is left to train on: {counts}; raise max_length or fix the rows")
     if stats.kept < stats.rows:
         encoded = encoded.select(np.flatnonzero(_get_kept_mask(encoded)))
-    return encoded.remove_columns("outcome"), stats
+    return encoded.remove_columns(["outcome", "dropped_sequences"]), stats
 
 
 def _write_encoded(folder: Path, dataset: Dataset, encoder: Encoder, num_proc: int) -> Dataset:
@@ -212,10 +274,10 @@ def _read_encoded(folder: Path) -> Dataset | None:
 
 
 def _hash_rows(dataset: Dataset) -> str:
-    """Hash the messages and origins, whatever file, folder or cache they were read from."""
+    """Hash the conversations and origins, whatever file, folder or cache they were read from."""
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(10_000):
-        for row in batch.select(["messages", "origin"]).to_pylist():
+        for row in batch.select(["conversation", "origin"]).to_pylist():
             digest.update(repr(row).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -228,13 +290,16 @@ def _get_kept_mask(encoded: Dataset) -> np.ndarray:
 def _compute_stats(encoded: Dataset, cached: bool) -> EncodingStats:
     value_counts = pc.value_counts(encoded.data.column("outcome")).to_pylist()
     counts = {entry["values"]: entry["counts"] for entry in value_counts}
-    lengths = count_row_tokens(encoded)[_get_kept_mask(encoded)]
+    lengths = pc.list_flatten(encoded.data.column("sequence_lengths")).to_numpy()  # dropped rows have none
     return EncodingStats(
         rows=len(encoded),
-        kept=len(lengths),
+        kept=sum(counts.get(outcome, 0) for outcome in (KEPT, TRUNCATED)),
         truncated=counts.get(TRUNCATED, 0),
         dropped={reason: counts[reason] for reason in (TOO_LONG, UNSUPERVISED) if reason in counts},
+        sequences=len(lengths),
+        dropped_sequences=pc.sum(encoded.data.column("dropped_sequences")).as_py(),
         tokens=int(lengths.sum()),
+        computed_tokens=pc.sum(encoded.data.column("computed_tokens")).as_py(),
         supervised_tokens=_count_supervised_tokens(encoded),
         length_quantiles=compute_length_quantiles(lengths),
         cached=cached,

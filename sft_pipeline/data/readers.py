@@ -238,3 +238,4 @@ READERS: dict[str, Callable[[Path, str], Iterator[LocatedRow]]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+COLUMNAR = (".parquet", ".arrow")  # types in whose objects an absent key is a null

@@ -1,7 +1,7 @@
-"""Load rows of a hub dataset, a file, a folder or a list as a `datasets.Dataset` of messages, with their locations.
+"""Load rows of a hub dataset, a file, a folder or a list as conversations.
 
-    load_conversations("alpaca.json")  # columns: messages (list of {"role", "content"}), origin ("alpaca.json row 17")
-    load_conversations([{"prompt": "Say hello.", "completion": "Hello."}])
+    load_conversations("alpaca.json")    # a list of {"messages": [...], "tools": [...]}, see messages.py
+    load_source("alpaca.json")           # a `datasets.Dataset` of them as JSON text, with their locations
 
 The row format is detected from the columns (see formats.py) and logged, and so is what it does not read. Converted
 rows are kept in `datasets`' cache, under a key of the content, the row format and ROWS_FORMAT. Nothing from the data is
@@ -27,27 +27,29 @@ from datasets.exceptions import DatasetGenerationError
 from sft_pipeline.data.formats import (
     FORMATS,
     RowFormat,
-    convert_to_messages,
-    describe_type,
+    convert_row,
     detect_format,
+    drop_ambiguous_nulls,
     list_unread_names,
 )
-from sft_pipeline.data.readers import READERS, LocatedRow, read_rows
+from sft_pipeline.data.messages import Conversation, format_conversation, parse_conversation
+from sft_pipeline.data.readers import COLUMNAR, READERS, LocatedRow, read_rows
+from sft_pipeline.data.tool_calls import describe_type
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.sanitize import format_line
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache keys. Raise it when the same file would give other messages, bad rows or unread names.
-ROWS_FORMAT = 2
+# Part of the cache keys. Raise it when the same file would give other conversations, bad rows or unread names.
+ROWS_FORMAT = 3
 SHOWN_NAMES = 20  # most names of one source that are listed; in broken data every row may have others
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Mapping[str, Any]]
 FEATURES = Features(
     {
-        "messages": [{"role": Value("string"), "content": Value("string")}],
-        "origin": Value("string"),
-        # load_conversations removes these two columns: why the row is bad, or null; what of the row nothing reads.
+        "conversation": Value("string"),  # JSON text, see messages.py
+        "origin": Value("string"),  # "alpaca.json row 17"
+        # load_source removes these two columns: why the row is bad, or null; what of the row nothing reads.
         "problem": Value("string"),
         "unread": [Value("string")],
     }
@@ -55,12 +57,17 @@ FEATURES = Features(
 
 
 def load_conversations(
-    source: Source,
-    split: str = "train",
-    skip_bad_rows: bool = False,
-    name: str | None = None,
-) -> Dataset:
-    """Load a source as a dataset with the columns `messages` and `origin`.
+    source: Source, split: str = "train", skip_bad_rows: bool = False, name: str | None = None
+) -> list[Conversation]:
+    """Load a source as a list of conversations, see `load_source`."""
+    dataset, _ = load_source(source, split, skip_bad_rows, name)
+    return [parse_conversation(text) for text in dataset["conversation"]]
+
+
+def load_source(
+    source: Source, split: str = "train", skip_bad_rows: bool = False, name: str | None = None
+) -> tuple[Dataset, dict[str, int]]:
+    """Load a source as a dataset with the columns `conversation` (JSON text) and `origin`.
 
     A source is a file (.json, .jsonl, .csv, .parquet, .arrow), a folder of such files, a folder written by
     `save_to_disk`, or a dataset on the hub; or rows in memory: a list of dictionaries or a `Dataset`. All files of a
@@ -68,17 +75,9 @@ def load_conversations(
     a saved `DatasetDict`. Bad rows raise; with `skip_bad_rows` they are dropped and their number is logged. `name` is
     what the log and the errors call the source.
 
-    Raises SFTError: missing source, file that does not parse, unknown or mixed row formats, bad row, no rows.
-    """
-    return load_source(source, split, skip_bad_rows, name)[0]
-
-
-def load_source(
-    source: Source, split: str = "train", skip_bad_rows: bool = False, name: str | None = None
-) -> tuple[Dataset, dict[str, int]]:
-    """Load a source as `load_conversations` does; also return in how many rows each name is that nothing reads.
-
-    These are the SHOWN_NAMES most frequent names, the largest number first.
+    Also returns in how many rows each name is that nothing reads: the SHOWN_NAMES most frequent names, the largest
+    number first. Raises SFTError: missing source, file that does not parse, unknown or mixed row formats, bad row, no
+    rows.
     """
     if isinstance(source, (str, os.PathLike)):
         name = name or str(source)
@@ -125,7 +124,7 @@ def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
     if not isinstance(rows[0], Mapping):
         raise SFTError(f"{name} row 0: expected an object with columns, got {describe_type(rows[0])}")
     row_format = detect_format(rows[0], name)
-    converted = [_convert_row(row, f"{name} row {index}", row_format) for index, row in enumerate(rows)]
+    converted = [_convert_row(row, f"{name} row {index}", row_format, False) for index, row in enumerate(rows)]
     return Dataset.from_list(converted, features=FEATURES), _describe_columns(row_format, list(rows[0]))
 
 
@@ -189,17 +188,21 @@ def _load_file(path: Path, name: str) -> tuple[Dataset, RowFormat, list[str]]:
 def _generate_rows(path: str, name: str, format_name: str, cache_key: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of FEATURES of a file; `cache_key` only names the cache."""
     for location, row in read_rows(Path(path), name):
-        yield _convert_row(row, location, FORMATS[format_name])
+        yield _convert_row(row, location, FORMATS[format_name], Path(path).suffix.lower() in COLUMNAR)
 
 
-def _convert_row(row: Any, location: str, row_format: RowFormat) -> dict[str, Any]:
-    """Convert a row to the columns of FEATURES; a bad row gets its error as `problem`."""
-    unread = list_unread_names(row, row_format)
+def _convert_row(row: Any, location: str, row_format: RowFormat, is_columnar: bool) -> dict[str, Any]:
+    """Convert a row to the columns of FEATURES; a bad row gets its error as `problem`.
+
+    is_columnar: whether Arrow has read the row, so that a null in an object may be an absent key.
+    """
+    row, ambiguous_nulls = drop_ambiguous_nulls(row) if is_columnar else (row, [])
+    unread = list_unread_names(row, row_format) + ambiguous_nulls
     try:
-        messages, problem = convert_to_messages(row, row_format), None
+        text, problem = format_conversation(convert_row(row, row_format)), None
     except SFTError as error:
-        messages, problem = [], str(error)
-    return {"messages": messages, "origin": location, "problem": problem, "unread": unread}
+        text, problem = "", str(error)
+    return {"conversation": text, "origin": location, "problem": problem, "unread": unread}
 
 
 def _build_cache_key(path: Path, row_format: RowFormat) -> str:
@@ -350,7 +353,8 @@ def _select_arrow_columns(dataset: Dataset, row_format: RowFormat) -> Dataset:
 def _convert_batch(batch: pa.Table, indices: list[int], name: str, format_name: str, rows_format: int) -> pa.Table:
     """Convert a batch to the columns of FEATURES; `rows_format` only names the cache."""
     rows = [
-        _convert_row(row, f"{name} row {index}", FORMATS[format_name]) for row, index in zip(batch.to_pylist(), indices)
+        _convert_row(row, f"{name} row {index}", FORMATS[format_name], True)
+        for row, index in zip(batch.to_pylist(), indices)
     ]
     return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
 

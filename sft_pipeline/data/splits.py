@@ -1,7 +1,8 @@
 """Mix datasets by weight and hold rows out; both select rows by their hash.
 
-A row's hash depends on its messages alone, so a selection is the same for reordered or renamed files and on another
-machine, and all copies of a row are on the same side. All functions take and return datasets with a column `messages`.
+A row's hash depends on its content alone, so a selection is the same for reordered or renamed files and on another
+machine, and all copies of a row are on the same side. All functions take and return datasets with a column
+`conversation`.
 """
 
 import hashlib
@@ -14,21 +15,29 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import Conversation, Message, parse_conversation
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
 
 
-def hash_row(messages: list[Message], purpose: str = "") -> int:
-    """Return 64 bits of BLAKE2b over the roles and texts in order, the same on every platform and in every version.
+def hash_row(conversation: Conversation, purpose: str = "") -> int:
+    """Return 64 bits of BLAKE2b over the content in order, the same on every platform and in every version.
 
-    Another `purpose` (at most 16 bytes) gives an independent hash: the rows that `mix_datasets` takes must not be
-    correlated with those that `split_held_out` holds out.
+    The content is what the model may read: not which messages are trained, nor the template's arguments. Another
+    `purpose` (at most 16 bytes) gives an independent hash: the rows that `mix_datasets` takes must not be correlated
+    with those that `split_held_out` holds out.
     """
-    content = json.dumps([[message["role"], message["content"]] for message in messages])
-    digest = hashlib.blake2b(content.encode(), digest_size=8, person=purpose.encode()).digest()
+    content: list[Any] = [_list_message_content(message) for message in conversation.get("messages", ())]
+    content += [{key: conversation[key]} for key in ("tools", "text") if key in conversation]  # type: ignore[literal-required]
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "big")
+
+
+def _list_message_content(message: Message) -> list[Any]:
+    content = [message["role"], message["content"]]
+    others = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
+    return [*content, others] if others else content
 
 
 def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:
@@ -36,6 +45,7 @@ def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:
     hashed = dataset.map(
         _hash_batch,
         batched=True,
+        input_columns="conversation",
         fn_kwargs={"purpose": purpose},
         remove_columns=dataset.column_names,
         features=Features({"hash": Value("uint64")}),
@@ -44,9 +54,9 @@ def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:
     return hashed.data.column("hash").to_numpy()
 
 
-def _hash_batch(batch: dict[str, list[Any]], purpose: str) -> dict[str, np.ndarray]:
+def _hash_batch(conversations: list[str], purpose: str) -> dict[str, np.ndarray]:
     # An array, because datasets reads a list of integers as int64, which half of the hashes exceed.
-    return {"hash": np.array([hash_row(messages, purpose) for messages in batch["messages"]], dtype=np.uint64)}
+    return {"hash": np.array([hash_row(parse_conversation(text), purpose) for text in conversations], dtype=np.uint64)}
 
 
 def mix_datasets(parts: list[Dataset], weights: list[float] | None = None) -> Dataset:
