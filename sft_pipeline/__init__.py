@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sft_pipeline.config import SFTConfig
-    from sft_pipeline.data.chat_templates import Template, build_template
+    from sft_pipeline.data.chat_templates import build_template
     from sft_pipeline.data.encode import Encoder, build_input_ids_and_labels, encode_dataset
+    from sft_pipeline.data.messages import Conversation
     from sft_pipeline.data.packing import PackingCollator
     from sft_pipeline.data.padding import PaddingCollator
     from sft_pipeline.data.sources import load_conversations
+    from sft_pipeline.data.template import Template
     from sft_pipeline.inference.answers import Answer, answer_prompts
     from sft_pipeline.inference.engine import Completion, generate
     from sft_pipeline.inference.sampling import SamplingParams
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 
 MODULES = {
     "config": ("SFTConfig",),
-    "data.chat_templates": ("Template", "build_template"),
+    "data.chat_templates": ("build_template",),
     "data.encode": ("Encoder", "build_input_ids_and_labels", "encode_dataset"),
     "data.packing": ("PackingCollator",),
     "data.padding": ("PaddingCollator",),
+    "data.messages": ("Conversation",),
     "data.sources": ("load_conversations",),
+    "data.template": ("Template",),
     "inference.answers": ("Answer", "answer_prompts"),
     "inference.engine": ("Completion", "generate"),
     "inference.sampling": ("SamplingParams",),
@@ -43,6 +47,7 @@ _MODULE_OF_NAME = {name: module for module, names in MODULES.items() for name in
 __all__ = [
     "Answer",
     "Completion",
+    "Conversation",
     "Encoder",
     "EvaluationCallback",
     "PackingCollator",

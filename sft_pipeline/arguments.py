@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 DEFAULT_PROJECT = "sft_pipeline"  # the project name in trackers; the library's default is huggingface
 
@@ -45,6 +45,17 @@ class SFTArguments:
             "help": "Format: chat is the tokenizer's chat template, role is \\n#SYSTEM: \\n#USER: \\n#ASSISTANT:."
         },
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "With template: chat, a jinja file or the name of one of the tokenizer's templates, in place of its "
+            "default one."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the chat template for all rows, such as {enable_thinking: false}."},
+    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message for rows that have none of their own."}
     )
@@ -54,12 +65,12 @@ class SFTArguments:
     )
     max_length: int = field(
         default=1024,
-        metadata={"help": "Maximum number of tokens in a row; longer rows are handled by `overlong`."},
+        metadata={"help": "Maximum number of tokens in a sequence; longer ones are handled by `overlong`."},
     )
     overlong: Literal["drop", "truncate_answer", "truncate_turns"] = field(
         default="drop",
         metadata={
-            "help": "How to handle rows above max_length: drop them, cut off their end or remove their oldest turns."
+            "help": "How to handle sequences above max_length: drop them, cut off their end or remove their oldest turns."
         },
     )
     packing: bool = field(

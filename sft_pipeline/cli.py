@@ -86,7 +86,8 @@ def _load_config_and_template(extra_args: list[str]) -> tuple[Any, Any]:
     path = resolve_model(str(config.model_name_or_path), get_cache_dir())
     check_revision(path, config.revision)
     tokenizer = load_tokenizer(path, config.trust_remote_code, config.revision)
-    return config, build_template(config.template, tokenizer)
+    kwargs: Any = config.chat_template_kwargs
+    return config, build_template(config.template, tokenizer, config.chat_template, kwargs)
 
 
 def _run_train(args: argparse.Namespace, extra_args: list[str]) -> None:

@@ -62,6 +62,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
     def __post_init__(self) -> None:
         _use_cpu_without_accelerator()
         super().__post_init__()
+        self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
         if self.mixed_precision in ("bf16", "fp16"):
             # Chosen in accelerate's config file: the key is saved, so that the run is repeated and resumed alike.
             setattr(self, self.mixed_precision, True)
@@ -228,6 +229,20 @@ def _check_known_keys(names: list[str], source: str) -> None:
         if key not in keys:
             suggestion = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
             raise SFTError(f"{source}: unknown key {key}; did you mean {suggestion}?")
+
+
+def _parse_template_kwargs(value: Any) -> dict[str, Any] | None:
+    """Parse chat_template_kwargs, which may be JSON text: their names must be those of variables in a template."""
+    try:
+        kwargs = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise SFTError(f'chat_template_kwargs is not JSON ({error}); write {{"name": value}}') from error
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise SFTError(f"chat_template_kwargs is {kwargs!r}; it has to be {{name: value}}")
+    for name in kwargs or ():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise SFTError(f"chat_template_kwargs: {name!r} cannot be the name of an argument; use letters and _")
+    return kwargs or None
 
 
 def _check_values(args: SFTConfig) -> None:

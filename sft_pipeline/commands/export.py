@@ -43,7 +43,7 @@ def export_model(
     template, system_prompt = load_template(folder, trust_remote_code=trust_remote_code)
     model: Any = load_model(folder, trust_remote_code, revision)
     model.to(dtype=DTYPES[dtype])
-    set_special_tokens(model, template.tokenizer, template.stop_token_id)
+    set_special_tokens(model, template.tokenizer, template.stop_token_ids)
     model.config.use_cache = True  # training sets it to False
     with write_aside(destination) as staging:
         model.save_pretrained(staging)

@@ -48,10 +48,14 @@ def load_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | 
         if "default" in named:
             return named["default"]
         remedy = f"name one with chat_template: {names}" if named else "set chat_template, or use `template: role`"
-        raise SFTError(f"template chat: the tokenizer has no chat template{' of the name default' * bool(named)}; {remedy}")
+        raise SFTError(
+            f"template chat: the tokenizer has no chat template{' of the name default' * bool(named)}; {remedy}"
+        )
     path = Path(chat_template).expanduser()
     if not path.is_file():
-        raise SFTError(f"chat_template {chat_template}: no such file, nor a template of the tokenizer (it has: {names})")
+        raise SFTError(
+            f"chat_template {chat_template}: no such file, nor a template of the tokenizer (it has: {names})"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

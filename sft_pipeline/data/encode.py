@@ -3,8 +3,9 @@
     rows, stats = encode_dataset(conversations, Encoder(template, max_length=1024))
     print(stats)
 
-A row is a conversation. It has one or more sequences, whose `input_ids` and `labels` are concatenated; `sequence_lengths`
-has their numbers of tokens, and `computed_tokens` how many are computed if what they share is computed once.
+A row is a conversation. It has one or more sequences, whose `input_ids` and `labels` are concatenated;
+`sequence_lengths` has their numbers of tokens, and `computed_tokens` is how many are computed if what they share is
+computed once.
 
 `labels[t]` is the id to predict at position t: the token at t + 1 if that token is supervised, else -100. The last
 label of a sequence is -100. Labels are shifted here and nowhere else.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from sft_pipeline.data.messages import (
     SYSTEM_ROLES,
     Conversation,
     add_system_prompt,
+    format_conversation,
     parse_conversation,
     replace_messages,
 )
@@ -69,8 +72,8 @@ class Encoder:
     """The function for `Dataset.map`: encodes a batch of `conversation` and `origin` as the columns of FEATURES.
 
     overlong: what to do with a sequence of more than max_length tokens. "drop" it, "truncate_answer" (cut off its end,
-    so it has no stop token) or "truncate_turns" (remove its oldest exchanges, but not the system message). A text is cut
-    into sequences of max_length tokens. A row is dropped if no sequence with a supervised token is left.
+    so it has no stop token) or "truncate_turns" (remove its oldest exchanges, but not the system message). A text is
+    cut into sequences of max_length tokens. A row is dropped if no sequence with a supervised token is left.
     """
 
     template: Template
@@ -80,7 +83,9 @@ class Encoder:
     train_on: str = "all"
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        conversations = [add_system_prompt(parse_conversation(text), self.system_prompt) for text in batch["conversation"]]
+        conversations = [
+            add_system_prompt(parse_conversation(text), self.system_prompt) for text in batch["conversation"]
+        ]
         try:
             rows = self.template.render(conversations, self.train_on)
         except SFTError:
@@ -124,7 +129,7 @@ class Encoder:
         if not encoded:
             return [], [], [], 0, TOO_LONG if sequences else UNSUPERVISED, 0
         ids, labels = (list(itertools.chain.from_iterable(column)) for column in zip(*encoded))
-        computed_tokens = count_tree_tokens([np.asarray(ids, dtype=np.int32) for ids, _ in encoded])
+        computed_tokens = count_tree_tokens([np.asarray(sequence_ids, dtype=np.int32) for sequence_ids, _ in encoded])
         return ids, labels, [len(ids) for ids, _ in encoded], computed_tokens, outcome, dropped
 
     def _shorten(
@@ -149,7 +154,10 @@ class Encoder:
         """Cut a text; each sequence begins with the last token of the one before, so that every token is predicted."""
         step = self.max_length - 1
         starts = range(0, len(ids) - 1, step) if step else ()
-        return [(ids[start : start + step + 1], [*labels[start : start + step][: len(ids) - start - 1], IGNORED]) for start in starts]
+        return [
+            (ids[start : start + step + 1], [*labels[start : start + step][: len(ids) - start - 1], IGNORED])
+            for start in starts
+        ]
 
     def _drop_oldest_turns(self, sequence: TokenSequence, conversation: Conversation) -> list[TokenSequence]:
         """Render the turns of a sequence without as many of the oldest exchanges as needed to fit into max_length.
@@ -157,7 +165,10 @@ class Encoder:
         An exchange begins with a user message. The last one always stays, even if it does not fit.
         """
         messages = conversation["messages"][: sequence.turns[-1] + 1]
-        trained = [message if index in sequence.turns else {**message, "train": False} for index, message in enumerate(messages)]
+        trained = [
+            message if index in sequence.turns else {**message, "train": False}
+            for index, message in enumerate(messages)
+        ]
         start = next((index for index, message in enumerate(trained) if message["role"] not in SYSTEM_ROLES), 0)
         shorter = [sequence]
         while any(_count_tokens(part) > self.max_length for part in shorter):
@@ -212,17 +223,17 @@ class EncodingStats:
         if self.sequences > self.kept or self.dropped_sequences:
             without = f", without {self.dropped_sequences:,} longer than max_length" if self.dropped_sequences else ""
             lines.append(
-                f"{self.sequences:,} sequences{without}; {self.computed_tokens:,} tokens are computed, as sequences of a "
-                "row share their beginnings"
+                f"{self.sequences:,} sequences{without}; {self.computed_tokens:,} tokens are computed, as sequences "
+                "of a row share their beginnings"
             )
-        lines.append(
-            f"{self.tokens:,} tokens, {supervised_share:.0%} supervised; tokens per sequence: {lengths}"
-        )
+        lines.append(f"{self.tokens:,} tokens, {supervised_share:.0%} supervised; tokens per sequence: {lengths}")
         return "\n".join(lines)
 
 
-def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tuple[Dataset, EncodingStats]:
-    """Encode rows of `conversation` and `origin`; return the kept rows and the statistics.
+def encode_dataset(
+    rows: Dataset | Sequence[Conversation], encoder: Encoder, num_proc: int = 1
+) -> tuple[Dataset, EncodingStats]:
+    """Encode conversations, or a dataset of `load_source`; return the kept rows and the statistics.
 
     The result is cached in `SFT_PIPELINE_CACHE` or ~/.cache/sft_pipeline under a hash of the rows and
     `encoder.compute_cache_key()`: only a change of data, template, tokenizer, settings or ENCODING_FORMAT encodes
@@ -230,6 +241,7 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
 
     Raises SFTError naming the row that cannot be encoded, or with the counts if no row is left.
     """
+    dataset = rows if isinstance(rows, Dataset) else _build_dataset(rows)
     key = hashlib.sha256(f"{_hash_rows(dataset)} {encoder.compute_cache_key()}".encode()).hexdigest()[:32]
     folder = get_cache_dir() / "encoded" / key
     encoded = _read_encoded(folder)
@@ -243,6 +255,14 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, num_proc: int = 1) -> tup
     if stats.kept < stats.rows:
         encoded = encoded.select(np.flatnonzero(_get_kept_mask(encoded)))
     return encoded.remove_columns(["outcome", "dropped_sequences"]), stats
+
+
+def _build_dataset(conversations: Sequence[Conversation]) -> Dataset:
+    rows = [
+        {"conversation": format_conversation(conversation), "origin": f"row {index}"}
+        for index, conversation in enumerate(conversations)
+    ]
+    return Dataset.from_list(rows)
 
 
 def _write_encoded(folder: Path, dataset: Dataset, encoder: Encoder, num_proc: int) -> Dataset:
@@ -290,7 +310,7 @@ def _get_kept_mask(encoded: Dataset) -> np.ndarray:
 def _compute_stats(encoded: Dataset, cached: bool) -> EncodingStats:
     value_counts = pc.value_counts(encoded.data.column("outcome")).to_pylist()
     counts = {entry["values"]: entry["counts"] for entry in value_counts}
-    lengths = pc.list_flatten(encoded.data.column("sequence_lengths")).to_numpy()  # dropped rows have none
+    lengths = count_sequence_tokens(encoded)  # dropped rows have none
     return EncodingStats(
         rows=len(encoded),
         kept=sum(counts.get(outcome, 0) for outcome in (KEPT, TRUNCATED)),
@@ -304,6 +324,23 @@ def _compute_stats(encoded: Dataset, cached: bool) -> EncodingStats:
         length_quantiles=compute_length_quantiles(lengths),
         cached=cached,
     )
+
+
+def iterate_sequences(row: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Iterate over the sequences of an encoded row as (input_ids, labels); a row without lengths is one sequence."""
+    ids, labels = row["input_ids"], row["labels"]
+    start = 0
+    for length in row.get("sequence_lengths") or [len(ids)]:
+        yield ids[start : start + length], labels[start : start + length]
+        start += length
+
+
+def count_sequence_tokens(rows: Dataset) -> np.ndarray:
+    """Return the number of tokens of each sequence of the rows, in order."""
+    column = "sequence_lengths" if "sequence_lengths" in rows.column_names else "input_ids"
+    batches = (batch[column] for batch in rows.with_format("arrow").select_columns(column).iter(10_000))
+    count = pc.list_flatten if column == "sequence_lengths" else pc.list_value_length
+    return np.concatenate([count(batch).to_numpy() for batch in batches])
 
 
 def compute_length_quantiles(lengths: np.ndarray) -> dict[str, int]:

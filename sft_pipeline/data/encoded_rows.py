@@ -1,7 +1,8 @@
 """Rows that somebody has encoded already: check their `input_ids` and `labels`, and measure them.
 
 `labels[t]` must be the id at t + 1, or -100: shifted, as data/encode.py writes them. Labels that are not shifted, as
-`transformers` takes them, would train the model to repeat each token, so they are refused.
+`transformers` takes them, would train the model to repeat each token, so they are refused. A row with
+`sequence_lengths` has several sequences, see data/encode.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from sft_pipeline.data.batch_sampler import count_row_tokens
-from sft_pipeline.data.encode import EncodingStats, compute_length_quantiles
+from sft_pipeline.data.encode import EncodingStats, compute_length_quantiles, count_sequence_tokens
 from sft_pipeline.data.sources import Source
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 
 COLUMNS = ["input_ids", "labels"]
+OPTIONAL_COLUMNS = ["sequence_lengths", "computed_tokens"]
 
 
 def is_encoded(rows: Source | None) -> bool:
@@ -32,25 +33,31 @@ def is_encoded(rows: Source | None) -> bool:
 
 
 def load_encoded_rows(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> tuple[Dataset, EncodingStats]:
-    """Return the rows as a dataset of `input_ids` and `labels`, with their statistics.
+    """Return the rows as a dataset of the columns of data/encode.py, with their statistics.
 
     Raises SFTError with the row's index for labels that are not shifted or have another length than the ids, for an
     empty row, and for rows without any supervised token. name: of the rows, for errors.
     """
     if isinstance(rows, Dataset):
-        dataset = rows.select_columns(COLUMNS).with_format(None)
+        optional = [column for column in OPTIONAL_COLUMNS if column in rows.column_names]
+        dataset = rows.select_columns([*COLUMNS, *optional]).with_format(None)
     else:
-        dataset = Dataset.from_list([{column: list(row[column]) for column in COLUMNS} for row in rows])
+        columns = [*COLUMNS, *(["sequence_lengths"] if "sequence_lengths" in rows[0] else [])]
+        dataset = Dataset.from_list([{column: list(row[column]) for column in columns} for row in rows])
     supervised_tokens = sum(_check_batches(dataset, name))
     if not supervised_tokens:
         raise SFTError(f"{name}: no row has a supervised token (a label other than {IGNORED})")
-    lengths = count_row_tokens(dataset)
+    lengths = count_sequence_tokens(dataset)
+    has_tree = "computed_tokens" in dataset.column_names
     return dataset, EncodingStats(
         rows=len(dataset),
         kept=len(dataset),
         truncated=0,
         dropped={},
+        sequences=len(lengths),
+        dropped_sequences=0,
         tokens=int(lengths.sum()),
+        computed_tokens=int(pc.sum(dataset.data.column("computed_tokens")).as_py() if has_tree else lengths.sum()),
         supervised_tokens=supervised_tokens,
         length_quantiles=compute_length_quantiles(lengths),
         cached=True,
@@ -68,7 +75,7 @@ def _check_batches(dataset: Dataset, name: str) -> Iterator[int]:
         ids, labels = (_flatten(batch[column]) for column in COLUMNS)
         ends = lengths.cumsum()
         expected = np.roll(ids, -1)
-        expected[ends - 1] = IGNORED
+        expected[_find_sequence_ends(batch, ends, name, start) - 1] = IGNORED
         supervised = labels != IGNORED
         for position in np.flatnonzero(supervised & (labels != expected))[:1]:
             index = int(np.searchsorted(ends, position, side="right"))
@@ -79,6 +86,21 @@ def _check_batches(dataset: Dataset, name: str) -> Iterator[int]:
             )
         yield int(supervised.sum())
         start += len(lengths)
+
+
+def _find_sequence_ends(batch: pa.Table, row_ends: np.ndarray, name: str, start: int) -> np.ndarray:
+    """Return where each sequence ends in the ids of all rows; raises SFTError for lengths that do not add up.
+
+    row_ends: where each row ends. start: the index of the first row.
+    """
+    if "sequence_lengths" not in batch.column_names:
+        return row_ends
+    column = batch["sequence_lengths"]
+    ends = _flatten(column).cumsum()
+    last_of_row = pc.list_value_length(column).to_numpy().cumsum() - 1
+    for index in np.flatnonzero(ends[last_of_row] != row_ends)[:1]:
+        raise SFTError(f"{name} row {start + index}: its sequence_lengths do not add up to its number of input_ids")
+    return ends
 
 
 def _flatten(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,18 +2,21 @@
 
 | format | columns | one row |
 | --- | --- | --- |
-| messages | `messages`, optional `tools`, `chat_template_kwargs` | list of {role, content}, see below |
-| sharegpt | `conversations`, optional `system`, `tools`, `chat_template_kwargs` | list of {from, value}; human = user, gpt = assistant, function_call = an assistant's tool calls as JSON, observation = tool |
+| messages | `messages` | list of {role, content}, see below |
+| sharegpt | `conversations`, optional `system` | list of {from, value}, see below |
 | alpaca | `instruction`, `output`, optional `input`, `system`, `history` | history is a list of [user, assistant] |
-| prompt-completion | `prompt`, `completion`, optional `tools`, `chat_template_kwargs` | both strings, or both lists of {role, content} |
+| prompt-completion | `prompt`, `completion` | both strings, or both lists of {role, content} |
 | text | `text` | a text without turns |
+
+All but alpaca and text may have `tools` and `chat_template_kwargs`, as objects or JSON text.
 
 A message has the role system, developer, user, assistant or tool, and a `content` of text or text parts. An assistant's
 may have `reasoning_content` (or `thinking`) and `tool_calls`, with a content that is null or missing; a tool's
-`tool_call_id` and `name`. `train: false` or `weight: 0` excludes an assistant's message from training.
+`tool_call_id` and `name`. `train: false` or `weight: 0` excludes an assistant's message from training. In sharegpt human
+is the user, gpt the assistant, function_call an assistant's tool calls as JSON text and observation the tool.
 
-Every conversation ends with an assistant's message; which other orders there may be is up to the chat template. A bad row
-raises SFTError with the reason. Alpaca's input is appended to the instruction after a newline, as in LLaMA-Factory
+Every conversation ends with an assistant's message; which other orders there may be is up to the chat template. A bad
+row raises SFTError with the reason. Alpaca's input is appended to the instruction after a newline, as in LLaMA-Factory
 (Zheng et al. 2024); with an empty input the instruction is used alone. The answers within `prompt` are not trained.
 
 Other columns, and other keys of a message, are not read: `list_unread_names`.

@@ -33,7 +33,7 @@ OTHER_TEMPLATE = "remove it from the row, or give a chat_template that does"
 class RenderedTurn(NamedTuple):
     """The text of an assistant's turn, placeholders included: see `Turn`."""
 
-    index: int
+    message_index: int
     prompt: str
     target: str | None
 
@@ -43,7 +43,9 @@ class ChatTemplate(Template):
 
     name = "chat"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(tokenizer, chat_template_kwargs)
         self.chat_template = str(tokenizer.chat_template)
         self._control_ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -115,7 +117,9 @@ class ChatTemplate(Template):
         """Return what follows the prompt in the conversation with its answer, up to the last stop token."""
         if not answered.startswith(prompt):
             start = next(i for i, (a, b) in enumerate(zip(prompt + "\0", answered + "\0")) if a != b)
-            texts = [repr(self._restore_spellings(text[start : start + SHOWN_CHARACTERS])) for text in (prompt, answered)]
+            texts = [
+                repr(self._restore_spellings(text[start : start + SHOWN_CHARACTERS])) for text in (prompt, answered)
+            ]
             raise SFTError(
                 f"the chat template has no place where the answer messages[{index}] begins: its prompt goes on with "
                 f"{texts[0]} where the conversation has {texts[1]}; give another chat_template, or `template: role`"
@@ -124,8 +128,8 @@ class ChatTemplate(Template):
         stop = self._find_last_stop(target)
         if stop is None:
             raise SFTError(
-                f"the chat template writes no stop token ({self._describe_stops()}) after messages[{index}]; give another "
-                "chat_template, or `template: role`"
+                f"the chat template writes no stop token ({self._describe_stops()}) after messages[{index}]; give "
+                "another chat_template, or `template: role`"
             )
         return target[:stop]
 
@@ -153,7 +157,9 @@ class ChatTemplate(Template):
             prepared[self.features.reasoning_key or REASONING_KEYS[0]] = self._replace_spellings(reasoning)
         if calls := message.get("tool_calls"):
             calls = self._replace_spellings(calls)
-            prepared["tool_calls"] = [format_arguments(call) for call in calls] if self._writes_arguments_as_text else calls
+            prepared["tool_calls"] = (
+                [format_arguments(call) for call in calls] if self._writes_arguments_as_text else calls
+            )
         for key in ("tool_call_id", "name"):
             if key in message:
                 prepared[key] = self._replace_spellings(message[key])
@@ -196,7 +202,9 @@ class ChatTemplate(Template):
         for index, prompt, target in turns:
             continues = prompt.startswith(previous)
             context = self._split_control_tokens(prompt[len(previous) :] if continues else prompt)
-            split.append(Turn(index, continues, context, None if target is None else self._split_control_tokens(target)))
+            split.append(
+                Turn(index, continues, context, None if target is None else self._split_control_tokens(target))
+            )
             previous = prompt + (target or "")
         return split
 
@@ -261,7 +269,9 @@ class ChatTemplate(Template):
             if role == "tool" and not self.features.writes_tool_results:
                 raise SFTError(f"messages[{index}]: the chat template does not write tool results; {OTHER_TEMPLATE}")
             if role != "assistant" and not _is_written(content, prompt):
-                raise SFTError(f"messages[{index}]: the chat template does not write this {role} message; {OTHER_TEMPLATE}")
+                raise SFTError(
+                    f"messages[{index}]: the chat template does not write this {role} message; {OTHER_TEMPLATE}"
+                )
         for tool in tools if tools and start == 0 else ():
             if not _is_written(tool["function"]["name"], prompt):
                 name = self._restore_spellings(tool["function"]["name"])
@@ -296,7 +306,11 @@ CALL = {
 }
 TOOL = {
     "type": "function",
-    "function": {"name": "sft_function", "description": "sft-description", "parameters": {"type": "object", "properties": {}}},
+    "function": {
+        "name": "sft_function",
+        "description": "sft-description",
+        "parameters": {"type": "object", "properties": {}},
+    },
 }
 
 

@@ -1,7 +1,7 @@
 """Conversations as transformers' chat templates take them, and as JSON text in Arrow.
 
-Arrow merges the keys of objects over all rows and fills them with nulls, so that the arguments of one tool would turn up
-in the calls of every other. As JSON text a conversation keeps its values: `"42"` stays text, null and absent differ.
+Arrow merges the keys of objects over all rows and fills them with nulls, so that the arguments of one tool would turn
+up in the calls of every other. As JSON text a conversation keeps its values: `"42"` stays text, null and absent differ.
 """
 
 from __future__ import annotations

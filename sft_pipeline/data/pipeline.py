@@ -11,12 +11,12 @@ import datasets
 from datasets import Dataset
 
 from sft_pipeline.arguments import SFTArguments
-from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.encode import Encoder, EncodingStats, encode_dataset
+from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.sources import Source, load_source
 from sft_pipeline.data.splits import drop_overlap, mix_datasets, select_rows, split_held_out
+from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import count_id_differences
 from sft_pipeline.utils.errors import SFTError
 
@@ -27,7 +27,7 @@ COMPARED_ROWS = 100  # rows on which the saved chat template is compared with th
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Encoded training and held-out rows with their statistics, and the held-out conversations as messages.
+    """Encoded training and held-out rows with their statistics, and the held-out conversations as JSON text.
 
     unread: for each source, in how many rows each column or key is that nothing reads.
     """
@@ -36,7 +36,7 @@ class PreparedData:
     train_stats: EncodingStats
     held_out: Dataset | None
     held_out_stats: EncodingStats | None
-    held_out_messages: Dataset | None
+    held_out_conversations: Dataset | None
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -54,16 +54,16 @@ def prepare_data(
     """
     if is_encoded(train_rows) or is_encoded(eval_rows):
         return _use_encoded_rows(args, train_rows, eval_rows)
-    train_messages, held_out_messages, unread = load_splits_and_unread(args, train_rows, eval_rows)
+    train_conversations, held_out_conversations, unread = load_splits_and_unread(args, train_rows, eval_rows)
     encoder = build_encoder(args, template)
-    train, train_stats = encode_dataset(train_messages, encoder, args.num_proc)
+    train, train_stats = encode_dataset(train_conversations, encoder, args.num_proc)
     logger.info("training rows: %s", train_stats)
-    _log_template_differences(train_messages[:COMPARED_ROWS]["messages"], template, args)
-    if held_out_messages is None:
+    _log_template_differences(train_conversations[:COMPARED_ROWS]["conversation"], template, args)
+    if held_out_conversations is None:
         return PreparedData(train, train_stats, None, None, None, unread)
-    held_out, held_out_stats = encode_dataset(held_out_messages, encoder, args.num_proc)
+    held_out, held_out_stats = encode_dataset(held_out_conversations, encoder, args.num_proc)
     logger.info("held-out rows: %s", held_out_stats)
-    return PreparedData(train, train_stats, held_out, held_out_stats, held_out_messages, unread)
+    return PreparedData(train, train_stats, held_out, held_out_stats, held_out_conversations, unread)
 
 
 def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
@@ -139,8 +139,8 @@ def _split_parts(
     return train, held_out
 
 
-def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict[str, list[int]], str]:
-    """Load row `row` of train_data (from 0, in file order) as it is trained; returns it with its location.
+def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict[str, Any], str]:
+    """Load row `row` of train_data (from 0, in file order) as it is trained; returns its columns and its location.
 
     Raises SFTError for a row that does not exist or that the length policy drops.
     """
@@ -148,18 +148,22 @@ def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
     batch = rows[row : row + 1]
-    ids, labels, outcome = (column[0] for column in build_encoder(args, template)(batch).values())
-    if not ids:
-        raise SFTError(f"{batch['origin'][0]}: dropped ({outcome}); raise max_length or change overlong")
-    return {"input_ids": ids, "labels": labels}, batch["origin"][0]
+    columns = {name: column[0] for name, column in build_encoder(args, template)(batch).items()}
+    if not columns["input_ids"]:
+        reason, remedy = columns["outcome"], "raise max_length or change overlong"
+        if reason == UNSUPERVISED:
+            remedy = "mark an answer with train: true, or change train_on"
+        raise SFTError(f"{batch['origin'][0]}: dropped ({reason}); {remedy}")
+    return columns, batch["origin"][0]
 
 
-def _log_template_differences(conversations: list[list[Message]], template: Template, args: SFTArguments) -> None:
+def _log_template_differences(conversations: list[str], template: Template, args: SFTArguments) -> None:
     """Log for how many conversations the chat template that is saved gives other ids than training, if for any."""
     try:
-        count = count_id_differences(template, conversations, args.system_prompt)
+        parsed = [parse_conversation(text) for text in conversations]
+        count = count_id_differences(template, parsed, args.system_prompt)
     except SFTError:
-        return  # the template rewrites earlier turns, which `train_on: last` allows
+        return  # of an answer that is not trained
     if count:
         logger.info(
             "the saved chat template gives other ids than training for %s of %s rows: tools that use it tokenize the "

@@ -1,4 +1,4 @@
-"""Show a row as it is trained: its tokens, the token that each position predicts, and where the loss is.
+"""Show a row as it is trained: its sequences, the token that each position predicts, and where the loss is.
 
     sft-pipeline preview configs/quickstart.yaml --row 3
     sft-pipeline preview configs/quickstart.yaml --row 3 --json
@@ -8,6 +8,9 @@ A run saves the same of its first row (`build_preview`) for its report.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import numpy as np
 from datasets import Dataset
 from rich.console import Console
@@ -15,32 +18,81 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from sft_pipeline.data.batch_sampler import count_row_tokens
+from sft_pipeline.data.encode import count_sequence_tokens, iterate_sequences
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.sanitize import format_json_line, format_line, replace_control_characters
 
-TRAINED_STYLE, UNTRAINED_STYLE = "green", "dim"
-BARS = 40  # maximum number of bars of the histogram of row lengths
+TRAINED_STYLE, UNTRAINED_STYLE, SHARED_STYLE = "green", "", "bright_black"
+BARS = 40  # maximum number of bars of the histogram of sequence lengths
 
 
-def format_row_json(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Format a row as one line of JSON: `input_ids`, `labels` (shifted, -100 where nothing is trained) and `text`."""
-    return format_json_line({**row, "text": tokenizer.decode(row["input_ids"])})
+class PreviewSequence(NamedTuple):
+    """A sequence of a row. shared: the tokens at its beginning that an earlier sequence of the row begins with too."""
+
+    input_ids: list[int]
+    labels: list[int]
+    shared: int
 
 
-def print_row(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, title: str, console: Console) -> None:
-    """Print a row as text, colored by what is trained, with its first and last trained token."""
-    ids, is_trained = row["input_ids"], find_trained_tokens(row["labels"])
-    text = Text()
-    for token_text, trained in zip(decode_tokens(ids, tokenizer), is_trained):
-        text.append(replace_control_characters(token_text), style=TRAINED_STYLE if trained else UNTRAINED_STYLE)
-    summary = f": {len(ids)} tokens, {sum(is_trained)} trained ("
-    # Assembled, not parsed as markup, because a file's name may contain brackets.
-    console.print(Text.assemble((format_line(title), "bold"), summary, (TRAINED_STYLE, TRAINED_STYLE), ")"))
-    console.print(text)
-    if any(is_trained):
-        positions = [position for position, trained in enumerate(is_trained) if trained]
-        console.print(_describe_trained_span(positions[0], positions[-1], ids, tokenizer), highlight=False)
+def list_sequences(row: dict[str, Any]) -> list[PreviewSequence]:
+    """List the sequences of an encoded row."""
+    sequences: list[PreviewSequence] = []
+    for ids, labels in iterate_sequences(row):
+        shared = max((_count_common_prefix(ids, earlier.input_ids) for earlier in sequences), default=0)
+        sequences.append(PreviewSequence(ids, labels, shared))
+    return sequences
+
+
+def _count_common_prefix(first: list[int], second: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def format_row_json(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Format a row as one line of JSON.
+
+    `sequences` is a list of objects with `input_ids`, `labels` (shifted, -100 where nothing is trained) and `text`. If
+    there is only one, its three values are also beside the list.
+    """
+    sequences = [
+        {"input_ids": ids, "labels": labels, "text": tokenizer.decode(ids)} for ids, labels in iterate_sequences(row)
+    ]
+    return format_json_line({**(sequences[0] if len(sequences) == 1 else {}), "sequences": sequences})
+
+
+def print_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: str, console: Console) -> None:
+    """Print the sequences of a row as text, colored by what is trained, each with its first and last trained token."""
+    sequences = list_sequences(row)
+    for number, sequence in enumerate(sequences, 1):
+        text = Text()
+        for position, token_text in enumerate(decode_tokens(sequence.input_ids, tokenizer)):
+            text.append(replace_control_characters(token_text), style=_choose_style(sequence, position))
+        # Assembled, not parsed as markup, because a file's name may contain brackets.
+        console.print(
+            Text.assemble((format_line(title), "bold"), *_describe_sequence(sequence, number, len(sequences)))
+        )
+        console.print(text)
+        if positions := np.flatnonzero(find_trained_tokens(sequence.labels)).tolist():
+            console.print(_describe_trained_span(positions[0], positions[-1], sequence.input_ids, tokenizer))
+
+
+def _choose_style(sequence: PreviewSequence, position: int) -> str:
+    if position and sequence.labels[position - 1] != IGNORED:
+        return TRAINED_STYLE
+    return SHARED_STYLE if position < sequence.shared else UNTRAINED_STYLE
+
+
+def _describe_sequence(sequence: PreviewSequence, number: int, count: int) -> Iterator[str | tuple[str, str]]:
+    """Yield the parts of a sequence's headline, with their styles."""
+    trained = sum(label != IGNORED for label in sequence.labels)
+    yield f", sequence {number} of {count}: " if count > 1 else ": "
+    yield f"{len(sequence.input_ids)} tokens, "
+    if sequence.shared:
+        yield f"{sequence.shared} shared with an earlier one ("
+        yield ("grey", SHARED_STYLE)
+        yield "), "
+    yield f"{trained} trained ("
+    yield (TRAINED_STYLE, TRAINED_STYLE)
+    yield ")"
 
 
 def find_trained_tokens(labels: list[int]) -> list[bool]:
@@ -48,24 +100,22 @@ def find_trained_tokens(labels: list[int]) -> list[bool]:
     return [False, *(label != IGNORED for label in labels[:-1])]
 
 
-def build_preview(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, list]]:
-    """Build what a report shows of the training rows: the tokens of the first row and a histogram of row lengths.
+def build_preview(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Build what a report shows of the training rows: the first row and a histogram of sequence lengths.
 
-    `lengths.rows[i]` is the number of rows with at least `lengths.edges[i]` and fewer than `lengths.edges[i + 1]`
-    tokens.
+    `first_row` lists its sequences. `lengths.rows[i]` is the number of sequences with at least `lengths.edges[i]` and
+    fewer than `lengths.edges[i + 1]` tokens.
     """
-    first, lengths = rows[0], count_row_tokens(rows)
+    lengths = count_sequence_tokens(rows)
     # Whole numbers as edges: with fractional ones some bars would cover more lengths than others.
     shortest, longest = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(longest + 1 - shortest) // BARS))
     counts, edges = np.histogram(lengths, np.arange(shortest, longest + width + 1, width))
-    return {
-        "first_row": {
-            "tokens": decode_tokens(first["input_ids"], tokenizer),
-            "trained": find_trained_tokens(first["labels"]),
-        },
-        "lengths": {"edges": edges.tolist(), "rows": counts.tolist()},
-    }
+    first_row = [
+        {"tokens": decode_tokens(ids, tokenizer), "trained": find_trained_tokens(labels), "shared": shared}
+        for ids, labels, shared in list_sequences(rows[0])
+    ]
+    return {"first_row": first_row, "lengths": {"edges": edges.tolist(), "rows": counts.tolist()}}
 
 
 def _describe_trained_span(first: int, last: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -75,17 +125,23 @@ def _describe_trained_span(first: int, last: int, ids: list[int], tokenizer: Pre
     return Text(f"first trained token {texts[first]!r}, last {texts[last]!r} ({end})")
 
 
-def print_positions(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print one line per position: its token, the token that it predicts, and whether that prediction is trained."""
-    texts = [repr(text)[1:-1] for text in decode_tokens(row["input_ids"], tokenizer, parts=True)]
-    table = Table("position", "id", "token", "target", "trained", box=None, header_style="bold")
-    for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"])):
-        target = texts[position + 1] if position + 1 < len(texts) else ""
-        trained, style = ("yes", TRAINED_STYLE) if label != IGNORED else ("no", UNTRAINED_STYLE)
-        # Text, because a plain string would be parsed as markup.
-        cells = [Text(cell) for cell in (str(position), str(token), texts[position], target, trained)]
-        table.add_row(*cells, style=style)
-    console.print(table)
+def print_positions(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Print one line per position: its token, the token that it predicts, and whether that prediction is trained.
+
+    Positions that a sequence shares with an earlier one and that predict nothing are left out.
+    """
+    for sequence in list_sequences(row):
+        table = Table("position", "id", "token", "target", "trained", box=None, header_style="bold")
+        texts = [repr(text)[1:-1] for text in decode_tokens(sequence.input_ids, tokenizer, parts=True)]
+        for position, (token, label) in enumerate(zip(sequence.input_ids, sequence.labels)):
+            if label == IGNORED and position + 1 < sequence.shared:
+                continue
+            target = texts[position + 1] if position + 1 < len(texts) else ""
+            trained, style = ("yes", TRAINED_STYLE) if label != IGNORED else ("no", "dim")
+            # Text, because a plain string would be parsed as markup.
+            cells = [Text(cell) for cell in (str(position), str(token), texts[position], target, trained)]
+            table.add_row(*cells, style=style)
+        console.print(table)
 
 
 def decode_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase, parts: bool = False) -> list[str]:

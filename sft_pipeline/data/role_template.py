@@ -26,7 +26,9 @@ class RoleTemplate(Template):
     name = "role"
     role_headers = tuple(ROLE_HEADERS.values())
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(tokenizer, chat_template_kwargs)
         if chat_template_kwargs:
             raise SFTError("chat_template_kwargs: `template: role` takes none; remove them or use `template: chat`")

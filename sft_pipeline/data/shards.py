@@ -3,8 +3,8 @@
     sft-pipeline prepare CONFIG --prepared_data prepared/alpaca
     sft-pipeline train CONFIG --prepared_data prepared/alpaca
 
-    train/ held_out/     input_ids and labels in shards, as `save_to_disk` writes them
-    held_out_messages/   the held-out conversations, some of which are answered during training
+    train/ held_out/     the columns of encode.FEATURES in shards, as `save_to_disk` writes them
+    held_out_conversations/    the held-out conversations, some of which are answered during training
     prepared.json        everything that the ids depend on, and the encoding statistics
     SHA256SUMS           checksums that detect a damaged folder
 
@@ -26,10 +26,10 @@ from datasets import Dataset
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import SFTConfig
-from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.encode import ENCODING_FORMAT, EncodingStats, hash_texts, hash_tokenizer
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
 from sft_pipeline.data.sources import ROWS_FORMAT, describe_unread_names, hash_source, list_saved_files
+from sft_pipeline.data.template import Template
 from sft_pipeline.utils.distributed import run_on_main_process
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, write_checksums, write_json
@@ -37,9 +37,9 @@ from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, wri
 logger = logging.getLogger(__name__)
 
 # Raise it when the same settings give other splits or keys of prepared.json.
-SHARDS_FORMAT = 3
+SHARDS_FORMAT = 4
 RECORD_FILE = "prepared.json"
-PARTS = ("train", "held_out", "held_out_messages")
+PARTS = ("train", "held_out", "held_out_conversations")
 SOURCES = ("train_data", "eval_data")
 SETTINGS = (
     *("train_data_weights", "held_out", "skip_bad_rows", "max_train_rows"),
@@ -91,7 +91,7 @@ def map_shards(args: SFTConfig, template: Template) -> PreparedData:
         train_stats=EncodingStats(**record["train_stats"]),
         held_out=_map_part(folder / "held_out") if held_out_stats else None,
         held_out_stats=EncodingStats(**held_out_stats) if held_out_stats else None,
-        held_out_messages=_map_part(folder / "held_out_messages") if held_out_stats else None,
+        held_out_conversations=_map_part(folder / "held_out_conversations") if held_out_stats else None,
         unread=record["unread"],
     )
     for source, counts in data.unread.items():
@@ -113,6 +113,7 @@ def list_shard_inputs(args: SFTArguments, template: Template) -> dict[str, Any]:
         **{key: getattr(args, key) for key in SETTINGS},
         "tokenizer": hash_tokenizer(template.tokenizer),
         "chat_template": hash_texts(template.chat_template),
+        "chat_template_kwargs": template.chat_template_kwargs,
     }
 
 

@@ -29,7 +29,7 @@ def hash_row(conversation: Conversation, purpose: str = "") -> int:
     with those that `split_held_out` holds out.
     """
     content: list[Any] = [_list_message_content(message) for message in conversation.get("messages", ())]
-    content += [{key: conversation[key]} for key in ("tools", "text") if key in conversation]  # type: ignore[literal-required]
+    content += [{key: conversation[key]} for key in ("tools", "text") if key in conversation]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "big")
 

@@ -5,10 +5,10 @@
     ids = template.encode_prompt(prompt)              # ids for generation
     message = template.parse(answer_ids)
 
-An answer is trained under the ids that it will be prompted with: its prompt is what the template renders of the messages
-before it, its target what the template writes for it, up to a stop token. As long as each prompt begins with the
-previous prompt and target, the answers of a conversation share one sequence. Where the template rewrites the history,
-as by leaving out the reasoning of earlier answers, a new sequence begins.
+An answer is trained under the ids that it will be prompted with: its prompt is what the template renders of the
+messages before it, its target what the template writes for it, up to a stop token. As long as each prompt begins with
+the previous prompt and target, the answers of a conversation share one sequence. Where the template rewrites the
+history, as by leaving out the reasoning of earlier answers, a new sequence begins.
 
 Training and generation split a conversation into pieces at the same positions and tokenize each piece separately. The
 text of a row is always encoded as text: `<|im_end|>` in a message becomes the ids of its characters, never the control
@@ -42,7 +42,7 @@ class Turn(NamedTuple):
     the pieces that are generated, up to the stop token; None where the answer is still to come.
     """
 
-    index: int
+    message_index: int
     continues: bool
     context: list[TemplatePiece]
     target: list[TemplatePiece] | None
@@ -81,7 +81,9 @@ class Template:
     role_headers: tuple[str, ...] = ()  # texts (not control tokens) before which a piece begins
     stop_token_ids: list[int]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._encode_texts = TextEncoder(tokenizer)
@@ -113,7 +115,9 @@ class Template:
         ids = self._encode_pieces(piece for row in rows for sequence in row for piece, _ in sequence.pieces)
         return [
             [
-                TokenSequence([TokenSpan(ids[piece], supervised) for piece, supervised in sequence.pieces], sequence.turns)
+                TokenSequence(
+                    [TokenSpan(ids[piece], supervised) for piece, supervised in sequence.pieces], sequence.turns
+                )
                 for sequence in row
             ]
             for row in rows
@@ -142,10 +146,10 @@ class Template:
         sequences = [PieceSequence([], ())]
         for turn in self.split_turns(conversation, trained):
             pieces, turns = sequences.pop() if turn.continues else PieceSequence([], ())
-            is_trained = turn.index in trained
+            is_trained = turn.message_index in trained
             pieces += [(piece, False) for piece in turn.context]
             pieces += [(piece, is_trained) for piece in turn.target or ()]
-            sequences.append(PieceSequence(pieces, (*turns, turn.index) if is_trained else turns))
+            sequences.append(PieceSequence(pieces, (*turns, turn.message_index) if is_trained else turns))
         return [_cut_after_supervised(sequence) for sequence in sequences if sequence.turns]
 
     def _split_text(self, text: str) -> list[tuple[TemplatePiece, bool]]:

@@ -20,26 +20,43 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft_pipeline.data.chat_templates import ROLE_HEADERS, Template
-from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.data.messages import SYSTEM_ROLES, Conversation, add_system_prompt
+from sft_pipeline.data.role_template import ROLE_HEADERS
+from sft_pipeline.data.template import Template
 from sft_pipeline.data.text_encoder import list_components
 
 
 def build_saved_chat_template(template: Template, system_prompt: str | None) -> str:
-    """Return the jinja text to save, which adds the system prompt of training to conversations without one."""
-    if not system_prompt:
-        return template.chat_template
-    system = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
-    condition = "{%- if not messages or messages[0]['role'] != 'system' %}"
-    prefix = condition + "{%- set messages = [" + system + "] + messages %}{%- endif %}"
+    """Return the jinja text to save.
+
+    It adds the system prompt of training to conversations without one, and has its template arguments as defaults.
+    """
+    prefix = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_format_literal(value)} %}}{{%- endif %}}"
+        for name, value in template.chat_template_kwargs.items()
+    )
+    if system_prompt:
+        system = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
+        prefix += "{%- if not messages or messages[0]['role'] not in " + json.dumps(SYSTEM_ROLES) + " %}"
+        prefix += "{%- set messages = [" + system + "] + messages %}{%- endif %}"
     # A trained model that is trained again or exported already has the prefix.
     return template.chat_template if template.chat_template.startswith(prefix) else prefix + template.chat_template
+
+
+def _format_literal(value: Any) -> str:
+    """Format a JSON value as a literal of jinja, which are the same but for null."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_format_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_format_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def build_saved_tokenizer(
@@ -97,14 +114,23 @@ def _build_pre_tokenizer(original: PreTokenizer | None, headers: tuple[str, ...]
     return Tokenizer.from_str(json.dumps(content)).pre_tokenizer
 
 
-def count_id_differences(template: Template, conversations: list[list[Message]], system_prompt: str | None) -> int:
-    """Count the conversations for which the saved chat template gives other ids than training."""
+def count_id_differences(template: Template, conversations: list[Conversation], system_prompt: str | None) -> int:
+    """Count the conversations for which the saved chat template gives other ids than training for the last sequence."""
     chat_template = build_saved_chat_template(template, system_prompt)
-    rows = template.render([add_system_prompt(messages, system_prompt) for messages in conversations])
+    rows = template.render([add_system_prompt(conversation, system_prompt) for conversation in conversations])
     count = 0
     with _split_at_role_headers(template):
-        for spans, messages in zip(rows, conversations):
-            expected = list(itertools.chain.from_iterable(span.ids for span in spans))
-            ids = template.tokenizer.apply_chat_template(messages, chat_template=chat_template, return_dict=False)
+        for sequences, conversation in zip(rows, conversations):
+            if not sequences or not sequences[-1].turns:
+                continue
+            expected = list(itertools.chain.from_iterable(span.ids for span in sequences[-1].spans))
+            tools: Any = conversation.get("tools")
+            ids = template.tokenizer.apply_chat_template(
+                conversation["messages"][: sequences[-1].turns[-1] + 1],
+                tools=tools,
+                chat_template=chat_template,
+                return_dict=False,
+                **conversation.get("chat_template_kwargs", {}),
+            )
             count += ids[: len(expected)] != expected
     return count

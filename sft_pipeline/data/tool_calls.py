@@ -60,7 +60,9 @@ def _convert_call(call: Any, location: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments, parse_constant=_refuse_constant)
         except ValueError as error:
-            raise SFTError(f"{location}: its arguments are not JSON ({error}); write an object, such as {{}}") from error
+            raise SFTError(
+                f"{location}: its arguments are not JSON ({error}); write an object, such as {{}}"
+            ) from error
     if arguments is None:  # a call without arguments
         arguments = {}
     if not isinstance(arguments, Mapping):
@@ -120,7 +122,9 @@ def list_unread_call_keys(calls: Any) -> list[str]:
             keys = CALL_KEYS if isinstance(function, Mapping) else (*CALL_KEYS, *FUNCTION_KEYS)
             names += [str(key) for key, value in call.items() if key not in keys and value is not None]
             if isinstance(function, Mapping):
-                names += [f"function.{key}" for key in function if key not in FUNCTION_KEYS and function[key] is not None]
+                names += [
+                    f"function.{key}" for key in function if key not in FUNCTION_KEYS and function[key] is not None
+                ]
     return names
 
 

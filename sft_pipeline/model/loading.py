@@ -163,20 +163,21 @@ def _build_load_error(path: str, kind: str, error: Exception) -> SFTError:
     return SFTError(f"{path}: cannot load the {kind} ({reason})")
 
 
-def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> None:
-    """Set `stop_token_id` as the eos token of the tokenizer, the model config and the generation config.
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]) -> None:
+    """Set the stop tokens as the eos tokens of the model and generation config, the first also of the tokenizer.
 
     Other settings of the generation config are reset to greedy decoding: the base model's temperature, penalties and
-    lengths were chosen for another model. A tokenizer without a pad token gets the stop token as its pad token; padding
+    lengths were chosen for another model. A tokenizer without a pad token gets the first stop token as its pad token; padding
     is masked by length, so the stop token is still trained.
     """
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_id)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_ids[0])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     bos_token_id = model.generation_config.bos_token_id
     model.generation_config = GenerationConfig(do_sample=False, bos_token_id=bos_token_id)
     for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = stop_token_id, tokenizer.pad_token_id
+        config.eos_token_id = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _prepare_packaged_model(name: str, cache: Path) -> Path:

@@ -107,13 +107,18 @@ def _draw_charts(run_charts: list[charts.Chart]) -> list[tuple[charts.Chart, str
     return [(chart, svg.render_svg(chart)) for chart in run_charts] if svg.can_draw() else []
 
 
-def _split_first_row(run: RunResults) -> list[tuple[bool, list[str]]]:
-    """Return the first training row as spans of (whether trained, tokens)."""
-    if run.preview is None:
-        return []
-    row = run.preview["first_row"]
-    spans = groupby(zip(row["trained"], row["tokens"]), key=lambda pair: pair[0])
-    return [(trained, [token for _, token in pairs if token]) for trained, pairs in spans]
+def _split_first_row(run: RunResults) -> list[list[tuple[str, list[str]]]]:
+    """Return the sequences of the first training row as spans of (CSS class, tokens): trained, shared or neither."""
+    sequences = run.preview["first_row"] if run.preview else []
+    split = []
+    for sequence in sequences:
+        classes = [
+            "trained" if trained else "shared" if position < sequence["shared"] else ""
+            for position, trained in enumerate(sequence["trained"])
+        ]
+        spans = groupby(zip(classes, sequence["tokens"]), key=lambda pair: pair[0])
+        split.append([(name, [token for _, token in pairs if token]) for name, pairs in spans])
+    return split
 
 
 def _find_config_differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:

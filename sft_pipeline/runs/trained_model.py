@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sft_pipeline.data.chat_templates import TEMPLATES, Template, build_template
+from sft_pipeline.data.chat_templates import TEMPLATES, build_template
+from sft_pipeline.data.template import Template
 from sft_pipeline.model.loading import check_revision, load_model, load_tokenizer, resolve_model
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.utils.errors import SFTError
@@ -50,18 +51,20 @@ def load_template(
     For a folder that no run saved, return those of the arguments. Raises SFTError if TEMPLATE_FILE is not readable.
     """
     tokenizer = load_tokenizer(path, trust_remote_code, revision)
-    file = Path(path) / TEMPLATE_FILE
+    file, chat_template_kwargs = Path(path) / TEMPLATE_FILE, {}
     if file.is_file():
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             template_name, system_prompt = TEMPLATES[settings["template"]].name, settings["system_prompt"]
+            chat_template_kwargs = dict(settings["chat_template_kwargs"])
         except (ValueError, LookupError, TypeError) as error:
             raise SFTError(
                 f"{file}: not as a run writes it ({error!r}); save the model again or delete this file"
             ) from error
-    return build_template(template_name, tokenizer), system_prompt
+    return build_template(template_name, tokenizer, chat_template_kwargs=chat_template_kwargs), system_prompt
 
 
-def save_template_settings(folder: Path, template_name: str, system_prompt: str | None) -> None:
-    """Write TEMPLATE_FILE, which `load_template` reads."""
-    write_json(folder / TEMPLATE_FILE, {"template": template_name, "system_prompt": system_prompt})
+def save_template_settings(folder: Path, template: Template, system_prompt: str | None) -> None:
+    """Write TEMPLATE_FILE, which `load_template` reads; the jinja text itself is saved with the tokenizer."""
+    settings = {"template": template.name, "chat_template_kwargs": template.chat_template_kwargs}
+    write_json(folder / TEMPLATE_FILE, settings | {"system_prompt": system_prompt})

@@ -33,14 +33,16 @@ from transformers.utils import is_liger_kernel_available
 
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir
 from sft_pipeline.data.batch_sampler import count_row_tokens
-from sft_pipeline.data.chat_templates import Template, build_template
+from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.collators import choose_collator
+from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.packing import PackingCollator, describe_savings
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
 from sft_pipeline.data.preview import build_preview
 from sft_pipeline.data.shards import map_shards
 from sft_pipeline.data.sources import Source
+from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.freezing import freeze_except, freeze_unreached
@@ -129,7 +131,8 @@ class SFTTrainer(SupervisedTrainer):
             if processing_class is None and not path:
                 raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
             tokenizer = processing_class or load_tokenizer(path, args.trust_remote_code, args.revision)
-            template = build_template(template or args.template, tokenizer)
+            kwargs: Any = args.chat_template_kwargs
+            template = build_template(template or args.template, tokenizer, args.chat_template, kwargs)
         elif processing_class is not None:
             raise SFTError("processing_class: the Template given as template has its tokenizer; leave it out")
         self.template, args.template = template, template.name
@@ -140,7 +143,7 @@ class SFTTrainer(SupervisedTrainer):
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
         model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
-        set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_id)
+        set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
         if args.use_liger_kernel:
             set_liger_arguments(args)
         model, collator = prepare_model(model, args, template, self.data, peft_config)
@@ -162,11 +165,11 @@ class SFTTrainer(SupervisedTrainer):
         if args.lora_merge and self.is_fsdp_enabled:
             raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of them off")
         guard_trackers(self)
-        held_out = self.data.held_out_messages
+        held_out = self.data.held_out_conversations
         self.evaluation = EvaluationCallback(
             self,
             template,
-            [] if held_out is None else held_out[: args.num_answers]["messages"],
+            [] if held_out is None else [parse_conversation(text) for text in held_out["conversation"]],
             system_prompt=args.system_prompt,
             num_answers=args.num_answers,
             num_instructions=args.num_instructions,
@@ -216,7 +219,7 @@ class SFTTrainer(SupervisedTrainer):
             self.model = model.merge_and_unload()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and output_dir is not None:
-            save_template_settings(Path(output_dir), self.template.name, self.args.system_prompt)
+            save_template_settings(Path(output_dir), self.template, self.args.system_prompt)
         if self.args.push_to_hub and push and not _internal_call and output_dir in (None, self.args.output_dir):
             upload_model(self, "Model save")
 
