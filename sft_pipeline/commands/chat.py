@@ -41,9 +41,7 @@ def chat(
     """Answer the lines of standard input until it ends or a line is /quit. tools: the file of `load_tools`."""
     SamplingParams(max_new_tokens=max_new_tokens)  # raises SFTError for an invalid number before the model is loaded
     tool_list = load_tools(Path(tools)) if tools else []
-    model, template, system_prompt = load_trained(
-        name_or_path, trust_remote_code=trust_remote_code, revision=revision
-    )
+    model, template, system_prompt = load_trained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     session = ChatSession(model, template, system_prompt, max_new_tokens, tool_list)
     if tool_list:
         try:

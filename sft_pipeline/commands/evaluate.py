@@ -204,5 +204,5 @@ def list_answers(results: list[ModelResults], prompt_set: PromptSet) -> Iterator
         yield {"prompt": prompt["messages"], **tools, "reference": reference, "answers": answers}
     for index, instruction in enumerate(load_instructions()):
         answers = [{"model": result.name, **asdict(result.instruction_answers[index])} for result in results]
-        prompt = [{"role": "user", "content": instruction.prompt}]
-        yield {"prompt": prompt, "instruction": instruction.id, "answers": answers}
+        messages = [{"role": "user", "content": instruction.prompt}]
+        yield {"prompt": messages, "instruction": instruction.id, "answers": answers}

@@ -34,17 +34,16 @@ def compute_reference_losses(
     `model` must have been through `patch_loss_forward`. None for a row that exceeds the model's positions, and for one
     whose last answer is excluded from training.
     """
+    losses: list[RowLoss | None] = [None] * len(conversations)
     # With "last" a conversation has one sequence at most.
-    sequences = [row[0] if row else None for row in template.render(conversations, "last")]
-    rows = [
-        dict(zip(("input_ids", "labels"), build_input_ids_and_labels(sequence))) if sequence else {"input_ids": []}
-        for sequence in sequences
-    ]
+    sequences = {i: row[0] for i, row in enumerate(template.render(conversations, "last")) if row}
+    rows = {
+        i: dict(zip(("input_ids", "labels"), build_input_ids_and_labels(sequence))) for i, sequence in sequences.items()
+    }
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    fitting = [i for i, row in enumerate(rows) if row["input_ids"] and (limit is None or len(row["input_ids"]) <= limit)]
+    fitting = [i for i, row in rows.items() if limit is None or len(row["input_ids"]) <= limit]
     # Rows of similar length in a batch need less padding.
     fitting.sort(key=lambda i: len(rows[i]["input_ids"]))
-    losses: list[RowLoss | None] = [None] * len(rows)
     longest = max((len(rows[i]["input_ids"]) for i in fitting), default=0)
     # The collator computes a prefix that all rows share once per batch. Padding is masked, so any id may pad.
     collate, _ = choose_collator(model, longest, template.stop_token_id)
@@ -52,9 +51,7 @@ def compute_reference_losses(
         indices = fitting[start : start + batch_size]
         sums = _compute_row_sums(model, collate([rows[i] for i in indices]))
         for i, (nll_nats, tokens, correct) in zip(indices, sums):
-            sequence = sequences[i]
-            assert sequence is not None
-            losses[i] = RowLoss(nll_nats, int(tokens), int(correct), _count_supervised_bytes(sequence, template))
+            losses[i] = RowLoss(nll_nats, int(tokens), int(correct), _count_supervised_bytes(sequences[i], template))
     return losses
 
 

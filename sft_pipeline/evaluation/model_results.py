@@ -56,9 +56,7 @@ class EvaluatedModel:
     template: Template
     system_prompt: str | None
 
-    def build_prompts(
-        self, conversations: list[Conversation], examples: list[list[Message]]
-    ) -> list[Conversation]:
+    def build_prompts(self, conversations: list[Conversation], examples: list[list[Message]]) -> list[Conversation]:
         """Add the system prompt, then the examples behind it, to each conversation."""
         return [add_examples(add_system_prompt(row, self.system_prompt), examples) for row in conversations]
 

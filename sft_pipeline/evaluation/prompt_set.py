@@ -68,8 +68,8 @@ def select_prompts(conversations: list[Conversation], num_prompts: int, few_shot
     examples = [exchange for exchange in candidates if exchange[0]["content"] not in questions][:few_shot]
     if not prompts or len(examples) < few_shot:
         raise SFTError(
-            f"few_shot {few_shot}: the data has {len(rows)} different rows, {len(exchanges)} of them without tools, too "
-            "few for prompts besides the examples; use fewer examples"
+            f"few_shot {few_shot}: the data has {len(rows)} different rows, {len(exchanges)} of them without tools, "
+            "too few for prompts besides the examples; use fewer examples"
         )
     return PromptSet(prompts, examples)
 

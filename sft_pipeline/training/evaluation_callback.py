@@ -243,14 +243,15 @@ class AnswerBudget:
 def build_questions(
     held_out: Sequence[Conversation], num_answers: int, num_instructions: int, system_prompt: str | None
 ) -> list[EvalPrompt]:
-    """Return the first `num_answers` held-out conversations with turns, then `num_instructions` verifiable instructions."""
+    """Return the first `num_answers` held-out conversations that are no texts, then `num_instructions` verifiable
+    instructions."""
     rows = itertools.islice((row for row in held_out if "messages" in row), num_answers)
     questions = []
     for row in rows:
         prompt, reference = split_answer(add_system_prompt(row, system_prompt))
         questions.append(EvalPrompt(prompt, reference=reference))
     for instruction in sample_instructions(num_instructions):
-        prompt = {"messages": [{"role": "user", "content": instruction.prompt}]}
+        prompt = Conversation(messages=[{"role": "user", "content": instruction.prompt}])
         questions.append(EvalPrompt(add_system_prompt(prompt, system_prompt), instruction=instruction.id))
     return questions
 

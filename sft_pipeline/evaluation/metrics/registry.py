@@ -20,8 +20,8 @@ from sft_pipeline.evaluation.metrics.instruction_following import get_instructio
 from sft_pipeline.evaluation.metrics.words import split_units, split_words
 from sft_pipeline.utils.errors import SFTError
 
-# Column name -> one value per row, or None where a row has none and does not count in the metrics of that column. The
-# loss columns are sums over the supervised tokens of a row: negative log-likelihood in nats, tokens, tokens that are the
+# Column name -> one value per row, or None for a row that does not count in the metrics of that column. The loss
+# columns are sums over the supervised tokens of a row: negative log-likelihood in nats, tokens, tokens that are the
 # model's most likely one, and bytes of the text.
 Columns = Mapping[str, Sequence[Any]]
 TEXT_COLUMNS = ("predictions", "references", "prompts", "finish_reasons", "instruction_ids")
@@ -300,8 +300,8 @@ METRICS: dict[str, Metric] = {
             title="tool calls as in the reference",
             short_title="tool calls",
             unit="%",
-            description="Share of answers, of those whose reference calls tools, with the calls of the reference: the same "
-            "names and arguments in the same order.",
+            description="Share of answers with the calls of the reference, the same names and arguments in the same "
+            "order; of the answers whose reference calls tools.",
             columns=("calls_match",),
             compute_row=lambda calls_match: (calls_match, 1),
         ),
