@@ -16,6 +16,7 @@ from sft_pipeline.commands.evaluate import (
     load_prompt_set,
     run_model,
 )
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.evaluation import plots
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.utils.errors import SFTError
@@ -67,7 +68,7 @@ def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_
     plain = EvaluateOptions(data, num_prompts=2, max_new_tokens=2, template="role", system_prompt=SYSTEM)
     questions = load_prompt_set(plain)
     [results] = run_model(str(model_folder), "x", questions, plain)
-    conversations = [[{"role": "system", "content": SYSTEM}, *row] for row in questions.rows]
+    conversations = [add_system_prompt(row, SYSTEM) for row in questions.rows]
     expected = plain_losses(model_folder, conversations, "role")
     assert [loss.nll_nats for loss in results.losses] == pytest.approx([nll for nll, _, _ in expected], rel=1e-4)
     by_run = [
@@ -80,7 +81,7 @@ def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp
     keys = {"model_name_or_path": str(model_folder), "train_data": [data], "held_out": 3}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
     held = load_eval_conversations(str(tmp_path))
-    assert len(held) == 3 and {messages[0]["content"] for messages in held} < {row["instruction"] for row in ROWS}
+    assert len(held) == 3 and {conversation["messages"][0]["content"] for conversation in held} < {row["instruction"] for row in ROWS}
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
     message = f"^{tmp_path}: this run has no held-out rows; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):

@@ -33,11 +33,12 @@ def test_greedy_answers_are_those_of_the_evaluation(model_folder, tmp_path, toke
     )
     assert generate_file(request) == 0
     model, template = load_model(str(model_folder)), build_template("chat", tokenizer)
-    conversations = [[{"role": "user", "content": line}] for line in LINES]
+    conversations = [{"messages": [{"role": "user", "content": line}]} for line in LINES]
     expected = answer_prompts(model, template, conversations, 8, batch_size=1)
     rows = rows_of(output)
     assert [row["messages"] for row in rows] == [
-        [*messages, {"role": "assistant", "content": answer.text}] for messages, answer in zip(conversations, expected)
+        [*conversation["messages"], {"role": "assistant", "content": answer.text}]
+        for conversation, answer in zip(conversations, expected)
     ]
     assert [row["tokens"] for row in rows] == [answer.tokens for answer in expected]
     assert [row["logprob"] for row in rows] == pytest.approx([answer.logprob for answer in expected], abs=1e-3)
@@ -50,10 +51,10 @@ def test_the_output_is_training_data_and_prompts(options, cache):
     assert generate_file(options) == 2
     rows = rows_of(options.output)
     read = load_conversations(str(options.output))
-    assert read["messages"] == [row["messages"] for row in rows] and len(read) == 16
+    assert read == [{"messages": row["messages"]} for row in rows] and len(read) == 16
     again = replace(options, prompts=str(options.output), output=options.output.with_name("again.jsonl"), samples=1)
     assert generate_file(again) == 0
-    assert [row["reference"] for row in rows_of(again.output)] == [row["messages"][-1]["content"] for row in rows]
+    assert [row["reference"] for row in rows_of(again.output)] == [row["messages"][-1] for row in rows]
     assert [row["messages"][:-1] for row in rows_of(again.output)] == [row["messages"][:-1] for row in rows]
 
 
@@ -65,9 +66,9 @@ def test_samples_differ_and_keep_their_seeds(options, tokenizer):
     ]  # fmt: skip
     assert len({row["messages"][-1]["content"] for row in rows}) == 16
     for index, sample in ((0, 1), (5, 0)):
-        ids = template.encode_prompt([{"role": "user", "content": LINES[index]}])
+        ids = template.encode_prompt({"messages": [{"role": "user", "content": LINES[index]}]})
         [alone] = generate(model, [ids], [template.stop_token_id], DRAWN, seeds=[compute_row_seed(3, (index, sample))])
-        assert rows[2 * index + sample]["messages"][-1]["content"] == template.parse(alone.ids)
+        assert rows[2 * index + sample]["messages"][-1] == template.parse(alone.ids)
     more = replace(options, samples=3, batch_size=5, output=options.output.with_name("three.jsonl"))
     generate_file(more)
     assert are_same([row for row in rows_of(more.output) if row["sample"] < 2], rows)
@@ -94,7 +95,8 @@ def test_the_system_prompt_is_used_and_written(options, model_folder, tmp_path, 
     folder.mkdir()
     for file in model_folder.iterdir():
         (folder / file.name).symlink_to(file)
-    (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": "Be brief."}))
+    settings = {"template": "role", "chat_template_kwargs": {}, "system_prompt": "Be brief."}
+    (folder / TEMPLATE_FILE).write_text(json.dumps(settings))
     row_with_system = {"messages": [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]}
     row_without = {"messages": row_with_system["messages"][1:]}
     (tmp_path / "own.jsonl").write_text(json.dumps(row_with_system) + "\n" + json.dumps(row_without))
@@ -141,12 +143,12 @@ def test_bad_prompts_have_their_errors_and_all_others_are_answered(model_folder,
 
 
 def test_an_empty_answer_and_a_template_that_rejects_a_prompt_are_errors(options, monkeypatch, tokenizer):
-    empty = generate_module._build_record(Prompt("a line 1", []), 0, Answer("", True, 0))
+    empty = generate_module._build_record(Prompt("a line 1", {"messages": []}), 0, Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
     refused = SFTError("the chat template refuses it: no system role")
     monkeypatch.setattr(template, "encode_prompt", lambda messages: (_ for _ in ()).throw(refused))
-    prompt = Prompt("a line 1", [{"role": "user", "content": "Hi"}])
+    prompt = Prompt("a line 1", {"messages": [{"role": "user", "content": "Hi"}]})
     encoded = generate_module._encode_prompt(prompt, template, "Sing.")
     assert encoded.prompt.problem == "the chat template refuses it: no system role" and encoded.ids == []
 

@@ -18,6 +18,7 @@ from sft_pipeline.commands import study as module
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model
 from sft_pipeline.commands.study import read_plan, run_study
 from sft_pipeline.config import parse_config
+from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.splits import select_rows
 from sft_pipeline.evaluation.comparison import compare_models
@@ -101,7 +102,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
 
     # The same as evaluating the folders.
     _, held = load_splits(read_plan(config, []).base)
-    questions = select_prompts(held["messages"], 3, 1)
+    questions = select_prompts([parse_conversation(text) for text in held["conversation"]], 3, 1)
     request = EvaluateOptions("x", 3, 4, 1, "role")
     paths = {"untrained": model_folder, "4 rows": out / "4_rows", "attention": out / "attention"}
     records = [record for name, path in paths.items() for record in run_model(str(path), name, questions, request)]

@@ -13,8 +13,7 @@ LOOP = "again and " * 12
 
 
 def test_references_without_words_have_no_bleu():
-    rows = [{"instruction": None, "prompt": "p", "reference": "?!", "answer": "a", "stopped": True, "error": None}]
-    metrics = compute_table_metrics(rows)
+    metrics = compute_table_metrics([make_row("a", reference="?!")])
     assert metrics["stop_rate"] == 1 and "bleu_percent" not in metrics
 
 

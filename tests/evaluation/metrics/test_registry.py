@@ -80,9 +80,9 @@ def test_a_value_over_rows_is_the_sum_of_the_rows_numerators_over_that_of_their_
     answers, prompts, references = [*texts[:20], "好" * 90], texts[20:41], [t + " end" for t in texts[39:]]
     reasons = generator.choices(["stop", "length"], k=21)
     losses = {name: [generator.uniform(1, 50) for _ in range(21)] for name in NUMBER_COLUMNS}
-    columns = {**losses, **build_answer_columns(answers, prompts, references, reasons)}
+    columns = {**losses, **build_answer_columns(answers, prompts, references, reasons, [None] * 21)}
     metrics = compute_metrics(columns)
-    assert set(metrics) == set(METRICS) - {"instructions_followed_rate"}
+    assert set(metrics) == set(METRICS) - {"instructions_followed_rate", "tool_call_match_rate"}
     without_rows = {"perplexity", "distinct_1_share", "distinct_2_share", "bleu_percent", "chrf_percent"}
     assert without_rows == {name for name, metric in METRICS.items() if metric.compute_row is None}
     for name in set(metrics) - without_rows:
@@ -97,7 +97,7 @@ def test_a_value_over_rows_is_the_sum_of_the_rows_numerators_over_that_of_their_
 def test_metrics_without_their_columns_are_left_out():
     always = {"rep_2_share", "rep_3_share", "rep_4_share", "distinct_1_share", "distinct_2_share", "loop_rate"}
     assert set(compute_metrics({"predictions": ["a"]})) == always
-    without_words = build_answer_columns(["a"], ["b"], ["!"], ["stop"])
+    without_words = build_answer_columns(["a"], ["b"], ["!"], ["stop"], [None])
     assert set(compute_metrics(without_words)) == always | {"stop_rate", "cap_rate", "prompt_echo_share"}
 
 
