@@ -82,7 +82,9 @@ def get_first_exchange(row: Conversation) -> list[Message] | None:
     """
     messages = row["messages"]
     question, answer = ([*messages[messages[0]["role"] in SYSTEM_ROLES :], None, None])[:2]
-    if row.get("tools") or not question or not answer or (question["role"], answer["role"]) != ("user", "assistant"):
+    if not question or not answer or (question["role"], answer["role"]) != ("user", "assistant"):
+        return None
+    if row.get("tools") or answer.get("tool_calls"):
         return None
     return [{"role": message["role"], "content": message["content"]} for message in (question, answer)]
 

@@ -65,7 +65,7 @@ def plain_losses(folder: Path, conversations: list[Conversation], template_name:
     """Summed nll, tokens and hits of each conversation's last answer, from full logits of one row at a time."""
     model, template = load_model(str(folder)), build_template(template_name, load_tokenizer(str(folder)))
     losses = []
-    for [sequence], conversation in zip(template.render(conversations), conversations):
+    for [sequence], conversation in zip(template.render(conversations, "last"), conversations):
         ids = torch.tensor([token for span in sequence.spans for token in span.ids])
         start = len(template.encode_prompt(split_answer(conversation)[0]))
         with torch.no_grad():

@@ -101,6 +101,22 @@ def test_metrics_without_their_columns_are_left_out():
     assert set(compute_metrics(without_words)) == always | {"stop_rate", "cap_rate", "prompt_echo_share"}
 
 
+def test_rows_whose_reference_calls_tools_count_in_the_match_rate_and_not_in_the_overlap():
+    answers, prompts, reasons = ["the answer", 'f({"n": 1})', "of 3 words"], ["a", "b", "c"], ["stop"] * 3
+    references, calls_match = ["the answer", 'f({"n": 1})', "of three words"], [None, True, None]
+    columns = build_answer_columns(answers, prompts, references, reasons, calls_match)
+    metrics, texts = compute_metrics(columns), {"predictions": answers[::2], "references": references[::2]}
+    overlap = [name for name, metric in METRICS.items() if "references" in metric.columns]
+    assert len(overlap) == 6
+    for name in overlap:
+        assert metrics[name] == METRICS[name].compute(texts), name
+    _, denominators = METRICS["word_f1"].compute_rows(columns)
+    assert metrics["tool_call_match_rate"] == metrics["stop_rate"] == 1 and denominators.tolist() == [1, 0, 1]
+    calls_alone = build_answer_columns(answers, prompts, references, reasons, [True, False, False])
+    metrics = compute_metrics(calls_alone)
+    assert metrics["tool_call_match_rate"] == 1 / 3 and not metrics.keys() & set(overlap)
+
+
 def test_no_answers_is_an_error():
     for name in ("predictions", "finish_reasons", "nll_nats"):
         with pytest.raises(SFTError, match="^no answers to score; give at least one$"):
