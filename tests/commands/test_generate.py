@@ -8,13 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.agent import (
+    CALL,
+    OSLO,
+    PLAIN,
+    REPLY,
+    TOOLS,
+    assistant,
+    save_agent,
+    script_answers,
+    write_call,
+    write_rows,
+)
 from support.answer_files import DRAWN, LINES, are_same, errors_of, partial_of, rows_of
 from support.processes import Command
+from transformers import AutoTokenizer
 
 from sft_pipeline import cli
 from sft_pipeline.commands import generate as generate_module
 from sft_pipeline.commands.generate import GenerateOptions, compute_row_seed, generate_file
 from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import split_answer
 from sft_pipeline.data.prompts import Prompt
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.inference.answers import Answer, answer_prompts
@@ -56,6 +70,65 @@ def test_the_output_is_training_data_and_prompts(options, cache):
     assert generate_file(again) == 0
     assert [row["reference"] for row in rows_of(again.output)] == [row["messages"][-1] for row in rows]
     assert [row["messages"][:-1] for row in rows_of(again.output)] == [row["messages"][:-1] for row in rows]
+
+
+def test_answers_with_tools_are_training_data(model_folder, tokenizer, tmp_path, monkeypatch):
+    """Tools, template arguments, calls and reasoning are carried over; a call is no empty answer."""
+    folder = save_agent(model_folder, tmp_path / "agent")
+    kwargs = {"enable_thinking": True}
+    rows = [CALL, REPLY | {"chat_template_kwargs": kwargs}, PLAIN, PLAIN]
+    call = write_call("get_weather", '{"city": "Oslo"}')
+    texts = [f"<think>\nHm.\n</think>\n\n{call}", "4 degrees.", "<think>\nHm.\n</think>", ""]
+    prompts = script_answers(monkeypatch, tokenizer, *texts)
+    output = tmp_path / "answers.jsonl"
+    request = GenerateOptions(write_rows(tmp_path / "rows.jsonl", rows), str(folder), output, SamplingParams())
+    assert generate_file(request) == 2
+    called, replied = rows_of(output)
+    messages, called_message = CALL["messages"][:-1], assistant("", OSLO, reasoning="Hm.")
+    assert (called["messages"], called["tools"], called["reference"]) == (
+        [*messages, called_message],
+        TOOLS,
+        CALL["messages"][-1],
+    )
+    assert replied["messages"] == [*REPLY["messages"][:-1], assistant("4 degrees.")]
+    assert (replied["tools"], replied["chat_template_kwargs"]) == (
+        TOOLS,
+        kwargs,
+    ) and "chat_template_kwargs" not in called
+    template = build_template("chat", AutoTokenizer.from_pretrained(folder))
+    assert prompts[:2] == [template.encode_prompt(split_answer(row)[0]) for row in rows[:2]]
+    errors = [row["error"] for row in rows_of(errors_of(output))]
+    assert errors == [
+        f"the answer is empty: the model {what}" for what in ("wrote its reasoning alone", "stopped at once")
+    ]
+    # They are read as they were written, and their answers trained.
+    conversations = load_conversations(str(output))
+    assert conversations[0] == CALL | {"messages": [*messages, called_message]}
+    for [sequence], text in zip(template.render(conversations, "last"), texts):
+        ids = [token for span in sequence.spans if span.supervised for token in span.ids]
+        assert tokenizer.decode(ids) == f"{text}<|im_end|>"
+
+
+def test_a_template_without_tools_names_the_prompts(model_folder, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    data = write_rows(tmp_path / "rows.jsonl", [PLAIN, CALL, {"messages": REPLY["messages"]}, PLAIN])
+    sampling = SamplingParams(max_new_tokens=2)
+    assert generate_file(GenerateOptions(data, str(model_folder), output, sampling)) == 2
+    errors = {row["origin"]: row["error"] for row in rows_of(errors_of(output))}
+    assert errors["rows.jsonl line 2"].startswith("the chat template does not write tools; remove it from the row, or ")
+    assert errors["rows.jsonl line 3"].startswith("messages[2]: the chat template does not write its tool calls; ")
+
+
+def test_changed_tools_are_detected(options, model_folder, tmp_path, tokenizer, monkeypatch):
+    folder = str(save_agent(model_folder, tmp_path / "agent"))
+    request = replace(options, prompts=write_rows(tmp_path / "rows.jsonl", [CALL]), model=folder, samples=1)
+    script_answers(monkeypatch, tokenizer)  # none, so that the call ends after its settings are written
+    with pytest.raises(StopIteration):
+        generate_file(request)
+    for change in ({"tools": TOOLS[:1]}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        write_rows(tmp_path / "rows.jsonl", [CALL | change])
+        with pytest.raises(SFTError, match=r"was started with different settings \(prompts\);"):
+            generate_file(request)
 
 
 def test_samples_differ_and_keep_their_seeds(options, tokenizer):
