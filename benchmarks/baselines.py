@@ -2,10 +2,12 @@
 
     python benchmarks/baselines.py encode TASK.json MODEL DATA.json ROWS
     python benchmarks/baselines.py encode-random TASK.json TOKENIZER DATA.json ROWS LAYERS
+    python benchmarks/baselines.py encode-conversations TASK.json MODEL DATA.json COUNT TURNS
     python benchmarks/baselines.py ours|reference|trl-plain|trl-group|trl-pack TASK.json
+    python benchmarks/baselines.py ours-conversations|ours-unshared|trl-conversations TASK.json STEPS
 
-The first two write TASK.json: the rows encoded for a model folder, or for random weights of Qwen3's shape. The others
-train on it and print their speed, memory and losses as one line of JSON. The trl modes need TRL:
+The first three write TASK.json: the rows encoded for a model folder, or for random weights of Qwen3's shape, or
+conversations of several sequences (benchmarks/conversations.py). The others train on it and print their speed, memory and losses as one line of JSON. The trl modes need TRL:
 pip install -e ".[bench]"
 """
 
@@ -26,6 +28,7 @@ from task import (
     StepTimer,
     Task,
     build_task_trainer,
+    encode_conversations,
     encode_task,
     get_peak_memory_gib,
     get_shared_settings,
@@ -35,9 +38,12 @@ from task import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from sft_pipeline.data.encode import iterate_sequences
 from sft_pipeline.utils.constants import IGNORED
 
 BATCH_SIZE = 8
+ENCODE_MODES = ("encode-random", "encode-conversations")
+CONVERSATION_MODES = ("ours-conversations", "ours-unshared", "trl-conversations")
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "trl-plain": {"per_device_train_batch_size": BATCH_SIZE},
     "trl-group": {"per_device_train_batch_size": BATCH_SIZE, "train_sampling_strategy": "group_by_length"},
@@ -70,26 +76,52 @@ def iterate_padded_batches(task: Task) -> Iterator[tuple[Tensor, Tensor, Tensor]
         yield pad(ids[rows], batch_first=True), mask, pad(labels[rows], batch_first=True, padding_value=IGNORED)
 
 
-def train_trl(task: Task, name: str) -> dict[str, Any]:
+def train_trl(task: Task, options: dict[str, Any]) -> dict[str, Any]:
     """Train with TRL's SFTTrainer at its defaults, but without gradient checkpointing and bf16, as the others do."""
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()
-    labels = [[IGNORED, *row[:-1]] for row in task.rows["labels"]]  # TRL shifts by itself
-    rows = Dataset.from_dict({"input_ids": task.rows["input_ids"], "labels": labels})
+    sequences = list(iterate_all_sequences(task))
+    labels = [[IGNORED, *labels[:-1]] for _, labels in sequences]  # TRL shifts by itself
+    rows = Dataset.from_dict({"input_ids": [ids for ids, _ in sequences], "labels": labels})
     disabled = {"bf16": False, "gradient_checkpointing": False}
-    settings = {**get_shared_settings(), **disabled, **TRL_SETTINGS[name]}
+    settings = {**get_shared_settings(), **disabled, **options}
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(output_dir=folder, max_length=MAX_LENGTH, **settings)
+        config = SFTConfig(output_dir=folder, **{"max_length": MAX_LENGTH, **settings})
         model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(task.model)
         return time_training(SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer), task)
 
 
-def train_ours(task: Task) -> dict[str, Any]:
+def iterate_all_sequences(task: Task) -> Iterator[tuple[list[int], list[int]]]:
+    """Iterate over the (input_ids, labels) of all sequences of all rows."""
+    names = ("input_ids", "labels", "sequence_lengths")
+    for row in zip(*(task.rows[name] for name in names)):
+        yield from iterate_sequences(dict(zip(names, row)))
+
+
+def choose_trl_packs(task: Task, steps: int) -> dict[str, Any]:
+    """Return TRL's settings for packs that hold the longest sequence, and for about `steps` optimizer steps.
+
+    A batch has two packs of MAX_LENGTH tokens, as in the other comparison, or one longer pack.
+    """
+    longest = max(len(ids) for ids, _ in iterate_all_sequences(task))
+    length = MAX_LENGTH * -(-longest // MAX_LENGTH)
+    packs = max(1, 2 * MAX_LENGTH // length)
+    accumulation = max(1, round(task.tokens / (length * packs * steps)))
+    return {
+        "max_length": length,
+        "packing": True,
+        "packing_strategy": "bfd",
+        "per_device_train_batch_size": packs,
+        "gradient_accumulation_steps": accumulation,
+    }
+
+
+def train_ours(task: Task, batch_size: int = BATCH_SIZE, **options: Any) -> dict[str, Any]:
     """Train with this project's trainer."""
     with tempfile.TemporaryDirectory() as folder:
-        return time_training(build_task_trainer(task, folder, BATCH_SIZE), task)
+        return time_training(build_task_trainer(task, folder, batch_size, **options), task)
 
 
 def time_training(trainer: Trainer, task: Task) -> dict[str, Any]:
@@ -114,6 +146,11 @@ def run_mode(mode: str, file: Path, arguments: list[str]) -> dict[str, Any]:
         tokenizer, data, rows, layers = arguments
         save_random_qwen3(tokenizer, int(layers), file.parent / "model")
         mode, arguments = "encode", [str(file.parent / "model"), data, rows]
+    if mode == "encode-conversations":
+        model, data, count, turns = arguments
+        task = encode_conversations(model, data, int(count), int(turns))
+        task.write(file)
+        return task.stats
     if mode == "encode":
         model, data, rows = arguments
         task = encode_task(model, data, int(rows))
@@ -121,15 +158,23 @@ def run_mode(mode: str, file: Path, arguments: list[str]) -> dict[str, Any]:
         return task.stats
     task = Task.read(file)
     if mode in TRL_SETTINGS:
-        return train_trl(task, mode)
+        return train_trl(task, TRL_SETTINGS[mode])
+    if mode in CONVERSATION_MODES:
+        steps = int(arguments[0])
+        if mode == "trl-conversations":
+            return train_trl(task, choose_trl_packs(task, steps))
+        rows = -(-len(task.rows["input_ids"]) // steps)
+        return train_ours(task, rows, share_prefixes=mode == "ours-conversations")
     return train_ours(task) if mode == "ours" else train_plain_loop(task)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["encode", "encode-random", "ours", "reference", *TRL_SETTINGS])
+    parser.add_argument(
+        "mode", choices=["encode", *ENCODE_MODES, "ours", "reference", *TRL_SETTINGS, *CONVERSATION_MODES]
+    )
     parser.add_argument("task", type=Path, metavar="TASK.json")
-    parser.add_argument("arguments", nargs="*", help="of encode: MODEL DATA.json ROWS; of encode-random: see above")
+    parser.add_argument("arguments", nargs="*", help="of encode: MODEL DATA.json ROWS; of the others: see above")
     args = parser.parse_args()
     print(json.dumps(run_mode(args.mode, args.task, args.arguments)))
 

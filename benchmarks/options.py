@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True, "learning_rate": 1e-3},
     "checkpointing": {"activation_checkpointing": True},
     "packing: false": {"packing": False},
-    "prefix not shared": {"share_prefix": False},
+    "share_prefixes: false": {"share_prefixes": False},
     "bf16 (autocast)": {"bf16": True},
 }
 
@@ -67,16 +66,11 @@ def build_shared_keys(model: str, data: str, folder: str, held_out: int) -> dict
 
 
 def run_option(keys: dict[str, Any]) -> Run:
-    """Train once; `share_prefix`, which is a key of this benchmark and not of a config, is set in the collator."""
     from rich.console import Console
 
     from sft_pipeline.config import parse_config
-    from sft_pipeline.data import packing
     from sft_pipeline.train import train
 
-    if not keys.pop("share_prefix", True):
-        # In this process, which only benchmarks.
-        packing.pack_rows = partial(packing.pack_rows, share_prefix=False)
     results = train(parse_config(None, [f"--{key}={value}" for key, value in keys.items()]), Console(quiet=True))
     tokens = results["rows"]["train"]["tokens"]
     return {

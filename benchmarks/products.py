@@ -5,11 +5,10 @@
 In one process: the rate of large float32 matrix products before and after training, the seconds of whole optimizer
 steps, and the arithmetic that these steps require, counted from the model and the packed batches:
 
-- a linear layer of the backbone: 6 x its parameters per computed token (2 forward, 4 backward), the shared prefix once
-  per batch;
+- a linear layer of the backbone: 6 x its parameters per computed token (2 forward, 4 backward), shared prefixes once;
 - attention scores and values: 12 x heads x head size for each pair of a query and a key that it may see, so the masked
   half of the matrix is not counted, nor is what the backward pass recomputes;
-- the head: 6 x vocabulary x hidden size at supervised positions only.
+- the head: 6 x vocabulary x hidden size per target.
 
 The share is that arithmetic over (rate x seconds). A second table comes from torch's profiler over the last steps: the
 seconds inside matrix products, required or not, and those of other operations.
@@ -21,7 +20,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from sft_pipeline.data.packing import pack_rows
-from sft_pipeline.utils.constants import IGNORED
 
 PRODUCT_SIZE, PRODUCTS = 2048, 9  # matrix size and number of products that measure the rate
 PROFILED_STEPS = 2  # at the end
@@ -57,8 +54,8 @@ def count_required_flops(model: PreTrainedModel, batch: dict[str, Tensor]) -> di
     """Return the FLOP that one packed batch requires, forward and backward, by part of the model."""
     config = model.config.get_text_config()
     linear = sum(layer.weight.numel() for layer in model.base_model.modules() if isinstance(layer, nn.Linear))
-    targets = int(batch["labels"].ne(IGNORED).sum())
-    pairs = count_attended_pairs(batch["row_lengths"].tolist())
+    targets = len(batch["target_positions"])
+    pairs = int(batch["position_ids"].sum()) + batch["position_ids"].numel()  # a token sees its depth and itself
     return {
         "linear layers": 6.0 * linear * batch["input_ids"].numel(),
         "attention": 12.0 * compute_attention_width(config) * pairs,
@@ -70,12 +67,6 @@ def compute_attention_width(config: PretrainedConfig) -> int:
     """Return layers x heads x head size."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * config.num_attention_heads * size
-
-
-def count_attended_pairs(row_lengths: Sequence[int]) -> int:
-    """Count pairs of a query and a key that it may see, from [prefix length, length of row 1 without it, ...]."""
-    prefix, *lengths = row_lengths
-    return prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in lengths)
 
 
 class LastStepsProfiler(TrainerCallback):

@@ -12,18 +12,27 @@ from typing import Any
 
 import datasets
 import torch
-from report import SYSTEM_PROMPT
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
+from report import ROOT, SYSTEM_PROMPT
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import Encoder, encode_dataset
+from sft_pipeline.data.messages import Conversation, Message
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.model.loading import load_tokenizer, resolve_model
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.files import get_cache_dir
 
 MAX_LENGTH = 1024
+AGENT_TEMPLATE = ROOT / "configs" / "templates" / "agent.jinja"
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,45 @@ def encode_task(model: str, data: str, rows: int) -> Task:
     """Encode the first `rows` rows of `data` with the role template and the reference's system prompt."""
     datasets.disable_progress_bars()
     path = resolve_model(model, get_cache_dir())
-    source = load_conversations(data)
     encoder = Encoder(build_template("role", load_tokenizer(path)), SYSTEM_PROMPT, MAX_LENGTH)
-    encoded, stats = encode_dataset(source.select(range(min(rows, len(source)))), encoder)
+    encoded, stats = encode_dataset(load_conversations(data)[:rows], encoder)
     return Task(path, encoded[:], asdict(stats))
+
+
+def encode_conversations(model: str, data: str, count: int, turns: int) -> Task:
+    """Encode conversations of `build_conversations`, each answer with its reasoning under the prompt it would get."""
+    datasets.disable_progress_bars()
+    path = resolve_model(model, get_cache_dir())
+    tokenizer = load_tokenizer(path)
+    conversations = build_conversations(load_conversations(data), tokenizer, count, turns)
+    encoder = Encoder(build_template("chat", tokenizer, str(AGENT_TEMPLATE)), max_length=4 * MAX_LENGTH)
+    encoded, stats = encode_dataset(conversations, encoder)
+    return Task(path, encoded[:], asdict(stats))
+
+
+def build_conversations(
+    rows: list[Conversation], tokenizer: PreTrainedTokenizerBase, count: int, turns: int
+) -> list[Conversation]:
+    """Build `count` conversations of `turns` exchanges from single exchanges, in order.
+
+    Question, reasoning and answer are cut to 100 tokens each. The reasoning is the answer of another exchange, as real
+    reasoning would be a text about as long that the chat template leaves out of later prompts.
+    """
+
+    def cut(text: str) -> str:
+        return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:100])).strip()
+
+    texts = [[cut(message["content"]) for message in row["messages"][-2:]] for row in rows]
+    conversations: list[Conversation] = []
+    for number in range(count):
+        messages: list[Message] = []
+        for turn in range(number * turns, (number + 1) * turns):
+            question, answer = texts[turn % len(texts)]
+            reasoning = texts[(turn + len(texts) // 2) % len(texts)][1]
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer, "reasoning_content": reasoning})
+        conversations.append({"messages": messages})
+    return conversations
 
 
 def save_random_qwen3(tokenizer: str, layers: int, folder: Path) -> None:

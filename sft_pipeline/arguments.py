@@ -75,7 +75,11 @@ class SFTArguments:
     )
     packing: bool = field(
         default=True,
-        metadata={"help": "Concatenate the rows of a batch without padding, and compute their common prefix once."},
+        metadata={"help": "Concatenate the rows of a batch without padding."},
+    )
+    share_prefixes: bool = field(
+        default=True,
+        metadata={"help": "With packing, compute the prefixes that sequences of a batch share once."},
     )
     tokens_per_batch: int = field(
         default=0,

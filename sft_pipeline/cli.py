@@ -130,7 +130,7 @@ def _run_prepare(args: argparse.Namespace, extra_args: list[str]) -> None:
 def _run_chat(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.commands.chat import chat
 
-    chat(args.model, args.max_new_tokens, args.trust_remote_code, args.revision)
+    chat(args.model, args.max_new_tokens, args.tools, args.trust_remote_code, args.revision)
 
 
 def _run_generate(args: argparse.Namespace, extra_args: list[str]) -> None:

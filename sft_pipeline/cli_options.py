@@ -85,6 +85,7 @@ def _add_chat(subparsers: Subparsers) -> None:
     parser = _add_command(subparsers, "chat", "chat with a model in the terminal, or through a pipe")
     parser.add_argument("model", help="a run's output folder, a model folder or a hub name")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="token limit of an answer (256)")
+    parser.add_argument("--tools", help="a JSON file of tools that the model may call; you type the results")
     _add_loading_options(parser)
 
 

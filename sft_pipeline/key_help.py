@@ -30,8 +30,16 @@ GROUPS = {
         *("neftune_noise_alpha", "seed", "data_seed", "train_sampling_strategy"),
     ),
     "batches and memory": (
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "tokens_per_batch"),
-        *("pad_to_multiple_of", "activation_checkpointing", "auto_find_batch_size", "bf16", "fp16", "tf32"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "share_prefixes"),
+        *(
+            "tokens_per_batch",
+            "pad_to_multiple_of",
+            "activation_checkpointing",
+            "auto_find_batch_size",
+            "bf16",
+            "fp16",
+            "tf32",
+        ),
         "dataloader_num_workers",
     ),
     "evaluation": (

@@ -11,7 +11,8 @@ from contextlib import redirect_stdout, suppress
 from sft_pipeline.utils.errors import SFTError
 
 PLOT_ORDER = (
-    "train/loss,train/tokens_per_second,eval/loss,eval/stop_rate,eval/loop_rate,eval/instructions_followed_rate"
+    "train/loss,train/tokens_per_second,eval/loss,eval/stop_rate,eval/loop_rate,eval/tool_call_match_rate,"
+    "eval/instructions_followed_rate"
 )
 NO_SMOOTHING = "smoothing=0"  # the page's default smoothing flattens a line of few points
 

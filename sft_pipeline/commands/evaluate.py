@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from sft_pipeline.config import parse_config
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import Conversation, parse_conversation
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.evaluation import tables
@@ -29,7 +29,8 @@ from sft_pipeline.evaluation.judge import Judge, JudgeResults, judge_pairs
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.model_results import EvaluatedModel, ModelResults, check_context_length, run_prompt_set
 from sft_pipeline.evaluation.plots import draw_comparison
-from sft_pipeline.evaluation.prompt_set import PromptSet, select_prompts
+from sft_pipeline.evaluation.prompt_set import PromptSet, drop_texts, select_prompts
+from sft_pipeline.evaluation.readable_messages import format_answer
 from sft_pipeline.model.loading import check_revision, resolve_model, takes_revision
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.runs.output_dir import RUN_FILE
@@ -124,7 +125,7 @@ def compare_with_judge(
     """Judge two models' answers to the held-out prompts, or to the instructions if there are no held-out prompts."""
     prompts = prompt_set.texts or [instruction.prompt for instruction in load_instructions()]
     baseline_texts, candidate_texts = (
-        [answer.text for answer in (result.answers if prompt_set.rows else result.instruction_answers)]
+        [format_answer(answer) for answer in (result.answers if prompt_set.rows else result.instruction_answers)]
         for result in (baseline, candidate)
     )
     names = (baseline.name, candidate.name)
@@ -137,18 +138,19 @@ def load_prompt_set(options: EvaluateOptions) -> PromptSet:
     """Select held-out prompts and few-shot examples from the rows of `options.data`; an empty set without data."""
     if options.data is None:
         return PromptSet([], [])
-    return select_prompts(load_eval_conversations(options.data), options.num_prompts, options.few_shot)
+    rows = drop_texts(load_eval_conversations(options.data), options.data)
+    return select_prompts(rows, options.num_prompts, options.few_shot)
 
 
-def load_eval_conversations(data: str) -> list[list[Message]]:
+def load_eval_conversations(data: str) -> list[Conversation]:
     """Load a run's held-out rows, or all rows of a file, folder or hub name."""
     run_file = Path(data).expanduser() / RUN_FILE
     if not run_file.is_file():
-        return load_conversations(data)["messages"]
+        return load_conversations(data)
     _, held_out = load_splits(parse_config(str(run_file)))
     if held_out is None:
         raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
-    return held_out["messages"]
+    return [parse_conversation(text) for text in held_out["conversation"]]
 
 
 def run_model(path: str, name: str, prompt_set: PromptSet, options: EvaluateOptions) -> Iterator[ModelResults]:
@@ -193,10 +195,14 @@ def write_comparison(
 
 def list_answers(results: list[ModelResults], prompt_set: PromptSet) -> Iterator[dict[str, Any]]:
     """Yield the lines of ANSWERS_FILE: a prompt, its reference (or its instruction's id), and each model's answer."""
-    for index, (row, reference) in enumerate(zip(prompt_set.rows, prompt_set.references)):
-        answers = [{"model": result.name, **asdict(result.answers[index])} for result in results]
-        yield {"prompt": row[:-1], "reference": reference, "answers": answers}
+    for index, (prompt, reference) in enumerate(zip(prompt_set.prompts, prompt_set.references)):
+        answers = [
+            {"model": result.name, **asdict(result.answers[index]), "calls_match": result.calls_match[index]}
+            for result in results
+        ]
+        tools = {"tools": prompt["tools"]} if "tools" in prompt else {}
+        yield {"prompt": prompt["messages"], **tools, "reference": reference, "answers": answers}
     for index, instruction in enumerate(load_instructions()):
         answers = [{"model": result.name, **asdict(result.instruction_answers[index])} for result in results]
-        prompt = [{"role": "user", "content": instruction.prompt}]
-        yield {"prompt": prompt, "instruction": instruction.id, "answers": answers}
+        messages = [{"role": "user", "content": instruction.prompt}]
+        yield {"prompt": messages, "instruction": instruction.id, "answers": answers}

@@ -5,10 +5,12 @@
 
 Each line of the output is a JSON object:
 
-    messages        the conversation as the model saw it, system prompt included, and the answer
+    messages        the conversation as the model saw it, system prompt included, and the answer, with its reasoning and
+                    tool calls where the template writes such
+    tools, chat_template_kwargs    of the prompt's row, if it has any
     origin          file and line of the prompt
     sample          number of the answer among those of the same prompt, from 0
-    reference       the answer in the prompt's row, if there was one
+    reference       the answer in the prompt's row as a message, if there was one
     finish_reason   "stop", or "length" if max_new_tokens cut the answer off
     tokens          length of the answer
     logprob         log-probability of the whole answer, in nats
@@ -24,7 +26,7 @@ import json
 import logging
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from transformers import PreTrainedModel
 
 from sft_pipeline.commands.resumable_jsonl import AnswerFile, AnswerKey, AnswerRecord, check_output_file
 from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.messages import add_system_prompt, replace_messages
 from sft_pipeline.data.prompts import Prompt, load_prompts
 from sft_pipeline.inference.answers import Answer, generate_answers
 from sft_pipeline.inference.sampling import SamplingParams
@@ -115,11 +117,11 @@ def _check_options(options: GenerateOptions) -> None:
 def _encode_prompt(prompt: Prompt, template: Template, system_prompt: str | None) -> EncodedPrompt:
     if prompt.problem:
         return EncodedPrompt(prompt, [])
-    messages = add_system_prompt(prompt.messages, system_prompt)
+    prompt = replace(prompt, conversation=add_system_prompt(prompt.conversation, system_prompt))
     try:
-        return EncodedPrompt(Prompt(prompt.origin, messages, prompt.reference), template.encode_prompt(messages))
-    except SFTError as error:  # some chat templates reject a system message
-        return EncodedPrompt(Prompt(prompt.origin, messages, problem=str(error)), [])
+        return EncodedPrompt(prompt, template.encode_prompt(prompt.conversation))
+    except SFTError as error:  # some chat templates reject a system message, or do not write tools
+        return EncodedPrompt(replace(prompt, problem=str(error)), [])
 
 
 def _describe_settings(
@@ -194,18 +196,27 @@ def compute_row_seed(seed: int, key: AnswerKey) -> int:
 
 def _build_record(prompt: Prompt, sample: int, answer: Answer) -> AnswerRecord:
     """Build a line of the output or of the errors; an empty answer is an error, as it cannot be trained on."""
-    error = answer.error or (None if answer.text else "the answer is empty: the model stopped at once")
     source: AnswerRecord = {"origin": prompt.origin, "sample": sample}
-    if error:
-        return {**source, "finish_reason": "error", "error": error, "prompt": prompt.messages}
+    messages, message = prompt.conversation["messages"], answer.message
+    if error := answer.error or _find_problem(answer):
+        return {**source, "finish_reason": "error", "error": error, "prompt": messages}
+    assert message is not None
     return {
-        "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
+        **replace_messages(prompt.conversation, [*messages, message]),
         **source,
         **({"reference": prompt.reference} if prompt.reference else {}),
         "finish_reason": "stop" if answer.stopped else "length",
         "tokens": answer.tokens,
         "logprob": round(answer.logprob, 4),
     }
+
+
+def _find_problem(answer: Answer) -> str | None:
+    """Return why an answer cannot be trained on, or None if it has a text or calls tools."""
+    if answer.message and (answer.message["content"] or answer.message.get("tool_calls")):
+        return None
+    cause = "wrote its reasoning alone" if answer.text else "stopped at once"
+    return f"the answer is empty: the model {cause}"
 
 
 def _log_summary(output: Path, records: list[AnswerRecord]) -> int:

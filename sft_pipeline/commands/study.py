@@ -29,12 +29,13 @@ from rich.console import Console
 
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model, write_comparison
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir, parse_keys, read_keys
+from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import compare_models
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.model_results import ModelResults
-from sft_pipeline.evaluation.prompt_set import PromptSet, select_prompts
+from sft_pipeline.evaluation.prompt_set import PromptSet, drop_texts, select_prompts
 from sft_pipeline.runs.output_dir import RESULTS_FILE
 from sft_pipeline.utils.console import print_line
 from sft_pipeline.utils.errors import SFTError
@@ -133,7 +134,8 @@ def load_study_prompts(plan: StudyPlan) -> PromptSet:
     _, held_out = load_splits(plan.base)
     if held_out is None or not plan.base.num_answers:
         raise SFTError("a study needs held-out prompts: set held_out (or eval_data) and num_answers")
-    return select_prompts(held_out["messages"], plan.base.num_answers, plan.few_shot)
+    rows = [parse_conversation(text) for text in held_out["conversation"]]
+    return select_prompts(drop_texts(rows, "held-out rows"), plan.base.num_answers, plan.few_shot)
 
 
 def train_variant(variant: StudyVariant) -> None:

@@ -22,10 +22,15 @@ from torch.utils.data import DataLoader
 from sft_pipeline.data.packing import pack_best_fit
 
 
-def count_row_tokens(rows: Dataset) -> np.ndarray:
-    """Return the number of tokens of each row, (rows,)."""
-    batches = rows.with_format("arrow").iter(10_000)
-    return np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches])
+def count_row_tokens(rows: Dataset, share_prefixes: bool = False) -> np.ndarray:
+    """Return the number of tokens of each row, (rows,): of all its sequences, in full.
+
+    With `share_prefixes` those of its own prefix tree, from the column `computed_tokens` where the rows have it.
+    """
+    batches = rows.with_format("arrow")
+    if share_prefixes and "computed_tokens" in rows.column_names:
+        return np.concatenate([batch["computed_tokens"].to_numpy() for batch in batches.iter(10_000)])
+    return np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches.iter(10_000)])
 
 
 @dataclass
@@ -37,7 +42,7 @@ class StepBatchSampler:
     - By rows (`tokens` is 0): a step has accumulation x processes micro-batches of `rows` rows. The last step of an
       epoch has the remaining rows, in as few micro-batches as possible.
     - By tokens: a step has as many rows as best fit packs into accumulation x processes micro-batches of at most
-      `tokens` tokens, with each row counted in full. The number of rows varies by step, and the number of steps that
+      `tokens` tokens, with each row counted by itself. The number of rows varies by step, and the number of steps that
       an epoch needs varies with the shuffle. Since `Trainer` plans with one number of steps per epoch, every epoch is
       split into the largest number that any epoch of the run (`epochs`, or `max_steps` if positive) needs, by halving
       steps. A row of more than `tokens` tokens is a micro-batch of its own.

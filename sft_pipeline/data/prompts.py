@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_pipeline.data.formats import RowFormat, convert_to_prompt, detect_format, list_unread_names
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import Conversation, Message
 from sft_pipeline.data.readers import LocatedRow
 from sft_pipeline.data.sources import describe_unread_names, read_raw_rows
 from sft_pipeline.utils.errors import SFTError
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with a user message; a bad row has no messages and a `problem`."""
+    """A conversation without its next answer; a bad row has no messages and a `problem`."""
 
     origin: str
-    messages: list[Message]
-    reference: str | None = None
+    conversation: Conversation
+    reference: Message | None = None
     problem: str | None = None
 
 
@@ -59,7 +59,7 @@ def _read_lines(path: Path) -> Iterator[Prompt]:
         raise SFTError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield Prompt(f"{path.name} line {number}", [{"role": "user", "content": line.strip()}])
+            yield Prompt(f"{path.name} line {number}", {"messages": [{"role": "user", "content": line.strip()}]})
 
 
 def _convert_rows(rows: list[LocatedRow], name: str) -> tuple[list[Prompt], str]:
@@ -78,4 +78,4 @@ def _convert_row(located_row: LocatedRow, row_format: RowFormat) -> Prompt:
     try:
         return Prompt(origin, *convert_to_prompt(row, row_format))
     except SFTError as error:
-        return Prompt(origin, [], problem=str(error))
+        return Prompt(origin, {"messages": []}, problem=str(error))

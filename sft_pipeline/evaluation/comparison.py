@@ -18,6 +18,7 @@ from sft_pipeline.evaluation.metrics.instruction_following import load_instructi
 from sft_pipeline.evaluation.metrics.registry import NUMBER_COLUMNS, Columns, build_answer_columns, select_metrics
 from sft_pipeline.evaluation.model_results import ModelResults
 from sft_pipeline.evaluation.prompt_set import PromptSet
+from sft_pipeline.evaluation.readable_messages import format_answer
 
 # Numerators and denominators, one per row, whose sums make a metric.
 RowValues = tuple[np.ndarray, np.ndarray]
@@ -85,15 +86,16 @@ def _build_columns(results: ModelResults, prompts: PromptSet, rows: list[int], t
         answers = [results.answers[i] for i in rows]
         texts, references = prompts.texts, prompts.references
         yield {name: [getattr(loss, name) for loss in losses] for name in NUMBER_COLUMNS} | build_answer_columns(
-            [answer.text for answer in answers],
+            [format_answer(answer) for answer in answers],
             prompts=[texts[i] for i in rows],
             references=[references[i] for i in rows],
             finish_reasons=[answer.finish_reason for answer in answers],
+            calls_match=[results.calls_match[i] for i in rows],
         )
     if tasks:
         instructions = load_instructions()
         yield {
-            "predictions": [results.instruction_answers[i].text for i in tasks],
+            "predictions": [format_answer(results.instruction_answers[i]) for i in tasks],
             "instruction_ids": [instructions[i].id for i in tasks],
         }
 

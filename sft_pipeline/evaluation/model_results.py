@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.data.messages import Conversation, Message, add_system_prompt
+from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation.eval_loss import RowLoss, compute_reference_losses
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
+from sft_pipeline.evaluation.metrics.tool_calls import match_tool_calls
 from sft_pipeline.evaluation.prompt_set import PromptSet, add_examples
 from sft_pipeline.inference.answers import Answer, answer_prompts
 from sft_pipeline.utils.errors import SFTError
@@ -21,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelResults:
-    """losses, answers: one per row of the prompt set. instruction_answers: one per checkable instruction."""
+    """losses, answers, calls_match: one per row of the prompt set. instruction_answers: one per checkable instruction.
+
+    calls_match: of `match_tool_calls`; None also for a row without an answer.
+    """
 
     name: str
     losses: list[RowLoss | None]
     answers: list[Answer]
+    calls_match: list[bool | None]
     instruction_answers: list[Answer]
 
     def as_json(self) -> dict[str, Any]:
@@ -37,6 +42,7 @@ class ModelResults:
             content["name"],
             [loss and RowLoss(**loss) for loss in content["losses"]],
             [Answer(**answer) for answer in content["answers"]],
+            content["calls_match"],
             [Answer(**answer) for answer in content["instruction_answers"]],
         )
 
@@ -50,9 +56,9 @@ class EvaluatedModel:
     template: Template
     system_prompt: str | None
 
-    def build_prompts(self, conversations: list[list[Message]], examples: list[list[Message]]) -> list[list[Message]]:
+    def build_prompts(self, conversations: list[Conversation], examples: list[list[Message]]) -> list[Conversation]:
         """Add the system prompt, then the examples behind it, to each conversation."""
-        return [add_examples(add_system_prompt(messages, self.system_prompt), examples) for messages in conversations]
+        return [add_examples(add_system_prompt(row, self.system_prompt), examples) for row in conversations]
 
 
 def run_prompt_set(
@@ -61,20 +67,23 @@ def run_prompt_set(
     """Compute the losses and answers of a model; `few_shot` puts the examples of the prompt set into every prompt."""
     examples = prompts.examples if few_shot else []
     rows = evaluated.build_prompts(prompts.rows, examples)
-    conversations = [*(row[:-1] for row in rows), *evaluated.build_prompts(_build_instruction_messages(), examples)]
+    conversations = evaluated.build_prompts([*prompts.prompts, *_build_instruction_prompts()], examples)
     name = evaluated.name + (f", {len(examples)} examples" if few_shot else "")
     logger.info("%s: loss of %s rows, %s answers", name, len(rows), len(conversations))
     losses = compute_reference_losses(evaluated.model, evaluated.template, rows) if rows else []
     answers = answer_prompts(evaluated.model, evaluated.template, conversations, max_new_tokens)
-    return ModelResults(name, losses, answers[: len(rows)], answers[len(rows) :])
+    calls_match = [
+        None if answer.error else match_tool_calls(evaluated.template, row, answer.text)
+        for row, answer in zip(rows, answers)
+    ]
+    return ModelResults(name, losses, answers[: len(rows)], calls_match, answers[len(rows) :])
 
 
 def check_context_length(evaluated: EvaluatedModel, prompts: PromptSet, max_new_tokens: int) -> None:
     """Raise SFTError if the examples leave no room for a prompt and its answer."""
-    conversations = [*(row[:-1] for row in prompts.rows), *_build_instruction_messages()]
-    messages = evaluated.build_prompts(conversations, prompts.examples)
+    conversations = evaluated.build_prompts([*prompts.prompts, *_build_instruction_prompts()], prompts.examples)
     limit = getattr(evaluated.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(evaluated.template.encode_prompt(prompt)) for prompt in messages)
+    longest = max(len(evaluated.template.encode_prompt(prompt)) for prompt in conversations)
     if limit is not None and longest + max_new_tokens > limit:
         raise SFTError(
             f"few_shot {len(prompts.examples)}: with the examples a prompt of {longest} tokens and an answer of "
@@ -82,6 +91,6 @@ def check_context_length(evaluated: EvaluatedModel, prompts: PromptSet, max_new_
         )
 
 
-def _build_instruction_messages() -> list[list[Message]]:
+def _build_instruction_prompts() -> list[Conversation]:
     """Return the checkable instructions as conversations."""
-    return [[{"role": "user", "content": instruction.prompt}] for instruction in load_instructions()]
+    return [{"messages": [{"role": "user", "content": instruction.prompt}]} for instruction in load_instructions()]

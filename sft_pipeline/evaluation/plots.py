@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_pipeline.evaluation.comparison import ComparedModel, Comparison
-from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, Metric
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED, Metric
 from sft_pipeline.utils.errors import SFTError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOTTED_METRICS = (
-    "nll_nats_per_token", "stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED, "rouge_l_f1", "word_f1",
+    "nll_nats_per_token", "stop_rate", "loop_rate", TOOL_CALLS_MATCHED, INSTRUCTIONS_FOLLOWED, "rouge_l_f1", "word_f1",
     "answer_length_ratio", "prompt_echo_share", "token_accuracy",
 )  # fmt: skip
 COLUMNS = 3

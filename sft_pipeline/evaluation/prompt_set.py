@@ -2,61 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
 from dataclasses import dataclass
 
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import SYSTEM_ROLES, Conversation, Message, replace_messages, split_answer
 from sft_pipeline.data.splits import hash_row
+from sft_pipeline.evaluation.readable_messages import format_message, format_prompt
 from sft_pipeline.utils.errors import SFTError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PromptSet:
     """rows: conversations that end with the reference answer. examples: exchanges (user, assistant) whose user message
-    opens none of the rows."""
+    is in none of the rows."""
 
-    rows: list[list[Message]]
+    rows: list[Conversation]
     examples: list[list[Message]]
 
     @property
+    def prompts(self) -> list[Conversation]:
+        """The rows without their reference answers."""
+        return [split_answer(row)[0] for row in self.rows]
+
+    @property
     def texts(self) -> list[str]:
-        """The last user message of each row."""
-        return [row[-2]["content"] for row in self.rows]
+        """The last user message of each row, and what follows it up to the answer."""
+        return [format_prompt(prompt["messages"]) for prompt in self.prompts]
 
     @property
     def references(self) -> list[str]:
-        return [row[-1]["content"] for row in self.rows]
+        return [format_message(row["messages"][-1]) for row in self.rows]
 
 
-def select_prompts(conversations: Iterable[list[Message]], num_prompts: int, few_shot: int) -> PromptSet:
+def drop_texts(conversations: list[Conversation], name: str) -> list[Conversation]:
+    """Return the conversations without the texts of a source, which have no prompt; log how many those are.
+
+    Raises SFTError if no other is left.
+    """
+    rows = [conversation for conversation in conversations if "messages" in conversation]
+    if not rows:
+        raise SFTError(f"{name}: its rows are texts without a prompt to answer; give rows of messages")
+    if len(rows) < len(conversations):
+        logger.info("%s: %s texts have no prompt and are left out", name, f"{len(conversations) - len(rows):,}")
+    return rows
+
+
+def select_prompts(conversations: list[Conversation], num_prompts: int, few_shot: int) -> PromptSet:
     """Return the first `num_prompts` rows with distinct prompts, and `few_shot` of the rows after them as examples.
 
-    With too few rows, all but the examples' are prompts. Raises SFTError if no row remains as a prompt or if the
-    examples are too few.
+    Examples come from rows without tools. With too few rows, all but the examples' are prompts. Raises SFTError if no
+    row remains as a prompt or if the examples are too few.
     """
-    distinct: dict[int, list[Message]] = {}
+    distinct: dict[int, Conversation] = {}
     for row in conversations:
-        distinct.setdefault(hash_row(row[:-1]), row)
+        distinct.setdefault(hash_row(split_answer(row)[0]), row)
     rows = list(distinct.values())
-    count = max(0, min(num_prompts, len(rows) - few_shot))
-    prompts, candidates = rows[:count], [get_first_exchange(row) for row in rows[count:]]
-    openings = {get_first_exchange(row)[0]["content"] for row in prompts}
-    examples = [exchange for exchange in candidates if exchange[0]["content"] not in openings][:few_shot]
+    exchanges = {index: exchange for index, row in enumerate(rows) if (exchange := get_first_exchange(row))}
+    last_exchanges = list(exchanges)[-few_shot:] if few_shot else []
+    indices = [index for index in range(len(rows)) if index not in last_exchanges][:num_prompts]
+    prompts = [rows[index] for index in indices]
+    questions = {message["content"] for row in prompts for message in row["messages"] if message["role"] == "user"}
+    candidates = [exchange for index, exchange in exchanges.items() if index not in indices]
+    examples = [exchange for exchange in candidates if exchange[0]["content"] not in questions][:few_shot]
     if not prompts or len(examples) < few_shot:
         raise SFTError(
-            f"few_shot {few_shot}: the data has {len(rows)} different rows, too few for prompts besides the examples; "
-            "use fewer examples"
+            f"few_shot {few_shot}: the data has {len(rows)} different rows, {len(exchanges)} of them without tools, "
+            "too few for prompts besides the examples; use fewer examples"
         )
     return PromptSet(prompts, examples)
 
 
-def get_first_exchange(row: list[Message]) -> list[Message]:
-    """Return the first user message and its answer, which do not depend on earlier messages."""
-    start = row[0]["role"] == "system"
-    return row[start : start + 2]
+def get_first_exchange(row: Conversation) -> list[Message] | None:
+    """Return the first user message and its answer, which do not depend on earlier messages; reasoning is left out.
+
+    None for a row with tools, and for one that does not begin with a user message and its answer.
+    """
+    messages = row["messages"]
+    question, answer = ([*messages[messages[0]["role"] in SYSTEM_ROLES :], None, None])[:2]
+    if row.get("tools") or not question or not answer or (question["role"], answer["role"]) != ("user", "assistant"):
+        return None
+    return [{"role": message["role"], "content": message["content"]} for message in (question, answer)]
 
 
-def add_examples(messages: list[Message], examples: list[list[Message]]) -> list[Message]:
+def add_examples(conversation: Conversation, examples: list[list[Message]]) -> Conversation:
     """Insert the examples as earlier exchanges, after the system message."""
-    start = messages[0]["role"] == "system"
-    return [*messages[:start], *(message for example in examples for message in example), *messages[start:]]
+    messages = conversation["messages"]
+    start = messages[0]["role"] in SYSTEM_ROLES
+    inserted = [message for example in examples for message in example]
+    return replace_messages(conversation, [*messages[:start], *inserted, *messages[start:]])

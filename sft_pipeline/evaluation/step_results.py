@@ -15,17 +15,26 @@ from typing import Any
 
 import numpy as np
 
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import Conversation, Message, replace_messages
+from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation.bootstrap import estimate_difference
 from sft_pipeline.evaluation.metrics.hf_metrics import compute_metrics
 from sft_pipeline.evaluation.metrics.instruction_following import get_instruction, is_followed
-from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, Columns, build_answer_columns
+from sft_pipeline.evaluation.metrics.registry import (
+    INSTRUCTIONS_FOLLOWED,
+    METRICS,
+    TOOL_CALLS_MATCHED,
+    Columns,
+    build_answer_columns,
+)
+from sft_pipeline.evaluation.metrics.tool_calls import match_tool_calls
+from sft_pipeline.evaluation.readable_messages import format_answer, format_message, format_prompt
 from sft_pipeline.inference.answers import Answer
 from sft_pipeline.utils.files import write_json
 
 BEST_FILE = "best.json"
 # The metrics that are compared between two evaluations.
-CHANGES = ("nll_nats_per_token", "stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED)
+CHANGES = ("nll_nats_per_token", "stop_rate", "loop_rate", TOOL_CALLS_MATCHED, INSTRUCTIONS_FOLLOWED)
 
 AnswerRow = dict[str, Any]
 
@@ -35,8 +44,8 @@ class EvalPrompt:
     """A held-out conversation without its last answer, which is the reference, or a checkable instruction with its
     id."""
 
-    messages: list[Message]
-    reference: str | None = None
+    conversation: Conversation
+    reference: Message | None = None
     instruction: str | None = None
 
 
@@ -63,20 +72,29 @@ class StepResults:
         write_json(file, asdict(self))
 
 
-def build_table_row(prompt: EvalPrompt, answer: Answer) -> AnswerRow:
-    """Return a prompt with its answer. `error` is the reason why there is no answer; `followed` is None except for
-    answered instructions."""
-    followed = None
+def build_table_row(template: Template, prompt: EvalPrompt, answer: Answer) -> AnswerRow:
+    """Return a prompt with its answer, both as `readable_messages.py` formats them.
+
+    `error` is the reason why there is no answer. `followed` is None except for answered instructions, `calls_match`
+    except for answered prompts whose reference calls tools.
+    """
+    text, followed, calls_match = format_answer(answer), None, None
+    messages = prompt.conversation["messages"]
     if prompt.instruction is not None and answer.error is None:
-        followed = is_followed(get_instruction(prompt.instruction), answer.text)
+        followed = is_followed(get_instruction(prompt.instruction), text)
+    if prompt.reference is not None and answer.error is None:
+        answered = replace_messages(prompt.conversation, [*messages, prompt.reference])
+        calls_match = match_tool_calls(template, answered, answer.text)
     return {
         "instruction": prompt.instruction,
-        "prompt": prompt.messages[-1]["content"],
-        "reference": prompt.reference,
-        "answer": answer.text,
+        "prompt": format_prompt(messages),
+        "reference": None if prompt.reference is None else format_message(prompt.reference),
+        "reasoning": (answer.message or {}).get("reasoning_content"),
+        "answer": text,
         "stopped": answer.stopped,
         "tokens": answer.tokens,
         "followed": followed,
+        "calls_match": calls_match,
         "error": answer.error,
     }
 
@@ -171,6 +189,7 @@ def _build_columns(rows: list[AnswerRow]) -> Columns:
         prompts=[row["prompt"] for row in rows],
         references=[row["reference"] for row in rows],
         finish_reasons=["stop" if row["stopped"] else "length" for row in rows],
+        calls_match=[row["calls_match"] for row in rows],
     )
 
 
@@ -182,12 +201,16 @@ def _pair_columns(first: StepResults, last: StepResults, name: str) -> tuple[Col
     answered = [pair for pair in pairs if not (pair[0]["error"] or pair[1]["error"])]
     if not answered:
         return None
-    return _build_columns([pair[0] for pair in answered]), _build_columns([pair[1] for pair in answered])
+    columns = _build_columns([pair[0] for pair in answered]), _build_columns([pair[1] for pair in answered])
+    return columns if set(METRICS[name].columns) <= set(columns[0]) else None
 
 
 def _compute_change(name: str, first: Columns, last: Columns) -> dict[str, float | None]:
-    """Compute a metric's change. There is no interval with one row, or with a loss that is not finite."""
-    (a, a_weights), (b, b_weights) = (METRICS[name].compute_rows(columns) for columns in (first, last))
+    """Compute a metric's change over the rows that have it. There is no interval with one row, or with a loss that is
+    not finite."""
+    pairs = [METRICS[name].compute_rows(columns) for columns in (first, last)]
+    counts = pairs[0][1] > 0
+    (a, a_weights), (b, b_weights) = ([column[counts] for column in pair] for pair in pairs)
     mean_a, mean_b = float(a.sum() / a_weights.sum()), float(b.sum() / b_weights.sum())
     paired = estimate_difference(a, b, a_weights, b_weights)
     low, high = (paired.low, paired.high) if paired else (None, None)

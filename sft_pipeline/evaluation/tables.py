@@ -10,10 +10,10 @@ from rich.text import Text
 
 from sft_pipeline.evaluation.bootstrap import PairedDifference
 from sft_pipeline.evaluation.comparison import ComparedModel, Comparison
-from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, Metric
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED, Metric
 
 # The metrics of the overview, which has room for few.
-OVERVIEW_METRICS = ("nll_nats_per_token", "stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED)
+OVERVIEW_METRICS = ("nll_nats_per_token", "stop_rate", "loop_rate", TOOL_CALLS_MATCHED, INSTRUCTIONS_FOLLOWED)
 
 
 def format_details(comparison: Comparison) -> RenderableType:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.messages import Message
+from sft_pipeline.data.messages import Conversation, Message
+from sft_pipeline.data.template import Template
 from sft_pipeline.inference.engine import Completion, generate
 from sft_pipeline.inference.sampling import SamplingParams
 
@@ -18,11 +18,12 @@ from sft_pipeline.inference.sampling import SamplingParams
 class Answer:
     """The answer to a prompt."""
 
-    text: str
+    text: str  # as the model wrote it, with reasoning and tool calls
     stopped: bool  # ended by a stop token or stop string; otherwise cut off at the token limit
     tokens: int  # without the stop token
     error: str | None = None  # why the prompt has no answer
     logprob: float = 0.0  # sum over the tokens, in nats
+    message: Message | None = None  # what the template reads from the text; None without an answer
 
     @property
     def finish_reason(self) -> str:
@@ -33,16 +34,16 @@ class Answer:
 def answer_prompts(
     model: PreTrainedModel,
     template: Template,
-    prompts: list[list[Message]],
+    prompts: list[Conversation],
     max_new_tokens: int,
     batch_size: int = 8,
     disable_tqdm: bool = False,
 ) -> list[Answer]:
-    """Generate greedy answers to conversations that end with a user message, with a progress bar.
+    """Generate greedy answers to conversations that end with a user message or a tool's, with a progress bar.
 
     The answers are in the order of `prompts`.
     """
-    ids = [template.encode_prompt(messages) for messages in prompts]
+    ids = [template.encode_prompt(prompt) for prompt in prompts]
     settings = SamplingParams(max_new_tokens=max_new_tokens)
     # No delay: the first answer may take long, and the bar should be visible until then.
     with tqdm(total=len(ids), desc="answers", leave=False, delay=0, dynamic_ncols=True, disable=disable_tqdm) as bar:
@@ -71,7 +72,7 @@ def generate_answers(
     completions = generate(
         model,
         prompts,
-        [template.stop_token_id],
+        template.stop_token_ids,
         settings,
         batch_size=batch_size,
         max_length=max_length,
@@ -79,12 +80,13 @@ def generate_answers(
         decode=lambda ids: str(template.tokenizer.decode(ids, skip_special_tokens=True)),
         seeds=seeds,
         on_token=on_token,
-        on_done=on_done and (lambda index, completion: on_done(index, _build_answer(completion))),
+        on_done=on_done and (lambda index, completion: on_done(index, _build_answer(completion, template))),
     )
-    return [_build_answer(completion) for completion in completions]
+    return [_build_answer(completion, template) for completion in completions]
 
 
-def _build_answer(completion: Completion) -> Answer:
+def _build_answer(completion: Completion, template: Template) -> Answer:
     text = (completion.text or "").strip()
+    message = None if completion.error else template.parse_text(text)
     stopped = completion.finish_reason == "stop"
-    return Answer(text, stopped, len(completion.ids), completion.error, sum(completion.logprobs))
+    return Answer(text, stopped, len(completion.ids), completion.error, sum(completion.logprobs), message)

@@ -1,16 +1,21 @@
-"""Causal attention over packed rows in float32 on the CPU: batched matrix products over blocks of queries.
+"""Causal attention over a tree of shared prefixes in float32 on the CPU: batched products over blocks of queries.
 
-    output = compute_attention(query, key, value, rows, scaling)
-    compute_attention_grads(query, key, value, grad_output, rows, scaling, out=(grad_query, grad_key, grad_value))
+    tree = build_attention_tree(subtree_end)
+    output = compute_attention(query, key, value, tree, scaling)
+    compute_attention_grads(query, key, value, grad_output, tree, scaling, out=(grad_query, grad_key, grad_value))
 
-Every row attends to the shared prefix and to itself, so the cost is the sum of the squared row lengths. Only the
-inputs are saved for the backward pass, which recomputes the attention probabilities block by block: one of its five
-matrix products. Key-value heads are repeated for the query heads of their group, because the BLAS runs many small
+The line of tokens (data/prefix_tree.py) is divided into segments. Each attends to its ancestors, which are a few spans
+of the line, and to itself, so only scores that some token needs are computed, and those above the diagonal of a block.
+Only the inputs are saved for the backward pass, which recomputes the attention probabilities block by block: one of its
+five matrix products. Key-value heads are repeated for the query heads of their group, because the BLAS runs many small
 products in parallel faster than a few large ones.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,32 +23,61 @@ from torch import Tensor
 
 BLOCK_QUERIES = 128  # queries per block: scores above the diagonal are computed only within a block
 
-
-class PackedRows(NamedTuple):
-    """How a line of tokens is divided: first the shared prefix, then what follows the prefix in each row."""
-
-    prefix_length: int
-    lengths: tuple[int, ...]  # of each row, without the prefix
-
-    def get_spans(self) -> list[tuple[int, int]]:
-        """Return the start and end of each row in the line, without the prefix."""
-        spans, end = [], self.prefix_length
-        for length in self.lengths:
-            spans.append((end, end + length))
-            end += length
-        return spans
+Span = tuple[int, int]  # start and end (exclusive) in the line of tokens
 
 
-def compute_attention(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scaling: float) -> Tensor:
-    """Compute the attention output of every row over the shared prefix and itself.
+class Segment(NamedTuple):
+    """A path without branches in the tree: its span in the line, and the spans of its ancestors, from the root on."""
+
+    start: int
+    end: int
+    ancestors: tuple[Span, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionTree:
+    """How a line of tokens is divided. subtree_end: (tokens,) int64, on the device of the model.
+
+    Compared by identity, so that what is built from it can be cached for all layers of a batch.
+    """
+
+    segments: tuple[Segment, ...]
+    subtree_end: Tensor
+
+
+def build_attention_tree(subtree_end: Tensor) -> AttentionTree:
+    """Divide a line of tokens, laid out depth first, into segments. subtree_end: (tokens,), see data/prefix_tree.py.
+
+    A token continues the segment of the one before it unless that one's subtree has ended.
+    """
+    ends = subtree_end.tolist()
+    starts = [0, *(index for index in range(1, len(ends)) if ends[index - 1] <= index), len(ends)]
+    segments: list[Segment] = []
+    path: list[Span] = []  # spans of the segment before and of its ancestors
+    for start, end in pairwise(starts):
+        while path and ends[path[-1][0]] <= start:
+            path.pop()
+        if path:
+            # Subtrees end the earlier the deeper they begin.
+            first, last = path.pop()
+            path.append((first, bisect.bisect_left(range(last), -start, first, key=lambda index: -ends[index])))
+        segments.append(Segment(start, end, tuple(path)))
+        path.append((start, end))
+    return AttentionTree(tuple(segments), subtree_end)
+
+
+def compute_attention(query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:
+    """Compute the attention output of every token over its ancestors in the tree and itself.
 
     query: (1, heads, tokens, head size); key and value: (1, key-value heads, tokens, head size).
     Returns (1, tokens, heads, head size).
     """
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     output_by_head = output[0].transpose(0, 1)
-    for span, keys, values in _iterate_segments(rows, query.shape[1], key[0], value[0]):
-        for block, num_keys in _iterate_blocks(span, keys.shape[1]):
+    repeated_key, repeated_value = _repeat_heads(query, key), _repeat_heads(query, value)
+    for segment in tree.segments:
+        keys, values = _gather_path(repeated_key, segment), _gather_path(repeated_value, segment)
+        for block, num_keys in _iterate_blocks(segment, keys.shape[1]):
             probs = _compute_probs(query[0, :, block], keys[:, :num_keys], scaling)
             output_by_head[:, block] = torch.bmm(probs, values[:, :num_keys])
     return output
@@ -54,7 +88,7 @@ def compute_attention_grads(
     key: Tensor,
     value: Tensor,
     grad_output: Tensor,
-    rows: PackedRows,
+    tree: AttentionTree,
     scaling: float,
     out: Sequence[Tensor],
 ) -> None:
@@ -64,13 +98,13 @@ def compute_attention_grads(
     the shapes of query, key and value.
     """
     grad_output_by_head = grad_output[0].transpose(0, 1)
-    grad_query, grad_key, grad_value = (grad[0] for grad in out)
-    grad_key.zero_()
-    grad_value.zero_()
-    for span, keys, values in _iterate_segments(rows, query.shape[1], key[0], value[0]):
+    repeated_key, repeated_value = _repeat_heads(query, key), _repeat_heads(query, value)
+    grad_key, grad_value = torch.zeros_like(repeated_key), torch.zeros_like(repeated_value)
+    for segment in tree.segments:
+        keys, values = _gather_path(repeated_key, segment), _gather_path(repeated_value, segment)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for block, num_keys in _iterate_blocks(span, keys.shape[1]):
-            grad_query[:, block] = _compute_block_grads(
+        for block, num_keys in _iterate_blocks(segment, keys.shape[1]):
+            out[0][0, :, block] = _compute_block_grads(
                 query[0, :, block],
                 keys[:, :num_keys],
                 values[:, :num_keys],
@@ -79,8 +113,10 @@ def compute_attention_grads(
                 grad_keys[:, :num_keys],
                 grad_values[:, :num_keys],
             )
-        _add_segment_grad(grad_key, grad_keys, span)
-        _add_segment_grad(grad_value, grad_values, span)
+        _add_path_grad(grad_key, grad_keys, segment)
+        _add_path_grad(grad_value, grad_values, segment)
+    for grad, repeated_grad in ((out[1][0], grad_key), (out[2][0], grad_value)):
+        torch.sum(repeated_grad.unflatten(0, (grad.shape[0], -1)), 1, out=grad)
 
 
 def _compute_block_grads(
@@ -119,45 +155,38 @@ def _build_causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> T
     return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
-def _iterate_segments(
-    rows: PackedRows, num_heads: int, key: Tensor, value: Tensor
-) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """Iterate over the prefix (unless it is empty) and the rows.
+def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
+    """Repeat the key-value heads of keys or values (1, heads, tokens, head size): (query heads, tokens, head size)."""
+    return key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
 
-    Yields the span of the segment's queries in the line, and the keys and values that they attend to: those of the
-    prefix and of the segment itself, repeated to (heads, keys, head size).
+
+def _gather_path(key: Tensor, segment: Segment) -> Tensor:
+    """Return the keys or values that a segment attends to: those of its ancestors and its own.
+
+    key: (heads, tokens, head size), of the whole line. A segment without ancestors gets a view.
     """
-    group_size = num_heads // key.shape[0]
-    prefix = rows.prefix_length
-    if prefix:
-        keys, values = (t[:, :prefix].repeat_interleave(group_size, 0) for t in (key, value))
-        yield (0, prefix), keys, values
-    for start, end in rows.get_spans():
-        keys, values = (
-            torch.cat((t[:, :prefix], t[:, start:end]), 1).repeat_interleave(group_size, 0) for t in (key, value)
-        )
-        yield (start, end), keys, values
+    own = key[:, segment.start : segment.end]
+    if not segment.ancestors:
+        return own
+    return torch.cat([*(key[:, start:end] for start, end in segment.ancestors), own], 1)
 
 
-def _iterate_blocks(span: tuple[int, int], num_keys: int) -> Iterator[tuple[slice, int]]:
+def _iterate_blocks(segment: Segment, num_keys: int) -> Iterator[tuple[slice, int]]:
     """Iterate over blocks of a segment's queries; yields each with the number of keys up to the end of the block.
 
-    num_keys: of the whole segment, prefix included.
+    num_keys: of the whole segment, ancestors included.
     """
-    start, end = span
-    for block_start in range(start, end, BLOCK_QUERIES):
-        block_end = min(block_start + BLOCK_QUERIES, end)
-        yield slice(block_start, block_end), num_keys - (end - block_end)
+    for block_start in range(segment.start, segment.end, BLOCK_QUERIES):
+        block_end = min(block_start + BLOCK_QUERIES, segment.end)
+        yield slice(block_start, block_end), num_keys - (segment.end - block_end)
 
 
-def _add_segment_grad(grad: Tensor, segment_grad: Tensor, span: tuple[int, int]) -> None:
-    """Add the gradient of a segment's keys or values to that of the whole line, in place.
+def _add_path_grad(grad: Tensor, path_grad: Tensor, segment: Segment) -> None:
+    """Add the gradient of the keys or values that a segment attends to, to that of the whole line, in place.
 
-    grad: (key-value heads, tokens, head size); segment_grad: (heads, prefix and segment, head size). The gradients of
-    the heads of a group are summed.
+    Both are (heads, tokens, head size).
     """
-    start, end = span
-    segment_grad = segment_grad.unflatten(0, (grad.shape[0], -1)).sum(1)
-    prefix = segment_grad.shape[1] - (end - start)
-    grad[:, start:end] += segment_grad[:, prefix:]
-    grad[:, :prefix] += segment_grad[:, :prefix]
+    first = 0
+    for start, end in (*segment.ancestors, (segment.start, segment.end)):
+        grad[:, start:end] += path_grad[:, first : first + end - start]
+        first += end - start

@@ -4,7 +4,9 @@
     model(input_ids=..., attention_mask=..., shift_labels=..., num_items_in_batch=n).loss     # training
     model(input_ids=..., attention_mask=..., shift_labels=..., return_row_losses=True).logits  # evaluation, (rows, 3)
 
-Both also take packed batches (data/packing.py), which have `row_lengths` instead of `attention_mask`.
+Both also take packed batches (data/packing.py), which have `subtree_end` instead of `attention_mask`, and their targets
+as pairs of a position and an id: `target_positions` and `shift_labels`. The rows of an evaluation are `target_counts`
+(rows,), the number of targets of each row in the order of the targets; without it each line is a row.
 
 Without `shift_labels` the model's own forward runs, so generation and saving are unchanged. The patch is on the model
 itself, below any wrapper of `peft`, DDP or FSDP, so that their hooks see one ordinary forward pass.
@@ -61,7 +63,10 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
         shift_labels: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        row_lengths: Tensor | None = None,
+        subtree_end: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        target_counts: Tensor | None = None,
+        token_counts: Tensor | None = None,  # of interest to the trainer only
         return_row_losses: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -69,28 +74,31 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
             if labels is not None:
                 kwargs["labels"] = labels
             return original_forward(*args, **kwargs)
-        if row_lengths is not None:
-            kwargs |= build_packed_arguments(row_lengths)
+        if subtree_end is not None:
+            kwargs |= build_packed_arguments(subtree_end)
+        if head is None and target_positions is None and not return_row_losses:
+            return _run_own_loss(original_forward, shift_labels, num_items_in_batch, has_router_loss, kwargs)
+        targets = shift_labels.reshape(-1)
+        if target_positions is None:
+            target_positions = targets.ne(IGNORED).nonzero()[:, 0]
+            targets = targets.index_select(0, target_positions)
         if head is None:
-            return _run_with_full_logits(
-                original_forward,
-                shift_labels,
-                num_items_in_batch,
-                row_lengths,
-                return_row_losses,
-                has_router_loss,
-                kwargs,
-            )
-        hidden_states = head.compute_hidden_states(**kwargs)
+            states = original_forward(**kwargs, use_cache=False).logits
+        else:
+            states = head.compute_hidden_states(**kwargs)
+        states = states.flatten(0, 1).index_select(0, target_positions)
         if return_row_losses:
-            row_losses = head.run_as_forward(
-                lambda states: sum_row_losses(states, shift_labels, row_lengths, head), hidden_states
-            )
+            counts = shift_labels.ne(IGNORED).sum(1) if target_counts is None else target_counts
+            if head is None:
+                return CausalLMOutput(logits=sum_row_losses(states, targets, counts, None))
+            row_losses = head.run_as_forward(lambda states: sum_row_losses(states, targets, counts, head), states)
             return CausalLMOutput(logits=row_losses)
-        num_items = num_items_in_batch
-        if num_items is None:
-            num_items = shift_labels.ne(IGNORED).sum().clamp(min=1)
-        return CausalLMOutput(loss=head.compute_loss(hidden_states, shift_labels, num_items))
+        num_items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        if head is None:
+            return CausalLMOutput(
+                loss=nn.functional.cross_entropy(states.float(), targets, reduction="sum") / num_items
+            )
+        return CausalLMOutput(loss=head.compute_loss(states, targets, num_items))
 
     forward.head_obstacle = reason  # type: ignore[attr-defined]  # marks the patch
     causal_lm.forward = forward
@@ -160,68 +168,47 @@ def check_loss_forward(model: nn.Module) -> None:
         )
 
 
-def _run_with_full_logits(
+def _run_own_loss(
     original_forward: Callable[..., Any],
     labels: Tensor,
     num_items: int | Tensor | None,
-    row_lengths: Tensor | None,
-    return_row_losses: bool,
     has_router_loss: bool,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run the model's own forward, for a model whose head cannot be split off. labels: shifted.
+    """Run the model's own forward over a padded batch, for a model whose head cannot be split off. labels: shifted.
 
     A router loss, which is a mean over tokens, is weighted by the batch's share of the step's targets. The library
     would add it once for each micro-batch and process.
     """
-    if not return_row_losses:
-        if has_router_loss and num_items is not None:
-            num_targets = labels.ne(IGNORED).sum()
-            output = original_forward(
-                **kwargs,
-                use_cache=False,
-                labels=labels,
-                shift_labels=labels,
-                num_items_in_batch=num_targets.clamp(min=1),
-            )
-            return CausalLMOutput(loss=output.loss * (num_targets / num_items))
-        return original_forward(
-            **kwargs, use_cache=False, labels=labels, shift_labels=labels, num_items_in_batch=num_items
+    if has_router_loss and num_items is not None:
+        num_targets = labels.ne(IGNORED).sum()
+        output = original_forward(
+            **kwargs,
+            use_cache=False,
+            labels=labels,
+            shift_labels=labels,
+            num_items_in_batch=num_targets.clamp(min=1),
         )
-    logits = original_forward(**kwargs, use_cache=False).logits
-    return CausalLMOutput(logits=sum_row_losses(logits, labels, row_lengths, None))
+        return CausalLMOutput(loss=output.loss * (num_targets / num_items))
+    return original_forward(**kwargs, use_cache=False, labels=labels, shift_labels=labels, num_items_in_batch=num_items)
 
 
 @torch.no_grad()
-def sum_row_losses(hidden_states: Tensor, labels: Tensor, row_lengths: Tensor | None, head: LMHead | None) -> Tensor:
+def sum_row_losses(states: Tensor, targets: Tensor, target_counts: Tensor, head: LMHead | None) -> Tensor:
     """Sum the losses of each row: (rows, 3) in float64.
 
     The columns are the summed negative log-likelihood in nats, the number of targets, and the number of targets that
-    have the largest logit. hidden_states: (lines, length, hidden size), or the logits where `head` is None; labels:
-    (lines, length), shifted. Without `row_lengths` each line is a row; with them one line holds all rows.
+    have the largest logit. states: (targets, hidden size), or the logits where `head` is None; targets: (targets,);
+    target_counts: (rows,), the number of targets of each row, in their order.
     """
-    row_indices = _get_row_indices(labels, row_lengths)
-    lines, columns = labels.ne(IGNORED).nonzero(as_tuple=True)
-    num_rows = len(labels) if row_lengths is None else len(row_lengths) - 1
+    row_indices = torch.arange(len(target_counts)).repeat_interleave(target_counts.cpu())
     # On the CPU, because MPS has no float64: only the result is rounded to float32 there.
-    sums = torch.zeros(num_rows, 3, dtype=torch.float64)
-    for start in range(0, len(lines), CHUNK_POSITIONS):
-        positions = lines[start : start + CHUNK_POSITIONS], columns[start : start + CHUNK_POSITIONS]
-        states, targets = hidden_states[positions], labels[positions]
-        logits = (states if head is None else head.compute_logits(states)).float()
-        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        is_correct = (logits.argmax(-1) == targets).float()
+    sums = torch.zeros(len(target_counts), 3, dtype=torch.float64)
+    for start in range(0, len(targets), CHUNK_POSITIONS):
+        chunk = slice(start, start + CHUNK_POSITIONS)
+        logits = (states[chunk] if head is None else head.compute_logits(states[chunk])).float()
+        nll = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
+        is_correct = (logits.argmax(-1) == targets[chunk]).float()
         metrics = torch.stack([nll, torch.ones_like(nll), is_correct], 1)
-        sums.index_add_(0, row_indices[positions].cpu(), metrics.cpu().double())
-    return sums.to(torch.float32 if labels.device.type == "mps" else torch.float64).to(labels.device)
-
-
-def _get_row_indices(labels: Tensor, row_lengths: Tensor | None) -> Tensor:
-    """Return the index of the row that each position belongs to, in the shape of `labels`.
-
-    The shared prefix, which has no targets, is given the index of the first row.
-    """
-    if row_lengths is None:
-        return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    indices = torch.arange(len(row_lengths) - 1, device=labels.device)
-    return torch.cat([indices[:1], indices]).repeat_interleave(row_lengths)[None]
+        sums.index_add_(0, row_indices[chunk], metrics.cpu().double())
+    return sums.to(torch.float32 if targets.device.type == "mps" else torch.float64).to(targets.device)

@@ -1,18 +1,19 @@
-"""Attention over packed rows with a shared prefix, at the cost of the sum of the squared row lengths.
+"""Attention over a tree of shared prefixes (data/prefix_tree.py), at the cost of the scores that its tokens need.
 
-For packed rows, transformers itself builds a mask of tokens x tokens and computes every score under it. Here each row
-attends to the prefix and to itself, row by row, without such a mask. The function is registered in transformers'
-attention interface, so it works for every model that uses the interface. Calls without packed rows (padded batches,
-generation) run plain `sdpa`.
+For a packed batch, transformers itself builds a mask of tokens x tokens and computes every score under it. Here each
+segment of the tree attends to its ancestors and to itself, without such a mask. The function is registered in
+transformers' attention interface, so it works for every model that uses the interface. Calls without a tree (padded
+batches, generation) run plain `sdpa`.
 
     reason = find_packing_obstacle(model)            # None, or why the model needs padded batches
     use_packed_attention(model)
-    model(input_ids=..., position_ids=..., **build_packed_arguments(row_lengths), use_cache=False)
+    model(input_ids=..., position_ids=..., **build_packed_arguments(subtree_end), use_cache=False)
 """
 
 from functools import cache, lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,25 +21,31 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from sft_pipeline.kernels.cpu_attention import PackedRows, compute_attention, compute_attention_grads
+from sft_pipeline.kernels.cpu_attention import (
+    AttentionTree,
+    build_attention_tree,
+    compute_attention,
+    compute_attention_grads,
+)
 from sft_pipeline.model.module_utils import adds_router_loss, restore_configs, unwrap_peft, use_eval_mode
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
 
+FLEX_BLOCK = 128  # tokens per block of scores in FlexAttention; its default
+
 # The largest relative difference of hidden states, packed and not, that find_packing_obstacle accepts.
 FLOAT32_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 5e-2
 
 
-def build_packed_arguments(row_lengths: Tensor) -> dict[str, Any]:
-    """Build the arguments of a packed batch for the model from `row_lengths` (1 + rows) = [prefix, rest of row 1, ...].
+def build_packed_arguments(subtree_end: Tensor) -> dict[str, Any]:
+    """Build the arguments of a packed batch for the model from `subtree_end` (1, tokens).
 
-    The lengths are copied from the device here, once for all layers. The empty mask has four dimensions, which
-    transformers takes for a finished mask, so that it builds none.
+    It is copied from the device here, once for all layers. The empty mask has four dimensions, which transformers takes
+    for a finished mask, so that it builds none.
     """
-    prefix, *lengths = row_lengths.tolist()
-    mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=row_lengths.device)
-    return {"packed_rows": PackedRows(prefix, tuple(lengths)), "attention_mask": mask}
+    mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=subtree_end.device)
+    return {"prefix_tree": build_attention_tree(subtree_end[0]), "attention_mask": mask}
 
 
 def packed_attention_forward(
@@ -49,7 +56,7 @@ def packed_attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed_rows: PackedRows | None = None,
+    prefix_tree: AttentionTree | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers' attention interface.
@@ -57,16 +64,16 @@ def packed_attention_forward(
     query: (1, heads, tokens, head size); key and value: (1, key-value heads, tokens, head size).
     Returns (1, tokens, heads, head size), and None for the attention weights, which are not kept.
     """
-    if packed_rows is None:
+    if prefix_tree is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda" and not dropout:
-        return _attend_flex(query, key, value, packed_rows, scaling), None
+        return _attend_flex(query, key, value, prefix_tree, scaling), None
     if _is_float32(query, key, value) and not dropout:
-        return _BlockAttention.apply(query, key, value, packed_rows, scaling), None
-    return _attend_sdpa(query, key, value, packed_rows, scaling, dropout), None
+        return _BlockAttention.apply(query, key, value, prefix_tree, scaling), None
+    return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout), None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -92,7 +99,7 @@ def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) ->
 
     longest: tokens of the longest row; a sliding window at least as long hides nothing. The config rules out what
     short rows do not show. Everything else (a model that ignores positions, keeps a state, adds a bias to the scores)
-    is found by a comparison of the model's hidden states for three short rows, run one by one and packed.
+    is found by a comparison of the model's hidden states for four short rows, run one by one and packed.
     """
     model = unwrap_peft(model)
     if reason := _find_unsupported_feature(model, longest):
@@ -131,23 +138,26 @@ def _find_unsupported_feature(model: PreTrainedModel, longest: int | None) -> st
 
 
 def _measure_packing_difference(backbone: Any) -> float:
-    """Return the largest difference of hidden states between three rows run one by one and packed.
+    """Return the largest difference of hidden states between four short rows run one by one and packed.
 
-    It is divided by the largest hidden state.
+    It is divided by the largest hidden state. The rows are a tree of depth 2: two hang off the first, one of them has a
+    branch itself.
     """
     device = next(backbone.parameters()).device
-    prefix, lengths = 3, (4, 2, 5)
-    input_ids = torch.arange(prefix + sum(lengths), device=device)[None] % backbone.config.get_text_config().vocab_size
-    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in lengths)])
-    arguments = build_packed_arguments(torch.tensor([prefix, *lengths], device=device))
+    first, second, third, fourth = [*range(7)], [0, 1, 2, 7, 8, 9, 10], [0, 1, 2, 7, 8, 11], [0, 1, 12, 13]
+    vocab_size = backbone.config.get_text_config().vocab_size
+    input_ids = torch.tensor([[*first, *second[3:], 11, 12, 13]], device=device) % vocab_size
+    position_ids = torch.tensor([[*range(7), *range(3, 7), 5, 2, 3]], device=device)
+    subtree_end = torch.tensor([[14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14]], device=device)
+    arguments = build_packed_arguments(subtree_end)
     packed_states = backbone(
-        input_ids=input_ids, position_ids=positions[None].to(device), use_cache=False, **arguments
-    ).last_hidden_state
+        input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
+    ).last_hidden_state.float()
     max_difference, max_state = 0.0, 1e-9
-    for start, end in PackedRows(prefix, lengths).get_spans():
-        row_ids = torch.cat((input_ids[:, :prefix], input_ids[:, start:end]), 1)
-        row_states = backbone(input_ids=row_ids, use_cache=False).last_hidden_state[:, prefix:].float()
-        difference = (packed_states[:, start:end].float() - row_states).abs().max().item()
+    for row in (first, second, third, fourth):
+        positions = torch.tensor(row, device=device)
+        row_states = backbone(input_ids=input_ids[:, positions], use_cache=False).last_hidden_state.float()
+        difference = (packed_states[:, positions] - row_states).abs().max().item()
         max_difference = max(max_difference, difference)
         max_state = max(max_state, row_states.abs().max().item())
     return max_difference / max_state
@@ -158,30 +168,37 @@ def _is_float32(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
-def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scaling: float, dropout: float) -> Tensor:
-    """Compute attention with torch's own function, row by row: for any device and dtype, with dropout."""
+def _attend_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float, dropout: float
+) -> Tensor:
+    """Compute attention with torch's own function, segment by segment: for any device and dtype, with dropout."""
     group_size = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     sdpa = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
     outputs = []
-    if prefix := rows.prefix_length:
-        prefix_qkv = (tensor[:, :, :prefix] for tensor in (query, key, value))
-        outputs.append(sdpa(*prefix_qkv, is_causal=True))
-    for start, end in rows.get_spans():
-        keys, values = (torch.cat((t[:, :, :prefix], t[:, :, start:end]), 2) for t in (key, value))
+    for start, end, ancestors in tree.segments:
+        own_query, own_key, own_value = (tensor[:, :, start:end] for tensor in (query, key, value))
+        if not ancestors:
+            outputs.append(sdpa(own_query, own_key, own_value, is_causal=True))
+            continue
+        keys, values = (
+            torch.cat([*(tensor[:, :, first:last] for first, last in ancestors), own], 2)
+            for tensor, own in ((key, own_key), (value, own_value))
+        )
         # A plain tensor: torch's CausalBias refuses the mixed dtypes that autocast passes here.
-        mask = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=query.device).tril(prefix)
-        outputs.append(sdpa(query[:, :, start:end], keys, values, attn_mask=mask))
+        num_queries, num_keys = end - start, keys.shape[2]
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+        outputs.append(sdpa(own_query, keys, values, attn_mask=mask))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _attend_flex(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scaling: float) -> Tensor:
-    """Compute attention on CUDA with FlexAttention, which skips blocks of scores that no row needs.
+def _attend_flex(query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:
+    """Compute attention on CUDA with FlexAttention, which skips blocks of scores that no token needs.
 
     The tests, which run on the CPU, cover only its mask.
     """
     flex_attention = _compile_flex_attention()
-    block_mask = _build_flex_mask(rows, query.device)
+    block_mask = build_flex_mask(tree)
     enable_gqa = query.shape[1] != key.shape[1]
     output = flex_attention(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=enable_gqa)
     return output.transpose(1, 2)
@@ -194,37 +211,61 @@ def _compile_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-@lru_cache(maxsize=4)
-def _build_flex_mask(rows: PackedRows, device: torch.device) -> Any:
-    """Build the block mask of a batch: causal, and within one row or from a row to the prefix, which is row 0.
+@lru_cache(maxsize=1)
+def build_flex_mask(tree: AttentionTree) -> Any:
+    """Build the block mask of a batch, on the device of its `subtree_end`. Cached, so that all layers share it."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    Cached, so that all layers share it.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    lengths = torch.tensor([rows.prefix_length, *rows.lengths], device=device)
-    row_index = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-    num_tokens = len(row_index)
+    subtree_end, num_tokens = tree.subtree_end, len(tree.subtree_end)
 
     def is_visible(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        same_row_or_prefix = (row_index[q_index] == row_index[kv_index]) | (row_index[kv_index] == 0)
-        return (q_index >= kv_index) & same_row_or_prefix
+        return (q_index >= kv_index) & (q_index < subtree_end[kv_index])
 
-    return create_block_mask(is_visible, None, None, num_tokens, num_tokens, device=device)
+    partial_blocks, full_blocks = (
+        [torch.from_numpy(array)[None, None].to(subtree_end.device) for array in _list_blocks(blocks)]
+        for blocks in find_flex_blocks(subtree_end.cpu().numpy())
+    )
+    return BlockMask.from_kv_blocks(
+        partial_blocks[0],
+        partial_blocks[1],
+        full_blocks[0],
+        full_blocks[1],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=is_visible,
+        seq_lengths=(num_tokens, num_tokens),
+    )
+
+
+def find_flex_blocks(subtree_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which blocks of (queries, keys) have some and which have only visible pairs: two (blocks, blocks) arrays.
+
+    subtree_end: (tokens,). Blocks with visible pairs alone are in the second array only;
+    the last block, if it is not complete, is none, as in torch's `create_block_mask`.
+    """
+    starts = np.arange(0, len(subtree_end), FLEX_BLOCK)
+    is_before = starts[None] < starts[:, None]  # the block of keys lies before that of queries
+    is_seen = np.maximum.reduceat(subtree_end, starts)[None] > starts[:, None]
+    is_full = is_before & (np.minimum.reduceat(subtree_end, starts)[None] >= starts[:, None] + FLEX_BLOCK)
+    return (is_before & is_seen & ~is_full) | np.eye(len(starts), dtype=bool), is_full
+
+
+def _list_blocks(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each block of queries the number of its blocks of keys, and their indices first in a row, as int32."""
+    return blocks.sum(1, dtype=np.int32), np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
 
 
 class _BlockAttention(torch.autograd.Function):
     """The attention of kernels/cpu_attention.py as an autograd function; only its inputs are saved for backward."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scaling: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.rows, ctx.scaling = rows, scaling
-        return compute_attention(query, key, value, rows, scaling)
+        ctx.tree, ctx.scaling = tree, scaling
+        return compute_attention(query, key, value, tree, scaling)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors  # read only once: a checkpointed layer recomputes them on access
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        compute_attention_grads(query, key, value, grad_output, ctx.rows, ctx.scaling, out=grads)
+        compute_attention_grads(query, key, value, grad_output, ctx.tree, ctx.scaling, out=grads)
         return *grads, None, None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED
 from sft_pipeline.reports.run_results import RunResults
 
 Points = list[tuple[float, float]]
@@ -39,7 +39,7 @@ class Chart:
 
 
 # The metrics of the answers that are drawn over the steps.
-ANSWER_METRICS = ("stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED)
+ANSWER_METRICS = ("stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED, TOOL_CALLS_MATCHED)
 PARTIAL_NOTE = "evaluations during training use fewer prompts"
 
 

@@ -11,14 +11,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from sft_pipeline.data.sources import is_hub_name
-from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED
 from sft_pipeline.model.loading import PACKAGED
 from sft_pipeline.reports.console_summary import format_change
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 # The metrics of the model-index.
 CARD_METRICS = (
-    "nll_nats_per_token", "perplexity", "token_accuracy", "stop_rate", "loop_rate", INSTRUCTIONS_FOLLOWED,
+    "nll_nats_per_token", "perplexity", "token_accuracy", "stop_rate", "loop_rate", TOOL_CALLS_MATCHED,
+    INSTRUCTIONS_FOLLOWED,
 )  # fmt: skip
 SETTINGS = (
     "template", "system_prompt", "train_on", "max_length", "overlong", "packing", "tokens_per_batch",

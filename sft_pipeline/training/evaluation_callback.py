@@ -1,6 +1,6 @@
 """Evaluate during training: answer held-out prompts and verifiable instructions, score, log and store the answers.
 
-    held_out = load_conversations("held_out.jsonl")["messages"]
+    held_out = load_conversations("held_out.jsonl")
     evaluation = EvaluationCallback(trainer, template, held_out)
     trainer.add_callback(evaluation)
 
@@ -28,9 +28,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import get_output_dir
-from sft_pipeline.data.chat_templates import Template
-from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.data.messages import Conversation, add_system_prompt, split_answer
+from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
+from sft_pipeline.evaluation.metrics.registry import TOOL_CALLS_MATCHED
 from sft_pipeline.evaluation.metrics.words import count_utf8_bytes
 from sft_pipeline.evaluation.step_results import (
     BEST_FILE,
@@ -61,8 +62,8 @@ class EvaluationCallback(TrainerCallback):
     """Answer questions at every evaluation of `trainer`.
 
     held_out: conversations, each ending with the reference answer; the first `num_answers` are asked, and
-    `num_instructions` of the built-in instructions. system_prompt: for conversations without one. eval_answer_share:
-    see AnswerBudget.
+    `num_instructions` of the built-in instructions. Texts without turns are not asked. system_prompt: for conversations
+    without one. eval_answer_share: see AnswerBudget.
 
     `evaluations` holds the results so far, in order and on every process.
     """
@@ -71,7 +72,7 @@ class EvaluationCallback(TrainerCallback):
         self,
         trainer: Trainer,
         template: Template,
-        held_out: Sequence[list[Message]] = (),
+        held_out: Sequence[Conversation] = (),
         *,
         system_prompt: str | None = None,
         num_answers: int = SFTArguments.num_answers,
@@ -80,7 +81,7 @@ class EvaluationCallback(TrainerCallback):
         eval_answer_share: float = SFTArguments.eval_answer_share,
     ) -> None:
         self.trainer, self.template, self.max_new_tokens = trainer, template, max_new_tokens
-        self.questions = build_questions(held_out[:num_answers], num_instructions, system_prompt)
+        self.questions = build_questions(held_out, num_answers, num_instructions, system_prompt)
         self.folder = get_output_dir(trainer.args) / EVALUATION_DIR
         self.evaluations: list[StepResults] = []
         self._budget = AnswerBudget(eval_answer_share)
@@ -144,7 +145,7 @@ class EvaluationCallback(TrainerCallback):
         self._budget.add_cost(len(questions), seconds, charge=not ask_all)
         best_step = state.best_global_step if self._training_ended and args.load_best_model_at_end else None
         step = state.global_step if best_step is None else best_step
-        table = [build_table_row(question, answer) for question, answer in zip(questions, answers)]
+        table = [build_table_row(self.template, question, answer) for question, answer in zip(questions, answers)]
         results = self._build_results(step, seconds, table)
         self.evaluations.append(results)
         self._log_metrics(results)
@@ -176,7 +177,7 @@ class EvaluationCallback(TrainerCallback):
         try:
             if self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 raise SFTError("generation is not supported with sharded parameters (FSDP, ZeRO-3)")
-            prompts = [question.messages for question in questions]
+            prompts = [question.conversation for question in questions]
             disable_tqdm = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
             return answer_prompts(model, self.template, prompts, self.max_new_tokens, disable_tqdm=disable_tqdm)
         except SFTError as error:
@@ -240,14 +241,18 @@ class AnswerBudget:
 
 
 def build_questions(
-    held_out: Sequence[list[Message]], num_instructions: int, system_prompt: str | None
+    held_out: Sequence[Conversation], num_answers: int, num_instructions: int, system_prompt: str | None
 ) -> list[EvalPrompt]:
-    """Return the held-out conversations, then `num_instructions` verifiable instructions."""
-    rows = [add_system_prompt(messages, system_prompt) for messages in held_out]
-    questions = [EvalPrompt(messages[:-1], reference=messages[-1]["content"]) for messages in rows]
+    """Return the first `num_answers` held-out conversations that are no texts, then `num_instructions` verifiable
+    instructions."""
+    rows = itertools.islice((row for row in held_out if "messages" in row), num_answers)
+    questions = []
+    for row in rows:
+        prompt, reference = split_answer(add_system_prompt(row, system_prompt))
+        questions.append(EvalPrompt(prompt, reference=reference))
     for instruction in sample_instructions(num_instructions):
-        messages = add_system_prompt([{"role": "user", "content": instruction.prompt}], system_prompt)
-        questions.append(EvalPrompt(messages, instruction=instruction.id))
+        prompt = Conversation(messages=[{"role": "user", "content": instruction.prompt}])
+        questions.append(EvalPrompt(add_system_prompt(prompt, system_prompt), instruction=instruction.id))
     return questions
 
 
@@ -262,7 +267,7 @@ def select_first(questions: list[EvalPrompt], count: int) -> list[EvalPrompt]:
 
 def count_supervised_bytes(labels: Sequence[int], template: Template) -> int:
     """Count the UTF-8 bytes of the supervised text of a row, without stop tokens."""
-    skipped = (IGNORED, template.stop_token_id)
+    skipped = (IGNORED, *template.stop_token_ids)
     spans = [list(span) for is_text, span in itertools.groupby(labels, lambda label: label not in skipped) if is_text]
     return sum(count_utf8_bytes(str(template.tokenizer.decode(span, skip_special_tokens=True))) for span in spans)
 
@@ -272,6 +277,9 @@ def describe_results(results: StepResults, num_questions: int) -> str:
     metrics, parts = results.metrics, []
     if metrics["answers"]:
         parts.append(f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop")
+    if TOOL_CALLS_MATCHED in metrics:
+        count = sum(row["calls_match"] is not None for row in results.table)
+        parts.append(f"{metrics[TOOL_CALLS_MATCHED]:.0%} of {count} tool calls as in the reference")
     if metrics["instructions"]:
         parts.append(f"{metrics['instructions_followed_rate']:.0%} of {metrics['instructions']} instructions followed")
     if metrics["answer_errors"]:

@@ -340,7 +340,9 @@ def prepare_model(
         reason = patch_loss_forward(model)
         if reason:
             logger.info("logits are computed at every position: %s", reason)
-        collator, reason = choose_collator(model, longest, pad_token_id, args.pad_to_multiple_of, args.packing)
+        collator, reason = choose_collator(
+            model, longest, pad_token_id, args.pad_to_multiple_of, args.packing, args.share_prefixes
+        )
     if reason and args.tokens_per_batch:
         raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
     if reason:
@@ -413,7 +415,7 @@ def log_packing(trainer: SFTTrainer) -> None:
     """Log what packing saves, measured on about SAMPLE_ROWS rows."""
     batches = trainer.build_batch_sampler()
     sample = islice(batches, -(-len(batches) * SAMPLE_ROWS // len(trainer.train_dataset)))
-    logger.info("%s", describe_savings(trainer.train_dataset, sample))
+    logger.info("%s", describe_savings(trainer.train_dataset, sample, trainer.args.share_prefixes))
 
 
 def describe_data(data: PreparedData) -> dict[str, Any]:

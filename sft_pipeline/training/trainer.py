@@ -150,8 +150,8 @@ class SupervisedTrainer(CheckpointingTrainer):
 
     @cached_property
     def _row_lengths(self) -> np.ndarray:
-        """Number of tokens of each training row, counted once for all batch samplers."""
-        return count_row_tokens(self.train_dataset)
+        """Number of computed tokens of each training row by itself, counted once for all batch samplers."""
+        return count_row_tokens(self.train_dataset, share_prefixes=getattr(self.data_collator, "share_prefixes", False))
 
     def build_batch_sampler(self) -> StepBatchSampler:
         """Return the sampler of this process, which yields the row indices of each micro-batch."""
@@ -280,11 +280,8 @@ class SupervisedTrainer(CheckpointingTrainer):
 
 
 def count_tokens(inputs: dict[str, Tensor]) -> int:
-    """Count the tokens of the rows in a batch, without padding; a shared prefix counts for each row."""
-    if "row_lengths" in inputs:
-        prefix_length, *lengths = inputs["row_lengths"].tolist()
-        return prefix_length * len(lengths) + sum(lengths)
-    return int(inputs["attention_mask"].sum())
+    """Count the tokens of the sequences in a batch, without padding; a shared prefix counts for each sequence."""
+    return int(inputs["token_counts" if "token_counts" in inputs else "attention_mask"].sum())
 
 
 def compute_eval_metrics(prediction: EvalPrediction) -> dict[str, float]:

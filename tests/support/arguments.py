@@ -161,6 +161,7 @@ _TESTS = {
     "max_length": "tests/data/test_encode.py::test_drop",
     "overlong": "tests/data/test_encode.py::test_truncate_answer",
     "packing": "tests/test_train.py::test_packed_and_padded_runs_are_the_same_run",
+    "share_prefixes": "tests/test_train.py::test_packed_and_padded_runs_are_the_same_run",
     "tokens_per_batch": "tests/test_train.py::test_a_budget_of_tokens_trains_whole_epochs",
     "pad_to_multiple_of": "tests/data/test_padding.py::test_padding_is_right_and_by_length",
     "lora_merge": "tests/model/test_lora.py::test_the_merged_model_computes_what_the_adapters_do",

@@ -50,7 +50,7 @@ class RegisteredMetric(evaluate.Metric):
 
 
 def compute_metrics(columns: Columns) -> dict[str, float]:
-    """Compute every metric that the columns suffice for (`select_metrics`) over all rows.
+    """Compute every metric that the columns suffice for (`select_metrics`), over the rows without None in them.
 
     Raises SFTError without rows, for columns of different lengths, and for an unknown instruction id.
     """
@@ -59,6 +59,9 @@ def compute_metrics(columns: Columns) -> dict[str, float]:
         raise SFTError(f"columns of different lengths: {lengths}; give every column one value per row")
     if not any(lengths.values()):
         raise SFTError("no answers to score; give at least one")
-    groups = groupby(select_metrics(columns), key=lambda metric: metric.columns)
-    modules = [RegisteredMetric(*(metric.name for metric in metrics)) for _, metrics in groups]
-    return evaluate.combine(modules).compute(**columns)
+    values: dict[str, float] = {}
+    for names, metrics in groupby(select_metrics(columns), key=lambda metric: metric.columns):
+        rows = [row for row in zip(*(columns[name] for name in names)) if None not in row]
+        if rows:
+            values |= RegisteredMetric(*(metric.name for metric in metrics)).compute(**dict(zip(names, zip(*rows))))
+    return values

@@ -20,8 +20,9 @@ from sft_pipeline.evaluation.metrics.instruction_following import get_instructio
 from sft_pipeline.evaluation.metrics.words import split_units, split_words
 from sft_pipeline.utils.errors import SFTError
 
-# Column name -> one value per row. The loss columns are sums over the supervised tokens of a row: negative
-# log-likelihood in nats, tokens, tokens that are the model's most likely one, and bytes of the text.
+# Column name -> one value per row, or None for a row that does not count in the metrics of that column. The loss
+# columns are sums over the supervised tokens of a row: negative log-likelihood in nats, tokens, tokens that are the
+# model's most likely one, and bytes of the text.
 Columns = Mapping[str, Sequence[Any]]
 TEXT_COLUMNS = ("predictions", "references", "prompts", "finish_reasons", "instruction_ids")
 NUMBER_COLUMNS = ("nll_nats", "tokens", "correct", "utf8_bytes")
@@ -75,13 +76,13 @@ class Metric:
         return values
 
     def compute_rows(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numerators and denominators, each of shape (rows,)."""
+        """Return the numerators and denominators, each of shape (rows,); both are 0 for a row with None in a column."""
         numerators, denominators = self._compute_pairs(columns)
         return numerators / self.divisor, denominators
 
     def _compute_pairs(self, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         assert self.compute_row is not None, f"{self.name} has no value per row"
-        pairs = [self.compute_row(*row) for row in self._iterate_rows(columns)]
+        pairs = [(0, 0) if None in row else self.compute_row(*row) for row in self._iterate_rows(columns)]
         numerators, denominators = np.array(pairs, dtype=np.float64).reshape(-1, 2).T.copy()
         return numerators, denominators
 
@@ -162,6 +163,7 @@ def _define_distinct(n: int) -> Metric:
 
 
 INSTRUCTIONS_FOLLOWED = "instructions_followed_rate"
+TOOL_CALLS_MATCHED = "tool_call_match_rate"
 # In the order of tables.
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -294,6 +296,16 @@ METRICS: dict[str, Metric] = {
             compute_row=lambda answer, reference: (reference_overlap.compute_word_f1(answer, reference), 1),
         ),
         Metric(
+            name=TOOL_CALLS_MATCHED,
+            title="tool calls as in the reference",
+            short_title="tool calls",
+            unit="%",
+            description="Share of answers with the calls of the reference, the same names and arguments in the same "
+            "order; of the answers whose reference calls tools.",
+            columns=("calls_match",),
+            compute_row=lambda calls_match: (calls_match, 1),
+        ),
+        Metric(
             name=INSTRUCTIONS_FOLLOWED,
             title="instructions followed",
             unit="%",
@@ -333,9 +345,21 @@ def select_metrics(columns: Collection[str]) -> list[Metric]:
 
 
 def build_answer_columns(
-    answers: Sequence[str], prompts: Sequence[str], references: Sequence[str], finish_reasons: Sequence[str]
-) -> dict[str, Sequence[str]]:
-    """Return the columns of answers to held-out prompts; without `references` if none of them has a word, as no metric
-    is defined then."""
-    columns = {"predictions": answers, "prompts": prompts, "finish_reasons": finish_reasons}
-    return columns | {"references": references} if any(map(split_words, references)) else columns
+    answers: Sequence[str],
+    prompts: Sequence[str],
+    references: Sequence[str],
+    finish_reasons: Sequence[str],
+    calls_match: Sequence[bool | None],
+) -> dict[str, Sequence[Any]]:
+    """Return the columns of answers to held-out prompts.
+
+    calls_match: None where the reference calls no tool. Where it does, the calls are compared and not their text, so
+    `references` has None. It is left out if none of the others has a word, as no metric is defined then.
+    """
+    columns: dict[str, Sequence[Any]] = {"predictions": answers, "prompts": prompts, "finish_reasons": finish_reasons}
+    texts = [text if match is None else None for text, match in zip(references, calls_match, strict=True)]
+    if any(text and split_words(text) for text in texts):
+        columns["references"] = texts
+    if any(match is not None for match in calls_match):
+        columns["calls_match"] = [None if match is None else float(match) for match in calls_match]
+    return columns
