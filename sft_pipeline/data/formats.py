@@ -10,10 +10,10 @@
 
 All but alpaca and text may have `tools` and `chat_template_kwargs`, as objects or JSON text.
 
-A message has the role system, developer, user, assistant or tool, and a `content` of text or text parts. An assistant's
-may have `reasoning_content` (or `thinking`) and `tool_calls`, with a content that is null or missing; a tool's
-`tool_call_id` and `name`. `train: false` or `weight: 0` excludes an assistant's message from training. In sharegpt human
-is the user, gpt the assistant, function_call an assistant's tool calls as JSON text and observation the tool.
+A message has the role system, developer, user, assistant or tool, and a `content` of text or text parts. An
+assistant's may have `reasoning_content` (or `thinking`) and `tool_calls`, with a content that is null or missing; a tool's
+`tool_call_id` and `name`. `train: false` or `weight: 0` excludes an assistant's message from training. In sharegpt,
+human is the user, gpt the assistant, function_call an assistant's tool calls as JSON text, observation a tool.
 
 Every conversation ends with an assistant's message; which other orders there may be is up to the chat template. A bad
 row raises SFTError with the reason. Alpaca's input is appended to the instruction after a newline, as in LLaMA-Factory
@@ -141,7 +141,8 @@ def _drop_call_nulls(turns: list[Any]) -> tuple[list[Any], bool]:
         if calls:
             turn = {**turn, "tool_calls": remove_nulls(calls)[0]}
             functions = [call.get("function") or call for call in calls if isinstance(call, Mapping)]
-            any_removed |= any(remove_nulls(function.get("arguments"))[1] for function in functions)
+            arguments = [function.get("arguments") for function in functions if isinstance(function, Mapping)]
+            any_removed |= remove_nulls(arguments)[1]
         cleaned.append(turn)
     return cleaned, any_removed
 
@@ -160,7 +161,7 @@ def list_unread_names(row: Any, row_format: RowFormat) -> list[str]:
         if isinstance(turns, list) and column not in OBJECT_COLUMNS:
             for turn in turns:
                 # Most have two keys, which are read.
-                if isinstance(turn, Mapping) and len(turn) > 2:
+                if isinstance(turn, Mapping) and (len(turn) > 2 or "tool_calls" in turn):
                     names += [f"{column}[].{key}" for key in _list_unread_keys(turn, row_format)]
     return list(dict.fromkeys(map(format_line, names))) if names else names
 
@@ -248,11 +249,13 @@ def _build_conversation(row: SourceRow, messages: list[Message]) -> Conversation
 def _convert_template_kwargs(kwargs: Any) -> dict[str, Any]:
     try:
         kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
-        json.dumps(kwargs, allow_nan=False)
-    except (ValueError, TypeError) as error:
-        raise SFTError(f"'chat_template_kwargs' is not JSON ({error})") from error
+        text = json.dumps(kwargs, allow_nan=False, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise SFTError(f"'chat_template_kwargs' is not JSON ({reason})") from error
     if not isinstance(kwargs, Mapping):
         raise SFTError(f"'chat_template_kwargs' must be an object, got {describe_type(kwargs)}")
+    _check_unicode(text, "'chat_template_kwargs'")
     return dict(kwargs)
 
 
@@ -282,7 +285,10 @@ def _convert_turn(turn: Any, location: str) -> Message:
     elif turn.get("tool_calls"):
         raise SFTError(f"{location}: a {role} message has tool_calls; only an assistant calls tools")
     if role == "tool":
-        message |= {key: _get_text(turn, key) for key in ("tool_call_id", "name") if turn.get(key) is not None}
+        for key in ("tool_call_id", "name"):
+            if turn.get(key) is not None:
+                message[key] = _get_text(turn, key)
+                _check_unicode(message[key], f"{key!r} of {location}")
     return _add_train_flag(message, turn, location)
 
 

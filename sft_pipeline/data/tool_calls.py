@@ -32,8 +32,8 @@ def convert_tools(value: Any, location: str = "tools") -> list[dict[str, Any]]:
         tool = _parse_json_text(tool, tool_location)
         tool = {"type": "function", "function": tool} if isinstance(tool, Mapping) and "name" in tool else tool
         function = _get_function(tool, tool_location)
-        _check_json(function, tool_location)
         tools.append({"type": "function", **tool, "function": dict(function)})
+        _check_json(tools[-1], tool_location)
     return tools
 
 
@@ -48,6 +48,8 @@ def convert_tool_calls(value: Any, location: str) -> list[dict[str, Any]]:
 def convert_function_call(value: Any, location: str) -> list[dict[str, Any]]:
     """Convert the value of ShareGPT's `function_call`: JSON text of a call or of a list of calls."""
     calls = _parse_json_text(value, location)
+    if calls == []:
+        raise SFTError(f"{location} has no tool call; add one or remove the message")
     return convert_tool_calls(calls if isinstance(calls, list) else [calls], location)
 
 
@@ -59,17 +61,19 @@ def _convert_call(call: Any, location: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments, parse_constant=_refuse_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            reason = _describe_error(error)
             raise SFTError(
-                f"{location}: its arguments are not JSON ({error}); write an object, such as {{}}"
+                f"{location}: its arguments are not JSON ({reason}); write an object, such as {{}}"
             ) from error
     if arguments is None:  # a call without arguments
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise SFTError(f"{location}: its arguments must be an object, got {describe_type(arguments)}")
-    _check_json(arguments, location)
     identity = {} if call.get("id") is None else {"id": _check_text(call["id"], f"{location}.id")}
-    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    call = {**identity, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    _check_json(call, location)
+    return call
 
 
 def _get_function(value: Any, location: str) -> Mapping[str, Any]:
@@ -89,8 +93,12 @@ def _parse_json_text(value: Any, location: str) -> Any:
         return value
     try:
         return json.loads(value, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise SFTError(f"{location} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise SFTError(f"{location} is not JSON ({_describe_error(error)})") from error
+
+
+def _describe_error(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _refuse_constant(name: str) -> None:
@@ -103,8 +111,9 @@ def _check_json(value: Any, location: str) -> None:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise SFTError(f"{location} contains a lone surrogate, which is not valid Unicode text; remove it") from None
-    except (TypeError, ValueError) as error:
-        raise SFTError(f"{location} holds a value that JSON does not have ({error}); write it as text") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = _describe_error(error)
+        raise SFTError(f"{location} holds a value that JSON does not have ({reason}); write it as text") from error
 
 
 def _check_text(value: Any, location: str) -> str:
@@ -145,7 +154,7 @@ def remove_nulls(value: Any) -> tuple[Any, bool]:
 
 # What models write around a call: tags such as <tool_call>, the name of a token in brackets, and code fences.
 OPENING_MARK = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\]|```\w*)\s*$")
-CLOSING_MARK = re.compile(r"\s*(</[^<>\s]+>|\[/[A-Z_]+\]|```)")
+CLOSING_MARK = re.compile(r"\s*(</[^<>\s]+>|<[|｜][^<>\s]*end[|｜]>|\[/[A-Z_]+\]|```)")
 
 
 def extract_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:

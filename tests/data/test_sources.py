@@ -1,4 +1,4 @@
-"""Sources: files, folders and hub datasets to rows of messages; every error with its message. No network."""
+"""Sources: files, folders and hub datasets to conversations; every error with its message. No network."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -18,7 +19,8 @@ from support.source_rows import EXPECTED, QUICK, ROWS, TEXT, fails, talk
 
 from sft_pipeline.data import sources
 from sft_pipeline.data.formats import FORMATS, detect_format
-from sft_pipeline.data.sources import load_conversations
+from sft_pipeline.data.messages import parse_conversation
+from sft_pipeline.data.sources import load_conversations, load_source
 
 
 @pytest.fixture(autouse=True)
@@ -52,22 +54,31 @@ def write(path: Path, rows, kind=None) -> Path:
     return path
 
 
+def parse(dataset: Dataset) -> list[Any]:
+    """The conversations of a dataset of `load_source`."""
+    return [parse_conversation(text) for text in dataset["conversation"]]
+
+
+def conversation(*args: str) -> dict[str, Any]:
+    return {"messages": talk(*args)}
+
+
 # Files
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "A.JSON"])
 def test_every_kind_of_file_gives_the_same_messages(tmp_path, name):
     path = write(tmp_path / name, ROWS, Path(name).suffix.lower())
-    dataset = load_conversations(str(path))
-    assert dataset.column_names == ["messages", "origin"]
-    assert dataset["messages"][:] == EXPECTED
+    dataset, unread = load_source(str(path))
+    assert dataset.column_names == ["conversation", "origin"] and not unread
+    assert parse(dataset) == load_conversations(str(path)) == EXPECTED
     places = [f"{name} line {n}" for n in (1, 2, 3)] if name == "a.jsonl" else [f"{name} row {n}" for n in range(3)]
     assert dataset["origin"][:] == places
 
 
 def test_both_containers_of_arrow(tmp_path):
     path = write(tmp_path / "a.arrow", ROWS, kind="file with a footer")
-    assert load_conversations(path)["messages"][:] == EXPECTED
+    assert load_conversations(path) == EXPECTED
 
 
 @QUICK
@@ -75,21 +86,19 @@ def test_both_containers_of_arrow(tmp_path):
 def test_text_survives_every_kind_of_file(tmp_path, pairs):
     rows = [{"instruction": user, "output": answer} for user, answer in pairs]
     for suffix in (".json", ".jsonl", ".csv", ".parquet"):
-        assert load_conversations(write(tmp_path / f"a{suffix}", rows))["messages"][:] == [
-            talk(*pair) for pair in pairs
-        ]
+        assert load_conversations(write(tmp_path / f"a{suffix}", rows)) == [conversation(*pair) for pair in pairs]
 
 
 def test_text_that_looks_like_something_else_stays_text(tmp_path):
     rows = [{"instruction": "When?", "output": "2024-01-01"}, {"instruction": "1", "output": "NaN"}]
     for suffix in (".json", ".jsonl", ".csv"):
-        dataset = load_conversations(write(tmp_path / f"a{suffix}", rows))
-        assert [messages[-1]["content"] for messages in dataset["messages"]] == ["2024-01-01", "NaN"]
+        loaded = load_conversations(write(tmp_path / f"a{suffix}", rows))
+        assert [conversation["messages"][-1]["content"] for conversation in loaded] == ["2024-01-01", "NaN"]
 
 
 def test_conversations_from_parquet_ignore_other_keys(tmp_path):
     rows = [{"id": 1, "messages": [{**message, "tool_calls": None} for message in talk()]}]
-    assert load_conversations(write(tmp_path / "a.parquet", rows))["messages"][:] == [talk()]
+    assert load_conversations(write(tmp_path / "a.parquet", rows)) == [conversation()]
 
 
 def test_the_row_format_is_logged(tmp_path, caplog):
@@ -119,9 +128,9 @@ def test_what_nothing_reads_is_counted_by_name(kind, tmp_path, caplog):
     """A key is counted once a row, a null not at all; the first row does not decide. A second call reads the cache."""
     rows = [
         chat_row(),
-        *(chat_row(number, weight=0) for number in range(12)),
-        chat_row(reasoning_content="Hm.", weight=None),
-        {"messages": [{**message, "tool_calls": "f()"} for message in chat_row()["messages"]]},
+        *(chat_row(number, index=0) for number in range(12)),
+        chat_row(refusal="Hm.", index=None),
+        {"messages": [{**message, "score": "1"} for message in chat_row()["messages"]]},
     ]
     source: Any = rows
     if kind in ("dataset", "shuffled"):
@@ -133,25 +142,26 @@ def test_what_nothing_reads_is_counted_by_name(kind, tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.INFO, "sft_pipeline"):
-            dataset = load_conversations(source, name="rows")
-        assert dataset.column_names == ["messages", "origin"] and len(dataset) == 15
+            dataset, numbers = load_source(source, name="rows")
+        assert dataset.column_names == ["conversation", "origin"] and len(dataset) == 15
         [account, unread] = caplog.messages
         assert account == "rows: 15 rows, read as messages (messages)"
         counts = unread.removeprefix("rows: not read: ").split(", ")
-        assert sorted(counts[:2]) == ["id in 12 rows", "messages[].weight in 12 rows"]
-        assert sorted(counts[2:]) == ["messages[].reasoning_content in 1 row", "messages[].tool_calls in 1 row"]
+        assert sorted(counts[:2]) == ["id in 12 rows", "messages[].index in 12 rows"]
+        assert sorted(counts[2:]) == ["messages[].refusal in 1 row", "messages[].score in 1 row"]
+        assert numbers == {"id": 12, "messages[].index": 12, "messages[].refusal": 1, "messages[].score": 1}
 
 
 def test_unread_keys_of_the_other_formats(tmp_path, caplog):
-    turns = [{"from": "human", "value": "Hi", "weight": 1}, {"from": "gpt", "value": "Yes?"}]
+    turns = [{"from": "human", "value": "Hi", "score": 1}, {"from": "gpt", "value": "Yes?"}]
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        load_conversations([{"conversations": turns, "system": "", "tools": "[]"}], name="a")
+        load_conversations([{"conversations": turns, "system": "", "functions": "[]"}], name="a")
         load_conversations([{**row, 7: "x"} for row in UNREAD_ROWS], name="b")
         bad = [{"prompt": "Hi", "completion": " ", "score": 2}, 3]
         load_conversations([*UNREAD_ROWS[:1], *bad], name="c", skip_bad_rows=True)
         load_conversations(UNREAD_ROWS[:1], name="d")
     assert [line for line in caplog.messages if "not read" in line or line.startswith("d")] == [
-        "a: not read: tools in 1 row, conversations[].weight in 1 row",
+        "a: not read: functions in 1 row, conversations[].score in 1 row",
         "b: not read: 7 in 2 rows, prompt[].name in 1 row",
         "c: not read: score in 1 row",
         "d: 1 rows, read as prompt-completion (prompt, completion)",
@@ -169,67 +179,75 @@ def test_names_that_nothing_reads_are_one_short_line(tmp_path, caplog):
 def test_lines_of_json_under_the_name_json_and_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
-    dataset = load_conversations(path)
-    assert dataset["messages"][:] == EXPECTED
+    dataset, _ = load_source(path)
+    assert parse(dataset) == EXPECTED
     assert dataset["origin"][:] == ["a.json line 1", "a.json line 3", "a.json line 5"]
 
 
 def test_an_unchanged_file_is_converted_once(tmp_path):
     path = write(tmp_path / "a.json", ROWS)
-    first = load_conversations(path)
+    first, _ = load_source(path)
     path.touch()
-    assert load_conversations(path).cache_files == first.cache_files
-    assert load_conversations(path)._fingerprint == first._fingerprint
+    assert load_source(path)[0].cache_files == first.cache_files
+    assert load_source(path)[0]._fingerprint == first._fingerprint
     write(path, ROWS[:2])
-    assert load_conversations(path)["messages"][:] == EXPECTED[:2]
+    assert load_conversations(path) == EXPECTED[:2]
 
 
 GOOD = '{"instruction": "Hi", "output": "Hello"}\n'
-KEY = "4adc440e83f727f388dd2e490c22ed57-alpaca-2"
+KEY = "4adc440e83f727f388dd2e490c22ed57-alpaca-3"
 
 
 # The number of the row format in the cache keys
 
 
+CALL = '{"name": "f", "arguments": {"a": "42", "b": null}}'
+PLAIN = '{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}]}'
+WITH_SYSTEM = PLAIN.replace("[", '[{"role":"system","content":"S"},')
+CALLED = (
+    '{"role":"assistant","content":"","tool_calls":[{"type":"function","function":{"name":"f",'
+    '"arguments":{"a":"42","b":null}}}]}'
+)
+# The rows of each format, and the JSON text that they become.
 FIXED_ROWS = {
     "alpaca": (
         [
-            {"instruction": "Name a colour.", "input": "", "output": "Blue."},
-            {"instruction": "Add.", "input": "1 + 1", "output": " 2\n", "system": "S", "history": [["Hi", "Yes?"]]},
+            {"instruction": "Hi", "input": "", "output": "Hello"},
+            {"instruction": "Add.", "input": "1 + 1", "output": " 2\n", "system": "S", "history": [["Hi", "Hello"]]},
             {"instruction": "Hi", "output": " "},
         ],
         [
-            [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}],
-            [
-                {"role": "system", "content": "S"},
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Yes?"},
-                {"role": "user", "content": "Add.\n1 + 1"},
-                {"role": "assistant", "content": " 2\n"},
-            ],
+            PLAIN,
+            WITH_SYSTEM.replace(
+                "]", ',{"role":"user","content":"Add.\\n1 + 1"},{"role":"assistant","content":" 2\\n"}]'
+            ),
             None,
         ],
     ),
     "messages": (
         [
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é", "name": "x"}]},
+            {"messages": talk(system="S"), "id": 7},
             {
                 "messages": [
-                    {"role": "system", "content": "S"},
-                    {"role": "user", "content": "Hi"},
-                    {"role": "assistant", "content": "Hello"},
+                    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                    {"role": "assistant", "content": None, "thinking": "Hm.", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "", "name": "f", "tool_call_id": "c"},
+                    {"role": "assistant", "content": "Hello", "weight": 0},
                 ],
-                "id": 7,
+                "tools": '[{"name": "f"}]',
+                "chat_template_kwargs": {"x": None},
             },
             {"messages": [{"role": "user", "content": "Hi"}]},
         ],
         [
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}],
-            [
-                {"role": "system", "content": "S"},
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Hello"},
-            ],
+            PLAIN.replace("Hello", "é"),
+            WITH_SYSTEM,
+            '{"messages":[{"role":"user","content":"Hi"},'
+            + CALLED.replace('"",', '"","reasoning_content":"Hm.",')
+            + ',{"role":"tool","content":"","tool_call_id":"c","name":"f"},'
+            '{"role":"assistant","content":"Hello","train":false}],'
+            '"tools":[{"type":"function","function":{"name":"f"}}],"chat_template_kwargs":{"x":null}}',
             None,
         ],
     ),
@@ -237,42 +255,38 @@ FIXED_ROWS = {
         [
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "S"},
             {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}], "system": ""},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": CALL}]},
             {"conversations": [{"from": "bot", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": ""},
         ],
-        [
-            [
-                {"role": "system", "content": "S"},
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Hello"},
-            ],
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-            None,
-        ],
+        [WITH_SYSTEM, PLAIN, '{"messages":[{"role":"user","content":"Hi"},' + CALLED + "]}", None],
     ),
     "prompt-completion": (
         [
             {"prompt": "Hi", "completion": " Hello"},
             {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
+            {"prompt": talk(), "completion": talk()},
             {"prompt": "Hi", "completion": [{"role": "assistant", "content": "Hello"}]},
         ],
         [
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello"}],
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            PLAIN.replace("Hello", " Hello"),
+            PLAIN,
+            PLAIN.replace("}]}", ',"train":false}' + PLAIN.removeprefix('{"messages":[').join([",", ""])),
             None,
         ],
     ),
+    "text": ([{"text": " Once\n"}, {"text": " "}], ['{"text":" Once\\n"}', None]),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_converted_messages_of_this_rows_format(tmp_path, name):
+def test_converted_rows_of_this_rows_format(tmp_path, name):
     rows, expected = FIXED_ROWS[name]
-    dataset = load_conversations(write(tmp_path / "a.jsonl", rows), skip_bad_rows=True)
-    messages = dict(zip(dataset["origin"], dataset["messages"]))
-    converted = [messages.get(f"a.jsonl line {number}") for number in range(1, len(rows) + 1)]
+    dataset, _ = load_source(write(tmp_path / "a.jsonl", rows), skip_bad_rows=True)
+    texts = dict(zip(dataset["origin"], dataset["conversation"]))
+    converted = [texts.get(f"a.jsonl line {number}") for number in range(1, len(rows) + 1)]
     assert detect_format(rows[0]).name == name
-    assert (sources.ROWS_FORMAT, converted) == (2, expected), (
-        "the same file gives other messages or other bad rows: if that is intended, raise ROWS_FORMAT in "
+    assert (sources.ROWS_FORMAT, converted) == (3, expected), (
+        "the same file gives other conversations or other bad rows: if that is intended, raise ROWS_FORMAT in "
         "sft_pipeline/data/sources.py, or rows cached by earlier versions are used, and update this test"
     )
 
@@ -290,11 +304,111 @@ def test_the_cache_key_depends_on_content_row_format_and_number_alone(tmp_path, 
     assert sources._build_cache_key(path, FORMATS["messages"]) == KEY.replace("alpaca", "messages")
     copy.write_text(GOOD * 2)
     assert sources._build_cache_key(copy, alpaca) not in (KEY, KEY.replace("alpaca", "messages"))
-    first = load_conversations(path)
-    assert load_conversations(path).cache_files == first.cache_files
-    monkeypatch.setattr(sources, "ROWS_FORMAT", 3)
-    assert sources._build_cache_key(path, alpaca) == KEY.removesuffix("2") + "3"
-    assert load_conversations(path).cache_files != first.cache_files
+    first, _ = load_source(path)
+    assert load_source(path)[0].cache_files == first.cache_files
+    monkeypatch.setattr(sources, "ROWS_FORMAT", 4)
+    assert sources._build_cache_key(path, alpaca) == KEY.removesuffix("3") + "4"
+    assert load_source(path)[0].cache_files != first.cache_files
+
+
+# Values stay what they are
+
+
+def tool_rows() -> list[dict[str, Any]]:
+    """Rows of different tools and calls: texts that look like numbers, nulls, and keys that only one row has."""
+    rows = []
+    for name, arguments in (
+        ("find", {"code": "42", "unit": None, "depth": 3}),
+        ("add", {"values": [1, 2.5], "exact": True}),
+        ("now", {}),
+        ("write", {"text": "null", "at": {"line": "07", "column": None}}),
+    ):
+        properties = {key: {"type": "string"} for key in arguments}
+        tool = {"name": name, "strict": None, "parameters": {"type": "object", "properties": properties}}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [{"role": "user", "content": "Hi"}, answer, {"role": "tool", "content": "42"}]
+        messages.append({"role": "assistant", "content": "Yes?"})
+        rows.append({"messages": messages, "tools": [{"type": "function", "function": tool}]})
+    return rows
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def with_json_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose arguments and tools are JSON text, as files with one type a column have them."""
+    row = json.loads(json.dumps(row))
+    function = row["messages"][1]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"])
+    return {**row, "tools": json.dumps(row["tools"])}
+
+
+@pytest.mark.parametrize("kind", ["a.json", "a.jsonl", "list"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_values_of_tools_from_json_stay(tmp_path, caplog, kind, as_text):
+    rows = [with_json_text(row) for row in tool_rows()] if as_text else tool_rows()
+    with caplog.at_level(logging.INFO, "sft_pipeline"):
+        loaded = load_conversations(rows if kind == "list" else write(tmp_path / kind, rows))
+    assert json.dumps(loaded) == json.dumps(tool_rows())  # 1 and 1.0 and True differ too
+    assert "not read" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.arrow", "dataset"])
+def test_values_of_tools_as_json_text_in_columns_stay(tmp_path, kind):
+    rows = [with_json_text(row) for row in tool_rows()]
+    source: Any = Dataset.from_list(rows) if kind == "dataset" else write(tmp_path / kind, rows)
+    assert json.dumps(load_conversations(source)) == json.dumps(tool_rows())
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.arrow", "dataset"])
+def test_values_of_tools_in_structs_stay_but_for_nulls(tmp_path, caplog, kind):
+    """Arrow gives the arguments of one tool to all, as nulls; these are dropped, and the log names them."""
+    rows = tool_rows()
+    table = pa.Table.from_pylist(rows)
+    assert table.to_pylist()[2]["messages"][1]["tool_calls"][0]["function"]["arguments"]["code"] is None
+    if kind == "dataset":
+        source: Any = Dataset(table)
+    else:
+        source = tmp_path / kind
+        if kind == "a.parquet":
+            pa.parquet.write_table(table, source)
+        else:
+            with pa.ipc.new_stream(str(source), table.schema) as writer:
+                writer.write_table(table)
+    with caplog.at_level(logging.INFO, "sft_pipeline"):
+        loaded = load_conversations(source, name="rows")
+    # The order of the keys is that of the columns.
+    expected = without_nulls(rows)
+    assert loaded == expected and loaded[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]["exact"] is True
+    counts = "nulls in messages[].tool_calls[].arguments in 4 rows, nulls in tools in 4 rows"
+    assert caplog.messages == [
+        "rows: 4 rows, read as messages (messages, tools)",
+        f"rows: not read: {counts}",
+    ]
+
+
+def test_values_of_tools_in_the_library_s_json_columns_stay():
+    """`Dataset.from_list` keeps objects of different types as the library's own JSON."""
+    assert load_conversations(Dataset.from_list(tool_rows())) == without_nulls(tool_rows())
+
+
+def test_a_csv_file_with_tools_as_json_text(tmp_path):
+    tools, kwargs = tool_rows()[0]["tools"], {"x": None, "y": "42"}
+    row = {
+        "prompt": "Hi",
+        "completion": "Hello",
+        "tools": json.dumps(tools),
+        "chat_template_kwargs": json.dumps(kwargs),
+    }
+    rows = [row, {**row, "tools": "", "chat_template_kwargs": ""}]
+    assert load_conversations(write(tmp_path / "a.csv", rows)) == [
+        {"messages": talk(), "tools": tools, "chat_template_kwargs": kwargs},
+        {"messages": talk()},
+    ]
 
 
 # Files that cannot be read
@@ -361,8 +475,8 @@ def test_bad_rows_are_refused_with_their_number_or_skipped_and_counted(tmp_path,
     path = write(tmp_path / "a.json", [ROWS[0], empty, ROWS[1], empty])
     fails(lambda: load_conversations(path), "a.json row 1: no answer", "(1 more bad rows)", "skip_bad_rows")
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        dataset = load_conversations(path, skip_bad_rows=True)
-    assert dataset["messages"][:] == EXPECTED[:2] and dataset["origin"][:] == ["a.json row 0", "a.json row 2"]
+        dataset, _ = load_source(path, skip_bad_rows=True)
+    assert parse(dataset) == EXPECTED[:2] and dataset["origin"][:] == ["a.json row 0", "a.json row 2"]
     assert "skipped 2 of 4 rows as bad; first error: a.json row 1: no answer" in caplog.messages[0]
     assert "2 rows" in caplog.messages[1]
     write(path, [empty])
@@ -384,9 +498,9 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path, caplog):
     (folder / "README.md").write_text("not data")
     (folder / ".hidden.json").write_text("not read")
     with caplog.at_level(logging.INFO, "sft_pipeline"):
-        dataset = load_conversations(folder)
+        dataset, _ = load_source(folder)
     assert dataset["origin"][:] == ["rows/a.jsonl line 1", "rows/a.jsonl line 2", "rows/b.json row 0"]
-    assert dataset["messages"][:] == EXPECTED[1:] + EXPECTED[:1]
+    assert parse(dataset) == EXPECTED[1:] + EXPECTED[:1]
     assert "3 rows, 2 files, read as alpaca" in caplog.text
 
 
@@ -402,12 +516,12 @@ def test_saved_data_sets(tmp_path):
     saved.save_to_disk(tmp_path / "one")
     (tmp_path / "one" / "cache-1.arrow").write_bytes(b"what a map left there")
     files = sorted((tmp_path / "one").iterdir())
-    dataset = load_conversations(tmp_path / "one")
-    assert dataset["messages"][:] == EXPECTED
+    dataset, _ = load_source(tmp_path / "one")
+    assert parse(dataset) == EXPECTED
     assert dataset["origin"][0] == "one/data-00000-of-00001.arrow row 0"
     assert sorted((tmp_path / "one").iterdir()) == files
     datasets.DatasetDict(train=saved, test=saved.select([2])).save_to_disk(tmp_path / "two")
-    assert load_conversations(tmp_path / "two", split="test")["messages"][:] == EXPECTED[2:]
+    assert load_conversations(tmp_path / "two", split="test") == EXPECTED[2:]
     fails(lambda: load_conversations(tmp_path / "two", split="dev"), "no split 'dev'", "test, train")
 
 
@@ -456,10 +570,10 @@ def test_a_hub_name_with_a_hub(monkeypatch):
         return Dataset.from_list([{**row, "text": "x"} for row in [*ROWS, {"instruction": "Hi", "output": ""}]])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    dataset = load_conversations("someone/rows", split="train[:4]", skip_bad_rows=True)
+    dataset, _ = load_source("someone/rows", split="train[:4]", skip_bad_rows=True)
     assert asked == [("someone/rows", "train[:4]")]
-    assert dataset.column_names == ["messages", "origin"] and dataset.format["type"] is None
-    assert dataset["messages"][:] == EXPECTED
+    assert dataset.column_names == ["conversation", "origin"] and dataset.format["type"] is None
+    assert parse(dataset) == EXPECTED
     assert dataset["origin"][2] == "someone/rows row 2"
     fails(lambda: load_conversations("someone/rows"), "someone/rows row 3: no answer")
 

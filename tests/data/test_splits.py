@@ -13,28 +13,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.source_rows import QUICK, fails, talk
 
+from sft_pipeline.data.messages import format_conversation, parse_conversation
 from sft_pipeline.data.splits import drop_overlap, hash_row, hash_rows, mix_datasets, split_held_out
 from sft_pipeline.utils.errors import SFTError
 
 
-def table(conversations):
-    return Dataset.from_dict({"messages": conversations, "origin": [f"row {n}" for n in range(len(conversations))]})
+def hash_talk(*args, **keys):
+    return hash_row({"messages": talk(*args, **keys)})
+
+
+def table(rows):
+    """A dataset of the messages of each row."""
+    texts = [format_conversation({"messages": messages}) for messages in rows]
+    return Dataset.from_dict({"conversation": texts, "origin": [f"row {n}" for n in range(len(rows))]})
 
 
 def test_row_hash_is_pinned_and_counts_role_order_and_text():
+    """The hash of a row without tools and reasoning is that of earlier releases: the same rows stay held out."""
     reference = hashlib.blake2b(b'[["user", "Hi"], ["assistant", "\\u00e9"]]', digest_size=8).digest()
-    assert hash_row(talk(answer="é")) == int.from_bytes(reference, "big") == 794376867648640232
+    assert hash_talk(answer="é") == int.from_bytes(reference, "big") == 794376867648640232
     different = [talk(), talk("Hi "), talk("Hello", "Hi"), talk(system="Hi"), talk()[:1], talk() * 2, talk()[::-1]]
-    assert len({hash_row(messages) for messages in different}) == len(different)
-    assert hash_row(talk(), "mix") != hash_row(talk())
-    assert hash_row([{**message, "extra": 1} for message in talk()]) == hash_row(talk())
+    assert len({hash_row({"messages": messages}) for messages in different}) == len(different)
+    assert hash_row({"messages": talk()}, "mix") != hash_talk()
+
+
+def test_row_hash_counts_what_the_model_reads():
+    """Tools, calls and reasoning count; which answers are trained, and the template's arguments, do not."""
+    user, answer = talk()
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "42"}}}
+    number = {"type": "function", "function": {"name": "f", "arguments": {"a": 42}}}
+    rows = [
+        {"messages": [user, answer]},
+        {"messages": [user, answer], "tools": [call]},
+        {"messages": [user, {**answer, "reasoning_content": "Hm."}]},
+        {"messages": [user, {**answer, "tool_calls": [call]}]},
+        {"messages": [user, {**answer, "tool_calls": [number]}]},
+        {"messages": [user, {"role": "tool", "content": "x"}, answer]},
+        {"messages": [user, {"role": "tool", "content": "x", "name": "f"}, answer]},
+        {"text": "Hi"},
+        {"text": "Hello"},
+    ]
+    assert len({hash_row(row) for row in rows}) == len(rows)
+    untrained = {"messages": [user, {**answer, "train": False}], "chat_template_kwargs": {"x": 1}}
+    assert hash_row(untrained) == hash_row(rows[0])
 
 
 def test_row_hash_is_the_same_in_another_process():
-    code = "from sft_pipeline.data.splits import hash_row; print(hash_row([{'role': 'user', 'content': '冬瓜'}]))"
+    row = {"messages": [{"role": "user", "content": "冬瓜"}], "tools": [{"b": 1, "a": None}]}
+    code = f"from sft_pipeline.data.splits import hash_row; print(hash_row({row!r}))"
     here = Path(__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
-    assert int(run.stdout) == hash_row([{"role": "user", "content": "冬瓜"}])
+    assert int(run.stdout) == hash_row(row)
 
 
 def numbered(rows):
@@ -42,11 +71,11 @@ def numbered(rows):
 
 
 def users(dataset):
-    return [messages[0]["content"] for messages in dataset["messages"]]
+    return [parse_conversation(text)["messages"][0]["content"] for text in dataset["conversation"]]
 
 
 def test_row_hashes_are_the_hash_of_each_row():
-    assert hash_rows(table(numbered(range(50)))).tolist() == [hash_row(talk(str(number))) for number in range(50)]
+    assert hash_rows(table(numbered(range(50)))).tolist() == [hash_talk(str(number)) for number in range(50)]
 
 
 @QUICK
@@ -72,7 +101,7 @@ def test_a_count_and_a_share_hold_out_what_they_say():
     dataset = table(numbered(range(2000)))
     train, held_out = split_held_out(dataset, 20)
     assert (len(train), len(held_out)) == (1980, 20)
-    by_hash = sorted(range(2000), key=lambda number: hash_row(talk(str(number))))
+    by_hash = sorted(range(2000), key=lambda number: hash_talk(str(number)))
     assert sorted(users(held_out)) == sorted(str(number) for number in by_hash[:20])
     train, held_out = split_held_out(dataset, 0.1)
     assert 150 < len(held_out) < 250 and len(train) + len(held_out) == 2000
@@ -83,7 +112,7 @@ def test_a_count_and_a_share_hold_out_what_they_say():
 
 
 def test_a_count_takes_all_copies():
-    first = min(range(10), key=lambda number: hash_row(talk(str(number))))
+    first = min(range(10), key=lambda number: hash_talk(str(number)))
     train, held_out = split_held_out(table(numbered(list(range(10)) + [first] * 3)), 1)
     assert users(held_out) == [str(first)] * 4 and len(train) == 9
 

@@ -42,7 +42,9 @@ def build_conversations(count, with_reasoning=False, with_tools=False):
             reasoning = {"reasoning_content": f"They ask: {question}"} if with_reasoning and turn != 1 else {}
             if with_tools and turn % 2 == 0:
                 call = {"name": "get_weather", "arguments": {"city": f"Köln {number}", "days": turn}}
-                messages.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
+                messages.append(
+                    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+                )
                 messages[-1] |= reasoning
                 messages.append({"role": "tool", "content": f"{number} °C", "name": "get_weather"})
             messages.append({"role": "assistant", "content": answer, **reasoning})

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from support.tiny import CONTROL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from sft_pipeline.data.messages import Conversation, replace_messages
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,22 +28,43 @@ BOTH = pytest.mark.parametrize("name", ["role", "chat"])
 QUICK = settings(deadline=None, max_examples=60)
 
 
-def build_conversation(texts: list[str], system: str | None = None) -> list[dict[str, str]]:
-    """Build user, assistant, user, ... messages from texts, after a system message if there is one."""
+def build_conversation(texts: list[str], system: str | None = None, **keys: Any) -> Conversation:
+    """Build user, assistant, user, ... messages from texts, after a system message if there is one.
+
+    keys: of the conversation, such as tools.
+    """
     turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
-    return ([{"role": "system", "content": system}] if system is not None else []) + turns
+    start = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*start, *turns], **keys}
 
 
-def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, str]]]:
+def cut_conversation(conversation: Conversation, end: int) -> Conversation:
+    """Return the conversation with its messages before `end`."""
+    return replace_messages(conversation, conversation["messages"][:end])
+
+
+def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[Conversation]:
     """One to three exchanges, with a system message or none."""
     texts = st.integers(1, 3).flatmap(lambda exchanges: st.lists(text, min_size=2 * exchanges, max_size=2 * exchanges))
     return st.builds(build_conversation, texts, st.none() | text)
 
 
-def render_row(template, messages, train_on="all") -> tuple[list[int], list[bool]]:
-    """Return the training ids of a conversation and whether each is supervised."""
-    [spans] = template.render([messages], train_on)
-    return [i for span in spans for i in span.ids], [span.supervised for span in spans for _ in span.ids]
+def render_sequences(template, conversation, train_on="all") -> list[tuple[list[int], list[bool]]]:
+    """Return of each training sequence of a conversation the ids and whether each is supervised."""
+    [sequences] = template.render([conversation], train_on)
+    return [
+        (
+            [i for span in sequence.spans for i in span.ids],
+            [span.supervised for span in sequence.spans for _ in span.ids],
+        )
+        for sequence in sequences
+    ]
+
+
+def render_row(template, conversation, train_on="all") -> tuple[list[int], list[bool]]:
+    """Return the ids of the only training sequence of a conversation, and whether each is supervised."""
+    [sequence] = render_sequences(template, conversation, train_on)
+    return sequence
 
 
 def build_bare_tokenizer(**special: str) -> PreTrainedTokenizerFast:

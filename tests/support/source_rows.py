@@ -1,4 +1,4 @@
-"""Rows of sources: Alpaca rows with their messages, a conversation, texts, and checks of the errors."""
+"""Rows of sources: Alpaca rows with their conversations, messages, texts, and checks of the errors."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,9 +13,8 @@ ROWS = [
     {"instruction": "2 + 2?", "input": "", "output": "4"},
 ]
 EXPECTED = [
-    [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}],
-    [{"role": "user", "content": "Translate to German.\ncat"}, {"role": "assistant", "content": "Katze."}],
-    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in (("Name a colour.", "Blue."), ("Translate to German.\ncat", "Katze."), ("2 + 2?", "4"))
 ]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
 
