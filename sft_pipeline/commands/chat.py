@@ -60,8 +60,7 @@ def chat(
 def load_tools(file: Path) -> list[dict[str, Any]]:
     """Load tools from a JSON file with a list of them, or with one a line. Raises SFTError naming the file."""
     try:
-        text = file.expanduser().read_text(encoding="utf-8-sig")
-        return convert_tools(_parse_tools(text))
+        return convert_tools(_parse_tools(file.expanduser().read_text(encoding="utf-8-sig")))
     except UnicodeDecodeError as error:
         raise SFTError(f"tools {file}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except OSError as error:
@@ -72,7 +71,7 @@ def load_tools(file: Path) -> list[dict[str, Any]]:
 
 def _parse_tools(text: str) -> Any:
     """Parse a JSON value; if it is none, return the lines, each of which is to be the JSON text of a tool."""
-    if not text.strip():
+    if text.strip() in ("", "[]"):
         raise SFTError("no tools in it; write a JSON list of tools, or one a line")
     try:
         return json.loads(text)

@@ -367,7 +367,8 @@ def _get_text(row: SourceRow, column: str) -> str:
 
 def _is_blank(message: Message) -> bool:
     content = message["content"]
-    return isinstance(content, str) and not content.strip() and not message.get("tool_calls")
+    is_empty = content is None or (isinstance(content, str) and not content.strip())
+    return is_empty and not message.get("tool_calls")
 
 
 def _check_messages(messages: list[Message]) -> None:

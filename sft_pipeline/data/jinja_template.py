@@ -263,7 +263,10 @@ class ChatTemplate(Template):
     # What is written
 
     def _check_context(self, messages: list[Message], start: int, end: int, prompt: str, tools: Any) -> None:
-        """Raise SFTError if the prompt lacks a message from `start` to `end` that is no answer, or a tool."""
+        """Raise SFTError if the prompt lacks a message or the tool calls of an answer from `start` to `end`, or a tool.
+
+        The content and the reasoning of earlier answers may be left out.
+        """
         for index in range(start, end):
             role, content = messages[index]["role"], messages[index]["content"]
             if role == "tool" and not self.features.writes_tool_results:
@@ -272,6 +275,9 @@ class ChatTemplate(Template):
                 raise SFTError(
                     f"messages[{index}]: the chat template does not write this {role} message; {OTHER_TEMPLATE}"
                 )
+            calls = [call["function"]["name"] for call in messages[index].get("tool_calls", ())]
+            if not all(_is_written(name, prompt) for name in calls):
+                raise SFTError(f"messages[{index}]: the chat template does not write its tool calls; {OTHER_TEMPLATE}")
         for tool in tools if tools and start == 0 else ():
             if not _is_written(tool["function"]["name"], prompt):
                 name = self._restore_spellings(tool["function"]["name"])

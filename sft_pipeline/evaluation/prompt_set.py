@@ -67,9 +67,10 @@ def select_prompts(conversations: list[Conversation], num_prompts: int, few_shot
     candidates = [exchange for index, exchange in exchanges.items() if index not in indices]
     examples = [exchange for exchange in candidates if exchange[0]["content"] not in questions][:few_shot]
     if not prompts or len(examples) < few_shot:
+        plain = f" ({len(exchanges)} without tools)" if len(exchanges) < len(rows) else ""
         raise SFTError(
-            f"few_shot {few_shot}: the data has {len(rows)} different rows, {len(exchanges)} of them without tools, "
-            "too few for prompts besides the examples; use fewer examples"
+            f"few_shot {few_shot}: the data has {len(rows)} different rows{plain}, too few for prompts besides the "
+            "examples; use fewer examples"
         )
     return PromptSet(prompts, examples)
 
@@ -81,7 +82,9 @@ def get_first_exchange(row: Conversation) -> list[Message] | None:
     """
     messages = row["messages"]
     question, answer = ([*messages[messages[0]["role"] in SYSTEM_ROLES :], None, None])[:2]
-    if row.get("tools") or not question or not answer or (question["role"], answer["role"]) != ("user", "assistant"):
+    if not question or not answer or (question["role"], answer["role"]) != ("user", "assistant"):
+        return None
+    if row.get("tools") or answer.get("tool_calls"):
         return None
     return [{"role": message["role"], "content": message["content"]} for message in (question, answer)]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -241,7 +241,7 @@ class AnswerBudget:
 
 
 def build_questions(
-    held_out: Sequence[Conversation], num_answers: int, num_instructions: int, system_prompt: str | None
+    held_out: Iterable[Conversation], num_answers: int, num_instructions: int, system_prompt: str | None
 ) -> list[EvalPrompt]:
     """Return the first `num_answers` held-out conversations that are no texts, then `num_instructions` verifiable
     instructions."""

@@ -6,6 +6,17 @@ import logging
 import datasets
 import pytest
 from rich.console import Console
+from support.agent import (
+    CALL,
+    CONVERSATIONS,
+    OSLO,
+    TOOLS,
+    assistant,
+    save_agent,
+    script_answers,
+    write_call,
+    write_rows,
+)
 from support.model_comparison import ROWS, SYSTEM, plain_losses
 
 from sft_pipeline.cli import main
@@ -16,6 +27,7 @@ from sft_pipeline.commands.evaluate import (
     load_prompt_set,
     run_model,
 )
+from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.evaluation import plots
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.utils.errors import SFTError
@@ -67,7 +79,7 @@ def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_
     plain = EvaluateOptions(data, num_prompts=2, max_new_tokens=2, template="role", system_prompt=SYSTEM)
     questions = load_prompt_set(plain)
     [results] = run_model(str(model_folder), "x", questions, plain)
-    conversations = [[{"role": "system", "content": SYSTEM}, *row] for row in questions.rows]
+    conversations = [add_system_prompt(row, SYSTEM) for row in questions.rows]
     expected = plain_losses(model_folder, conversations, "role")
     assert [loss.nll_nats for loss in results.losses] == pytest.approx([nll for nll, _, _ in expected], rel=1e-4)
     by_run = [
@@ -80,11 +92,49 @@ def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp
     keys = {"model_name_or_path": str(model_folder), "train_data": [data], "held_out": 3}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
     held = load_eval_conversations(str(tmp_path))
-    assert len(held) == 3 and {messages[0]["content"] for messages in held} < {row["instruction"] for row in ROWS}
+    questions = {conversation["messages"][0]["content"] for conversation in held}
+    assert len(held) == 3 and questions < {row["instruction"] for row in ROWS}
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
     message = f"^{tmp_path}: this run has no held-out rows; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):
         load_eval_conversations(str(tmp_path))
+
+
+def test_prompts_with_tools(model_folder, tokenizer, tmp_path, monkeypatch, capsys, caplog):
+    """A call of the reference is compared as a call; its row counts in no overlap of texts. Texts are not asked."""
+    folder = str(save_agent(model_folder, tmp_path / "agent"))
+    data = write_rows(tmp_path / "rows.jsonl", CONVERSATIONS)
+    call = write_call("get_weather", '{"city": "Oslo"}')
+    texts = [f"<think>\nHm.\n</think>\n\n{call}", "Yes, 4 degrees.", "no"], [call[:-30], "Yes, 4 degrees.", "the text"]
+    instructions = ["x"] * 6
+    prompts = script_answers(monkeypatch, tokenizer, *texts[0], *instructions, *texts[1], *instructions)
+    with caplog.at_level("INFO", "sft_pipeline"):
+        main(["evaluate", folder, folder, "--data", data, "--output", str(tmp_path / "out"), "--json"])
+    first, second = json.loads(capsys.readouterr().out)["entries"]
+    assert [entry["metrics"]["tool_call_match_rate"] for entry in (first, second)] == [1, 0]
+    assert [entry["metrics"]["exact_match_rate"] for entry in (first, second)] == [0.5, 1]
+    assert "tool_call_match_rate" not in second["differences"] and "stop_rate" in second["differences"]  # of one row
+    assert [ids[: len(prompts[0])] for ids in prompts[:2]] == [prompts[0]] * 2 and len(prompts) == 18
+    assert "tool calls, %" in (tmp_path / "out" / "evaluation.md").read_text()
+    called, replied, plain, *_ = map(json.loads, (tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+    assert called["tools"] == replied["tools"] == TOOLS and "tools" not in plain
+    assert called["prompt"] == CALL["messages"][:-1] and called["reference"] == 'get_weather({"city": "Oslo"})'
+    assert [answer["calls_match"] for answer in called["answers"]] == [True, False]
+    assert called["answers"][0]["message"] == assistant("", OSLO, reasoning="Hm.")
+    assert called["answers"][0]["text"] == texts[0][0]
+
+
+def test_texts_have_no_prompt(model_folder, tmp_path, capsys):
+    """They are left out of mixed rows: held-out rows of a run may be both."""
+    data = write_rows(tmp_path / "texts.jsonl", [{"text": "Once"}, {"text": "upon"}])
+    assert refusal(capsys, str(model_folder), "--data", data) == (
+        f"{data}: its rows are texts without a prompt to answer; give rows of messages"
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", CONVERSATIONS)
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "a time"}])
+    keys = {"model_name_or_path": str(model_folder), "train_data": [train], "eval_data": [data, rows]}
+    (tmp_path / "run.yaml").write_text(json.dumps(keys))
+    assert load_prompt_set(EvaluateOptions(str(tmp_path))).rows == CONVERSATIONS
 
 
 def refusal(capsys, *words: str) -> str:

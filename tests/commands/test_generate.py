@@ -8,13 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.agent import (
+    CALL,
+    OSLO,
+    PLAIN,
+    REPLY,
+    TOOLS,
+    assistant,
+    save_agent,
+    script_answers,
+    write_call,
+    write_rows,
+)
 from support.answer_files import DRAWN, LINES, are_same, errors_of, partial_of, rows_of
 from support.processes import Command
+from transformers import AutoTokenizer
 
 from sft_pipeline import cli
 from sft_pipeline.commands import generate as generate_module
 from sft_pipeline.commands.generate import GenerateOptions, compute_row_seed, generate_file
 from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import split_answer
 from sft_pipeline.data.prompts import Prompt
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.inference.answers import Answer, answer_prompts
@@ -33,11 +47,12 @@ def test_greedy_answers_are_those_of_the_evaluation(model_folder, tmp_path, toke
     )
     assert generate_file(request) == 0
     model, template = load_model(str(model_folder)), build_template("chat", tokenizer)
-    conversations = [[{"role": "user", "content": line}] for line in LINES]
+    conversations = [{"messages": [{"role": "user", "content": line}]} for line in LINES]
     expected = answer_prompts(model, template, conversations, 8, batch_size=1)
     rows = rows_of(output)
     assert [row["messages"] for row in rows] == [
-        [*messages, {"role": "assistant", "content": answer.text}] for messages, answer in zip(conversations, expected)
+        [*conversation["messages"], {"role": "assistant", "content": answer.text}]
+        for conversation, answer in zip(conversations, expected)
     ]
     assert [row["tokens"] for row in rows] == [answer.tokens for answer in expected]
     assert [row["logprob"] for row in rows] == pytest.approx([answer.logprob for answer in expected], abs=1e-3)
@@ -50,11 +65,70 @@ def test_the_output_is_training_data_and_prompts(options, cache):
     assert generate_file(options) == 2
     rows = rows_of(options.output)
     read = load_conversations(str(options.output))
-    assert read["messages"] == [row["messages"] for row in rows] and len(read) == 16
+    assert read == [{"messages": row["messages"]} for row in rows] and len(read) == 16
     again = replace(options, prompts=str(options.output), output=options.output.with_name("again.jsonl"), samples=1)
     assert generate_file(again) == 0
-    assert [row["reference"] for row in rows_of(again.output)] == [row["messages"][-1]["content"] for row in rows]
+    assert [row["reference"] for row in rows_of(again.output)] == [row["messages"][-1] for row in rows]
     assert [row["messages"][:-1] for row in rows_of(again.output)] == [row["messages"][:-1] for row in rows]
+
+
+def test_answers_with_tools_are_training_data(model_folder, tokenizer, tmp_path, monkeypatch):
+    """Tools, template arguments, calls and reasoning are carried over; a call is no empty answer."""
+    folder = save_agent(model_folder, tmp_path / "agent")
+    kwargs = {"enable_thinking": True}
+    rows = [CALL, REPLY | {"chat_template_kwargs": kwargs}, PLAIN, PLAIN]
+    call = write_call("get_weather", '{"city": "Oslo"}')
+    texts = [f"<think>\nHm.\n</think>\n\n{call}", "4 degrees.", "<think>\nHm.\n</think>", ""]
+    prompts = script_answers(monkeypatch, tokenizer, *texts)
+    output = tmp_path / "answers.jsonl"
+    request = GenerateOptions(write_rows(tmp_path / "rows.jsonl", rows), str(folder), output, SamplingParams())
+    assert generate_file(request) == 2
+    called, replied = rows_of(output)
+    messages, called_message = CALL["messages"][:-1], assistant("", OSLO, reasoning="Hm.")
+    assert (called["messages"], called["tools"], called["reference"]) == (
+        [*messages, called_message],
+        TOOLS,
+        CALL["messages"][-1],
+    )
+    assert replied["messages"] == [*REPLY["messages"][:-1], assistant("4 degrees.")]
+    assert (replied["tools"], replied["chat_template_kwargs"]) == (
+        TOOLS,
+        kwargs,
+    ) and "chat_template_kwargs" not in called
+    template = build_template("chat", AutoTokenizer.from_pretrained(folder))
+    assert prompts[:2] == [template.encode_prompt(split_answer(row)[0]) for row in rows[:2]]
+    errors = [row["error"] for row in rows_of(errors_of(output))]
+    assert errors == [
+        f"the answer is empty: the model {what}" for what in ("wrote its reasoning alone", "stopped at once")
+    ]
+    # They are read as they were written, and their answers trained.
+    conversations = load_conversations(str(output))
+    assert conversations[0] == CALL | {"messages": [*messages, called_message]}
+    for [sequence], text in zip(template.render(conversations, "last"), texts):
+        ids = [token for span in sequence.spans if span.supervised for token in span.ids]
+        assert tokenizer.decode(ids) == f"{text}<|im_end|>"
+
+
+def test_a_template_without_tools_names_the_prompts(model_folder, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    data = write_rows(tmp_path / "rows.jsonl", [PLAIN, CALL, {"messages": REPLY["messages"]}, PLAIN])
+    sampling = SamplingParams(max_new_tokens=2)
+    assert generate_file(GenerateOptions(data, str(model_folder), output, sampling)) == 2
+    errors = {row["origin"]: row["error"] for row in rows_of(errors_of(output))}
+    assert errors["rows.jsonl line 2"].startswith("the chat template does not write tools; remove it from the row, or ")
+    assert errors["rows.jsonl line 3"].startswith("messages[2]: the chat template does not write its tool calls; ")
+
+
+def test_changed_tools_are_detected(options, model_folder, tmp_path, tokenizer, monkeypatch):
+    folder = str(save_agent(model_folder, tmp_path / "agent"))
+    request = replace(options, prompts=write_rows(tmp_path / "rows.jsonl", [CALL]), model=folder, samples=1)
+    script_answers(monkeypatch, tokenizer)  # none, so that the call ends after its settings are written
+    with pytest.raises(StopIteration):
+        generate_file(request)
+    for change in ({"tools": TOOLS[:1]}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        write_rows(tmp_path / "rows.jsonl", [CALL | change])
+        with pytest.raises(SFTError, match=r"was started with different settings \(prompts\);"):
+            generate_file(request)
 
 
 def test_samples_differ_and_keep_their_seeds(options, tokenizer):
@@ -65,9 +139,9 @@ def test_samples_differ_and_keep_their_seeds(options, tokenizer):
     ]  # fmt: skip
     assert len({row["messages"][-1]["content"] for row in rows}) == 16
     for index, sample in ((0, 1), (5, 0)):
-        ids = template.encode_prompt([{"role": "user", "content": LINES[index]}])
+        ids = template.encode_prompt({"messages": [{"role": "user", "content": LINES[index]}]})
         [alone] = generate(model, [ids], [template.stop_token_id], DRAWN, seeds=[compute_row_seed(3, (index, sample))])
-        assert rows[2 * index + sample]["messages"][-1]["content"] == template.parse(alone.ids)
+        assert rows[2 * index + sample]["messages"][-1] == template.parse(alone.ids)
     more = replace(options, samples=3, batch_size=5, output=options.output.with_name("three.jsonl"))
     generate_file(more)
     assert are_same([row for row in rows_of(more.output) if row["sample"] < 2], rows)
@@ -94,7 +168,8 @@ def test_the_system_prompt_is_used_and_written(options, model_folder, tmp_path, 
     folder.mkdir()
     for file in model_folder.iterdir():
         (folder / file.name).symlink_to(file)
-    (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": "Be brief."}))
+    settings = {"template": "role", "chat_template_kwargs": {}, "system_prompt": "Be brief."}
+    (folder / TEMPLATE_FILE).write_text(json.dumps(settings))
     row_with_system = {"messages": [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]}
     row_without = {"messages": row_with_system["messages"][1:]}
     (tmp_path / "own.jsonl").write_text(json.dumps(row_with_system) + "\n" + json.dumps(row_without))
@@ -141,12 +216,12 @@ def test_bad_prompts_have_their_errors_and_all_others_are_answered(model_folder,
 
 
 def test_an_empty_answer_and_a_template_that_rejects_a_prompt_are_errors(options, monkeypatch, tokenizer):
-    empty = generate_module._build_record(Prompt("a line 1", []), 0, Answer("", True, 0))
+    empty = generate_module._build_record(Prompt("a line 1", {"messages": []}), 0, Answer("", True, 0))
     assert empty["error"] == "the answer is empty: the model stopped at once" and "messages" not in empty
     template = build_template("chat", tokenizer)
     refused = SFTError("the chat template refuses it: no system role")
     monkeypatch.setattr(template, "encode_prompt", lambda messages: (_ for _ in ()).throw(refused))
-    prompt = Prompt("a line 1", [{"role": "user", "content": "Hi"}])
+    prompt = Prompt("a line 1", {"messages": [{"role": "user", "content": "Hi"}]})
     encoded = generate_module._encode_prompt(prompt, template, "Sing.")
     assert encoded.prompt.problem == "the chat template refuses it: no system role" and encoded.ids == []
 

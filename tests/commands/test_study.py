@@ -18,6 +18,7 @@ from sft_pipeline.commands import study as module
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model
 from sft_pipeline.commands.study import read_plan, run_study
 from sft_pipeline.config import parse_config
+from sft_pipeline.data.messages import format_conversation, parse_conversation
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.splits import select_rows
 from sft_pipeline.evaluation.comparison import compare_models
@@ -101,7 +102,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
 
     # The same as evaluating the folders.
     _, held = load_splits(read_plan(config, []).base)
-    questions = select_prompts(held["messages"], 3, 1)
+    questions = select_prompts([parse_conversation(text) for text in held["conversation"]], 3, 1)
     request = EvaluateOptions("x", 3, 4, 1, "role")
     paths = {"untrained": model_folder, "4 rows": out / "4_rows", "attention": out / "attention"}
     records = [record for name, path in paths.items() for record in run_model(str(path), name, questions, request)]
@@ -172,9 +173,11 @@ def test_the_projects_studies_are_read(name):
 
 
 def test_fewer_rows_are_among_more():
-    rows = Dataset.from_dict({"messages": [[{"role": "user", "content": str(n)}] for n in range(20)]})
+    conversations = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(20)]
+    rows = Dataset.from_dict({"conversation": list(map(format_conversation, conversations))})
     sets = [
-        [messages[0]["content"] for messages in select_rows(rows, count)["messages"]] for count in (1, 5, 12, 20, 99)
+        [parse_conversation(text)["messages"][0]["content"] for text in select_rows(rows, count)["conversation"]]
+        for count in (1, 5, 12, 20, 99)
     ]
     assert [len(texts) for texts in sets] == [1, 5, 12, 20, 20]
     assert all(set(few) < set(many) for few, many in itertools.pairwise(sets[:4]))
@@ -184,7 +187,7 @@ def test_fewer_rows_are_among_more():
 def test_the_held_out_rows_do_not_depend_on_max_train_rows(keys):
     words = [f"--{key}={value}" for key, value in keys.items()]
     (all_rows, held), (few, same) = (load_splits(parse_config(None, [*words, f"--max_train_rows={n}"])) for n in (0, 3))
-    assert held["messages"] == same["messages"] and len(all_rows) == 10 and len(few) == 3
+    assert held["conversation"][:] == same["conversation"][:] and len(all_rows) == 10 and len(few) == 3
 
 
 def test_only_what_matches_is_trained(tiny_model):

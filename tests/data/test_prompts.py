@@ -19,6 +19,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 HISTORY = [user("Hi"), assistant("Yes?"), user("Why?")]
+UNTRAINED = [user("Hi"), assistant("Yes?") | {"train": False}, user("Why?")]
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -48,23 +49,27 @@ def write(path: Path, *rows: object) -> str:
         ({"instruction": "Hi", "output": ""}, [user("Hi")], None),
         ({"prompt": "Hi"}, [user("Hi")], None),
         ({"prompt": "Hi", "completion": "Yes?"}, [user("Hi")], "Yes?"),
-        ({"prompt": HISTORY}, HISTORY, None),
-        ({"prompt": HISTORY, "completion": [assistant("So.")]}, HISTORY, "So."),
+        ({"prompt": HISTORY}, UNTRAINED, None),
+        ({"prompt": HISTORY, "completion": [assistant("So.")]}, UNTRAINED, "So."),
     ],
 )
 def test_the_last_answer_is_the_reference(row, messages, reference, tmp_path):
     name = write(tmp_path / "rows.jsonl", row)
-    assert load_prompts(name) == [Prompt("rows.jsonl line 1", messages, reference)]
+    answer = reference and assistant(reference)
+    assert load_prompts(name) == [Prompt("rows.jsonl line 1", {"messages": messages}, answer)]
 
 
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"messages": []}, "the conversation has no user message"),
+        ({"messages": []}, "the conversation has no message before its answer"),
+        ({"messages": [assistant("Hi")]}, "the conversation has no message before its answer"),
         ({"messages": [user(" ")]}, "the content of messages[0] (user) is empty"),
-        ({"messages": [SYSTEM]}, "the conversation has no user message"),
-        ({"messages": [user("Hi"), assistant("a"), assistant("b")]}, "messages[2]: expected role user, got assistant"),
-        ({"messages": [user("Hi"), user("Hi")]}, "messages[1]: expected role assistant, got user"),
+        (
+            {"messages": [user("Hi"), assistant("") | {"tool_calls": [{}]}]},
+            "messages[1].tool_calls[0] must be an object",
+        ),
+        ({"messages": [user("Hi")], "tools": "{"}, "tools is not JSON"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0]: unknown role 'robot'; use one of: "),
         (
             {"messages": [user("Hi"), {"role": "assistant", "content": 3}]},
@@ -82,40 +87,60 @@ def test_the_last_answer_is_the_reference(row, messages, reference, tmp_path):
 def test_a_bad_row_stays_where_it_is(row, problem, tmp_path):
     good = {"messages": [user("Hi")]}
     first, bad, last = load_prompts(write(tmp_path / "rows.jsonl", good, row, good))
-    assert first.messages == last.messages == [user("Hi")]
-    assert (bad.origin, bad.messages, bad.reference) == ("rows.jsonl line 2", [], None)
+    assert first.conversation == last.conversation == {"messages": [user("Hi")]}
+    assert (bad.origin, bad.conversation, bad.reference) == ("rows.jsonl line 2", {"messages": []}, None)
     assert bad.problem.startswith(problem)
+
+
+def test_tools_reasoning_and_template_arguments_are_kept(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"n": "42"}}}
+    asked = [user("Hi"), assistant("") | {"tool_calls": [call]}, {"role": "tool", "content": "4"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    kwargs = {"enable_thinking": False}
+    answer = assistant("Four.") | {"reasoning_content": "It says 4."}
+    conversation = {"messages": asked, "tools": tools, "chat_template_kwargs": kwargs}
+    rows = [conversation, conversation | {"messages": [*asked, answer]}, conversation | {"messages": asked[:2]}]
+    assert load_prompts(write(tmp_path / "rows.jsonl", *rows)) == [
+        Prompt("rows.jsonl line 1", conversation),
+        Prompt("rows.jsonl line 2", conversation, answer),
+        Prompt("rows.jsonl line 3", conversation | {"messages": asked[:1]}, asked[1]),
+    ]
+
+
+def test_texts_without_turns_are_no_prompts(tmp_path):
+    [prompt] = load_prompts(write(tmp_path / "rows.jsonl", {"text": "Once upon a time"}))
+    assert prompt.problem == "a text has no turns and no prompt to answer; give rows of messages"
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffHi\r\n\n  你好\u2028! \nlast".encode())
     assert load_prompts(str(file)) == [
-        Prompt("prompts.txt line 1", [user("Hi")]),
-        Prompt("prompts.txt line 3", [user("你好\u2028!")]),
-        Prompt("prompts.txt line 4", [user("last")]),
+        Prompt("prompts.txt line 1", {"messages": [user("Hi")]}),
+        Prompt("prompts.txt line 3", {"messages": [user("你好\u2028!")]}),
+        Prompt("prompts.txt line 4", {"messages": [user("last")]}),
     ]
 
 
 def test_csv_parquet_folders_and_saved_data_sets(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt\nHi\nWhy?\n")
-    expected = [[user("Hi")], [user("Why?")]]
-    assert [prompt.messages for prompt in load_prompts(str(tmp_path / "rows.csv"))] == expected
+    expected = [{"messages": [user("Hi")]}, {"messages": [user("Why?")]}]
+    assert [prompt.conversation for prompt in load_prompts(str(tmp_path / "rows.csv"))] == expected
     rows = datasets.Dataset.from_dict({"prompt": ["Hi", "Why?"]})
     rows.to_parquet(tmp_path / "rows.parquet")
-    assert [prompt.messages for prompt in load_prompts(str(tmp_path / "rows.parquet"))] == expected
+    assert [prompt.conversation for prompt in load_prompts(str(tmp_path / "rows.parquet"))] == expected
     assert [prompt.origin for prompt in load_prompts(str(tmp_path))][1:3] == [
         f"{tmp_path.name}/rows.csv row 1",
         f"{tmp_path.name}/rows.parquet row 0",
     ]
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")
-    assert [prompt.messages for prompt in load_prompts(str(tmp_path / "saved"))] == expected
+    assert [prompt.conversation for prompt in load_prompts(str(tmp_path / "saved"))] == expected
 
 
 def test_the_hub(monkeypatch):
     rows = datasets.Dataset.from_dict({"instruction": ["Hi"], "output": ["Yes?"], "other": [1]})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
-    assert load_prompts("some/rows") == [Prompt("some/rows row 0", [user("Hi")], "Yes?")]
+    assert load_prompts("some/rows") == [Prompt("some/rows row 0", {"messages": [user("Hi")]}, assistant("Yes?"))]
 
 
 @pytest.mark.parametrize(

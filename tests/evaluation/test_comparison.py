@@ -1,14 +1,16 @@
 """Comparison of models: metrics, paired differences, and rows that are left out."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from support.agent import CALL
 from support.model_comparison import make_results, row
 
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.evaluation.comparison import compare_models
-from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED
+from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, TOOL_CALLS_MATCHED
 from sft_pipeline.evaluation.prompt_set import PromptSet
 
 pytestmark = pytest.mark.usefixtures("few_instructions")
@@ -58,6 +60,20 @@ def test_a_prompt_with_an_error_is_left_out_for_all_models():
         INSTRUCTIONS_FOLLOWED
     ] == 1
     assert "2 held-out rows, 6 instructions, 1 excluded" in tables.format_markdown(comparison)
+
+
+def test_tool_calls_are_compared_over_the_rows_that_have_them():
+    questions = PromptSet([CALL, row("a", "yes"), CALL, CALL], [])
+    none, all_ = (make_results(name, ["x", "yes", "x", "x"]) for name in "ab")
+    none, all_ = (
+        replace(none, calls_match=[False, None, False, None]),
+        replace(all_, calls_match=[True, None, True, None]),
+    )
+    comparison = compare_models([none, all_], questions)
+    assert [entry.metrics[TOOL_CALLS_MATCHED] for entry in comparison.entries] == [0, 1]
+    difference = comparison.entries[1].differences[TOOL_CALLS_MATCHED]
+    assert (difference.difference, difference.items) == (1, 2)
+    assert "| tool calls, % | 0.0 | 100.0 [+100.0, +100.0] |" in tables.format_markdown(comparison)
 
 
 def test_a_loss_that_is_missing_leaves_the_row_out():

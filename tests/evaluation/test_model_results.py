@@ -6,6 +6,7 @@ import pytest
 from support.model_comparison import build_conversations, make_results
 
 from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import split_answer
 from sft_pipeline.evaluation.metrics.registry import METRICS
 from sft_pipeline.evaluation.model_results import ModelResults
 from sft_pipeline.inference.answers import answer_prompts
@@ -17,7 +18,9 @@ def test_answers_and_their_metrics(index, evaluated, comparison, model_folder, o
     questions, records = evaluated
     folder, name = (model_folder, "chat") if index < 2 else (other_folder, "role")
     model, template = load_model(str(folder)), build_template(name, load_tokenizer(str(folder)))
-    expected = answer_prompts(model, template, [messages[:-1] for messages in build_conversations(questions, index)], 8)
+    expected = answer_prompts(
+        model, template, [split_answer(row)[0] for row in build_conversations(questions, index)], 8
+    )
     assert [answer.text for answer in records[index].answers] == [answer.text for answer in expected]
     metrics, texts = comparison.entries[index].metrics, [answer.text for answer in expected]
     assert metrics["stop_rate"] == sum(answer.stopped for answer in expected) / 5

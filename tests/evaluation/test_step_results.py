@@ -3,18 +3,28 @@
 import math
 
 import pytest
+from support.agent import CALL, user, write_call
 from support.step_results import make_results, make_row
+from support.templates import AGENT_TEMPLATE
 
+from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import split_answer
 from sft_pipeline.evaluation.bootstrap import compute_paired_difference
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
-from sft_pipeline.evaluation.step_results import compute_changes, compute_table_metrics, join_answers
+from sft_pipeline.evaluation.step_results import (
+    EvalPrompt,
+    build_table_row,
+    compute_changes,
+    compute_table_metrics,
+    join_answers,
+)
+from sft_pipeline.inference.answers import Answer
 
 LOOP = "again and " * 12
 
 
 def test_references_without_words_have_no_bleu():
-    rows = [{"instruction": None, "prompt": "p", "reference": "?!", "answer": "a", "stopped": True, "error": None}]
-    metrics = compute_table_metrics(rows)
+    metrics = compute_table_metrics([make_row("a", reference="?!")])
     assert metrics["stop_rate"] == 1 and "bleu_percent" not in metrics
 
 
@@ -38,6 +48,51 @@ def test_changes_are_paired_differences_over_common_rows():
         "before": 2.0, "after": 1.4, "difference": pytest.approx(-0.6), "low": loss.low, "high": loss.high, "items": 2,
     }  # fmt: skip
     assert [answer["before"] for answer in join_answers(first, last)] == [LOOP, "a", "b"]
+
+
+def test_tool_calls_change_over_the_rows_whose_reference_calls_tools():
+    old = [make_row("x"), *(make_row("a", prompt=str(i), calls_match=False) for i in range(3))]
+    new = [
+        make_row("x"),
+        *(make_row("a", prompt=str(i), calls_match=True) for i in range(2)),
+        make_row("a", error="no"),
+    ]
+    change = compute_changes(make_results(0, old), make_results(4, new))["tool_call_match_rate"]
+    assert change == {"before": 0, "after": 1, "difference": 1, "low": 1, "high": 1, "items": 2}
+    assert "tool_call_match_rate" not in compute_changes(make_results(0, old[:1]), make_results(4, new[:1]))
+
+
+def answer(template, text: str) -> Answer:
+    return Answer(text, True, 9, message=template.parse_text(text))
+
+
+def test_a_table_row_has_texts_that_are_read_and_compared(make_tokenizer):
+    template = build_template("chat", make_tokenizer(AGENT_TEMPLATE))
+    prompt, reference = split_answer(CALL)
+    call = write_call("get_weather", '{"city": "Oslo"}')
+    row = build_table_row(template, EvalPrompt(prompt, reference), answer(template, f"<think>Cold?</think>{call}"))
+    assert row == {
+        "instruction": None,
+        "prompt": "Is it cold in Oslo?",
+        "reference": 'get_weather({"city": "Oslo"})',
+        "reasoning": "Cold?",
+        "answer": 'get_weather({"city": "Oslo"})',
+        "stopped": True,
+        "tokens": 9,
+        "followed": None,
+        "calls_match": True,
+        "error": None,
+    }
+    failed = build_table_row(template, EvalPrompt(prompt, reference), Answer("", False, 0, "too long"))
+    assert (failed["answer"], failed["calls_match"], failed["error"]) == ("", None, "too long")
+
+
+def test_an_instruction_is_checked_without_the_reasoning(make_tokenizer):
+    template, instruction = build_template("chat", make_tokenizer(AGENT_TEMPLATE)), load_instructions()[0]
+    prompt = EvalPrompt({"messages": [user(instruction.prompt)]}, instruction=instruction.id)
+    for thought, text in ((instruction.bad, instruction.good), (instruction.good, instruction.bad)):
+        row = build_table_row(template, prompt, answer(template, f"<think>\n{thought}\n</think>\n\n{text}"))
+        assert row["followed"] is (text == instruction.good) and row["calls_match"] is None
 
 
 def test_a_nan_loss_has_no_interval_and_different_rows_no_change():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import Conversation, split_answer
 from sft_pipeline.evaluation.eval_loss import RowLoss
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.model_results import ModelResults
@@ -34,28 +35,39 @@ def save_other_model(model_folder: Path, folder: Path) -> None:
             weight += 0.05 * torch.randn(weight.shape, generator=generator)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / TEMPLATE_FILE).write_text(json.dumps({"template": "role", "system_prompt": SYSTEM}))
+    settings = {"template": "role", "chat_template_kwargs": {}, "system_prompt": SYSTEM}
+    (folder / TEMPLATE_FILE).write_text(json.dumps(settings))
 
 
-def row(text: str, reply: str, *earlier: dict) -> list[dict]:
-    return [*earlier, {"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+def exchange(text: str, reply: str) -> list[dict]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+
+def row(text: str, reply: str, *earlier: dict) -> Conversation:
+    return {"messages": [*earlier, *exchange(text, reply)]}
 
 
 def make_results(name: str, texts: list[str], nll: float = 1.0, errors: tuple[int, ...] = ()) -> ModelResults:
     """A record of two rows; rows in `errors` could not be asked."""
-    answers = [Answer(text, True, 1, "too long" if index in errors else None) for index, text in enumerate(texts)]
+    answers = [
+        Answer(text, True, 1, "too long") if index in errors else make_answer(text) for index, text in enumerate(texts)
+    ]
     losses = [RowLoss(nll, 2, 1, 4) for _ in texts]
-    instruction_answers = [Answer(instruction.good, True, 1) for instruction in load_instructions()[:6]]
-    return ModelResults(name, losses, answers, instruction_answers)
+    instruction_answers = [make_answer(instruction.good) for instruction in load_instructions()[:6]]
+    return ModelResults(name, losses, answers, [None] * len(texts), instruction_answers)
 
 
-def plain_losses(folder: Path, conversations: list[list[dict]], template_name: str) -> list[tuple[float, int, int]]:
+def make_answer(text: str) -> Answer:
+    return Answer(text, True, 1, message={"role": "assistant", "content": text})
+
+
+def plain_losses(folder: Path, conversations: list[Conversation], template_name: str) -> list[tuple[float, int, int]]:
     """Summed nll, tokens and hits of each conversation's last answer, from full logits of one row at a time."""
     model, template = load_model(str(folder)), build_template(template_name, load_tokenizer(str(folder)))
     losses = []
-    for runs, conversation in zip(template.render(conversations), conversations):
-        ids = torch.tensor([token for run in runs for token in run.ids])
-        start = len(template.encode_prompt(conversation[:-1]))
+    for [sequence], conversation in zip(template.render(conversations, "last"), conversations):
+        ids = torch.tensor([token for span in sequence.spans for token in span.ids])
+        start = len(template.encode_prompt(split_answer(conversation)[0]))
         with torch.no_grad():
             logits = model(ids[None]).logits[0, start - 1 : -1].double()
         nll = -logits.log_softmax(-1).gather(1, ids[start:, None]).sum().item()
@@ -63,11 +75,11 @@ def plain_losses(folder: Path, conversations: list[list[dict]], template_name: s
     return losses
 
 
-def build_conversations(questions: PromptSet, index: int) -> list[list[dict]]:
+def build_conversations(questions: PromptSet, index: int) -> list[Conversation]:
     """The conversations of result `index`: plain, with examples, and both after a system prompt."""
     examples = [message for example in questions.examples for message in example] if index % 2 else []
     system = [{"role": "system", "content": SYSTEM}] if index >= 2 else []
-    return [system + examples + row for row in questions.rows]
+    return [{"messages": system + examples + row["messages"]} for row in questions.rows]
 
 
 @pytest.fixture(scope="module")

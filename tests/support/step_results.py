@@ -14,5 +14,6 @@ def make_row(answer: str, stopped: bool = True, **fields) -> dict:
         "reference": "r",
         "answer": answer,
         "stopped": stopped,
+        "calls_match": None,
         "error": None,
     } | fields

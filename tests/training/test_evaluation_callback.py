@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import build_input_ids_and_labels
-from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.messages import add_system_prompt, parse_conversation
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
 from sft_pipeline.evaluation.metrics.instruction_following import is_followed, sample_instructions
@@ -116,11 +116,14 @@ def test_each_evaluation_writes_a_file(run):
 def test_the_table_has_held_out_prompts_and_instructions_with_the_answers_of_the_model(run, config):
     folder, _ = run
     _, held_out = load_splits(parse_config(str(config), []))
-    rows, instructions = held_out["messages"][:NUM_ANSWERS], sample_instructions(NUM_INSTRUCTIONS)
+    rows = [parse_conversation(text)["messages"] for text in held_out["conversation"][:NUM_ANSWERS]]
+    instructions = sample_instructions(NUM_INSTRUCTIONS)
     prompts = [row[-2]["content"] for row in rows] + [instruction.prompt for instruction in instructions]
     template = build_template("role", AutoTokenizer.from_pretrained(folder))
-    messages = [add_system_prompt([{"role": "user", "content": prompt}], SYSTEM) for prompt in prompts]
-    expected = answer_prompts(AutoModelForCausalLM.from_pretrained(folder), template, messages, 6)
+    conversations = [
+        add_system_prompt({"messages": [{"role": "user", "content": prompt}]}, SYSTEM) for prompt in prompts
+    ]
+    expected = answer_prompts(AutoModelForCausalLM.from_pretrained(folder), template, conversations, 6)
     table = load_evaluations(folder)["step_000004"]["table"]
     assert [row["prompt"] for row in table] == prompts
     assert [row["reference"] for row in table] == [row[-1]["content"] for row in rows] + [None] * NUM_INSTRUCTIONS
@@ -205,7 +208,8 @@ def test_count_supervised_bytes(name, train_on, tokenizer):
     template = build_template(name, tokenizer)
     texts = ["Hi", "Hello, 你好!", "Spell the stop token", "It is <|im_end|>.", "Bye", "再见"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    _, labels = build_input_ids_and_labels(template.render([messages], train_on)[0])
+    [[sequence]] = template.render([{"messages": messages}], train_on)
+    _, labels = build_input_ids_and_labels(sequence)
     answers = texts[1::2] if train_on == "all" else texts[-1:]
     assert count_supervised_bytes(labels, template) == sum(len(text.encode()) for text in answers)
     # An answer cut by the length limit has no stop token.
@@ -231,9 +235,9 @@ def test_prompts_longer_than_the_context_have_an_error_in_the_table(config, tmp_
         "role", AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["model_name_or_path"])
     )
     args = parse_config(str(config), [])
-    held_out = load_splits(args)[1]["messages"][:NUM_ANSWERS]
-    for question in build_questions(held_out, NUM_INSTRUCTIONS, args.system_prompt):
-        lengths.append(len(template.encode_prompt(question.messages)))
+    held_out = map(parse_conversation, load_splits(args)[1]["conversation"])
+    for question in build_questions(held_out, NUM_ANSWERS, NUM_INSTRUCTIONS, args.system_prompt):
+        lengths.append(len(template.encode_prompt(question.conversation)))
     limit = sorted(lengths)[len(lengths) // 2] + 6
     results = run_train(config, tmp_path / "out", *limit_positions(config, tmp_path / "model", limit))
     evaluation = load_evaluations(tmp_path / "out")["step_000001"]
@@ -463,8 +467,8 @@ def test_a_resumed_run_keeps_the_number_of_questions():
 
 @given(num_held_out=st.integers(0, 12), num_instructions=st.integers(0, 12), count=st.integers(0, 30))
 def test_select_first_takes_the_first_of_both_kinds(num_held_out, num_instructions, count):
-    held_out = [EvalPrompt([], reference=str(i)) for i in range(num_held_out)]
-    instructions = [EvalPrompt([], instruction=str(i)) for i in range(num_instructions)]
+    held_out = [EvalPrompt({}, reference={"role": "assistant", "content": str(i)}) for i in range(num_held_out)]
+    instructions = [EvalPrompt({}, instruction=str(i)) for i in range(num_instructions)]
     selected = select_first(held_out + instructions, count)
     num_selected = sum(question.instruction is None for question in selected)
     assert len(selected) == min(count, num_held_out + num_instructions)

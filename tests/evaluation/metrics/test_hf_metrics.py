@@ -24,6 +24,7 @@ COLUMNS = {
     "tokens": [4, 2, 1],
     "correct": [2, 1, 0],
     "utf8_bytes": [18, 37, 3],
+    "calls_match": [1, 0, 0],
 }
 NAMES = [name for name in METRICS if name != "instructions_followed_rate"]
 EXPECTED = {name: METRICS[name].compute(COLUMNS) for name in NAMES}

@@ -80,9 +80,9 @@ def test_a_value_over_rows_is_the_sum_of_the_rows_numerators_over_that_of_their_
     answers, prompts, references = [*texts[:20], "好" * 90], texts[20:41], [t + " end" for t in texts[39:]]
     reasons = generator.choices(["stop", "length"], k=21)
     losses = {name: [generator.uniform(1, 50) for _ in range(21)] for name in NUMBER_COLUMNS}
-    columns = {**losses, **build_answer_columns(answers, prompts, references, reasons)}
+    columns = {**losses, **build_answer_columns(answers, prompts, references, reasons, [None] * 21)}
     metrics = compute_metrics(columns)
-    assert set(metrics) == set(METRICS) - {"instructions_followed_rate"}
+    assert set(metrics) == set(METRICS) - {"instructions_followed_rate", "tool_call_match_rate"}
     without_rows = {"perplexity", "distinct_1_share", "distinct_2_share", "bleu_percent", "chrf_percent"}
     assert without_rows == {name for name, metric in METRICS.items() if metric.compute_row is None}
     for name in set(metrics) - without_rows:
@@ -97,8 +97,24 @@ def test_a_value_over_rows_is_the_sum_of_the_rows_numerators_over_that_of_their_
 def test_metrics_without_their_columns_are_left_out():
     always = {"rep_2_share", "rep_3_share", "rep_4_share", "distinct_1_share", "distinct_2_share", "loop_rate"}
     assert set(compute_metrics({"predictions": ["a"]})) == always
-    without_words = build_answer_columns(["a"], ["b"], ["!"], ["stop"])
+    without_words = build_answer_columns(["a"], ["b"], ["!"], ["stop"], [None])
     assert set(compute_metrics(without_words)) == always | {"stop_rate", "cap_rate", "prompt_echo_share"}
+
+
+def test_rows_whose_reference_calls_tools_count_in_the_match_rate_and_not_in_the_overlap():
+    answers, prompts, reasons = ["the answer", 'f({"n": 1})', "of 3 words"], ["a", "b", "c"], ["stop"] * 3
+    references, calls_match = ["the answer", 'f({"n": 1})', "of three words"], [None, True, None]
+    columns = build_answer_columns(answers, prompts, references, reasons, calls_match)
+    metrics, texts = compute_metrics(columns), {"predictions": answers[::2], "references": references[::2]}
+    overlap = [name for name, metric in METRICS.items() if "references" in metric.columns]
+    assert len(overlap) == 6
+    for name in overlap:
+        assert metrics[name] == METRICS[name].compute(texts), name
+    _, denominators = METRICS["word_f1"].compute_rows(columns)
+    assert metrics["tool_call_match_rate"] == metrics["stop_rate"] == 1 and denominators.tolist() == [1, 0, 1]
+    calls_alone = build_answer_columns(answers, prompts, references, reasons, [True, False, False])
+    metrics = compute_metrics(calls_alone)
+    assert metrics["tool_call_match_rate"] == 1 / 3 and not metrics.keys() & set(overlap)
 
 
 def test_no_answers_is_an_error():
