@@ -7,8 +7,8 @@
     python benchmarks/baselines.py ours-conversations|ours-unshared|trl-conversations TASK.json STEPS
 
 The first three write TASK.json: the rows encoded for a model folder, or for random weights of Qwen3's shape, or
-conversations of several sequences (benchmarks/conversations.py). The others train on it and print their speed, memory and losses as one line of JSON. The trl modes need TRL:
-pip install -e ".[bench]"
+conversations of several sequences (benchmarks/conversations.py). The others train on it and print their speed, memory
+and losses as one line of JSON. The trl modes need TRL: pip install -e ".[bench]"
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from task import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from sft_pipeline.data.encode import iterate_sequences
+from sft_pipeline.data.padding import split_sequences
 from sft_pipeline.utils.constants import IGNORED
 
 BATCH_SIZE = 8
@@ -81,7 +81,7 @@ def train_trl(task: Task, options: dict[str, Any]) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()
-    sequences = list(iterate_all_sequences(task))
+    sequences = list(iterate_sequences(task))
     labels = [[IGNORED, *labels[:-1]] for _, labels in sequences]  # TRL shifts by itself
     rows = Dataset.from_dict({"input_ids": [ids for ids, _ in sequences], "labels": labels})
     disabled = {"bf16": False, "gradient_checkpointing": False}
@@ -93,11 +93,11 @@ def train_trl(task: Task, options: dict[str, Any]) -> dict[str, Any]:
         return time_training(SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer), task)
 
 
-def iterate_all_sequences(task: Task) -> Iterator[tuple[list[int], list[int]]]:
+def iterate_sequences(task: Task) -> Iterator[tuple[list[int], list[int]]]:
     """Iterate over the (input_ids, labels) of all sequences of all rows."""
     names = ("input_ids", "labels", "sequence_lengths")
     for row in zip(*(task.rows[name] for name in names)):
-        yield from iterate_sequences(dict(zip(names, row)))
+        yield from ((ids.tolist(), labels.tolist()) for ids, labels in split_sequences(dict(zip(names, row))))
 
 
 def choose_trl_packs(task: Task, steps: int) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def choose_trl_packs(task: Task, steps: int) -> dict[str, Any]:
 
     A batch has two packs of MAX_LENGTH tokens, as in the other comparison, or one longer pack.
     """
-    longest = max(len(ids) for ids, _ in iterate_all_sequences(task))
+    longest = max(len(ids) for ids, _ in iterate_sequences(task))
     length = MAX_LENGTH * -(-longest // MAX_LENGTH)
     packs = max(1, 2 * MAX_LENGTH // length)
     accumulation = max(1, round(task.tokens / (length * packs * steps)))

@@ -48,8 +48,8 @@ class SFTArguments:
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "With template: chat, a jinja file or the name of one of the tokenizer's templates, in place of its "
-            "default one."
+            "help": "With template: chat, a jinja file or the name of one of the tokenizer's templates, in place "
+            "of its default."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -70,7 +70,7 @@ class SFTArguments:
     overlong: Literal["drop", "truncate_answer", "truncate_turns"] = field(
         default="drop",
         metadata={
-            "help": "How to handle sequences above max_length: drop them, cut off their end or remove their oldest turns."
+            "help": "How to handle sequences above max_length: drop them, cut their end or remove their oldest turns."
         },
     )
     packing: bool = field(

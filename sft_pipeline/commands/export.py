@@ -49,5 +49,5 @@ def export_model(
         model.save_pretrained(staging)
         copy_folder_permissions(staging)
         build_saved_tokenizer(template, system_prompt, trust_remote_code).save_pretrained(staging)
-        save_template_settings(staging, template.name, system_prompt)
+        save_template_settings(staging, template, system_prompt)
         build_model_card(run.results, destination.name, dtype, license_id).save(staging / "README.md")

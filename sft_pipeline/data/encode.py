@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,9 @@ class Encoder:
         if not encoded:
             return [], [], [], 0, TOO_LONG if sequences else UNSUPERVISED, 0
         ids, labels = (list(itertools.chain.from_iterable(column)) for column in zip(*encoded))
-        computed_tokens = count_tree_tokens([np.asarray(sequence_ids, dtype=np.int32) for sequence_ids, _ in encoded])
+        computed_tokens = len(ids)
+        if len(encoded) > 1:
+            computed_tokens = count_tree_tokens([np.array(sequence_ids) for sequence_ids, _ in encoded])
         return ids, labels, [len(ids) for ids, _ in encoded], computed_tokens, outcome, dropped
 
     def _shorten(
@@ -324,15 +326,6 @@ def _compute_stats(encoded: Dataset, cached: bool) -> EncodingStats:
         length_quantiles=compute_length_quantiles(lengths),
         cached=cached,
     )
-
-
-def iterate_sequences(row: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
-    """Iterate over the sequences of an encoded row as (input_ids, labels); a row without lengths is one sequence."""
-    ids, labels = row["input_ids"], row["labels"]
-    start = 0
-    for length in row.get("sequence_lengths") or [len(ids)]:
-        yield ids[start : start + length], labels[start : start + length]
-        start += length
 
 
 def count_sequence_tokens(rows: Dataset) -> np.ndarray:

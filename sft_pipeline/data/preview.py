@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from sft_pipeline.data.encode import count_sequence_tokens, iterate_sequences
+from sft_pipeline.data.encode import count_sequence_tokens
+from sft_pipeline.data.padding import split_sequences
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.sanitize import format_json_line, format_line, replace_control_characters
 
@@ -37,14 +38,16 @@ class PreviewSequence(NamedTuple):
 def list_sequences(row: dict[str, Any]) -> list[PreviewSequence]:
     """List the sequences of an encoded row."""
     sequences: list[PreviewSequence] = []
-    for ids, labels in iterate_sequences(row):
-        shared = max((_count_common_prefix(ids, earlier.input_ids) for earlier in sequences), default=0)
-        sequences.append(PreviewSequence(ids, labels, shared))
+    for ids, labels in split_sequences(row):
+        shared = max((_count_common_prefix(ids, np.array(earlier.input_ids)) for earlier in sequences), default=0)
+        sequences.append(PreviewSequence(ids.tolist(), labels.tolist(), shared))
     return sequences
 
 
-def _count_common_prefix(first: list[int], second: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+def _count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    length = min(len(first), len(second))
+    differs = first[:length] != second[:length]
+    return int(differs.argmax()) if differs.any() else length
 
 
 def format_row_json(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -54,7 +57,8 @@ def format_row_json(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     there is only one, its three values are also beside the list.
     """
     sequences = [
-        {"input_ids": ids, "labels": labels, "text": tokenizer.decode(ids)} for ids, labels in iterate_sequences(row)
+        {"input_ids": ids.tolist(), "labels": labels.tolist(), "text": tokenizer.decode(ids)}
+        for ids, labels in split_sequences(row)
     ]
     return format_json_line({**(sequences[0] if len(sequences) == 1 else {}), "sequences": sequences})
 

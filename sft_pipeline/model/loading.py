@@ -167,8 +167,8 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Set the stop tokens as the eos tokens of the model and generation config, the first also of the tokenizer.
 
     Other settings of the generation config are reset to greedy decoding: the base model's temperature, penalties and
-    lengths were chosen for another model. A tokenizer without a pad token gets the first stop token as its pad token; padding
-    is masked by length, so the stop token is still trained.
+    lengths were chosen for another model. A tokenizer without a pad token gets the first stop token as its pad token;
+    padding is masked by length, so the stop token is still trained.
     """
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_ids[0])
     if tokenizer.pad_token_id is None:

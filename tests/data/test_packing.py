@@ -1,4 +1,4 @@
-"""Packing: bins within the budget, the common prefix, and the packed batch against its rows."""
+"""Packing: bins within the budget, and the packed batch against its rows."""
 
 import math
 import pickle
@@ -7,24 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trees import build_row, build_visibility, rows_of_sequences
 from transformers import BloomConfig, BloomForCausalLM
 
-from sft_pipeline.data.packing import PackingCollator, describe_savings, find_common_prefix, pack_best_fit, pack_rows
+from sft_pipeline.data.packing import PackingCollator, describe_savings, pack_best_fit, pack_rows
+from sft_pipeline.data.padding import split_sequences
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
-
-
-def build_row(ids, first_target):
-    """Build a dataset row with targets from position `first_target` on, shifted as encode.py does."""
-    labels = [ids[t + 1] if t + 1 >= first_target else IGNORED for t in range(len(ids) - 1)] + [IGNORED]
-    return {"input_ids": ids, "labels": labels}
-
-
-rows_of_one_start = st.builds(
-    lambda start, tails: [build_row(start + tail, len(start) + 1) for tail in tails],
-    st.lists(st.integers(1, 9), max_size=12),
-    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=8), min_size=1, max_size=6),
-)
 
 
 @settings(deadline=None, max_examples=60)
@@ -52,39 +41,52 @@ def test_best_fit_takes_the_fullest_bin_that_holds_the_row():
     assert pack_best_fit([5, 99, 5], 10) == [[0, 2], [1]]
 
 
-@settings(deadline=None, max_examples=60)
-@given(rows_of_one_start)
-def test_a_packed_batch_holds_every_row_and_its_targets(rows):
-    batch = pack_rows(rows)
-    prefix, *remainders = batch["row_lengths"].tolist()
-    assert len(remainders) == len(rows) and min(remainders) >= 1
-    assert batch["labels"] is batch["shift_labels"]
-    assert (batch["labels"][0, :prefix] == IGNORED).all()
-    start = prefix
-    for length, columns in zip(remainders, rows):
-        for key, expected in [*columns.items(), ("position_ids", list(range(len(columns["input_ids"]))))]:
-            packed = batch[key][0]
-            assert torch.cat([packed[:prefix], packed[start : start + length]]).tolist() == expected
-        start += length
-    assert {batch[key].shape for key in ("input_ids", "position_ids", "labels")} == {(1, start)}
+def build_simple_row(ids, first_target):
+    """Build a row of one sequence with targets from position `first_target` on."""
+    return build_row((ids, [index >= first_target for index in range(len(ids))]))
 
 
-def test_the_prefix_is_what_all_rows_share_without_a_target():
-    def get_length(*rows):
-        return find_common_prefix(*([torch.tensor(r[key]) for r in rows] for key in ("input_ids", "labels")))
+@settings(deadline=None, max_examples=100)
+@given(rows_of_sequences(), st.booleans())
+def test_a_packed_batch_has_every_target_in_the_order_of_the_rows(rows, share):
+    batch = pack_rows(rows, share)
+    assert batch["labels"] is batch["shift_labels"] and batch["labels"].shape[0] == 1
+    visible = build_visibility(batch["subtree_end"][0])
+    pairs = list(zip(batch["target_positions"].tolist(), batch["labels"][0].tolist(), strict=True))
+    counts = batch["target_counts"].tolist()
+    assert batch["token_counts"].tolist() == [len(row["input_ids"]) for row in rows] and len(counts) == len(rows)
+    for row, count in zip(rows, counts):
+        expected = [
+            (ids[: index + 1].tolist(), label)
+            for ids, labels in split_sequences(row)
+            for index, label in enumerate(labels)
+            if label != IGNORED
+        ]
+        actual = [(batch["input_ids"][0, visible[position]].tolist(), label) for position, label in pairs[:count]]
+        assert actual == expected
+        pairs = pairs[count:]
+    assert not pairs
+    assert {batch[key].shape for key in ("input_ids", "position_ids", "subtree_end")} == {(1, len(visible))}
+    if not share:
+        assert len(visible) == sum(len(row["input_ids"]) for row in rows)
 
-    first, second = [1, 2, 3, 4, 5], [1, 2, 3, 9]
-    assert get_length(build_row(first, 4), build_row(second, 4)) == 3
-    assert get_length(build_row(first, 2), build_row(second, 4)) == 1, "a target within the shared ids ends the prefix"
-    assert get_length(build_row(first, 4)) == 0, "a single row has nothing to share"
-    assert get_length(build_row(first, 9), build_row(first, 9)) == 4, "a row keeps a token of its own"
-    assert get_length(build_row([1, *range(100, 119)], 99), build_row([1, *range(200, 219)], 99)) == 0, "under 5% saved"
-    assert get_length(build_row([1, *range(100, 109)], 99), build_row([1, *range(200, 209)], 99)) == 1, "5% saved"
+
+def test_a_position_may_have_several_targets():
+    first, second = ([1, 2, 3, 4, 5, last] for last in (8, 9))
+    batch = pack_rows([build_simple_row(first, 5), build_simple_row(second, 5)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 8, 9]]
+    assert batch["target_positions"].tolist() == [4, 4] and batch["labels"].tolist() == [[8, 9]]
+
+
+def test_an_empty_micro_batch_is_one_token_without_a_target():
+    batch = pack_rows([])
+    assert batch["input_ids"].shape == (1, 1) and batch["labels"].shape == (1, 0)
+    assert batch["target_counts"].tolist() == [0]
 
 
 def test_the_collator_is_pickled_without_its_model(tiny_model):
     """As a data loader does that starts its workers by spawning."""
-    rows = [build_row([1, 2, 3, 4], 4), build_row([1, 2, 3, 5, 6], 4)]
+    rows = [build_simple_row([1, 2, 3, 4], 4), build_simple_row([1, 2, 3, 5, 6], 4)]
     pickled = pickle.dumps(PackingCollator(tiny_model))
     assert len(pickled) < 200
     batch = pickle.loads(pickled)(rows)
@@ -99,34 +101,31 @@ def test_the_collator_refuses_a_model_that_packing_would_change():
         PackingCollator(model)
 
 
-def test_sharing_can_be_turned_off():
-    rows = [build_row([1, 2, 3, 4], 4), build_row([1, 2, 3, 5, 6], 4)]
-    batch = pack_rows(rows, share_prefix=False)
-    assert batch["row_lengths"].tolist() == [0, 4, 5]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-
-
 def test_the_collator_uses_no_random_numbers():
     previous = torch.get_rng_state()
-    pack_rows([build_row([1, 2, 3], 2)] * 3)
+    pack_rows([build_simple_row([1, 2, 3], 2)] * 3)
     assert torch.equal(previous, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("make", [list, torch.tensor])
-def test_rows_may_be_lists_or_tensors(make):
-    rows = [{key: make(value) for key, value in build_row([1, 2, 3], 2).items()} for _ in range(2)]
-    assert pack_rows(rows)["row_lengths"].tolist() == [1, 2, 2]
+@pytest.mark.parametrize("has_lengths", [True, False])
+def test_rows_may_be_lists_or_tensors_with_or_without_sequence_lengths(make, has_lengths):
+    row = build_simple_row([1, 2, 3], 2)
+    if not has_lengths:
+        del row["sequence_lengths"]
+    batch = pack_rows([{key: make(value) for key, value in row.items()}] * 2)
+    assert batch["target_positions"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["token_counts"].tolist() == [3, 3] and batch["labels"].tolist() == [[3, 3]]
 
 
 def test_savings_count_what_a_padded_batch_would_compute():
-    def build_long_row(length):
-        return {"input_ids": [7, 7, *range(length - 2)], "labels": [-100] * 4 + [1] * (length - 4)}
+    def build_long_row(*lengths):
+        return build_row(*(([*range(8), *range(8, length)], [False] * 8 + [True] * (length - 8)) for length in lengths))
 
-    # Padded: 2 x 40 tokens; rows: 40 + 10; packed: those without the second prefix; targets: 36 + 6.
-    rows = [build_long_row(40), build_long_row(10)]
-    prefix = find_common_prefix(*([torch.tensor(r[k]) for r in rows] for k in ("input_ids", "labels")))
-    packed = 50 - prefix
+    # Padded: 3 x 40 tokens; rows: 40 + 10 + 20; packed: the longest alone; targets: 32 + 2 + 12.
+    rows = [build_long_row(40, 20), build_long_row(10)]
     line = describe_savings(rows, [[1, 0], []])
-    assert f"saves {1 - 50 / 80:.0%} of the tokens of padded" in line
-    assert f"saves {1 - packed / 50:.0%} of the rest" in line
-    assert f"lm_head at {42 / packed:.0%} of the positions" in line
+    assert f"saves {1 - 70 / 120:.0%} of the tokens of padded" in line
+    assert f"shared prefixes computed once (saves {1 - 40 / 70:.0%} of the rest)" in line
+    assert f"lm_head at {46 / 40:.0%} of the positions" in line
+    assert "share_prefixes: false (saves 0% of the rest)" in describe_savings(rows, [[1, 0]], share_prefixes=False)

@@ -39,9 +39,20 @@ def test_a_row_that_ends_in_the_pad_id_keeps_it():
 def test_labels_are_one_tensor_under_both_keys():
     batch = PaddingCollator(PAD)([build_row([5, 6]), build_row([7])])
     assert batch["labels"] is batch["shift_labels"]
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", "target_counts"}
     assert {value.dtype for value in batch.values()} == {torch.int64}
     assert batch["labels"].shape == (2, 8)
+
+
+def test_every_sequence_of_a_row_is_a_line():
+    rows = [
+        {"input_ids": [5, 6, 7, 5, 8], "labels": [-100, 7, -100, 8, -100], "sequence_lengths": [3, 2]},
+        {"input_ids": [9, 6, 7, 4], "labels": [-100] * 4},
+    ]
+    batch = PaddingCollator(PAD, 1)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, PAD], [5, 8, PAD, PAD], [9, 6, 7, 4]]
+    assert batch["labels"].tolist() == [[-100, 7, -100, -100], [8, -100, -100, -100], [-100] * 4]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 2, 4] and batch["target_counts"].tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("convert", [torch.tensor, list])

@@ -48,6 +48,12 @@ def make_pair(config):
 PAIRS = {name: make_pair(config) for name, config in FAMILIES.items()}
 
 
+def build_subtree_end(prefix, lengths):
+    """Build `subtree_end` (tokens,) of rows that share a prefix."""
+    ends = torch.tensor(lengths).cumsum(0) + prefix
+    return torch.cat([torch.full((prefix,), int(ends[-1])), ends.repeat_interleave(torch.tensor(lengths))])
+
+
 def run(model, prefix, lengths, seed=0):
     """Hidden states of a packed line under a random weighting, and every parameter's gradient of their sum."""
     model.zero_grad()
@@ -55,7 +61,7 @@ def run(model, prefix, lengths, seed=0):
     tokens = prefix + sum(lengths)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, tokens), generator=random)
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in lengths)])[None]
-    arguments = build_packed_arguments(torch.tensor([prefix, *lengths]))
+    arguments = build_packed_arguments(build_subtree_end(prefix, lengths)[None])
     states = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).last_hidden_state
     (states * torch.randn(states.shape, generator=random)).sum().backward()
     return states.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -85,7 +91,7 @@ def was_fused(model) -> list[bool]:
     outputs = []
     handles = [layer.register_forward_hook(lambda m, i, out: outputs.append(out)) for layer in model.base_model.layers]
     tokens = torch.arange(3, 9)[None]
-    arguments = build_packed_arguments(torch.tensor([0, 6]))
+    arguments = build_packed_arguments(torch.full((1, 6), 6))
     model.base_model(input_ids=tokens, position_ids=tokens - 3, use_cache=False, **arguments)
     for handle in handles:
         handle.remove()

@@ -122,16 +122,23 @@ def test_loss_and_gradients_are_those_of_transformers(name):
             torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SPLIT)
-def test_packed_rows_give_the_padded_loss(name):
-    """With the common prefix computed once."""
-    plain, ours = make(SPLIT[name]), make(SPLIT[name])
+@pytest.mark.parametrize("name", [*SPLIT, "two heads"])
+def test_packed_rows_give_the_padded_loss_and_gradients(name):
+    """With shared prefixes computed once, also where the logits are computed at every position."""
+    maker = SPLIT.get(name) or WHOLE[name][0]
+    plain, ours = make(maker), make(maker)
     patch_loss_forward(ours)
     use_packed_attention(ours)
     batch = pack_rows(rows())
-    assert batch["row_lengths"][0] == 3  # the third row has a target in the fourth place
-    expected = plain(**ordinary_batch(rows())).loss
-    assert ours(**batch).loss.item() == pytest.approx(expected.item(), abs=2e-6)
+    assert batch["input_ids"].numel() == sum(len(row["input_ids"]) for row in rows()) - 3 * 4
+    for count in (None, 41):
+        plain.zero_grad(), ours.zero_grad()
+        expected = plain(**ordinary_batch(rows()), num_items_in_batch=count).loss
+        loss = ours(**batch, num_items_in_batch=count).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        expected.backward(), loss.backward()
+        for ours_grad, plain_grad in zip(gradients(ours), gradients(plain), strict=True):
+            torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *WHOLE])
@@ -149,8 +156,8 @@ def test_row_sums_are_those_of_each_row_alone(name, positions, monkeypatch):
     if name == "bert":
         return
     use_packed_attention(ours)
-    for share_prefix in (True, False):
-        packed = ours(**pack_rows(rows(), share_prefix), return_row_losses=True).logits
+    for share_prefixes in (True, False):
+        packed = ours(**pack_rows(rows(), share_prefixes), return_row_losses=True).logits
         torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-4)
         assert torch.equal(packed[:, 1:], padded[:, 1:])
 
@@ -187,10 +194,34 @@ def test_rows_without_a_target_sum_to_nothing():
     row = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3}
     sums = model(**PaddingCollator(0)([row, rows()[0]]), return_row_losses=True).logits
     assert sums[0].tolist() == [0, 0, 0] and sums[1, 1] == targets(rows()[:1])
-    for count in (3, None):
-        loss = model(**PaddingCollator(0)([row]), num_items_in_batch=count).loss
-        loss.backward()
-        assert loss.item() == 0 and all(not g.any() for g in gradients(model))
+    use_packed_attention(model)
+    for collate in (PaddingCollator(0), pack_rows):
+        for count in (3, None):
+            loss = model(**collate([row]), num_items_in_batch=count).loss
+            loss.backward()
+            assert loss.item() == 0 and gradients(model) and all(not g.any() for g in gradients(model))
+
+
+def test_a_padded_batch_without_target_counts_has_a_row_in_each_line():
+    model = make(SPLIT["llama"])
+    patch_loss_forward(model)
+    batch = PaddingCollator(0)(rows())
+    expected = model(**batch, return_row_losses=True).logits
+    del batch["target_counts"]
+    assert torch.equal(model(**batch, return_row_losses=True).logits, expected)
+
+
+def test_the_sums_of_a_row_are_those_of_its_sequences():
+    model = make(SPLIT["llama"])
+    patch_loss_forward(model)
+    use_packed_attention(model)
+    first, second, *rest = rows()
+    joined = {key: first[key] + second[key] for key in first}
+    joined["sequence_lengths"] = [len(first["input_ids"]), len(second["input_ids"])]
+    single = model(**PaddingCollator(0)(rows()), return_row_losses=True).logits
+    for collate in (PaddingCollator(0), pack_rows):
+        sums = model(**collate([joined, *rest]), return_row_losses=True).logits
+        torch.testing.assert_close(sums, torch.cat([single[:2].sum(0, keepdim=True), single[2:]]), rtol=1e-5, atol=1e-4)
 
 
 def test_row_sums_do_not_keep_a_graph():

@@ -1,13 +1,15 @@
-"""Attention over packed rows against the padded batch: logits, gradients, isolation, and what is refused."""
+"""Trees of packed rows against the padded batch: loss, gradients, sums, isolation, and what is refused."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.causal_models import tiny
+from support.trees import build_row, build_visibility, rows_of_sequences, split_ids
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     BloomConfig,
     Gemma2Config,
@@ -21,11 +23,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sft_pipeline.data import prefix_tree
+from sft_pipeline.data.packing import pack_rows
+from sft_pipeline.data.padding import PaddingCollator
+from sft_pipeline.data.prefix_tree import build_prefix_tree
 from sft_pipeline.kernels import cpu_attention
-from sft_pipeline.kernels.cpu_attention import PackedRows
+from sft_pipeline.kernels.cpu_attention import build_attention_tree
+from sft_pipeline.kernels.cpu_layer_training import disable_fused_layers, use_fused_layers
 from sft_pipeline.model import packed_attention
+from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.packed_attention import (
     ATTN_IMPLEMENTATION,
+    build_flex_mask,
     build_packed_arguments,
     find_packing_obstacle,
     use_packed_attention,
@@ -35,94 +44,106 @@ DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SERVED = [(LlamaConfig, {}), (Qwen3Config, {}), (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, **DRY})]
 
 
-def rows_of(prefix, lengths, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    start = torch.randint(3, 64, (prefix,), generator=draw)
-    return [torch.cat([start, torch.randint(3, 64, (n,), generator=draw)]) for n in lengths]
+MODELS = {config.__name__: tiny(config, **extra) for config, extra in SERVED}
+for model in MODELS.values():
+    patch_loss_forward(model)
+    use_packed_attention(model)
+    use_fused_layers(model)  # of Llama and Qwen3
+
+# Three sequences that share 5 tokens, two of them 8; one begins another; each has targets, some within what is shared.
+ROWS = [
+    build_row(([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [False] * 4 + [True] * 6)),
+    build_row(
+        ([5, 6, 7, 8, 9, 10, 11, 12, 20, 21, 22], [False] * 5 + [True] * 6),
+        ([5, 6, 7, 8, 9, 30, 31, 32], [False] * 3 + [True] * 5),
+    ),
+    build_row(([5, 6, 7, 8, 9, 10, 11], [False] * 6 + [True])),
+]
 
 
-def packed(model, rows, prefix):
-    """The model's output at every row's own positions, row by row."""
-    own = [len(row) - prefix for row in rows]
-    ids = torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
-    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in own)])[None]
-    output = model(
-        input_ids=ids, position_ids=positions, use_cache=False, **build_packed_arguments(torch.tensor([prefix, *own]))
-    )
-    return output.logits[0, prefix:].split(own)
+@pytest.fixture(autouse=True)
+def share_every_token():
+    """Open branches wherever tokens are shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_tree, "MIN_SHARED", 1)
+        yield
 
 
-def padded(model, rows, prefix):
-    """The same of the plain path: right padding, a mask, `sdpa`."""
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return [line[prefix : len(row)] for line, row in zip(logits, rows)]
-
-
-def loss_and_grads(model, outputs, rows, prefix):
+def run(model, batch):
+    """Return the loss of a batch and every parameter's gradient."""
     model.zero_grad()
-    targets = [row[prefix:] for row in rows]
-    loss = sum(F.cross_entropy(out, target, reduction="sum") for out, target in zip(outputs, targets)) / 10
+    loss = model(**batch, num_items_in_batch=7).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compute_logits(model, rows):
+    """Return the logits (tokens, vocabulary) of each sequence of the rows, from their tree."""
+    tree = build_prefix_tree(split_ids(rows))
+    output = model(
+        input_ids=torch.from_numpy(tree.input_ids)[None],
+        position_ids=torch.from_numpy(tree.depths)[None],
+        use_cache=False,
+        **build_packed_arguments(torch.from_numpy(tree.subtree_end)[None]),
+    )
+    return [output.logits[0, positions] for positions in tree.positions]
 
 
 def assert_same(actual, expected):
     assert abs(actual[0] - expected[0]) <= 1e-5 * max(1.0, expected[0].item())
+    assert actual[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         # Gradients that are exactly zero (q and k of rows of one token) are float32 noise of about 1e-8 when padded.
         assert (actual[1][name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-3), name
 
 
-MODELS = {config.__name__: tiny(config, **extra) for config, extra in SERVED}
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=25)
+@given(rows_of_sequences(), st.integers(1, 6), st.integers(1, 8))
+def test_a_tree_has_the_loss_gradients_and_sums_of_the_padded_batch(name, rows, min_shared, block):
+    model, padded = MODELS[name], PaddingCollator(0, 1)(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_tree, "MIN_SHARED", min_shared)
+        patch.setattr(cpu_attention, "BLOCK_QUERIES", block)
+        packed = pack_rows(rows)
+        assert_same(run(model, packed), run(model, padded))
+        sums, expected = (model(**batch, return_row_losses=True).logits for batch in (packed, padded))
+        torch.testing.assert_close(sums[:, :2], expected[:, :2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(deadline=None, max_examples=15)
-@given(st.integers(0, 9), st.lists(st.integers(1, 14), min_size=1, max_size=4), st.integers(1, 8), st.integers(0, 99))
-def test_packed_rows_have_the_loss_and_gradients_of_the_padded_batch(name, prefix, lengths, block, seed):
-    model, rows = MODELS[name], rows_of(prefix, lengths, seed)
-    model.set_attn_implementation("sdpa")
-    expected = loss_and_grads(model, padded(model, rows, prefix), rows, prefix)
-    use_packed_attention(model)
-    default_block, cpu_attention.BLOCK_QUERIES = cpu_attention.BLOCK_QUERIES, block
-    try:
-        assert_same(loss_and_grads(model, packed(model, rows, prefix), rows, prefix), expected)
-    finally:
-        cpu_attention.BLOCK_QUERIES = default_block
+def test_the_path_through_sdpa_is_the_same(name, monkeypatch):
+    model, batch = MODELS[name], pack_rows(ROWS)
+    assert batch["input_ids"].numel() == 16 and batch["target_positions"].unique().numel() < batch["labels"].numel()
+    with disable_fused_layers(model):
+        expected = run(model, batch)
+        monkeypatch.setattr(packed_attention, "_is_float32", lambda *tensors: False)
+        assert_same(run(model, batch), expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_row_by_row_path_is_the_same(name, monkeypatch):
-    model, rows = MODELS[name], rows_of(4, [3, 1, 6])
-    use_packed_attention(model)
-    expected = loss_and_grads(model, packed(model, rows, 4), rows, 4)
-    monkeypatch.setattr(packed_attention, "_is_float32", lambda *tensors: False)
-    assert_same(loss_and_grads(model, packed(model, rows, 4), rows, 4), expected)
-
-
-def test_no_row_sees_another():
-    model, rows = MODELS["LlamaConfig"], rows_of(3, [5, 4, 6])
-    use_packed_attention(model)
+def test_a_branch_changes_no_other():
+    model = MODELS["LlamaConfig"]
     with torch.no_grad():
-        outputs = packed(model, rows, 3)
-        rows[1][3:] = 63 - rows[1][3:]
-        changed = packed(model, rows, 3)
-    assert torch.equal(outputs[0], changed[0]) and torch.equal(outputs[2], changed[2])
-    assert not torch.allclose(outputs[1], changed[1])
+        outputs = compute_logits(model, ROWS)
+        changed_rows = [dict(row) for row in ROWS]
+        changed_rows[1]["input_ids"] = [5, 6, 7, 8, 9, 10, 11, 12, 40, 41, 42, 5, 6, 7, 8, 9, 30, 31, 32]
+        changed = compute_logits(model, changed_rows)
+    for index in (0, 2, 3):
+        assert torch.equal(outputs[index], changed[index])
+    assert torch.equal(outputs[1][:8], changed[1][:8]) and not torch.allclose(outputs[1][8:], changed[1][8:])
 
 
-def test_ten_steps_packed_are_ten_steps_padded():
+def test_ten_steps_of_a_tree_are_ten_steps_padded():
     losses = []
-    for run in (packed, padded):
-        model, rows = tiny(LlamaConfig), rows_of(3, [5, 2, 7])
-        if run is packed:
-            use_packed_attention(model)
+    for collate in (pack_rows, PaddingCollator(0)):
+        model = tiny(LlamaConfig)
+        patch_loss_forward(model)
+        use_packed_attention(model)
+        use_fused_layers(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses.append([])
         for _ in range(10):
-            loss, _ = loss_and_grads(model, run(model, rows, 3), rows, 3)
+            loss, _ = run(model, collate(ROWS))
             optimizer.step()
             losses[-1].append(loss)
     assert torch.allclose(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-5)
@@ -130,56 +151,81 @@ def test_ten_steps_packed_are_ten_steps_padded():
 
 
 def test_autocast_and_bfloat16_models_stay_close():
-    model, rows = MODELS["LlamaConfig"], rows_of(4, [6, 3])
-    use_packed_attention(model)
+    model = MODELS["LlamaConfig"]
     with torch.no_grad():
-        exact = torch.cat(packed(model, rows, 4))
+        exact = torch.cat(compute_logits(model, ROWS))
         with torch.autocast("cpu", torch.bfloat16):
-            mixed = torch.cat(packed(model, rows, 4)).float()
-        half = torch.cat(packed(tiny_half(), rows, 4)).float()
+            mixed = torch.cat(compute_logits(model, ROWS)).float()
+        half_model = tiny(LlamaConfig).bfloat16()
+        use_packed_attention(half_model)
+        half = torch.cat(compute_logits(half_model, ROWS)).float()
     assert (mixed - exact).abs().max() < 0.05 and (half - exact).abs().max() < 0.05
 
 
-def tiny_half():
-    model = tiny(LlamaConfig).bfloat16()
-    use_packed_attention(model)
-    return model
-
-
 def test_attention_dropout_is_applied():
-    model, rows = tiny(LlamaConfig, attention_dropout=0.5), rows_of(4, [6, 3])
+    model = tiny(LlamaConfig, attention_dropout=0.5)
     use_packed_attention(model)
-    first, second = (torch.cat(packed(model, rows, 4)) for _ in range(2))
+    first, second = (torch.cat(compute_logits(model, ROWS)) for _ in range(2))
     assert not torch.allclose(first, second)
     model.eval()
-    first, second = (torch.cat(packed(model, rows, 4)) for _ in range(2))
+    first, second = (torch.cat(compute_logits(model, ROWS)) for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_other_batches_are_plain_sdpa(name):
-    model, rows = MODELS[name].eval(), rows_of(2, [6, 3])
+    model, prompt = MODELS[name].eval(), torch.tensor([ROWS[0]["input_ids"]])
+    batch = PaddingCollator(0)(ROWS)
     outputs, answers = [], []
     for implementation in ("sdpa", ATTN_IMPLEMENTATION):
-        use_packed_attention(model)
         model.set_attn_implementation(implementation)
         with torch.no_grad():
-            outputs.append(torch.cat(padded(model, rows, 0)))
-        answers.append(model.generate(rows[0][None], max_new_tokens=4, do_sample=False))
+            outputs.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+        answers.append(model.generate(prompt, max_new_tokens=4, do_sample=False))
     model.train()
     assert torch.equal(*outputs) and torch.equal(*answers)
 
 
-def test_the_build_flex_mask_lets_a_row_see_the_prefix_and_itself():
-    rows = PackedRows(2, (2, 3))
-    mask = packed_attention._build_flex_mask(rows, torch.device("cpu"))
-    index = torch.arange(7)
-    visible = mask.mask_mod(0, 0, index[:, None], index[None])
-    expected = torch.zeros(7, 7, dtype=torch.bool)
-    for start, end in ((0, 2), *rows.get_spans()):
-        expected[start:end, :2] = expected[start:end, start:end] = True
-    assert torch.equal(visible, expected.tril())
-    assert packed_attention._build_flex_mask(rows, torch.device("cpu")) is mask, "made once for all layers"
+@settings(deadline=None, max_examples=60)
+@given(rows_of_sequences(), st.booleans())
+def test_segments_and_their_ancestors_are_the_mask(rows, share):
+    subtree_end = pack_rows(rows, share)["subtree_end"][0]
+    visible = torch.zeros(len(subtree_end), len(subtree_end), dtype=torch.bool)
+    tree = build_attention_tree(subtree_end)
+    assert [segment.start for segment in tree.segments] == [0, *(segment.end for segment in tree.segments)][:-1]
+    for start, end, ancestors in tree.segments:
+        visible[start:end, start:end] = True
+        for first, last in ancestors:
+            visible[start:end, first:last] = True
+    assert torch.equal(visible.tril(), build_visibility(subtree_end))
+
+
+@st.composite
+def long_trees(draw):
+    """Lengths about the size of a block of scores: shared or not, and a line that is seldom a multiple of it."""
+    trunk = np.arange(draw(st.integers(0, 400)))
+    cuts = draw(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 200)), min_size=1, max_size=6))
+    tails = [np.arange(length) + 1000 * (index + 1) for index, (_, length) in enumerate(cuts)]
+    return build_prefix_tree([np.concatenate([trunk[:cut], tail]) for (cut, _), tail in zip(cuts, tails)])
+
+
+@settings(deadline=None, max_examples=30)
+@given(long_trees())
+def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree):
+    """torch's own `create_block_mask` evaluates every pair; ours are computed from `subtree_end` alone."""
+    attention_tree = build_attention_tree(torch.from_numpy(tree.subtree_end))
+    mask = build_flex_mask(attention_tree)
+    index, num_tokens = torch.arange(len(tree.subtree_end)), len(tree.subtree_end)
+    assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None]), build_visibility(tree.subtree_end))
+    expected = create_block_mask(mask.mask_mod, None, None, num_tokens, num_tokens, device="cpu")
+    assert mask.seq_lengths == expected.seq_lengths
+    for lists in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        counts, indices = (getattr(mask, name)[0, 0] for name in lists)
+        expected_counts, expected_indices = (getattr(expected, name)[0, 0] for name in lists)
+        assert torch.equal(counts, expected_counts)
+        for row, count in enumerate(counts):
+            assert torch.equal(indices[row, :count], expected_indices[row, :count])
+    assert build_flex_mask(attention_tree) is mask, "made once for all layers"
 
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
