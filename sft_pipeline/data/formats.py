@@ -11,9 +11,10 @@
 All but alpaca and text may have `tools` and `chat_template_kwargs`, as objects or JSON text.
 
 A message has the role system, developer, user, assistant or tool, and a `content` of text or text parts. An
-assistant's may have `reasoning_content` (or `thinking`) and `tool_calls`, with a content that is null or missing; a tool's
-`tool_call_id` and `name`. `train: false` or `weight: 0` excludes an assistant's message from training. In sharegpt,
-human is the user, gpt the assistant, function_call an assistant's tool calls as JSON text, observation a tool.
+assistant's may have `reasoning_content` (or `thinking`) and `tool_calls`, with a content that is null or missing; a
+tool's `tool_call_id` and `name`. `train: false` or `weight: 0` excludes an assistant's message from training. In
+sharegpt, human is the user, gpt the assistant, function_call an assistant's tool calls as JSON text, observation a
+tool.
 
 Every conversation ends with an assistant's message; which other orders there may be is up to the chat template. A bad
 row raises SFTError with the reason. Alpaca's input is appended to the instruction after a newline, as in LLaMA-Factory

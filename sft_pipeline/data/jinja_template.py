@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sft_pipeline.data.messages import Conversation, Message
+from sft_pipeline.data.messages import SYSTEM_ROLES, Conversation, Message
 from sft_pipeline.data.template import Template, TemplatePiece, Turn
 from sft_pipeline.data.tool_calls import extract_tool_calls
 from sft_pipeline.utils.errors import SFTError, format_error
@@ -142,11 +142,14 @@ class ChatTemplate(Template):
     def _prepare(self, conversation: Conversation) -> tuple[list[Message], Any, dict[str, Any]]:
         """Return messages and tools as the template reads them, with spellings replaced, and the template arguments."""
         kwargs = conversation.get("chat_template_kwargs", {})
-        messages = [self._prepare_message(message) for message in conversation["messages"]]
         tools = conversation.get("tools")
         if tools and not self.features.writes_tools:
             raise SFTError(f"the chat template does not write tools; {OTHER_TEMPLATE}")
-        return messages, tools and self._replace_spellings(tools), kwargs
+        try:
+            messages = [self._prepare_message(message) for message in conversation["messages"]]
+            return messages, tools and self._replace_spellings(tools), kwargs
+        except RecursionError as error:
+            raise SFTError("its tools or arguments are nested too deeply; write the inner ones as text") from error
 
     def _prepare_message(self, message: Message) -> Message:
         role = message["role"]
@@ -272,8 +275,10 @@ class ChatTemplate(Template):
             if role == "tool" and not self.features.writes_tool_results:
                 raise SFTError(f"messages[{index}]: the chat template does not write tool results; {OTHER_TEMPLATE}")
             if role != "assistant" and not _is_written(content, prompt):
+                # A developer message may have been given as a system message.
+                name = "system or developer" if role in SYSTEM_ROLES else role
                 raise SFTError(
-                    f"messages[{index}]: the chat template does not write this {role} message; {OTHER_TEMPLATE}"
+                    f"messages[{index}]: the chat template does not write this {name} message; {OTHER_TEMPLATE}"
                 )
             calls = [call["function"]["name"] for call in messages[index].get("tool_calls", ())]
             if not all(_is_written(name, prompt) for name in calls):

@@ -76,7 +76,9 @@ def print_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: st
         )
         console.print(text)
         if positions := np.flatnonzero(find_trained_tokens(sequence.labels)).tolist():
-            console.print(_describe_trained_span(positions[0], positions[-1], sequence.input_ids, tokenizer))
+            console.print(
+                _describe_trained_span(positions[0], positions[-1], sequence.input_ids, tokenizer), highlight=False
+            )
 
 
 def _choose_style(sequence: PreviewSequence, position: int) -> str:

@@ -220,8 +220,31 @@ def _read_arrow(path: Path, name: str) -> Iterator[LocatedRow]:
 
 
 def _iterate_batches(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[LocatedRow]:
-    rows = (row for batch in batches for row in batch.to_pylist())
+    rows = (row for batch in batches for row in convert_to_rows(batch))
     return ((f"{name} row {index}", row) for index, row in enumerate(rows))
+
+
+def convert_to_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Return the rows of a batch, with the values of its JSON cells, as `datasets` has them where objects differ."""
+    rows = batch.to_pylist()
+    for field in batch.schema:
+        if "arrow.json" in str(field.type):
+            for row in rows:
+                row[field.name] = _parse_json_cells(row[field.name], field.type)
+    return rows
+
+
+def _parse_json_cells(value: Any, cell_type: pa.DataType) -> Any:
+    if isinstance(value, str) and getattr(cell_type, "extension_name", None) == "arrow.json":
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, list) and hasattr(cell_type, "value_type"):
+        return [_parse_json_cells(item, cell_type.value_type) for item in value]
+    if isinstance(value, dict):
+        return {name: _parse_json_cells(item, cell_type.field(name).type) for name, item in value.items()}
+    return value
 
 
 def _check_column_names(columns: list[str], name: str) -> None:

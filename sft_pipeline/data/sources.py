@@ -33,7 +33,7 @@ from sft_pipeline.data.formats import (
     list_unread_names,
 )
 from sft_pipeline.data.messages import Conversation, format_conversation, parse_conversation
-from sft_pipeline.data.readers import COLUMNAR, READERS, LocatedRow, read_rows
+from sft_pipeline.data.readers import COLUMNAR, READERS, LocatedRow, convert_to_rows, read_rows
 from sft_pipeline.data.tool_calls import describe_type
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.sanitize import format_line
@@ -140,7 +140,7 @@ def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRo
         dataset = _load_from_hub(str(name_or_path), split)
         row_format = detect_format(dataset.column_names, str(name_or_path), require_answer=False)
         tables = _select_arrow_columns(dataset, row_format).iter(batch_size=1000)
-        rows = (row for table in tables for row in table.to_pylist())
+        rows = (row for table in tables for row in convert_to_rows(table))
         yield from ((f"{name_or_path} row {index}", row) for index, row in enumerate(rows))
 
 
@@ -354,7 +354,7 @@ def _convert_batch(batch: pa.Table, indices: list[int], name: str, format_name: 
     """Convert a batch to the columns of FEATURES; `rows_format` only names the cache."""
     rows = [
         _convert_row(row, f"{name} row {index}", FORMATS[format_name], True)
-        for row, index in zip(batch.to_pylist(), indices)
+        for row, index in zip(convert_to_rows(batch), indices)
     ]
     return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
 

@@ -1,4 +1,4 @@
-"""Templates: reference ids, prompts that are prefixes, and text that never becomes a control token."""
+"""Templates: reference ids, answers trained under their prompts, and text that never becomes a control token."""
 
 from types import SimpleNamespace
 
@@ -13,11 +13,16 @@ from support.conversations import (
     build_bare_tokenizer,
     build_conversation,
     conversations,
+    cut_conversation,
     render_row,
+    render_sequences,
 )
+from support.source_rows import fails
+from support.templates import AGENT_TEMPLATE
 from support.tiny import CHATML
 
-from sft_pipeline.data.chat_templates import PLACEHOLDER, build_template
+from sft_pipeline.data.chat_templates import build_template, load_chat_template
+from sft_pipeline.data.jinja_template import PLACEHOLDER
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
 
@@ -45,16 +50,16 @@ WORDS = st.lists(st.sampled_from(["the", "answer", "冬瓜", "is", "question?", 
 
 
 def test_the_reference_ids(qwen3):
-    messages = build_conversation(["Give three tips for staying healthy.", ANSWER], SYSTEM)
-    ids, supervised = render_row(build_template("role", qwen3), messages)
+    conversation = build_conversation(["Give three tips for staying healthy.", ANSWER], SYSTEM)
+    ids, supervised = render_row(build_template("role", qwen3), conversation)
     assert len(REFERENCE) == 81
     assert ids == REFERENCE
     assert supervised == [False] * 37 + [True] * 44
 
 
 def test_the_reference_prompt(qwen3):
-    messages = build_conversation(["Give three tips for staying healthy."], SYSTEM)
-    assert build_template("role", qwen3).encode_prompt(messages) == REFERENCE[:37]
+    prompt = build_conversation(["Give three tips for staying healthy."], SYSTEM)
+    assert build_template("role", qwen3).encode_prompt(prompt) == REFERENCE[:37]
 
 
 def test_the_segments_of_the_role_template(tokenizer):
@@ -73,13 +78,13 @@ def test_the_segments_of_the_role_template(tokenizer):
 @BOTH
 @QUICK
 @given(conversations(TEXT))
-def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, messages):
+def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, conversation):
     template = build_template(name, tokenizer)
-    ids, supervised = render_row(template, messages)
+    ids, supervised = render_row(template, conversation)
     answered = [False] * len(ids)
-    for index, message in enumerate(messages):
+    for index, message in enumerate(conversation["messages"]):
         if message["role"] == "assistant":
-            prompt = template.encode_prompt(messages[:index])
+            prompt = template.encode_prompt(cut_conversation(conversation, index))
             assert ids[: len(prompt)] == prompt
             answer = [*encode_as_text(tokenizer, [message["content"]])[0], template.stop_token_id]
             assert ids[len(prompt) : len(prompt) + len(answer)] == answer
@@ -91,23 +96,24 @@ def test_prompts_are_prefixes_and_answers_are_supervised(tokenizer, name, messag
 @BOTH
 @QUICK
 @given(conversations(TEXT))
-def test_training_on_the_last_answer_changes_no_id(tokenizer, name, messages):
+def test_training_on_the_last_answer_changes_no_id(tokenizer, name, conversation):
     template = build_template(name, tokenizer)
-    ids, _ = render_row(template, messages)
-    last_ids, last = render_row(template, messages, "last")
+    ids, _ = render_row(template, conversation)
+    last_ids, last = render_row(template, conversation, "last")
     assert last_ids == ids
-    prompt = template.encode_prompt(messages[:-1])
+    prompt = template.encode_prompt(cut_conversation(conversation, -1))
     assert last == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
 
 @BOTH
 @QUICK
 @given(conversations(TEXT))
-def test_control_tokens_never_come_from_a_row(tokenizer, name, messages):
+def test_control_tokens_never_come_from_a_row(tokenizer, name, conversation):
     """Only the template's own control tokens appear, as in a conversation of harmless texts."""
     template = build_template(name, tokenizer)
-    ids, _ = render_row(template, messages)
-    harmless, _ = render_row(template, [{**message, "content": "x"} for message in messages])
+    messages = conversation["messages"]
+    ids, _ = render_row(template, conversation)
+    harmless, _ = render_row(template, {"messages": [{**message, "content": "x"} for message in messages]})
     assert [i for i in ids if i in range(3)] == [i for i in harmless if i in range(3)]
     assert not {0, 1, 2} & {i for text in encode_as_text(tokenizer, [m["content"] for m in messages]) for i in text}
 
@@ -115,23 +121,25 @@ def test_control_tokens_never_come_from_a_row(tokenizer, name, messages):
 @BOTH
 @QUICK
 @given(conversations(TEXT))
-def test_an_answer_is_decoded(tokenizer, name, messages):
+def test_an_answer_is_decoded(tokenizer, name, conversation):
     template = build_template(name, tokenizer)
-    ids, _ = render_row(template, messages)
-    answer = ids[len(template.encode_prompt(messages[:-1])) :]
-    assert template.parse(answer) == messages[-1]["content"].strip()
+    ids, _ = render_row(template, conversation)
+    answer = ids[len(template.encode_prompt(cut_conversation(conversation, -1))) :]
+    content = conversation["messages"][-1]["content"].strip()
+    assert template.parse(answer) == {"role": "assistant", "content": content}
     # Without a stop token, and with text after it.
     assert template.parse(answer[:-1]) == template.parse([*answer, *answer])
 
 
 @QUICK
 @given(conversations(WORDS.map(" ".join)))
-def test_ordinary_text_has_the_chat_templates_own_ids(tokenizer, messages):
+def test_ordinary_text_has_the_chat_templates_own_ids(tokenizer, conversation):
     template = build_template("chat", tokenizer)
+    messages = conversation["messages"]
     expected = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert render_row(template, messages)[0] + tokenizer("\n").input_ids == expected
+    assert render_row(template, conversation)[0] + tokenizer("\n").input_ids == expected
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    assert template.encode_prompt(messages[:-1]) == prompt
+    assert template.encode_prompt(cut_conversation(conversation, -1)) == prompt
 
 
 @BOTH
@@ -160,7 +168,7 @@ def test_the_role_template_borrows_bos_and_eos():
     template = build_template("role", tokenizer)
     ids, supervised = render_row(template, build_conversation(["a", "b"]))
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) and supervised[-2:] == [True, True]
-    assert template.parse(ids[-2:]) == "b"
+    assert template.parse(ids[-2:])["content"] == "b"
 
 
 def test_the_role_template_without_a_start_token():
@@ -169,19 +177,60 @@ def test_the_role_template_without_a_start_token():
     ids, _ = render_row(template, build_conversation(["a", "b"]))
     assert tokenizer.decode(ids[:2]).replace(" ", "") == "\n#"
     tokenizer.chat_template = template.chat_template
-    assert (
-        tokenizer.apply_chat_template(build_conversation(["a", "b"]), tokenize=False) == "\n#USER:a\n#ASSISTANT:b</s>"
+    messages = build_conversation(["a", "b"])["messages"]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "\n#USER:a\n#ASSISTANT:b</s>"
+
+
+# ---- which chat template
+
+
+def test_a_tokenizer_without_a_chat_template(make_tokenizer):
+    message = "^template chat: the tokenizer has no chat template; set chat_template, or use `template: role`$"
+    with pytest.raises(SFTError, match=message):
+        build_template("chat", make_tokenizer(chat_template=None))
+
+
+def test_a_chat_template_of_a_file(make_tokenizer, tmp_path):
+    file = tmp_path / "short.jinja"
+    file.write_text(CHATML.replace("'\n'", "': '"), encoding="utf-8")
+    tokenizer = make_tokenizer()
+    template = build_template("chat", tokenizer, str(file))
+    assert template.chat_template == tokenizer.chat_template == file.read_text()
+    assert tokenizer.decode(template.encode_prompt(build_conversation(["q"]))).startswith("<|im_start|>user: q")
+
+
+def test_a_chat_template_by_name(make_tokenizer):
+    named = {"default": CHATML, "tools": AGENT_TEMPLATE}
+    assert load_chat_template(make_tokenizer(dict(named)), None) == CHATML
+    assert load_chat_template(make_tokenizer(dict(named)), "tools") == AGENT_TEMPLATE
+    assert load_chat_template(make_tokenizer(), "default") == CHATML
+    assert build_template("chat", make_tokenizer(dict(named)), "tools").chat_template == AGENT_TEMPLATE
+
+
+def test_chat_templates_that_cannot_be_read(make_tokenizer, tmp_path):
+    named = {"a": CHATML, "b": CHATML}
+    fails(
+        lambda: build_template("chat", make_tokenizer(dict(named))),
+        "template chat: the tokenizer has no chat template of the name default; name one with chat_template: a, b",
+    )
+    missing = "chat_template c: no such file, nor a template of the tokenizer (it has: "
+    fails(lambda: build_template("chat", make_tokenizer(dict(named)), "c"), missing + "a, b)")
+    fails(lambda: build_template("chat", make_tokenizer(None), "c"), missing + "none)")
+    fails(lambda: build_template("chat", make_tokenizer(), str(tmp_path)), f"chat_template {tmp_path}: no such file")
+    (tmp_path / "latin.jinja").write_bytes(b"{# \xe9 #}")
+    fails(
+        lambda: build_template("chat", make_tokenizer(), str(tmp_path / "latin.jinja")),
+        "latin.jinja: not UTF-8 at byte 3; save it as UTF-8",
+    )
+    fails(
+        lambda: build_template("role", make_tokenizer(), "x.jinja"),
+        "chat_template: `template: role` reads none; remove it or use `template: chat`",
     )
 
 
 def test_a_tokenizer_without_a_stop_token():
     with pytest.raises(SFTError, match=r"template role: the tokenizer has neither <\|im_end\|> nor an eos token"):
         build_template("role", build_bare_tokenizer())
-
-
-def test_a_tokenizer_without_a_chat_template(make_tokenizer):
-    with pytest.raises(SFTError, match="template chat: the tokenizer has no chat template; use `template: role`"):
-        build_template("chat", make_tokenizer(chat_template=None))
 
 
 def test_a_chat_template_without_a_stop_token(make_tokenizer):
@@ -203,25 +252,19 @@ def test_a_slow_tokenizer():
 
 
 def test_a_template_that_rewrites_history(make_tokenizer):
+    """Each answer is trained under the prompt that it will get."""
     template = build_template("chat", make_tokenizer(HISTORY_DROPPING))
-    messages = build_conversation(["q1", "a1", "q2", "a2"])
-    with pytest.raises(
-        SFTError, match="rewrites the conversation before answer 1 of 2, so the prompt is not a prefix of the row"
-    ):
-        template.render([messages])
-    ids, supervised = render_row(template, messages, "last")
-    prompt = template.encode_prompt(messages[:-1])
-    assert ids[: len(prompt)] == prompt
-    assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    assert template.parse(ids[len(prompt) :]) == "a2"
-    assert "a1" not in template.tokenizer.decode(ids)
-    assert template.render([messages[:2]])  # one exchange has no history
-
-
-def test_a_template_whose_prompt_is_never_a_prefix(make_tokenizer):
-    template = build_template("chat", make_tokenizer(CHATML.replace("assistant\n", "assistant\n<think>")))
-    with pytest.raises(SFTError, match="before answer 1 of 1"):
-        template.render([build_conversation(["q", "a"])], "last")
+    conversation = build_conversation(["q1", "a1", "q2", "a2"])
+    first, second = render_sequences(template, conversation)
+    [only] = render_sequences(template, conversation, "last")
+    assert only == second
+    for (ids, supervised), end, answer in ((first, 1, "a1"), (second, 3, "a2")):
+        prompt = template.encode_prompt(cut_conversation(conversation, end))
+        assert ids[: len(prompt)] == prompt
+        assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+        assert template.parse(ids[len(prompt) :])["content"] == answer
+    assert "a1" not in template.tokenizer.decode(second[0])
+    assert len(render_sequences(template, cut_conversation(conversation, 2))) == 1
 
 
 def test_a_newline_before_the_stop_token_is_supervised(make_tokenizer):
@@ -236,7 +279,7 @@ def test_a_newline_before_the_stop_token_is_supervised(make_tokenizer):
 def test_a_conversation_without_an_answer_has_nothing_supervised(tokenizer):
     for name in ("role", "chat"):
         for train_on in ("all", "last"):
-            assert not any(render_row(build_template(name, tokenizer), build_conversation(["q"]), train_on)[1])
+            assert render_sequences(build_template(name, tokenizer), build_conversation(["q"]), train_on) == []
 
 
 def test_placeholders_for_control_tokens_are_replaced_back(tokenizer):

@@ -391,9 +391,40 @@ def test_values_of_tools_in_structs_stay_but_for_nulls(tmp_path, caplog, kind):
     ]
 
 
-def test_values_of_tools_in_the_library_s_json_columns_stay():
-    """`Dataset.from_list` keeps objects of different types as the library's own JSON."""
-    assert load_conversations(Dataset.from_list(tool_rows())) == without_nulls(tool_rows())
+@pytest.mark.parametrize("kind", ["dataset", "a.parquet", "saved"])
+def test_values_in_the_librarys_json_cells_stay(tmp_path, kind):
+    """`datasets` has its own type for objects whose keys differ in type from row to row."""
+    rows = []
+    for value in ("42", 42, [1, "1"], {"b": "null"}):
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": value}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rows.append({"messages": [{"role": "user", "content": "Hi"}, answer]})
+    dataset = Dataset.from_list(rows, on_mixed_types="use_json")
+    assert "Json" in str(dataset.features)
+    source: Any = dataset
+    if kind == "a.parquet":
+        dataset.to_parquet(source := tmp_path / kind)
+    elif kind == "saved":
+        dataset.save_to_disk(source := tmp_path / kind)
+    assert json.dumps(load_conversations(source)) == json.dumps(rows)
+
+
+def test_a_text_alone_in_a_json_cell_is_no_longer_a_text():
+    """`datasets` writes the text "42" as the number, which is refused, never trained as another text."""
+    parts = [{"type": "text", "text": "Hello"}]
+    rows = [{"messages": talk(answer=answer)} for answer in ("Hello", parts)]
+    assert load_conversations(Dataset.from_list(rows, on_mixed_types="use_json")) == [conversation()] * 2
+    numbers = Dataset.from_list([{"messages": talk(answer="42")}, *rows], on_mixed_types="use_json")
+    fails(lambda: load_conversations(numbers), "dataset row 0: the content of messages[1] (assistant) must be a string")
+
+
+def test_a_json_cell_that_is_no_json_is_its_text(tmp_path):
+    cell = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{", '"x"', None]))
+    table = pa.table({"prompt": ["a", "b", "c"], "completion": cell})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    answers = [row["messages"][1]["content"] for row in load_conversations(tmp_path / "a.arrow", skip_bad_rows=True)]
+    assert answers == ["{", "x"]
 
 
 def test_a_csv_file_with_tools_as_json_text(tmp_path):
