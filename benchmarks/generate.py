@@ -149,9 +149,9 @@ def main() -> None:
     args = parser.parse_args()
     model, template, system_prompt = load_trained(args.model)
     comparison = Comparison(model.cpu().eval(), template)
-    conversations = [prompt.messages for prompt in load_prompts(args.data) if not prompt.problem]
+    conversations = [prompt.conversation for prompt in load_prompts(args.data) if not prompt.problem]
     conversations = conversations[: max(PROMPTS, args.check)]
-    prompts = [template.encode_prompt(add_system_prompt(messages, system_prompt)) for messages in conversations]
+    prompts = [template.encode_prompt(add_system_prompt(row, system_prompt)) for row in conversations]
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from typing import Any
 from rich.console import Console
 
 from sft_pipeline.config import parse_config
-from sft_pipeline.data.messages import Conversation, parse_conversation
+from sft_pipeline.data.messages import Conversation, add_system_prompt, parse_conversation, split_answer
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.sources import load_conversations
+from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import Comparison, compare_models
 from sft_pipeline.evaluation.judge import Judge, JudgeResults, judge_pairs
@@ -92,9 +94,13 @@ def evaluate_models(
     paths = [resolve_model(name, get_cache_dir()) for name in models]
     if not any(map(takes_revision, paths)):
         check_revision(paths[0], options.revision)
-    for path in paths:
+    loaded = [
         load_template(path, options.template, options.system_prompt, options.trust_remote_code, options.revision)
+        for path in paths
+    ]
     prompt_set = load_prompt_set(options)
+    for name, (template, system_prompt) in zip(models, loaded):
+        check_rows(name, template, system_prompt, prompt_set)
     results = [result for name in models for result in run_model(name, name, prompt_set, options)]
     comparison = compare_models(results, prompt_set)
     if output:
@@ -109,6 +115,17 @@ def evaluate_models(
         write_json(output / COMPARISON_FILE, content)
     if as_json:
         print(format_json_line(content))
+
+
+def check_rows(name: str, template: Template, system_prompt: str | None, prompt_set: PromptSet) -> None:
+    """Raise SFTError naming the model and the prompt that its template cannot render, such as one with tools."""
+    for row, text in zip(prompt_set.rows, prompt_set.texts):
+        conversation = add_system_prompt(row, system_prompt)
+        try:
+            template.encode_prompt(split_answer(conversation)[0])
+            template.render([conversation], "last")
+        except SFTError as error:
+            raise SFTError(f"{name}: the row with the prompt {reprlib.repr(text)}: {error}") from error
 
 
 def build_judge(base_url: str | None, model: str | None) -> Judge | None:

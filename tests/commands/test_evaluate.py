@@ -10,6 +10,7 @@ from support.agent import (
     CALL,
     CONVERSATIONS,
     OSLO,
+    PLAIN,
     TOOLS,
     assistant,
     save_agent,
@@ -135,6 +136,14 @@ def test_texts_have_no_prompt(model_folder, tmp_path, capsys):
     keys = {"model_name_or_path": str(model_folder), "train_data": [train], "eval_data": [data, rows]}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
     assert load_prompt_set(EvaluateOptions(str(tmp_path))).rows == CONVERSATIONS
+
+
+def test_a_template_that_cannot_write_a_row_is_named_before_any_model_is_asked(model_folder, tmp_path, capsys):
+    folder = str(save_agent(model_folder, tmp_path / "agent"))
+    data = write_rows(tmp_path / "rows.jsonl", [PLAIN, CALL])
+    assert refusal(capsys, folder, str(model_folder), "--data", data).startswith(
+        f"{model_folder}: the row with the prompt 'Is it cold in Oslo?': the chat template does not write tools; "
+    )
 
 
 def refusal(capsys, *words: str) -> str:
