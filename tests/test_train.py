@@ -182,10 +182,13 @@ def test_without_held_out_rows_there_is_no_evaluation(config, tmp_path):
     assert SYSTEM in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
 
-def test_packed_and_padded_runs_are_the_same_run(run, config, tmp_path):
-    padded = run_train(config, "--output_dir", str(tmp_path / "out"), "--packing", "false")
-    for step, padded_step in zip(curve(run[1]), curve(padded), strict=True):
-        assert [x for x in step if x is not None] == pytest.approx([x for x in padded_step if x is not None], rel=2e-3)
+@pytest.mark.parametrize("key", ["packing", "share_prefixes"])
+def test_packed_and_padded_runs_are_the_same_run(key, run, config, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="sft_pipeline"):
+        other = run_train(config, "--output_dir", str(tmp_path / "out"), f"--{key}", "false")
+    for step, other_step in zip(curve(run[1]), curve(other), strict=True):
+        assert [x for x in step if x is not None] == pytest.approx([x for x in other_step if x is not None], rel=2e-3)
+    assert f"{key}: false" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from sft_pipeline.data.packing import pack_rows
+from sft_pipeline.utils.constants import IGNORED
 
 ROOT = Path(__file__).parents[2]
 ROW_LENGTH = 8
@@ -77,8 +81,9 @@ def test_arithmetic_is_that_of_the_measured_benchmark(scaling, small):
     """benchmarks/products.py counts it from a model and a packed batch."""
     products = importlib.import_module("products")
     rows = [ROW_LENGTH] * 3
-    labels = torch.arange(sum(rows)).where(torch.arange(sum(rows)) % 2 == 0, products.IGNORED)
-    batch = {"input_ids": torch.zeros(1, sum(rows)), "labels": labels[None], "row_lengths": torch.tensor([0, *rows])}
+    ids = np.arange(ROW_LENGTH)
+    labels = np.where(ids % 2 == 0, ids, IGNORED)
+    batch = pack_rows([{"input_ids": ids + 10_000 * row, "labels": labels} for row in range(len(rows))])
     counted = sum(products.count_required_flops(build_model(small), batch).values())
     assert scaling.count_flops(small, ROW_LENGTH, target_share=0.5) * sum(rows) == counted
 

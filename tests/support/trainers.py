@@ -38,6 +38,17 @@ def make_rows(lengths: list[tuple[int, int]], seed: int = 3) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
+def join_rows(rows: Dataset, sizes: list[int]) -> Dataset:
+    """Join neighbouring rows, as many as `sizes` say, to conversations of several sequences."""
+    conversations, start = [], 0
+    for size in sizes:
+        part = rows[start : start + size]
+        conversations.append({key: [value for line in lines for value in line] for key, lines in part.items()})
+        conversations[-1]["sequence_lengths"] = [len(line) for line in part["input_ids"]]
+        start += size
+    return Dataset.from_list(conversations)
+
+
 UNEVEN = make_rows([(3, 1), (2, 20), (5, 2), (1, 9), (7, 1), (4, 3), (2, 14), (6, 5)])
 
 

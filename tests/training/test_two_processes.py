@@ -10,7 +10,7 @@ from accelerate import PartialState
 from support.model_kinds import EXPERTS_PACKED, build_llava, make
 from support.processes import run_ranks
 from support.trainers import make_trainer
-from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
+from support.two_processes import CONVERSATIONS, HELD_OUT, PROCESSES, ROWS, STEPS
 
 from sft_pipeline.config import SFTConfig, build_config_record
 from sft_pipeline.model.freezing import freeze_unreached
@@ -38,8 +38,9 @@ SAVING = {"save_strategy": "steps", "save_steps": RESUMED_AT}
 def build(folder: Path, run: tuple[str, int, int, int], **arguments):
     collator, size, accumulation, tokens_per_batch = run
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    options = {"max_steps": STEPS, "max_grad_norm": 1.0, "held_out": HELD_OUT, "per_device_eval_batch_size": 2}
-    return make_trainer(folder, collator, rows=ROWS, tokens_per_batch=tokens_per_batch, **options, **sizes, **arguments)
+    options = {"max_steps": STEPS, "max_grad_norm": 1.0, "per_device_eval_batch_size": 2}
+    arguments = {"rows": ROWS, "held_out": HELD_OUT, **arguments}
+    return make_trainer(folder, collator, tokens_per_batch=tokens_per_batch, **options, **sizes, **arguments)
 
 
 def build_kind(folder: Path, kind: str, processes: int = 1, **arguments):
@@ -73,6 +74,7 @@ def run_worker(process: int, folder: str) -> None:
     out, ddp = Path(folder), {"ddp_backend": "gloo"}
     reports = {name: train_and_report(build(out / name, run, **SAVING, **ddp)) for name, run in TWO_PROCESSES.items()}
     resumed = build(out / "resumed", TWO_PROCESSES[RESUMED], **ddp)
+    reports["conversations"] = train_and_report(build(out, TWO_PROCESSES["packed 4 x 1"], **CONVERSATIONS, **ddp))
     reports["budget"] = train_and_report(build(out, (*BUDGET[:2], 1, BUDGET[3]), **ddp))
     reports["resumed"] = train_and_report(resumed, str(out / RESUMED / f"checkpoint-{RESUMED_AT}"))
     for kind in KINDS:
@@ -128,6 +130,12 @@ def test_two_processes_train_models_whose_parameters_are_not_all_reached(kind, t
 @pytest.mark.parametrize("name", ONE_PROCESS)
 def test_packing_and_accumulation_do_not_change_training(name, one_process, tmp_path):
     assert_same(train_and_report(build(tmp_path, ONE_PROCESS[name])), one_process)
+
+
+def test_two_processes_train_conversations_of_several_sequences_like_one(two_processes, tmp_path):
+    """Their trees against the padded sequences of one process; the held-out loss counts each sequence once."""
+    expected = train_and_report(build(tmp_path, REFERENCE, **CONVERSATIONS))
+    assert_same(two_processes["conversations"], expected)
 
 
 def test_two_processes_with_tokens_per_batch_train_like_one_with_twice_the_accumulation(two_processes, tmp_path):
