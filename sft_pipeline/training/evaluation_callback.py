@@ -279,7 +279,7 @@ def describe_results(results: StepResults, num_questions: int) -> str:
         parts.append(f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop")
     if TOOL_CALLS_MATCHED in metrics:
         count = sum(row["calls_match"] is not None for row in results.table)
-        parts.append(f"{metrics[TOOL_CALLS_MATCHED]:.0%} of {count} tool calls as in the reference")
+        parts.append(f"{metrics[TOOL_CALLS_MATCHED]:.0%} of {count} tool calls matched")
     if metrics["instructions"]:
         parts.append(f"{metrics['instructions_followed_rate']:.0%} of {metrics['instructions']} instructions followed")
     if metrics["answer_errors"]:
