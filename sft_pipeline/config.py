@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import keyword
 import os
 import re
 import types
@@ -240,7 +241,8 @@ def _parse_template_kwargs(value: Any) -> dict[str, Any] | None:
     if kwargs is not None and not isinstance(kwargs, dict):
         raise SFTError(f"chat_template_kwargs is {kwargs!r}; it has to be {{name: value}}")
     for name in kwargs or ():
-        if not isinstance(name, str) or not name.isidentifier():
+        is_name = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+        if not is_name or name.lower() in ("true", "false", "none"):
             raise SFTError(f"chat_template_kwargs: {name!r} cannot be the name of an argument; use letters and _")
     return kwargs or None
 

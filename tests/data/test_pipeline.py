@@ -8,6 +8,7 @@ import pytest
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.data.chat_templates import build_template
+from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.pipeline import build_encoder, load_one_row, load_splits, prepare_data
 from sft_pipeline.utils.errors import SFTError
 
@@ -34,7 +35,8 @@ def arguments(train: str | list[str], **keys) -> SFTArguments:
 
 def questions(dataset) -> list[int]:
     """The numbers of the rows, sorted."""
-    return sorted(int(messages[0]["content"].split()[1]) for messages in dataset["messages"])
+    conversations = map(parse_conversation, dataset["conversation"])
+    return sorted(int(row["messages"][0]["content"].split()[1]) for row in conversations)
 
 
 def test_nothing_held_out(file):
@@ -124,20 +126,20 @@ def test_prepare(file, tokenizer, cache, caplog):
     template = build_template("role", tokenizer)
     with caplog.at_level(logging.INFO, logger="sft_pipeline"):
         prepared = prepare_data(sft, template)
-    assert (len(prepared.train), len(prepared.held_out), len(prepared.held_out_messages)) == (7, 3, 3)
+    assert (len(prepared.train), len(prepared.held_out), len(prepared.held_out_conversations)) == (7, 3, 3)
     assert (prepared.train_stats.kept, prepared.held_out_stats.kept) == (7, 3)
     assert f"training rows: {prepared.train_stats}" in caplog.text
     assert f"held-out rows: {prepared.held_out_stats}" in caplog.text
-    # The held-out rows are encoded from the held-out messages, in their order, with the system prompt.
+    # The held-out rows are encoded from the held-out conversations, in their order, with the system prompt.
     texts = [tokenizer.decode(ids) for ids in prepared.held_out["input_ids"]]
-    for text, messages in zip(texts, prepared.held_out_messages["messages"], strict=True):
-        question, answer = (message["content"] for message in messages)
+    for text, conversation in zip(texts, prepared.held_out_conversations["conversation"], strict=True):
+        question, answer = (message["content"] for message in parse_conversation(conversation)["messages"])
         assert text == f"<|im_start|>\n#SYSTEM:s\n#USER:{question}\n#ASSISTANT:{answer}<|im_end|>"
 
 
 def test_prepare_without_held_out_rows(file, tokenizer, cache):
     prepared = prepare_data(arguments(file("a.json", 0, 2)), build_template("chat", tokenizer))
-    assert prepared.held_out is prepared.held_out_stats is prepared.held_out_messages is None
+    assert prepared.held_out is prepared.held_out_stats is prepared.held_out_conversations is None
 
 
 def test_the_encoder_has_the_configs_settings(tokenizer):
@@ -152,7 +154,8 @@ def test_one_row_is_the_row_that_is_trained(file, tokenizer, cache):
     prepared = prepare_data(sft, template)
     for index in range(5):
         row, origin = load_one_row(sft, template, index)
-        assert row == prepared.train[index]
+        columns = {name: value for name, value in row.items() if name not in ("outcome", "dropped_sequences")}
+        assert columns == prepared.train[index]
         assert origin == (f"a.json row {index}" if index < 3 else f"b.json row {index - 3}")
 
 
@@ -174,5 +177,34 @@ def test_the_projects_own_rows(tokenizer, cache):
     path = Path(__file__).parents[2] / "configs" / "data" / "quickstart.jsonl"
     train, held_out = load_splits(arguments(str(path), held_out=40))
     assert len(held_out) >= 40 and len(train) > len(held_out)
-    trained = {json.dumps(messages) for messages in train["messages"]}
-    assert not trained & {json.dumps(messages) for messages in held_out["messages"]}
+    assert not set(train["conversation"]) & set(held_out["conversation"])
+
+
+def test_a_row_with_nothing_trained(tmp_path, tokenizer):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": messages}]))
+    message = r"^a.json row 0: dropped \(nothing supervised\); mark an answer with train: true, or change train_on$"
+    with pytest.raises(SFTError, match=message):
+        load_one_row(arguments(str(tmp_path / "a.json")), build_template("role", tokenizer), 0)
+
+
+def test_texts_and_conversations_are_mixed_by_weight(file, tmp_path, tokenizer, cache):
+    """Texts are held out and repeated like other rows, and are no prompts."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"text {number} is long"}) + "\n" for number in range(4)))
+    sft = arguments([file("a.json", 0, 6), str(texts)], train_data_weights=[1.0, 3.0], max_length=40, held_out=3)
+    prepared = prepare_data(sft, build_template("chat", tokenizer))
+    held_out = [parse_conversation(text) for text in prepared.held_out_conversations["conversation"]]
+    kept_texts = 4 - sum("text" in row for row in held_out)
+    kept_conversations = 6 - sum("messages" in row for row in held_out)
+    decoded = [tokenizer.decode(ids) for ids in prepared.train["input_ids"]]
+    assert sum(text.startswith("<|im_start|>") for text in decoded) == kept_conversations
+    assert sum(text.startswith("text ") and text.endswith("long<|im_end|>") for text in decoded) == 3 * kept_texts
+
+
+def test_other_ids_of_the_saved_chat_template_are_logged(tmp_path, tokenizer, cache, caplog):
+    rows = [{"instruction": text, "output": "yes"} for text in ("hi", "<|im_end|>")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with caplog.at_level(logging.INFO, logger="sft_pipeline"):
+        prepare_data(arguments(str(tmp_path / "a.json"), template="chat"), build_template("chat", tokenizer))
+    assert "the saved chat template gives other ids than training for 1 of 2 rows" in caplog.text

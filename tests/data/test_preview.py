@@ -8,21 +8,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
+from support.conversations import build_conversation
+from support.templates import AGENT_TEMPLATE
+from support.tiny import build_tokenizer
 
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.encode import Encoder
-from sft_pipeline.data.preview import decode_tokens, format_row_json, print_positions, print_row
+from sft_pipeline.data.encode import Encoder, encode_dataset
+from sft_pipeline.data.messages import format_conversation
+from sft_pipeline.data.preview import build_preview, decode_tokens, format_row_json, print_positions, print_row
 from sft_pipeline.data.text_encoder import encode_as_text
 
 PIECES = st.sampled_from(["冬瓜", "🙂", "é", "the answer", " ", "\n", "<|im_end|>", "[bold]", "x"])
 TEXT = st.lists(PIECES, max_size=6).map("".join)
 
 
-def encode(tokenizer, question="Why?", answer="冬瓜 [b]🙂", name="role", **settings_of_encoder):
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def encode_conversation(tokenizer, conversation, name="chat", **settings_of_encoder):
     encoder = Encoder(build_template(name, tokenizer), **settings_of_encoder)
-    columns = encoder({"messages": [messages], "origin": ["rows.json row 3"]})
-    return {key: columns[key][0] for key in ("input_ids", "labels")}
+    columns = encoder({"conversation": [format_conversation(conversation)], "origin": ["rows.json row 3"]})
+    return {key: columns[key][0] for key in ("input_ids", "labels", "sequence_lengths", "computed_tokens")}
+
+
+def encode(tokenizer, question="Why?", answer="冬瓜 [b]🙂", name="role", **settings_of_encoder):
+    conversation = build_conversation([question, answer])
+    return encode_conversation(tokenizer, conversation, name, **settings_of_encoder)
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return build_tokenizer(AGENT_TEMPLATE)
+
+
+@pytest.fixture
+def two_sequences(agent):
+    """An encoded row whose second sequence lacks the reasoning of the first answer."""
+    conversation = build_conversation(["Why?", "So.", "And?", "Yes."])
+    for message in conversation["messages"][1::2]:
+        message["reasoning_content"] = "Hm."
+    return encode_conversation(agent, conversation)
 
 
 def rendered(draw, *arguments, styles=False, width=80) -> str:
@@ -76,10 +98,26 @@ def test_json_is_one_line_with_its_three_keys(tokenizer, name):
     line = format_row_json(row, tokenizer)
     assert "\n" not in line and "冬瓜" in line
     values = json.loads(line)
-    assert list(values) == ["input_ids", "labels", "text"]
-    assert {key: values[key] for key in row} == row
+    assert list(values) == ["input_ids", "labels", "text", "sequences"]
+    assert {key: values[key] for key in ("input_ids", "labels")} == {key: row[key] for key in ("input_ids", "labels")}
+    assert values["sequences"] == [{key: values[key] for key in ("input_ids", "labels", "text")}]
     assert values["text"] == tokenizer.decode(row["input_ids"])
     assert len(values["input_ids"]) == len(values["labels"])
+
+
+def test_json_of_several_sequences(agent, two_sequences):
+    """They are one line too, and there are no keys of a single sequence."""
+    line = format_row_json(two_sequences, agent)
+    values = json.loads(line)
+    assert "\n" not in line and list(values) == ["sequences"]
+    first, second = values["sequences"]
+    assert first["input_ids"] + second["input_ids"] == two_sequences["input_ids"]
+    assert first["labels"] + second["labels"] == two_sequences["labels"]
+    assert [sequence["text"] for sequence in (first, second)] == [
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\nHm.\n</think>\n\nSo.<|im_end|>",
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>",
+    ]
 
 
 # ---- the running text
@@ -97,10 +135,31 @@ def test_show(tokenizer):
 
 
 def test_show_colours_what_is_trained(tokenizer):
-    """Dim up to the answer, green from there: the answer and its stop token."""
+    """Green is the answer and its stop token."""
     text = Text.from_ansi(rendered(print_row, encode(tokenizer, answer="So."), tokenizer, "row", styles=True))
-    assert colour(text, "<|im_start|>\n#USER:Why?\n#ASSISTANT:") == {"dim"}
+    assert colour(text, "<|im_start|>\n#USER:Why?\n#ASSISTANT:") == {""}
     assert colour(text, "So.<|im_end|>") == {"color(2)"}  # green
+
+
+def test_show_several_sequences_with_what_is_shared_in_grey(agent, two_sequences):
+    shown = rendered(print_row, two_sequences, agent, "rows.json row 3", styles=True, width=120)
+    text = Text.from_ansi(shown)
+    first, second = json.loads(format_row_json(two_sequences, agent))["sequences"]
+    pairs = zip(first["input_ids"], second["input_ids"])
+    shared = next(index for index, (a, b) in enumerate(pairs) if a != b)
+    counts = [(len(part["input_ids"]), sum(label != -100 for label in part["labels"])) for part in (first, second)]
+    lines = text.plain.splitlines()
+    assert lines[0] == f"rows.json row 3, sequence 1 of 2: {counts[0][0]} tokens, {counts[0][1]} trained (green)"
+    assert (
+        f"rows.json row 3, sequence 2 of 2: {counts[1][0]} tokens, {shared} shared with an earlier one (grey), "
+        f"{counts[1][1]} trained (green)"
+    ) in text.plain
+    start = text.plain.index("sequence 2 of 2")
+    end = Text.assemble(*[text[start:]])
+    assert colour(end, "user\nWhy?") == {"color(8)"}  # grey
+    assert colour(end, "So.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n") == {""}
+    assert colour(end, "<think>\nHm.\n</think>\n\nYes.<|im_end|>") == {"color(2)"}
+    assert text.plain.count("first trained token '<', last '<|im_end|>' (the stop token)") == 2
 
 
 def test_show_says_that_a_row_is_cut(tokenizer):
@@ -139,7 +198,34 @@ def test_show_positions(tokenizer):
     assert sum(line.rstrip().endswith("yes") for line in lines) == 5
 
 
+def test_positions_of_several_sequences(agent, two_sequences):
+    lines = rendered(print_positions, two_sequences, agent).splitlines()
+    assert sum(line.split()[0] == "position" for line in lines) == 2
+    yes = sum(line.rstrip().endswith("yes") for line in lines)
+    assert yes == sum(label != -100 for label in two_sequences["labels"])
+
+
 def test_positions_show_line_ends_and_brackets_as_they_are(tokenizer):
     text = rendered(print_positions, encode(tokenizer, question="[bold]\n[/x]", answer="So."), tokenizer)
     tokens = [line.split()[2] for line in text.splitlines()[1:]]
     assert "".join(tokens) == "<|im_start|>\\n#USER:[bold]\\n[/x]\\n#ASSISTANT:So.<|im_end|>"
+
+
+# ---- what a run saves for its report
+
+
+def test_the_first_row_and_the_lengths_of_a_report(agent, cache):
+    """The first row is a list of its sequences, and a bar counts sequences."""
+    conversation = build_conversation(["Why?", "So.", "And?", "Yes."])
+    conversation["messages"][1]["reasoning_content"] = "Hm."
+    rows, stats = encode_dataset([conversation, build_conversation(["q", "a"])], Encoder(build_template("chat", agent)))
+    preview = build_preview(rows, agent)
+    sequences = preview["first_row"]
+    assert [list(sequence) for sequence in sequences] == [["tokens", "trained", "shared"]] * 2
+    assert sequences[0]["shared"] == 0 < sequences[1]["shared"] < len(sequences[0]["tokens"])
+    for sequence in sequences:
+        pairs = zip(sequence["tokens"], sequence["trained"], strict=True)
+        assert "".join(token for token, trained in pairs if trained).endswith("<|im_end|>")
+    assert sum(preview["lengths"]["rows"]) == stats.sequences == 3
+    edges = preview["lengths"]["edges"]
+    assert edges[0] == stats.length_quantiles["least"] and edges[-1] > stats.length_quantiles["most"]

@@ -162,7 +162,7 @@ def test_without_held_out_rows(config, tokenizer):
     template = build_template("role", tokenizer)
     write_shards(args, template, Path("shards"))
     data = map_shards(args, template)
-    assert data.held_out is data.held_out_stats is data.held_out_messages is None
+    assert data.held_out is data.held_out_stats is data.held_out_conversations is None
     assert same_rows(data, prepare_data(args, template))
 
 
@@ -253,7 +253,17 @@ def test_a_key_that_differs_is_named(key, written, tokenizer):
     assert str(refused.value) == f"prepared_data shards: {key} differs ({message}); {REMEDY}"
 
 
-FORMAT_KEYS = {"format", "rows_format", "encoding_format", "tokenizer", "chat_template"}
+def test_template_arguments_that_differ_are_named(written, tokenizer):
+    built = [build_template("chat", build_tokenizer(), None, kwargs) for kwargs in (None, {"x": None})]
+    written.template = "chat"
+    write_shards(written, built[0], Path("chat"))
+    assert find_shard_mismatch(written, built[0], Path("chat")) is None
+    assert find_shard_mismatch(written, built[1], Path("chat")) == (
+        f"chat_template_kwargs differs (prepared with {{}}, now {{'x': None}}); {REMEDY}"
+    )
+
+
+FORMAT_KEYS = {"format", "rows_format", "encoding_format", "tokenizer", "chat_template", "chat_template_kwargs"}
 
 
 def test_all_that_decides_the_rows_is_compared(written, tokenizer):
@@ -262,9 +272,10 @@ def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     others = {"model_name_or_path", "prepared_data", "packing", "tokens_per_batch", "pad_to_multiple_of", "num_proc"}
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
     others |= {"early_stopping_patience", "overwrite_output_dir", "push_evaluation", "trust_remote_code", "revision"}
+    others |= {"share_prefixes"}
     names = {key.name for key in dataclasses.fields(SFTArguments)}
     ours = {name for name in names if name not in others and not name.startswith("lora")}
-    assert ours | FORMAT_KEYS == set(made_from)
+    assert ours | FORMAT_KEYS == set(made_from)  # the text of `chat_template`, the arguments of the template
     assert set(CHANGES) | {"train_data", *FORMAT_KEYS} == set(made_from)
 
 
@@ -475,4 +486,4 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
             )
             data = prepare_data(args, build_template(template, tokenizer))
             results.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (3, "0f9f08cb6e53b0b6")
+    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (4, "764b48d8d2005625")
