@@ -44,6 +44,7 @@ def test_rows_with_tools_are_prompts():
     assert prompts.rows == [CALL, REPLY] and [prompt["tools"] for prompt in prompts.prompts] == [TOOLS] * 2
     assert prompts.texts[0] == "Is it cold in Oslo?" and prompts.texts[1].endswith(' → {"degrees": 4}')
     assert prompts.references == ['get_weather({"city": "Oslo"})', "Yes, 4 degrees."]
+    assert select_prompts([REPLY], 50, 0).rows == [{**CALL, "messages": REPLY["messages"][:3]}, REPLY]
     message = (
         r"^few_shot 1: the data has 2 different rows \(0 without tools\), too few for prompts besides the examples;"
     )
