@@ -235,7 +235,8 @@ def test_training_resumes(model_folder, tmp_path):
     trainer.save_model()
     assert_same_weights(tmp_path / "resumed", read_weights(tmp_path / "whole"))
     # A checkpoint has the template too, so `chat` prompts its model as it was trained.
-    assert json.loads((checkpoint / "sft_template.json").read_text()) == {"template": "chat", "system_prompt": None}
+    settings = {"template": "chat", "chat_template_kwargs": {}, "system_prompt": None}
+    assert json.loads((checkpoint / "sft_template.json").read_text()) == settings
 
 
 def refuse(*parts: str, model=None, rows=ROWS, **options) -> None:
