@@ -315,7 +315,7 @@ def test_a_wrong_value_on_the_command_line(write):
         ),
         (
             "chat_template_kwargs: {1: 2}",
-            "chat_template_kwargs: 1 cannot be the name of an argument; use letters and _",
+            "chat_template_kwargs: '1' cannot be the name of an argument; use letters and _",
         ),
     ],
 )
