@@ -101,10 +101,12 @@ class ChatTemplate(Template):
                 continue
             try:
                 prompt = self._render(messages[:index], True, tools, kwargs)
-                target = self._find_target(prompt, self._render(messages[: index + 1], False, tools, kwargs), index)
-            except SFTError as error:
+                answered = self._render(messages[: index + 1], False, tools, kwargs)
+                has_reasoning = "reasoning_content" in conversation["messages"][index]
+                target = self._find_target(prompt, answered, index, has_reasoning)
+            except SFTError:
                 if index in trained:
-                    raise self._explain_reasoning(error, message, index) from error
+                    raise
                 continue
             if index in trained:
                 self._check_context(messages, checked, index, prompt, tools)
@@ -113,16 +115,19 @@ class ChatTemplate(Template):
             turns.append(RenderedTurn(index, prompt, target))
         return turns
 
-    def _find_target(self, prompt: str, answered: str, index: int) -> str:
+    def _find_target(self, prompt: str, answered: str, index: int, has_reasoning: bool) -> str:
         """Return what follows the prompt in the conversation with its answer, up to the last stop token."""
         if not answered.startswith(prompt):
             start = next(i for i, (a, b) in enumerate(zip(prompt + "\0", answered + "\0")) if a != b)
             texts = [
                 repr(self._restore_spellings(text[start : start + SHOWN_CHARACTERS])) for text in (prompt, answered)
             ]
+            remedy = (
+                "let chat_template_kwargs not switch its reasoning off" if has_reasoning else "use `template: role`"
+            )
             raise SFTError(
                 f"the chat template has no place where the answer messages[{index}] begins: its prompt goes on with "
-                f"{texts[0]} where the conversation has {texts[1]}; give another chat_template, or `template: role`"
+                f"{texts[0]} where the conversation has {texts[1]}; give another chat_template, or {remedy}"
             )
         target = answered[len(prompt) :]
         stop = self._find_last_stop(target)
@@ -300,12 +305,6 @@ class ChatTemplate(Template):
         for name, texts in parts.items():
             if not all(_is_written(text, target) for text in texts):
                 raise SFTError(f"messages[{index}]: the chat template does not write its {name}; {OTHER_TEMPLATE}")
-
-    def _explain_reasoning(self, error: SFTError, message: Message, index: int) -> SFTError:
-        """Add to an error of a turn with reasoning that it may be the reasoning that the template does not take."""
-        if not any(message.get(key) for key in REASONING_KEYS):
-            return error
-        return SFTError(f"messages[{index}] has reasoning, which may be switched off by chat_template_kwargs: {error}")
 
 
 QUESTION: Message = {"role": "user", "content": "sft-question"}

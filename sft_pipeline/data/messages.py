@@ -46,6 +46,19 @@ def split_answer(conversation: Conversation) -> tuple[Conversation, Message]:
     return replace_messages(conversation, prompt), answer
 
 
+def list_questions(conversation: Conversation) -> list[Conversation]:
+    """List what a conversation can be asked: the conversation, whose last message is the reference.
+
+    Where that calls no tool but an earlier message does, the conversation up to its first call comes before it. A text
+    can be asked nothing.
+    """
+    messages = conversation.get("messages", [])
+    ends = [index + 1 for index, message in enumerate(messages) if message.get("tool_calls")][:1] + [len(messages)]
+    if messages and messages[-1].get("tool_calls"):
+        ends = ends[-1:]
+    return [replace_messages(conversation, messages[:end]) for end in ends if messages]
+
+
 def format_conversation(conversation: Conversation) -> str:
     """Format as JSON text. Raises ValueError or TypeError for values that JSON does not have, such as NaN and dates."""
     return json.dumps(conversation, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

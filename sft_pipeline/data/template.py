@@ -182,4 +182,4 @@ def list_trained_turns(messages: list[Message], train_on: str) -> list[int]:
 def _cut_after_supervised(sequence: PieceSequence) -> PieceSequence:
     """Cut off what follows the last supervised piece, such as a message that is not trained."""
     end = max(index for index, (_, supervised) in enumerate(sequence.pieces) if supervised)
-    return sequence._replace(pieces=sequence.pieces[: end + 1])
+    return PieceSequence(sequence.pieces[: end + 1], sequence.turns)

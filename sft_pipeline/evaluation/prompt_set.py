@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 
-from sft_pipeline.data.messages import SYSTEM_ROLES, Conversation, Message, replace_messages, split_answer
+from sft_pipeline.data.messages import (
+    SYSTEM_ROLES,
+    Conversation,
+    Message,
+    list_questions,
+    replace_messages,
+    split_answer,
+)
 from sft_pipeline.data.splits import hash_row
 from sft_pipeline.evaluation.readable_messages import format_message, format_prompt
 from sft_pipeline.utils.errors import SFTError
@@ -50,13 +58,13 @@ def drop_texts(conversations: list[Conversation], name: str) -> list[Conversatio
 
 
 def select_prompts(conversations: list[Conversation], num_prompts: int, few_shot: int) -> PromptSet:
-    """Return the first `num_prompts` rows with distinct prompts, and `few_shot` of the rows after them as examples.
+    """Return the first `num_prompts` questions with distinct prompts, and `few_shot` of the rows after them as examples.
 
     Examples come from rows without tools. With too few rows, all but the examples' are prompts. Raises SFTError if no
     row remains as a prompt or if the examples are too few.
     """
     distinct: dict[int, Conversation] = {}
-    for row in conversations:
+    for row in itertools.chain.from_iterable(map(list_questions, conversations)):
         distinct.setdefault(hash_row(split_answer(row)[0]), row)
     rows = list(distinct.values())
     exchanges = {index: exchange for index, row in enumerate(rows) if (exchange := get_first_exchange(row))}

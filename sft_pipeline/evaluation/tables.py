@@ -12,8 +12,9 @@ from sft_pipeline.evaluation.bootstrap import PairedDifference
 from sft_pipeline.evaluation.comparison import ComparedModel, Comparison
 from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED, Metric
 
-# The metrics of the overview, which has room for few.
-OVERVIEW_METRICS = ("nll_nats_per_token", "stop_rate", "loop_rate", TOOL_CALLS_MATCHED, INSTRUCTIONS_FOLLOWED)
+# The metrics of the overview; it has room for the first OVERVIEW_COLUMNS of those that there are.
+OVERVIEW_METRICS = ("nll_nats_per_token", "stop_rate", TOOL_CALLS_MATCHED, INSTRUCTIONS_FOLLOWED, "loop_rate")
+OVERVIEW_COLUMNS = 4
 
 
 def format_details(comparison: Comparison) -> RenderableType:
@@ -27,7 +28,8 @@ def format_overview(comparison: Comparison, notes: Sequence[str]) -> Table:
     """Build one table with a row per model: its note, the overview metrics, and the intervals of their differences from
     the baseline."""
     table = Table("", box=None, header_style="bold", padding=(0, 1, 0, 0), caption=_describe_counts(comparison))
-    metrics = [METRICS[name] for name in OVERVIEW_METRICS if name in comparison.entries[0].metrics]
+    names = [name for name in OVERVIEW_METRICS if name in comparison.entries[0].metrics]
+    metrics = [METRICS[name] for name in names[:OVERVIEW_COLUMNS]]
     for metric in metrics:
         table.add_column(metric.heading, justify="right")
     for model, note in zip(comparison.entries, notes, strict=True):

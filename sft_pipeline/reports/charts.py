@@ -91,12 +91,12 @@ def build_comparison_charts(runs: Sequence[RunResults], names: Sequence[str]) ->
 
 
 def build_length_charts(run: RunResults) -> list[Chart]:
-    """Build the histogram of tokens per row, if the run has a preview."""
+    """Build the histogram of tokens per sequence, if the run has a preview."""
     if run.preview is None:
         return []
     lengths = run.preview["lengths"]
     points = list(zip(lengths["edges"], [*lengths["rows"], 0]))
-    return [Chart("Training rows by length", "tokens", [Series("", points, 0, "bars")], floor=1, key=False)]
+    return [Chart("Training sequences by length", "tokens", [Series("", points, 0, "bars")], floor=1, key=False)]
 
 
 def _build_loss_series(run: RunResults, prefix: str, training_color: int, held_out_color: int) -> list[Series]:

@@ -33,7 +33,10 @@ ROW_COUNTS = {
     "rows": "rows",
     "kept": "kept",
     "truncated": "truncated, and kept",
+    "sequences": "sequences",
+    "dropped_sequences": "dropped sequences, longer than max_length",
     "tokens": "tokens",
+    "computed_tokens": "tokens computed, of what a row's sequences share once",
     "supervised_tokens": "trained tokens",
 }
 

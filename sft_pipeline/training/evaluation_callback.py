@@ -28,7 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import get_output_dir
-from sft_pipeline.data.messages import Conversation, add_system_prompt, split_answer
+from sft_pipeline.data.messages import Conversation, add_system_prompt, list_questions, split_answer
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
 from sft_pipeline.evaluation.metrics.registry import TOOL_CALLS_MATCHED
@@ -61,9 +61,9 @@ INITIAL_QUESTIONS = 8  # asked by an intermediate evaluation while the cost of a
 class EvaluationCallback(TrainerCallback):
     """Answer questions at every evaluation of `trainer`.
 
-    held_out: conversations, each ending with the reference answer; the first `num_answers` are asked, and
-    `num_instructions` of the built-in instructions. Texts without turns are not asked. system_prompt: for conversations
-    without one. eval_answer_share: see AnswerBudget.
+    held_out: conversations, each ending with a reference answer; the first `num_answers` questions of `list_questions`
+    are asked, and `num_instructions` of the built-in instructions. system_prompt: for conversations without one.
+    eval_answer_share: see AnswerBudget.
 
     `evaluations` holds the results so far, in order and on every process.
     """
@@ -243,11 +243,11 @@ class AnswerBudget:
 def build_questions(
     held_out: Iterable[Conversation], num_answers: int, num_instructions: int, system_prompt: str | None
 ) -> list[EvalPrompt]:
-    """Return the first `num_answers` held-out conversations that are no texts, then `num_instructions` verifiable
+    """Return the first `num_answers` questions of the held-out conversations, then `num_instructions` verifiable
     instructions."""
-    rows = itertools.islice((row for row in held_out if "messages" in row), num_answers)
+    rows = itertools.chain.from_iterable(map(list_questions, held_out))
     questions = []
-    for row in rows:
+    for row in itertools.islice(rows, num_answers):
         prompt, reference = split_answer(add_system_prompt(row, system_prompt))
         questions.append(EvalPrompt(prompt, reference=reference))
     for instruction in sample_instructions(num_instructions):
@@ -279,7 +279,7 @@ def describe_results(results: StepResults, num_questions: int) -> str:
         parts.append(f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop")
     if TOOL_CALLS_MATCHED in metrics:
         count = sum(row["calls_match"] is not None for row in results.table)
-        parts.append(f"{metrics[TOOL_CALLS_MATCHED]:.0%} of {count} tool calls as in the reference")
+        parts.append(f"{metrics[TOOL_CALLS_MATCHED]:.0%} of {count} tool calls matched")
     if metrics["instructions"]:
         parts.append(f"{metrics['instructions_followed_rate']:.0%} of {metrics['instructions']} instructions followed")
     if metrics["answer_errors"]:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, p
 
 from sft_pipeline.cli import main
 from sft_pipeline.commands.export import export_model
-from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.messages import Message, add_system_prompt
+from sft_pipeline.data.template import Template
 from sft_pipeline.inference.engine import generate
 from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.runs.trained_model import load_trained
@@ -34,7 +34,7 @@ ASKED = [
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def conversation(texts: list[str]) -> list[Message]:
+def list_messages(texts: list[str]) -> list[Message]:
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
@@ -46,8 +46,9 @@ def trained(model_folder, tmp_path_factory):
 
 def answer_with_engine(model: PreTrainedModel, template: Template, system: str | None) -> list[list[int]]:
     """Ids of prompt and answer for each of ASKED, as `chat` generates them, with the stop token if there is one."""
-    prompts = [template.encode_prompt(add_system_prompt(conversation(texts), system)) for texts in ASKED]
-    completions = generate(model, prompts, [template.stop_token_id], SamplingParams(max_new_tokens=LIMIT))
+    conversations = [add_system_prompt({"messages": list_messages(texts)}, system) for texts in ASKED]
+    prompts = [template.encode_prompt(conversation) for conversation in conversations]
+    completions = generate(model, prompts, template.stop_token_ids, SamplingParams(max_new_tokens=LIMIT))
     ends = {"stop": [template.stop_token_id], "length": []}
     pairs = zip(prompts, completions)
     return [prompt + completion.ids + ends[completion.finish_reason] for prompt, completion in pairs]
@@ -56,7 +57,7 @@ def answer_with_engine(model: PreTrainedModel, template: Template, system: str |
 def answer_with_pipeline(folder: Path) -> list[list[int]]:
     """The same from transformers' pipeline, whose only setting is the token limit."""
     ask = pipeline("text-generation", str(folder), device="cpu")
-    outputs = [ask(conversation(texts), max_new_tokens=LIMIT, return_tensors=True) for texts in ASKED]
+    outputs = [ask(list_messages(texts), max_new_tokens=LIMIT, return_tensors=True) for texts in ASKED]
     return [output[0]["generated_token_ids"] for output in outputs]
 
 
@@ -91,7 +92,7 @@ def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
     expected = answer_with_engine(*load_trained(str(folder)))
     assert answer_with_engine(*load_trained(str(exported))) == expected == answer_with_pipeline(exported)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
-    inputs = tokenizer.apply_chat_template(conversation(ASKED[1]), add_generation_prompt=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(list_messages(ASKED[1]), add_generation_prompt=True, return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=LIMIT)[0].tolist() == expected[1]
     assert sorted(path.name for path in exported.iterdir()) == [
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
@@ -173,9 +174,9 @@ def test_a_server_answers_as_chat_does(trained):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
             for texts, ids in zip(ASKED, expected):
                 response = client.chat.completions.create(
-                    model=str(folder), messages=conversation(texts), max_tokens=LIMIT
+                    model=str(folder), messages=list_messages(texts), max_tokens=LIMIT
                 )
-                prompt = template.encode_prompt(add_system_prompt(conversation(texts), system))
+                prompt = template.encode_prompt(add_system_prompt({"messages": list_messages(texts)}, system))
                 answer = ids[len(prompt) :]
                 assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (len(prompt), len(answer))
                 text = template.tokenizer.decode(answer, skip_special_tokens=True)

@@ -278,7 +278,8 @@ def test_reasoning_that_template_arguments_switch_off():
     conversation = {"messages": [user(), answer(reasoning_content="r")]}
     fails(
         lambda: template.render([conversation]),
-        "messages[1] has reasoning, which may be switched off by chat_template_kwargs: the chat template has no place",
+        "the chat template has no place where the answer messages[1] begins: its prompt goes on with",
+        "give another chat_template, or let chat_template_kwargs not switch its reasoning off",
     )
     assert render_row(template, {**conversation, "chat_template_kwargs": {"enable_thinking": True}})
 

@@ -6,6 +6,7 @@ from support.conversations import build_conversation
 from sft_pipeline.data.messages import (
     add_system_prompt,
     format_conversation,
+    list_questions,
     parse_conversation,
     replace_messages,
     split_answer,
@@ -46,3 +47,15 @@ def test_the_last_message_is_split_off():
     prompt, answer = split_answer(conversation)
     assert prompt == build_conversation(["q"], tools=[]) and answer == {"role": "assistant", "content": "a"}
     assert replace_messages(prompt, conversation["messages"]) == conversation
+
+
+def test_a_conversation_is_asked_its_first_call_and_its_last_answer():
+    ask, reply = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    result, tools = {"role": "tool", "content": "r"}, [{"function": {"name": "f"}}]
+    messages = [ask, call, result, call, result, reply]
+    questions = list_questions({"messages": messages, "tools": tools})
+    assert questions == [{"messages": messages[:2], "tools": tools}, {"messages": messages, "tools": tools}]
+    assert list_questions({"messages": [ask, reply]}) == [{"messages": [ask, reply]}]
+    assert list_questions({"messages": messages[:4]}) == [{"messages": messages[:4]}], "the last answer is a call"
+    assert list_questions({"text": "t"}) == []

@@ -1,4 +1,4 @@
-"""Ids of prompts and answers against `apply_chat_template`, turn by turn, on multi-turn rows and with real tokenizers."""
+"""Ids of prompts and answers against `apply_chat_template`, turn by turn, on multi-turn rows, with real tokenizers."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def load_real_tokenizer(name):
 
 
 def build_conversations(count, with_reasoning=False, with_tools=False):
-    """Build conversations of 2 to 4 exchanges from the rows of the quickstart, every second one with a system message."""
+    """Build conversations of 2 to 4 exchanges from the quickstart's rows, every second one with a system message."""
     rows = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
     texts = itertools.cycle([(row["instruction"] + row.get("input", ""), row["output"].strip()) for row in rows])
     for number in range(count):

@@ -1,10 +1,12 @@
 """Tables of a comparison: width, lines per metric, intervals."""
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
 from sft_pipeline.evaluation import tables
-from sft_pipeline.evaluation.bootstrap import compute_paired_difference
+from sft_pipeline.evaluation.bootstrap import PairedDifference, compute_paired_difference
 from sft_pipeline.evaluation.comparison import compare_models
 from sft_pipeline.evaluation.metrics.registry import METRICS, TOOL_CALLS_MATCHED
 
@@ -22,6 +24,22 @@ def printed(content, width: int = 80) -> list[str]:
 def test_tables_fit_80_columns_uncut(make, comparison):
     lines = printed(make(comparison))
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+
+
+def test_the_overview_with_tool_calls_fits(comparison):
+    extreme = PairedDifference(0, 1, 1, -1, 1, 0.95, 9)
+    entries = [
+        replace(
+            entry,
+            metrics=entry.metrics | {TOOL_CALLS_MATCHED: 1.0},
+            differences=dict.fromkeys(tables.OVERVIEW_METRICS, extreme),
+        )
+        for entry in comparison.entries
+    ]
+    lines = printed(tables.format_overview(replace(comparison, entries=entries), ["12.3 min, 6.4 GiB"] * 4))
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    text = "\n".join(lines)
+    assert "calls" in text and "followed" in text and "loop" not in text
 
 
 def test_every_metric_has_a_line(comparison):

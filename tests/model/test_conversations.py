@@ -1,7 +1,7 @@
 """Random conversations from messages to gradients: the tree of their sequences against the padded batch of them.
 
-With tools, reasoning and messages that are not trained; with a template that leaves out the reasoning of earlier answers
-and with one that keeps it.
+With tools, reasoning and messages that are not trained; with a template that leaves out the reasoning of earlier
+answers and with one that keeps it.
 """
 
 import pytest

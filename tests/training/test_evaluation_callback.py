@@ -15,15 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
+from support.agent import CALL, REPLY, assistant, script_answers, user, write_call, write_rows
 from support.processes import Command, find_free_port
 from support.step_results import make_results, make_row
+from support.templates import AGENT_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import build_input_ids_and_labels
-from sft_pipeline.data.messages import add_system_prompt, parse_conversation
+from sft_pipeline.data.messages import add_system_prompt, parse_conversation, split_answer
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.evaluation.metrics.degeneration import is_loop
 from sft_pipeline.evaluation.metrics.instruction_following import is_followed, sample_instructions
@@ -484,7 +486,7 @@ def test_the_printed_table_fits_80_columns(capsys):
     change = {"before": 0.0, "after": 1.0, "difference": 1.0, "low": 0.25, "high": 1.0, "items": 1000}
     loss = {"before": 13.0656, "after": 12.2367, "difference": -10.829, "low": -10.91, "high": -10.745, "items": 1000}
     metrics = {"nll_nats_per_token": loss} | dict.fromkeys(
-        ("stop_rate", "loop_rate", "instructions_followed_rate"), change
+        ("stop_rate", "loop_rate", "tool_call_match_rate", "instructions_followed_rate"), change
     )
     metrics["loop_rate"] = change | {"low": None, "high": None}
     results = {
@@ -498,12 +500,13 @@ def test_the_printed_table_fits_80_columns(capsys):
     print_results(results, "out", Console(width=80))
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) + line.count("复读机") * 3 <= 80 for line in lines)
-    table = [" ".join(line.split()) for line in lines[:5]]
+    table = [" ".join(line.split()) for line in lines[:6]]
     assert table == [
         "before after change 95% interval of",
         "held-out loss, nats/token 13.066 12.237 -10.829 -10.910 to -10.745 1000",
         "answers that end on their own 0% 100% +100% +25% to +100% 1000",
         "answers in a loop 0% 100% +100% 1000",
+        "tool calls matched 0% 100% +100% +25% to +100% 1000",
         "instructions followed 0% 100% +100% +25% to +100% 1000",
     ]
 
@@ -525,6 +528,70 @@ def test_without_questions_no_line_is_printed(config, tmp_path, capsys):
     run_train(config, tmp_path / "out", *keys)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert lines and all("held-out loss" in line for line in lines)
+
+
+# Tools.
+
+
+@pytest.fixture
+def agent_config(config, tmp_path) -> Path:
+    """Config of one step with a template for tools, whose held-out rows are a text, a tool call and a reply."""
+    (tmp_path / "agent.jinja").write_text(AGENT_TEMPLATE)
+    rows = [{"messages": [user(f"Say {n}."), assistant(f"It is {n}.")]} for n in range(4)]
+    held_out = {"text.jsonl": [{"text": "Once upon a time"}], "agent.jsonl": [CALL, REPLY]}
+    keys = yaml.safe_load(config.read_text()) | {
+        "train_data": write_rows(tmp_path / "rows.jsonl", rows),
+        "eval_data": [write_rows(tmp_path / name, content) for name, content in held_out.items()],
+        "held_out": 0,
+        "template": "chat",
+        "chat_template": str(tmp_path / "agent.jinja"),
+        "num_answers": 2,
+        "num_instructions": 1,
+        "max_steps": 1,
+        "save_strategy": "no",
+    }
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump(keys, allow_unicode=True))
+    return tmp_path / "agent.yaml"
+
+
+def test_held_out_calls_are_asked_and_compared(agent_config, tmp_path, tokenizer, monkeypatch, capsys):
+    """At step 0 the model does not call, at the end it does. A text counts in the loss and is not asked."""
+    call = write_call("get_weather", '{"city": "Oslo"}')
+    before, after = ["Hm.", "the answer", "x"], [f"<think>\nHm.\n</think>\n\n{call}", "Yes, 4 degrees.", "x"]
+    prompts = script_answers(monkeypatch, tokenizer, *before, *after)
+    results = run_train(agent_config, tmp_path / "out", "--disable_tqdm", "false")
+    first, last = load_evaluations(tmp_path / "out").values()
+    assert [result["metrics"]["tool_call_match_rate"] for result in (first, last)] == [0, 1]
+    assert [result["metrics"]["exact_match_rate"] for result in (first, last)] == [0, 1]  # of the reply alone
+    called, replied, _ = last["table"]
+    assert called["reference"] == called["answer"] == 'get_weather({"city": "Oslo"})'
+    assert (called["calls_match"], called["reasoning"]) == (True, "Hm.") and replied["calls_match"] is None
+    assert replied["prompt"] == 'Is it cold in Oslo? → get_weather({"city": "Oslo"}) → {"degrees": 4}'
+
+    template = build_template("chat", AutoTokenizer.from_pretrained(tmp_path / "out"))
+    asked = [template.encode_prompt(split_answer(row)[0]) for row in (CALL, REPLY)]
+    assert prompts[:2] == prompts[3:5] == asked
+    # Every answer of a row counts in the loss, in one sequence or several.
+    texts = [f"<think>\nI must look.\n</think>\n\n{call}", "<think>\n4 is cold.\n</think>\n\nYes, 4 degrees."]
+    texts += [texts[0], "nce upon a time"]  # without a bos token nothing predicts the first token of a text
+    assert last["utf8_bytes"] == sum(map(len, texts)) and last["metrics"]["answers"] == 2
+    assert sum(last["held_out"]["tokens"]) == sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+
+    change = {"before": 0, "after": 1, "difference": 1, "low": None, "high": None, "items": 1}
+    assert results["before_and_after"]["tool_call_match_rate"] == change
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["eval_tool_call_match_rate"] for entry in history if "eval_answers" in entry] == [0, 1]
+    output = capsys.readouterr().out
+    assert "100% of 1 tool calls matched; " in output
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "tool calls matched" in report and "calls match" in report
+
+
+def test_a_template_that_refuses_a_prompt_leaves_it_unanswered(trainer, tmp_path):
+    """With any trainer and rows that were not encoded."""
+    evaluation = EvaluationCallback(trainer, trainer.template, [CALL], num_answers=1, num_instructions=0)
+    [answer] = evaluation._generate_local_answers(trainer.model, evaluation.questions)
+    assert answer.error.startswith("`template: role` does not write tools; use `template: chat`")
 
 
 # Several processes.

@@ -297,7 +297,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name=TOOL_CALLS_MATCHED,
-            title="tool calls as in the reference",
+            title="tool calls matched",
             short_title="tool calls",
             unit="%",
             description="Share of answers with the calls of the reference, the same names and arguments in the same "
