@@ -23,7 +23,10 @@ GROUPS = {
         *("prepared_data", "num_proc", "lora", "lora_rank", "lora_alpha", "lora_target_modules", "lora_merge"),
         *("trainable_modules", "trust_remote_code", "revision"),
     ),
-    "template and rows": (*("template", "system_prompt", "train_on", "max_length", "overlong", "skip_bad_rows"),),
+    "template and rows": (
+        *("template", "chat_template", "chat_template_kwargs", "system_prompt", "train_on", "max_length", "overlong"),
+        "skip_bad_rows",
+    ),
     "optimisation": (
         *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
         *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import load_file
+from support.conversations import build_conversation
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import sft_pipeline
@@ -26,10 +27,12 @@ from sft_pipeline import (
     SFTTrainer,
     answer_prompts,
     build_template,
+    encode_dataset,
     load_conversations,
     load_trained,
 )
 from sft_pipeline.config import parse_keys
+from sft_pipeline.data.sources import load_source
 from sft_pipeline.train import train
 
 ROWS = [{"prompt": f"Say text {n} times.", "completion": "text " * n} for n in range(1, 9)]
@@ -144,12 +147,14 @@ def test_a_model_and_its_rows_may_be_objects(trained, model_folder, tmp_path):
 
 def test_encoded_rows_are_trained_as_they_are(trained, model_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    conversations = load_conversations(ROWS)
+    conversations, _ = load_source(ROWS)
     encoder = Encoder(build_template("chat", tokenizer))
     encoded = conversations.map(encoder, batched=True, remove_columns=conversations.column_names)
     # A selection that is not stored in the order of its rows.
     backwards = encoded.select(range(len(encoded) - 1, -1, -1)).select(range(len(encoded) - 1, -1, -1))
     as_list = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in encoded]
+    encoded_by_list, _ = encode_dataset(load_conversations(ROWS), encoder)
+    assert encoded_by_list.to_list() == encoded.select_columns(encoded_by_list.column_names).to_list()
     for name, rows in {"dataset": backwards, "list": as_list}.items():
         trainer = train_model(tmp_path / name, str(model_folder), rows)
         assert_same_weights(tmp_path / name, read_weights(trained[1]))
@@ -166,10 +171,11 @@ def test_a_model_may_be_trained_again(trained, model_folder, tmp_path):
         model.load_state_dict(initial)
         train_model(tmp_path / name, model, ROWS, template=template)
         assert_same_weights(tmp_path / name, read_weights(trained[1]))
-    [answer] = answer_prompts(model, template, [[{"role": "user", "content": "Say text."}]], 4)
-    ids = torch.tensor([template.encode_prompt([{"role": "user", "content": "Say text."}])])
+    prompt = build_conversation(["Say text."])
+    [answer] = answer_prompts(model, template, [prompt], 4)
+    ids = torch.tensor([template.encode_prompt(prompt)])
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    assert template.parse(generated[0, ids.shape[1] :].tolist()) == answer.text
+    assert template.parse(generated[0, ids.shape[1] :].tolist())["content"] == answer.text
 
 
 def test_held_out_rows_may_be_split_off(model_folder, tmp_path):
@@ -177,7 +183,7 @@ def test_held_out_rows_may_be_split_off(model_folder, tmp_path):
     trainer = SFTTrainer(str(model_folder), args, train_dataset=ROWS)
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (5, 3)
     assert trainer.template.name == "role"
-    assert trainer.evaluation.questions[0].messages[0] == {"role": "system", "content": "You are 冬瓜."}
+    assert trainer.evaluation.questions[0].conversation["messages"][0] == {"role": "system", "content": "You are 冬瓜."}
 
 
 def test_plain_training_arguments_keep_their_values_and_get_our_defaults(model_folder, tmp_path):
@@ -235,7 +241,8 @@ def test_training_resumes(model_folder, tmp_path):
     trainer.save_model()
     assert_same_weights(tmp_path / "resumed", read_weights(tmp_path / "whole"))
     # A checkpoint has the template too, so `chat` prompts its model as it was trained.
-    assert json.loads((checkpoint / "sft_template.json").read_text()) == {"template": "chat", "system_prompt": None}
+    settings = {"template": "chat", "chat_template_kwargs": {}, "system_prompt": None}
+    assert json.loads((checkpoint / "sft_template.json").read_text()) == settings
 
 
 def refuse(*parts: str, model=None, rows=ROWS, **options) -> None:
@@ -287,6 +294,29 @@ def test_errors_of_encoded_rows(model_folder, tmp_path):
     refuse_labels([6, 7, 8], "train_dataset row 1: has 4 input_ids and 3 labels")
     refuse("row 1: has 0 input_ids and 0 labels", model=folder, rows=[row, {"input_ids": [], "labels": []}], **args)
     refuse("no row has a supervised token", model=folder, rows=[{"input_ids": [5, 6], "labels": [-100, -100]}], **args)
+    for lengths in ([3], [4, 1], [2, 2, -1], []):
+        refuse(
+            "train_dataset row 1: its sequence_lengths do not add up to its number of input_ids",
+            model=folder,
+            rows=[row | {"sequence_lengths": [4]}, row | {"sequence_lengths": lengths}],
+            **args,
+        )
+    for lengths in ([0, 4], [4, 0], [2, 3, -1]):
+        refuse(
+            "train_dataset row 1: its sequence_lengths must be 1 or more",
+            model=folder,
+            rows=[row, row | {"sequence_lengths": lengths}, row],
+            **args,
+        )
+    refuse(
+        "train_dataset row 1: missing 'labels', which the first row",
+        model=folder,
+        rows=[row, {"input_ids": [5]}],
+        **args,
+    )
+    # The last label of a sequence that is not the last of its row.
+    two = {"input_ids": [5, 6, 7, 8], "labels": [6, 7, 8, -100], "sequence_lengths": [2, 2]}
+    refuse("train_dataset row 0: labels[1] is 7, not the id at 2", model=folder, rows=[two], **args)
     refuse("encode both or none", model=folder, rows=[row], eval_dataset=HELD_OUT, **args)
     refuse("encode both or none", model=folder, rows=ROWS, eval_dataset=[row], **args)
     refuse("held_out: rows that are encoded", model=folder, rows=[row], args=make_args(tmp_path / "out", held_out=1))
@@ -314,7 +344,7 @@ def test_collator_and_callback_serve_a_plain_trainer(packing, model_folder, tmp_
     """They train the steps of SFTTrainer."""
     template = build_template("chat", AutoTokenizer.from_pretrained(model_folder))
     rows, held_out = (
-        load_conversations(part).map(Encoder(template), batched=True, remove_columns=["messages", "origin"])
+        load_source(part)[0].map(Encoder(template), batched=True, remove_columns=["conversation", "origin"])
         for part in (ROWS, HELD_OUT)
     )
     rows, held_out = (part.select_columns(["input_ids", "labels"]) for part in (rows, held_out))
@@ -323,7 +353,7 @@ def test_collator_and_callback_serve_a_plain_trainer(packing, model_folder, tmp_
         return PackingCollator(model) if packing else PaddingCollator(template.tokenizer.pad_token_id)
 
     plain = build_plain_trainer(tmp_path / "plain", model_folder, build_collator, rows, held_out)
-    conversations = load_conversations(HELD_OUT)["messages"]
+    conversations = load_conversations(HELD_OUT)
     evaluation = EvaluationCallback(plain, template, conversations, num_answers=2, num_instructions=1, max_new_tokens=4)
     plain.add_callback(evaluation)
     plain.train()

@@ -119,6 +119,20 @@ def test_lists_dictionaries_nothing_and_flags(write):
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+@pytest.mark.parametrize(
+    "text", ["{enable_thinking: false, mode: '42'}", '\'{"enable_thinking": false, "mode": "42"}\'']
+)
+def test_template_arguments_are_an_object_or_json_text(write, text):
+    kwargs = {"enable_thinking": False, "mode": "42"}
+    assert parse(write(f"chat_template_kwargs: {text}")) == kwargs
+    assert parse(write(""), "--chat_template_kwargs", json.dumps(kwargs)) == kwargs
+    assert parse(write("chat_template_kwargs: {}")) is parse(write("")) is None
+
+
+def parse(path, *words):
+    return parse_config(path, list(words)).chat_template_kwargs
+
+
 @pytest.mark.parametrize("arguments", [["--fsdp"], ["--fsdp", "true"], ["--fsdp=True"]])
 def test_fsdp_is_a_boolean(write, arguments):
     """The library's parser reads it as a string."""
@@ -286,6 +300,23 @@ def test_a_wrong_value_on_the_command_line(write):
             "dataloader_drop_last would skip rows; remove it, as every epoch trains on each row once",
         ),
         ("early_stopping_patience: 2", "early_stopping_patience needs load_best_model_at_end: true"),
+        (
+            "chat_template_kwargs: '{a'",
+            "chat_template_kwargs is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+            '(char 1)); write {"name": value}',
+        ),
+        ("chat_template_kwargs: '[1]'", "chat_template_kwargs is [1]; it has to be {name: value}"),
+        *(
+            (
+                f"chat_template_kwargs: {{'{name}': 1}}",
+                f"chat_template_kwargs: {name!r} cannot be the name of an argument; use letters and _",
+            )
+            for name in ("a b", "a-b", "", "if", "none", "True")
+        ),
+        (
+            "chat_template_kwargs: {1: 2}",
+            "chat_template_kwargs: '1' cannot be the name of an argument; use letters and _",
+        ),
     ],
 )
 def test_values_that_make_no_sense(write, text, message):

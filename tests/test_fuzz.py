@@ -36,6 +36,6 @@ def test_a_finding_is_raised_and_can_be_repeated(monkeypatch, capsys):
     number = int(command.split("--at ")[1].split(":")[0])
     with pytest.raises(AssertionError):
         fuzz.run_target("readers", range(number, number + 1), seed=0)
-    monkeypatch.setattr(fuzz, "convert_to_messages", lambda row, shape: row["no such column"])
+    monkeypatch.setattr(fuzz, "convert_row", lambda row, shape: row["no such column"])
     with pytest.raises((KeyError, TypeError)):
         fuzz.run_target("formats", range(50), seed=0)

@@ -160,7 +160,8 @@ def test_saved_chat_template_renders_what_was_trained(run, config):
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained
     prompt = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
     assert prompt == tokenizer.decode(template.encode_prompt(add_system_prompt(conversation[:-1], SYSTEM)))
-    assert json.loads((folder / TEMPLATE_FILE).read_text()) == {"template": "role", "system_prompt": SYSTEM}
+    settings = {"template": "role", "chat_template_kwargs": {}, "system_prompt": SYSTEM}
+    assert json.loads((folder / TEMPLATE_FILE).read_text()) == settings
 
 
 def test_stop_and_pad_ids_are_saved_everywhere(run):

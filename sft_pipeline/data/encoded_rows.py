@@ -42,8 +42,7 @@ def load_encoded_rows(rows: Dataset | Sequence[Mapping[str, Any]], name: str) ->
         optional = [column for column in OPTIONAL_COLUMNS if column in rows.column_names]
         dataset = rows.select_columns([*COLUMNS, *optional]).with_format(None)
     else:
-        columns = [*COLUMNS, *(["sequence_lengths"] if "sequence_lengths" in rows[0] else [])]
-        dataset = Dataset.from_list([{column: list(row[column]) for column in columns} for row in rows])
+        dataset = Dataset.from_list([_select_lists(row, f"{name} row {index}") for index, row in enumerate(rows)])
     supervised_tokens = sum(_check_batches(dataset, name))
     if not supervised_tokens:
         raise SFTError(f"{name}: no row has a supervised token (a label other than {IGNORED})")
@@ -62,6 +61,17 @@ def load_encoded_rows(rows: Dataset | Sequence[Mapping[str, Any]], name: str) ->
         length_quantiles=compute_length_quantiles(lengths),
         cached=True,
     )
+
+
+def _select_lists(row: Mapping[str, Any], location: str) -> dict[str, list[int]]:
+    """Return the columns of a row in memory, with the lengths of its sequences."""
+    for column in COLUMNS:
+        if row.get(column) is None:
+            raise SFTError(f"{location}: missing {column!r}, which the first row has")
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    lengths = row.get("sequence_lengths")
+    lengths = [len(ids)] if lengths is None else list(lengths)
+    return {"input_ids": ids, "labels": labels, "sequence_lengths": lengths}
 
 
 def _check_batches(dataset: Dataset, name: str) -> Iterator[int]:
@@ -100,6 +110,9 @@ def _find_sequence_ends(batch: pa.Table, row_ends: np.ndarray, name: str, start:
     last_of_row = pc.list_value_length(column).to_numpy().cumsum() - 1
     for index in np.flatnonzero(ends[last_of_row] != row_ends)[:1]:
         raise SFTError(f"{name} row {start + index}: its sequence_lengths do not add up to its number of input_ids")
+    for position in np.flatnonzero(np.diff(ends, prepend=0) < 1)[:1]:
+        index = int(np.searchsorted(last_of_row, position))
+        raise SFTError(f"{name} row {start + index}: its sequence_lengths must be 1 or more")
     return ends
 
 

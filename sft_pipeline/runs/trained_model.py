@@ -56,7 +56,7 @@ def load_template(
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             template_name, system_prompt = TEMPLATES[settings["template"]].name, settings["system_prompt"]
-            chat_template_kwargs = dict(settings["chat_template_kwargs"])
+            chat_template_kwargs = {**settings["chat_template_kwargs"]}
         except (ValueError, LookupError, TypeError) as error:
             raise SFTError(
                 f"{file}: not as a run writes it ({error!r}); save the model again or delete this file"

@@ -29,8 +29,7 @@ def test_the_examples_of_the_api_run(model_folder, tmp_path, monkeypatch, capsys
         '"outputs/plain", max_steps=4': f'{str(tmp_path / "plain")!r}, max_steps=2, use_cpu=True, report_to="none"',
         "outputs/api": str(tmp_path / "out"),
         '["--max_train_rows", "100"]': f"{[*shorten(model_folder, tmp_path)]}",
-        'conversations["messages"], num_answers=2, '
-        + on_cpu: 'conversations["messages"], num_answers=2, max_new_tokens=4',
+        "conversations, num_answers=2, " + on_cpu: "conversations, num_answers=2, max_new_tokens=4",
     }
     for old, new in replacements.items():
         assert old in code

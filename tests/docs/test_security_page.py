@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from jinja2.exceptions import SecurityError
 from rich.console import Console
+from support.conversations import build_conversation, cut_conversation, render_row
 from support.fuzz import find_tokenizers
 from support.hostile import ESCAPES, SEEN, Malice, refusal, set_trap
 from support.tiny import CHATML
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 
 from sft_pipeline import cli
 from sft_pipeline.arguments import SFTArguments
-from sft_pipeline.commands.chat import AnswerStreamer, Conversation, chat
+from sft_pipeline.commands.chat import AnswerStreamer, ChatSession, chat
 from sft_pipeline.commands.generate import _encode_prompt
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
 from sft_pipeline.config import build_config_record, parse_config
@@ -252,11 +253,21 @@ def test_a_chat_template_that_fails_is_one_line(text, make_tokenizer):
 
 @pytest.mark.parametrize("system", ["{{ 7*7 }} {% raw %} %} \" ' \\ \n", "\\u007b\\x7b{#", "冬瓜🙂\u2028"])
 def test_a_system_prompt_is_text_in_the_saved_template(system, tokenizer):
-    messages = [{"role": "user", "content": "Hi"}]
+    conversation = build_conversation(["Hi"])
     saved = build_saved_chat_template(build_template("chat", tokenizer), system)
-    expected = add_system_prompt(messages, system)
+    messages, expected = (row["messages"] for row in (conversation, add_system_prompt(conversation, system)))
     render = tokenizer.apply_chat_template
     assert render(messages, chat_template=saved, tokenize=False) == render(expected, tokenize=False)
+
+
+@pytest.mark.parametrize("value", ["{{ 7*7 }} {% raw %} %} \" ' \\ \n", {"%}": ["{{ 1 }}"]}, "\\u007b\\x7b{#"])
+def test_a_template_argument_is_a_value_in_the_saved_template(value, make_tokenizer):
+    template = build_template("chat", make_tokenizer("{{ x | tojson }}" + CHATML), None, {"x": value})
+    saved = build_saved_chat_template(template, None)
+    text = template.tokenizer.apply_chat_template(
+        build_conversation(["q"])["messages"], chat_template=saved, tokenize=False
+    )
+    assert json.loads(text.partition("<|im_start|>")[0]) == value
 
 
 @pytest.mark.parametrize(
@@ -292,17 +303,17 @@ def test_no_text_becomes_a_control_token(name, real_tokenizer, monkeypatch):
 
 def ways(template, text: str) -> dict[str, list[int]]:
     """All the ways from a text to the input ids of a model."""
-    row = [{"role": role, "content": text} for role in ("system", "user", "assistant")]
-    [trained] = template.render([row], "last")
-    conversation = Conversation(SimpleNamespace(config=NoLimit), template, None, 4)
-    conversation.handle_line(f"/system {text}")
-    conversation.messages = [*row[1:], {"role": "user", "content": text}]
+    row = build_conversation([text, text], text)
+    prompt, line = cut_conversation(row, 2), build_conversation([text])
+    session = ChatSession(SimpleNamespace(config=NoLimit), template, None, 4, [])
+    session.handle_line(f"/system {text}")
+    session.messages = build_conversation([text] * 3)["messages"]
     return {
-        "train": [i for run in trained for i in run.ids],
-        "held out": template.encode_prompt(row[:-1]),
-        "few-shot": template.encode_prompt(add_examples(row[:-1], [row[1:]])),
-        "generate": _encode_prompt(Prompt("a line", row[1:2]), template, text).ids,
-        "chat": conversation._encode_prompt(),
+        "train": render_row(template, row, "last")[0],
+        "held out": template.encode_prompt(prompt),
+        "few-shot": template.encode_prompt(add_examples(prompt, [row["messages"][1:]])),
+        "generate": _encode_prompt(Prompt("a line", line), template, text).ids,
+        "chat": session._encode_prompt(),
     }
 
 
@@ -367,7 +378,7 @@ def test_the_commands_errors_are_one_visible_line(capsys, tmp_path):
 def test_text_that_no_tokenizer_takes_is_refused(tokenizer):
     for name in ("role", "chat"):
         template = build_template(name, tokenizer)
-        refusal(lambda t=template: t.encode_prompt([{"role": "user", "content": "a\udcff"}]), "lone surrogate")
+        refusal(lambda t=template: t.encode_prompt(build_conversation(["a\udcff"])), "lone surrogate")
 
 
 def test_standard_input_that_is_not_utf8_is_one_line(model_folder, monkeypatch):
@@ -401,7 +412,7 @@ def test_columns_of_one_name_are_refused_not_lost(kind, tmp_path):
 def test_a_row_that_spells_a_stand_in_keeps_its_text(tokenizer):
     template = build_template("chat", tokenizer)
     text = "\ue000sft0\ue001 \ue000 <|im_end|> \ue000sft3\ue001"
-    assert text in tokenizer.decode(template.encode_prompt([{"role": "user", "content": text}]))
+    assert text in tokenizer.decode(template.encode_prompt(build_conversation([text])))
 
 
 @pytest.mark.parametrize(
@@ -420,9 +431,9 @@ def test_a_role_of_any_depth_is_one_short_line():
 
 
 def load_prompts_row(row):
-    from sft_pipeline.data.formats import FORMATS, convert_to_messages
+    from sft_pipeline.data.formats import FORMATS, convert_row
 
-    return convert_to_messages(row, FORMATS["messages"])
+    return convert_row(row, FORMATS["messages"])
 
 
 @pytest.mark.parametrize("line", ["[0, 0, 5]", '["0", 0, {}]', "[true, 0, {}]", "[[], 0, {}]", "[0, 0]", "[" * 9000])

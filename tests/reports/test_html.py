@@ -23,6 +23,7 @@ from support.reports import edit
 
 from sft_pipeline.cli import main
 from sft_pipeline.config import build_config_record, parse_config
+from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.data.preview import BARS, build_preview
 from sft_pipeline.evaluation.step_results import compute_changes
@@ -167,7 +168,7 @@ def test_answers_stand_before_and_after_in_their_order(trained):
 
 def test_the_first_row_shows_what_is_trained(trained, config):
     folder, _ = trained
-    conversation = load_splits(parse_config(str(config), []))[0][0]["messages"]
+    conversation = parse_conversation(load_splits(parse_config(str(config), []))[0][0]["conversation"])["messages"]
     page = Page(folder / "report.html")
     assert "".join(page.texts["trained"]) == conversation[-1]["content"] + "<|im_end|>"
     [row] = [text for text in page.texts["pre"] if text.startswith("<|im_start|>")]

@@ -157,6 +157,8 @@ _TESTS = {
     "eval_data": "tests/data/test_pipeline.py::test_rows_of_eval_data_are_not_trained",
     "train_data_weights": "tests/data/test_pipeline.py::test_weights",
     "skip_bad_rows": "tests/data/test_pipeline.py::test_bad_rows_are_skipped_when_asked",
+    "chat_template": "tests/runs/test_trained_model.py::test_the_template_of_a_run_is_that_of_its_config",
+    "chat_template_kwargs": "tests/runs/test_trained_model.py::test_the_template_of_a_run_is_that_of_its_config",
     "train_on": "tests/data/test_pipeline.py::test_the_encoder_has_the_configs_settings",
     "max_length": "tests/data/test_encode.py::test_drop",
     "overlong": "tests/data/test_encode.py::test_truncate_answer",

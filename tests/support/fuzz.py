@@ -34,7 +34,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from support.conversations import QWEN3, build_conversation, render_row
+from support.conversations import QWEN3, build_conversation, cut_conversation, render_sequences
+from support.templates import AGENT_TEMPLATE
 from support.tiny import CHATML, CONTROL, build_tokenizer
 from transformers import AutoTokenizer, TrainingArguments
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -44,17 +45,20 @@ from sft_pipeline.commands.resumable_jsonl import AnswerFile
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import IGNORED, Encoder
-from sft_pipeline.data.formats import FORMATS, convert_to_messages, detect_format
-from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.formats import FORMATS, convert_row, detect_format, drop_ambiguous_nulls
+from sft_pipeline.data.messages import Conversation, add_system_prompt, format_conversation, parse_conversation
 from sft_pipeline.data.prompts import load_prompts
 from sft_pipeline.data.readers import read_rows
-from sft_pipeline.data.sources import load_conversations, read_raw_rows
+from sft_pipeline.data.sources import load_source, read_raw_rows
 from sft_pipeline.data.text_encoder import encode_as_text
 from sft_pipeline.utils.errors import SFTError
 
 WORK = Path(tempfile.mkdtemp(prefix="sft_pipeline_fuzz_"))
 NAMES = ["messages", "conversations", "system", "instruction", "input", "output", "history", "prompt", "completion"]
+NAMES += ["text", "tools", "chat_template_kwargs"]
 SPEAKERS = ["system", "user", "assistant", "human", "gpt", "tool", "", "\x1b[2J"]
+SPEAKERS += ["developer", "function_call", "observation"]
+TURN_KEYS = ["tool_calls", "reasoning_content", "thinking", "train", "weight", "name", "tool_call_id", "other"]
 
 # ---- values, drawn with a Random
 
@@ -74,7 +78,7 @@ def draw_text(random: Random) -> str:
 
 
 def draw_valid_text(random: Random) -> str:
-    """Draw a text that `convert_to_messages` accepts."""
+    """Draw a text that `convert_row` accepts."""
     return draw_text(random).encode("utf-8", "ignore").decode() + random.choice("x.瓜")
 
 
@@ -105,18 +109,54 @@ def draw_turns(random: Random, role: str = "role", content: str = "content") -> 
     count = random.choice([2, 2, 4, 1, 0])
     turns = [{role: speakers[index % 2], content: draw_valid_text(random)} for index in range(count)]
     while random.random() < 0.3:
-        turn = {role: draw_mostly(random, lambda r: r.choice(SPEAKERS)), content: draw_mostly(random, draw_text)}
+        turn = {role: draw_mostly(random, lambda r: r.choice(SPEAKERS)), content: draw_mostly(random, draw_content)}
+        turn |= {key: draw_mostly(random, draw_turn_value) for key in TURN_KEYS if random.random() < 0.15}
         turns.insert(random.randint(0, len(turns)), turn if draw_bool(random) else draw_value(random))
     return turns
 
 
+def draw_content(random: Random) -> Any:
+    """Draw text, text parts, or JSON text of a call."""
+    parts = [{"type": random.choice(["text", "text", "image"]), "text": draw_text(random)}]
+    return random.choice([draw_text(random), draw_text(random), parts, json.dumps(draw_call(random)), None])
+
+
+def draw_turn_value(random: Random) -> Any:
+    return random.choice([draw_text, lambda r: [draw_call(r)], lambda r: r.choice([0, 1, True, False, 0.5])])(random)
+
+
+def draw_call(random: Random) -> Any:
+    """Draw a call or a tool, whole or as JSON text, some of them broken."""
+    arguments = {draw_text(random): draw_value(random, 2) for _ in range(random.randrange(3))}
+    function = {
+        "name": draw_mostly(random, draw_valid_text),
+        "arguments": draw_mostly(random, lambda r: json.dumps(arguments) if draw_bool(r) else arguments),
+    }
+    call = {"type": "function", "function": function} if draw_bool(random) else function
+    return json.dumps(call) if random.random() < 0.2 else call
+
+
+def draw_tool_columns(random: Random) -> dict[str, Any]:
+    """Draw none or both of the columns of objects."""
+    if random.random() < 0.6:
+        return {}
+    tools = draw_mostly(random, lambda r: [draw_call(r) for _ in range(r.randrange(3))])
+    return {"tools": tools, "chat_template_kwargs": draw_mostly(random, lambda r: {"x": draw_value(r)})}
+
+
 def draw_row(random: Random) -> Any:
-    shape = random.randrange(7)
+    shape = random.randrange(8)
+    if shape == 7:
+        return {"text": draw_mostly(random, draw_text)}
     if shape == 0:
-        return {"messages": draw_mostly(random, draw_turns)}
+        return {"messages": draw_mostly(random, draw_turns), **draw_tool_columns(random)}
     if shape == 1:
         turns = draw_mostly(random, partial(draw_turns, role="from", content="value"))
-        return {"conversations": turns, **({"system": draw_mostly(random, draw_text)} if draw_bool(random) else {})}
+        return {
+            "conversations": turns,
+            **draw_tool_columns(random),
+            **({"system": draw_mostly(random, draw_text)} if draw_bool(random) else {}),
+        }
     if shape < 4:
         required = {name: draw_mostly(random, draw_valid_text) for name in ("instruction", "output")}
         return required | draw_alpaca_columns(random)
@@ -277,35 +317,47 @@ def check_readers(file: tuple[str, bytes, list[Any] | None]) -> None:
     shape = return_or_catch(lambda: detect_format(rows[0][1]) if rows and isinstance(rows[0][1], dict) else None)
     for _, row in rows:
         if shape and not isinstance(shape, SFTError):
-            check_messages(return_or_catch(lambda row=row: convert_to_messages(row, shape)))
+            check_conversation(return_or_catch(lambda row=row: convert_row(row, shape)))
 
 
 @target(draw_row, lambda random: random.choice(list(FORMATS)))
 def check_formats(row: Any, shape: str) -> None:
-    """A row is converted to well-formed messages whose texts are all in the row, or is refused."""
-    messages = return_or_catch(lambda: convert_to_messages(row, FORMATS[shape]))
-    check_messages(messages)
-    if not isinstance(messages, SFTError):
-        texts = list(list_leaves(row))
-        for message in messages:
-            assert message["content"] in texts or (
-                shape == "alpaca" and any(t and t in message["content"] for t in texts)
-            )
+    """A row is converted to a well-formed conversation whose texts are all in the row, or is refused."""
+    conversation = return_or_catch(lambda: convert_row(row, FORMATS[shape]))
+    check_conversation(conversation)
+    if not isinstance(conversation, SFTError):
+        written = json.dumps(row, ensure_ascii=False)
+        for message in conversation.get("messages", ()):
+            # Of parts, calls and alpaca's columns the texts are joined or parsed.
+            for text in filter(None, message["content"].split("\n")):
+                assert json.dumps(text, ensure_ascii=False)[1:-1] in written or isinstance(row.get("messages"), list)
 
 
-def list_leaves(value: Any) -> Any:
-    """Yield all values in nested dictionaries and lists."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    yield from [value] if parts is None else itertools.chain.from_iterable(map(list_leaves, parts)) if parts else []
-
-
-def check_messages(messages: list[dict[str, str]] | SFTError) -> None:
-    if isinstance(messages, SFTError):
+def check_conversation(conversation: Conversation | SFTError) -> None:
+    """It has an answer after other messages, no empty one, no key that templates do not know, and survives as JSON."""
+    if isinstance(conversation, SFTError):
         return
-    start = messages[0]["role"] == "system"
-    assert [message["role"] for message in messages[start:]] == ["user", "assistant"] * ((len(messages) - start) // 2)
-    assert all(message.keys() == {"role", "content"} and message["content"].strip() for message in messages)
-    json.dumps(messages, ensure_ascii=False).encode()
+    text = format_conversation(conversation)
+    text.encode()
+    assert parse_conversation(text) == conversation
+    assert conversation.keys() <= {"messages", "tools", "chat_template_kwargs"} or conversation.keys() == {"text"}
+    check_messages(conversation.get("messages"))
+    for tool in conversation.get("tools", ()):
+        assert isinstance(tool["function"]["name"], str)
+
+
+def check_messages(messages: list[dict[str, Any]] | None) -> None:
+    if messages is None:
+        return
+    assert len(messages) > 1 and messages[-1]["role"] == "assistant"
+    for message in messages:
+        keys = {"user": set(), "system": set(), "developer": set(), "tool": {"tool_call_id", "name"}}
+        keys |= {"assistant": {"reasoning_content", "tool_calls", "train"}}
+        assert message.keys() <= {"role", "content"} | keys[message["role"]]
+        assert message["content"].strip() or message["role"] == "tool" or message["tool_calls"]
+        assert message.get("train", False) is False
+        for call in message.get("tool_calls", ()):
+            assert call["function"]["name"].strip() and isinstance(call["function"]["arguments"], dict)
 
 
 @target(draw_file, draw_bool)
@@ -313,7 +365,7 @@ def check_sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None
     """All good rows are loaded, in order, if bad ones are skipped; otherwise a bad row is an error."""
     suffix, content, _ = file
     path = write_file(f"source{suffix}", content)
-    loaded = return_or_catch(lambda: load_conversations(str(path), skip_bad_rows=skip))
+    loaded = return_or_catch(lambda: load_source(str(path), skip_bad_rows=skip)[0])
     rows = return_or_catch(lambda: list(read_raw_rows(str(path))))
     if isinstance(rows, SFTError) or not rows or not isinstance(rows[0][1], dict):
         assert isinstance(loaded, SFTError)
@@ -322,12 +374,14 @@ def check_sources(file: tuple[str, bytes, list[Any] | None], skip: bool) -> None
     if isinstance(shape, SFTError):
         assert isinstance(loaded, SFTError)
         return
-    results = [(origin, return_or_catch(lambda row=row: convert_to_messages(row, shape))) for origin, row in rows]
-    good = [(origin, messages) for origin, messages in results if not isinstance(messages, SFTError)]
+    if suffix in (".parquet", ".arrow"):
+        rows = [(origin, drop_ambiguous_nulls(row)[0]) for origin, row in rows]
+    results = [(origin, return_or_catch(lambda row=row: convert_row(row, shape))) for origin, row in rows]
+    good = [(origin, conversation) for origin, conversation in results if not isinstance(conversation, SFTError)]
     if not good or (len(good) < len(rows) and not skip):
         assert isinstance(loaded, SFTError) and any(origin in str(loaded) for origin, _ in results)
         return
-    assert list(zip(loaded["origin"], loaded["messages"])) == good
+    assert list(zip(loaded["origin"], map(parse_conversation, loaded["conversation"]))) == good
 
 
 @target(draw_file, draw_bool)
@@ -339,9 +393,10 @@ def check_prompts(file: tuple[str, bytes, list[Any] | None], text: bool) -> None
     if isinstance(prompts, SFTError):
         return
     for prompt in prompts:
-        assert bool(prompt.problem) != bool(prompt.messages)
-        if prompt.messages:
-            check_messages([*prompt.messages, {"role": "assistant", "content": "x"}])
+        messages = prompt.conversation["messages"]
+        assert bool(prompt.problem) != bool(messages)
+        if messages:
+            check_messages([*messages, {"role": "assistant", "content": "x"}])
     if text:
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
         assert len(prompts) == sum(bool(line.strip()) for line in lines)
@@ -349,62 +404,90 @@ def check_prompts(file: tuple[str, bytes, list[Any] | None], text: bool) -> None
         assert [prompt.origin for prompt in prompts] == [origin for origin, _ in read_raw_rows(str(path))]
 
 
-def draw_conversation(random: Random) -> list[dict[str, str]]:
-    """Draw messages like those of `convert_to_messages`, where no text is empty or white space only."""
+def draw_conversation(random: Random) -> Conversation:
+    """Draw a conversation like those of `convert_row`, where no text is empty or white space only."""
     texts = [draw_valid_text(random) for _ in range(random.choice([2, 2, 4, 6]))]
     system = draw_valid_text(random) if random.random() < 0.4 else None
-    return build_conversation(texts, system)
+    conversation = build_conversation(texts, system)
+    for message in conversation["messages"]:
+        if message["role"] == "assistant" and random.random() < 0.2:
+            message["train"] = False
+    return conversation
 
 
 @target(
     draw_conversation,
-    lambda random: random.choice(["role", "chat"]),
+    lambda random: random.choice(["role", "chat", "agent"]),
     lambda random: random.choice([None, draw_valid_text(random)]),
     lambda random: random.choice(["all", "last"]),
     lambda random: random.choice(["drop", "truncate_answer", "truncate_turns"]),
     Random.random,
     Random.random,
+    draw_valid_text,
 )
 def check_templates(
-    messages: list[dict[str, str]],
+    conversation: Conversation,
     name: str,
     system: str | None,
     train_on: str,
     overlong: str,
     tokenizer_share: float,
     limit_share: float,
+    reasoning: str,
 ) -> None:
-    """The prompt is a prefix, the ids decode to the text, only answers and their stop tokens are supervised, no control
-    token comes from a text, and every row has an outcome.
+    """Each trained answer is in one sequence, after the ids of its prompt, with its stop token; nothing else is
+    supervised, the ids decode to the text, no control token comes from a text, and every row has an outcome.
 
-    The shares, in [0, 1), choose the tokenizer and max_length.
+    The shares, in [0, 1), choose the tokenizer and max_length. `agent` leaves earlier reasoning out: several sequences.
     """
     templates = get_templates()[name]
     tokenizer, template = templates[int(tokenizer_share * len(templates))]
-    conversation = add_system_prompt(messages, system)
-    ids, supervised = render_row(template, conversation, train_on)
-    expected = [False] * len(ids)
-    for index, message in enumerate(conversation):
-        if message["role"] == "assistant" and (train_on == "all" or index == len(conversation) - 1):
-            prompt = template.encode_prompt(conversation[:index])
-            assert ids[: len(prompt)] == prompt
-            answer = encode_as_text(tokenizer, [message["content"]])[0]
+    if name == "agent":
+        for message in conversation["messages"]:
+            if message["role"] == "assistant":
+                message["reasoning_content"] = reasoning
+    whole = add_system_prompt(conversation, system)
+    sequences = render_sequences(template, whole, train_on)
+    answers = [index for index, message in enumerate(whole["messages"]) if message["role"] == "assistant"]
+    trained = [i for i in (answers if train_on == "all" else answers[-1:]) if whole["messages"][i].get("train", True)]
+    check_targets(tokenizer, template, whole, trained, sequences)
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    plain = [
+        {key: "x" if key in ("content", "reasoning_content") else value for key, value in message.items()}
+        for message in whole["messages"]
+    ]
+    harmless = render_sequences(template, {"messages": plain}, train_on)
+    for (ids, _), (harmless_ids, _) in zip(sequences, harmless, strict=True):
+        assert [i for i in ids if i in control] == [i for i in harmless_ids if i in control]
+    longest = max((len(ids) for ids, _ in sequences), default=1)
+    encoder = Encoder(template, system, 1 + int(limit_share * 1.4 * longest), overlong, train_on)
+    check_encoded(encoder, conversation, sequences)
+
+
+def check_targets(
+    tokenizer: Any, template: Any, conversation: Conversation, trained: list[int], sequences: list[Any]
+) -> None:
+    """The targets of the sequences are those of the trained answers, in order, each after its prompt."""
+    remaining = list(trained)
+    for ids, supervised in sequences:
+        expected = [False] * len(ids)
+        while remaining:
+            message = conversation["messages"][remaining[0]]
+            prompt = template.encode_prompt(cut_conversation(conversation, remaining[0]))
+            if ids[: len(prompt)] != prompt or len(prompt) >= len(ids) or not supervised[len(prompt)]:
+                break
+            text = message["content"]
+            if reasoning := message.get("reasoning_content"):
+                text = f"<think>\n{reasoning}\n</think>\n\n{text}"
+            answer = encode_as_text(tokenizer, [text])[0]
             end = len(prompt) + len(answer) + 1
             assert ids[len(prompt) : end] == [*answer, template.stop_token_id]
             expected[len(prompt) : end] = [True] * (len(answer) + 1)
-    assert supervised == expected
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    harmless, _ = render_row(template, [{**message, "content": "x"} for message in conversation], train_on)
-    assert [i for i in ids if i in control] == [i for i in harmless if i in control]
-    pieces = [
-        piece.text or tokenizer.convert_ids_to_tokens(piece.token_id)
-        for piece in template.split_conversation(conversation, train_on)
-    ]
-    if can_spell(tokenizer, "".join(pieces)):
-        assert tokenizer.decode(ids) == "".join(normalize_text(tokenizer, text) for text in pieces)
-    assert all(message["content"] in "".join(pieces) for message in conversation)
-    encoder = Encoder(template, system, 1 + int(limit_share * 1.4 * len(ids)), overlong, train_on)
-    check_encoded(encoder, messages, ids, supervised)
+            remaining.pop(0)
+            if can_spell(tokenizer, text):
+                assert normalize_text(tokenizer, text) in tokenizer.decode(ids)
+        assert supervised == expected
+    assert not remaining
 
 
 def can_spell(tokenizer: Any, text: str) -> bool:
@@ -425,18 +508,26 @@ def normalize_text(tokenizer: Any, text: str) -> str:
     return normalizer.normalize_str(text) if normalizer else text
 
 
-def check_encoded(encoder: Encoder, messages: list[dict[str, str]], ids: list[int], supervised: list[bool]) -> None:
-    """Labels are the next ids where those are supervised, and the outcome agrees with the length."""
+def check_encoded(encoder: Encoder, conversation: Conversation, sequences: list[Any]) -> None:
+    """Labels are the next ids where those are supervised, and the outcome agrees with the lengths."""
     limit = encoder.max_length
-    [(input_ids, labels, outcome)] = zip(*encoder({"messages": [messages], "origin": ["a row"]}).values())
-    assert len(input_ids) == len(labels) <= limit
+    columns = encoder({"conversation": [format_conversation(conversation)], "origin": ["a row"]})
+    [(ids, labels, lengths, computed, outcome, dropped)] = zip(*columns.values())
+    assert len(ids) == len(labels) == sum(lengths) >= computed and max(lengths, default=0) <= limit
+    expected = [
+        (row, [i if s else IGNORED for i, s in zip(row[1:], supervised[1:])] + [IGNORED])
+        for row, supervised in sequences
+    ]
+    fitting = [pair for pair in expected if len(pair[0]) <= limit]
     if outcome == "kept":
-        assert input_ids == ids and labels == [i if s else IGNORED for i, s in zip(ids[1:], supervised[1:])] + [IGNORED]
+        assert ids == [i for row, _ in fitting for i in row] and labels == [i for _, row in fitting for i in row]
+        assert dropped == len(expected) - len(fitting)
     elif outcome == "truncated":
-        assert sum(label != IGNORED for label in labels) > 0 and limit < len(ids)
-        assert encoder.overlong == "truncate_turns" or input_ids == ids[:limit]
+        assert sum(label != IGNORED for label in labels) > 0 and len(fitting) < len(expected)
+        if encoder.overlong == "truncate_answer":
+            assert len(lengths) + dropped == len(expected)
     else:
-        assert not input_ids and limit < len(ids) and outcome in ("longer than max_length", "nothing supervised")
+        assert not ids and not fitting and outcome == ("longer than max_length" if expected else "nothing supervised")
 
 
 _TEMPLATES: dict[str, list[tuple[Any, Any]]] = {}
@@ -449,6 +540,7 @@ def get_templates() -> dict[str, list[tuple[Any, Any]]]:
             build_tokenizer(CHATML),
             *(AutoTokenizer.from_pretrained(path) for path in find_tokenizers()),
         ]
+        _TEMPLATES["agent"] = [(tokenizer := build_tokenizer(AGENT_TEMPLATE), build_template("chat", tokenizer))]
         for name in ("role", "chat"):
             # Qwen's chat template strips the white space around an answer.
             usable = [t for t in tokenizers if name == "role" or "strip(" not in t.chat_template]
