@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.messages import add_system_prompt
+from sft_pipeline.data.messages import add_system_prompt, parse_conversation, split_answer
 from sft_pipeline.data.pipeline import load_splits
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.runs.output_dir import EVALUATION_DIR, RESULTS_FILE, RUN_FILE, TEMPLATE_FILE
@@ -99,13 +99,13 @@ def test_results_are_complete_and_on_disk(run, config):
 def test_answers_are_of_held_out_prompts_before_and_after(run, config):
     _, results = run
     _, held_out = load_splits(parse_config(str(config), []))
-    prompts = [messages[-2]["content"] for messages in held_out["messages"]][:3]
+    conversations = [parse_conversation(text)["messages"] for text in held_out["conversation"][:3]]
+    prompts = [messages[-2]["content"] for messages in conversations]
     assert [answer["prompt"] for answer in results["answers"]] == prompts
     for answer in results["answers"]:
         assert answer.keys() >= {"prompt", "before", "after", "stopped", "stopped_before", "reference"}
         assert isinstance(answer["stopped"], bool)
-    references = [messages[-1]["content"] for messages in held_out["messages"]][:3]
-    assert [answer["reference"] for answer in results["answers"]] == references
+    assert [answer["reference"] for answer in results["answers"]] == [m[-1]["content"] for m in conversations]
     assert any(answer["before"] != answer["after"] for answer in results["answers"])
     share = results["before_and_after"]["stop_rate"]
     assert share["before"] == sum(answer["stopped_before"] for answer in results["answers"]) / 3
@@ -143,7 +143,8 @@ def test_saved_folder_loads_plainly_and_answers_the_same(run, config):
     folder, results = run
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     _, held_out = load_splits(parse_config(str(config), []))
-    prompts = [add_system_prompt(m[:-1], SYSTEM) for m in held_out["messages"]][:3]
+    conversations = [add_system_prompt(parse_conversation(text), SYSTEM) for text in held_out["conversation"][:3]]
+    prompts = [split_answer(conversation)[0] for conversation in conversations]
     answers = answer_prompts(model, build_template("role", tokenizer), prompts, 6)
     assert [answer.text for answer in answers] == [answer["after"] for answer in results["answers"]]
     assert [answer.stopped for answer in answers] == [answer["stopped"] for answer in results["answers"]]
@@ -154,12 +155,13 @@ def test_saved_chat_template_renders_what_was_trained(run, config):
     folder, _ = run
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = build_template("role", tokenizer)
-    conversation = load_splits(parse_config(str(config), []))[0][0]["messages"]
-    [runs] = template.render([add_system_prompt(conversation, SYSTEM)])
-    trained = tokenizer.decode([token for run in runs for token in run.ids])
-    assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained
-    prompt = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
-    assert prompt == tokenizer.decode(template.encode_prompt(add_system_prompt(conversation[:-1], SYSTEM)))
+    conversation = parse_conversation(load_splits(parse_config(str(config), []))[0][0]["conversation"])
+    with_system = add_system_prompt(conversation, SYSTEM)
+    [[sequence]] = template.render([with_system])
+    trained = tokenizer.decode([token for span in sequence.spans for token in span.ids])
+    assert tokenizer.apply_chat_template(conversation["messages"], tokenize=False) == trained
+    prompt = tokenizer.apply_chat_template(conversation["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    assert prompt == tokenizer.decode(template.encode_prompt(split_answer(with_system)[0]))
     settings = {"template": "role", "chat_template_kwargs": {}, "system_prompt": SYSTEM}
     assert json.loads((folder / TEMPLATE_FILE).read_text()) == settings
 

@@ -111,7 +111,7 @@ def test_adapters_are_merged_into_their_base(config, tmp_path):
     by_hand = PeftModel.from_pretrained(load_model(json.loads((folder / ADAPTERS).read_text())[BASE]), str(folder))
     torch.testing.assert_close(logits(model.cpu()), logits(by_hand), atol=1e-5, rtol=1e-4)
     results = json.loads((folder / "results.json").read_text())["answers"]
-    prompts = [[{"role": "user", "content": result["prompt"]}] for result in results]
+    prompts = [{"messages": [{"role": "user", "content": result["prompt"]}]} for result in results]
     answers = answer_prompts(model, template, prompts, 4)
     assert [answer.text for answer in answers] == [result["after"] for result in results]
 
