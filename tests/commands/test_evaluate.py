@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from support.agent import (
     CONVERSATIONS,
     OSLO,
     PLAIN,
+    REPLY,
     TOOLS,
     assistant,
     save_agent,
@@ -18,11 +20,13 @@ from support.agent import (
     write_call,
     write_rows,
 )
-from support.model_comparison import ROWS, SYSTEM, plain_losses
+from support.model_comparison import ROWS, SYSTEM, make_answer, make_results, plain_losses
 
 from sft_pipeline.cli import main
+from sft_pipeline.commands import evaluate as evaluate_module
 from sft_pipeline.commands.evaluate import (
     EvaluateOptions,
+    compare_with_judge,
     evaluate_models,
     load_eval_conversations,
     load_prompt_set,
@@ -30,7 +34,9 @@ from sft_pipeline.commands.evaluate import (
 )
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.evaluation import plots
+from sft_pipeline.evaluation.judge import Judge
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
+from sft_pipeline.evaluation.prompt_set import PromptSet
 from sft_pipeline.utils.errors import SFTError
 
 pytestmark = pytest.mark.usefixtures("few_instructions")
@@ -123,6 +129,19 @@ def test_prompts_with_tools(model_folder, tokenizer, tmp_path, monkeypatch, caps
     assert [answer["calls_match"] for answer in called["answers"]] == [True, False]
     assert called["answers"][0]["message"] == assistant("", OSLO, reasoning="Hm.")
     assert called["answers"][0]["text"] == texts[0][0]
+
+
+def test_the_judge_reads_calls_and_no_reasoning(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate_module, "judge_pairs", lambda *args, **kwargs: seen.append(args[1:]))
+    called = replace(make_answer("x"), message=assistant("", OSLO, reasoning="Hm."))
+    answered = replace(make_answer("x"), message=assistant("No.", reasoning="Hm."))
+    first, second = (
+        replace(make_results(name, ["x"]), answers=[answer]) for name, answer in zip("ab", (called, answered))
+    )
+    compare_with_judge(Judge("http://x", "m"), first, second, PromptSet([REPLY], []))
+    prompt = 'Is it cold in Oslo? → get_weather({"city": "Oslo"}) → {"degrees": 4}'
+    assert seen == [([prompt], ['get_weather({"city": "Oslo"})'], ["No."])]
 
 
 def test_texts_have_no_prompt(model_folder, tmp_path, capsys):

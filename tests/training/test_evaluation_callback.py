@@ -586,7 +586,8 @@ def test_held_out_calls_are_asked_and_compared(agent_config, tmp_path, tokenizer
     output = capsys.readouterr().out
     assert "100% of 2 tool calls matched; " in output
     report = (tmp_path / "out" / "report.html").read_text()
-    assert "tool calls matched" in report and "calls match" in report
+    assert "tool calls matched" in report and "calls match" in report and "other calls" in report
+    assert report.count("<summary>reasoning</summary>") == 1
 
 
 def test_a_template_that_refuses_a_prompt_leaves_it_unanswered(trainer, tmp_path):
