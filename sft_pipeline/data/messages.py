@@ -53,7 +53,8 @@ def list_questions(conversation: Conversation) -> list[Conversation]:
     can be asked nothing.
     """
     messages = conversation.get("messages", [])
-    ends = [index + 1 for index, message in enumerate(messages) if message.get("tool_calls")][:1] + [len(messages)]
+    calls = [index + 1 for index, message in enumerate(messages) if message.get("tool_calls")]
+    ends = [*calls[:1], len(messages)]
     if messages and messages[-1].get("tool_calls"):
         ends = ends[-1:]
     return [replace_messages(conversation, messages[:end]) for end in ends if messages]

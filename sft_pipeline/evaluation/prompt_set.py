@@ -58,9 +58,10 @@ def drop_texts(conversations: list[Conversation], name: str) -> list[Conversatio
 
 
 def select_prompts(conversations: list[Conversation], num_prompts: int, few_shot: int) -> PromptSet:
-    """Return the first `num_prompts` questions with distinct prompts, and `few_shot` of those after them as examples.
+    """Return the first `num_prompts` questions (`list_questions`) with distinct prompts, and `few_shot` of those after
+    them as examples.
 
-    Questions are those of `list_questions`. Examples come from rows without tools. With too few rows, all but the examples' are prompts. Raises SFTError if no
+    Examples come from rows without tools. With too few rows, all but the examples' are prompts. Raises SFTError if no
     row remains as a prompt or if the examples are too few.
     """
     distinct: dict[int, Conversation] = {}
