@@ -557,32 +557,34 @@ def agent_config(config, tmp_path) -> Path:
 def test_held_out_calls_are_asked_and_compared(agent_config, tmp_path, tokenizer, monkeypatch, capsys):
     """At step 0 the model does not call, at the end it does. A text counts in the loss and is not asked."""
     call = write_call("get_weather", '{"city": "Oslo"}')
-    before, after = ["Hm.", "the answer", "x"], [f"<think>\nHm.\n</think>\n\n{call}", "Yes, 4 degrees.", "x"]
+    # The first row is a call; the second has the same call before its reply, which is asked too.
+    thought = f"<think>\nHm.\n</think>\n\n{call}"
+    before, after = ["Hm.", "Hm.", "the answer", "x"], [thought, thought, "Yes, 4 degrees.", "x"]
     prompts = script_answers(monkeypatch, tokenizer, *before, *after)
-    results = run_train(agent_config, tmp_path / "out", "--disable_tqdm", "false")
+    results = run_train(agent_config, tmp_path / "out", "--disable_tqdm", "false", "--num_answers", "3")
     first, last = load_evaluations(tmp_path / "out").values()
     assert [result["metrics"]["tool_call_match_rate"] for result in (first, last)] == [0, 1]
     assert [result["metrics"]["exact_match_rate"] for result in (first, last)] == [0, 1]  # of the reply alone
-    called, replied, _ = last["table"]
+    called, _, replied, _ = last["table"]
     assert called["reference"] == called["answer"] == 'get_weather({"city": "Oslo"})'
     assert (called["calls_match"], called["reasoning"]) == (True, "Hm.") and replied["calls_match"] is None
     assert replied["prompt"] == 'Is it cold in Oslo? → get_weather({"city": "Oslo"}) → {"degrees": 4}'
 
     template = build_template("chat", AutoTokenizer.from_pretrained(tmp_path / "out"))
-    asked = [template.encode_prompt(split_answer(row)[0]) for row in (CALL, REPLY)]
-    assert prompts[:2] == prompts[3:5] == asked
+    asked = [template.encode_prompt(split_answer(row)[0]) for row in (CALL, CALL, REPLY)]
+    assert prompts[:3] == prompts[4:7] == asked
     # Every answer of a row counts in the loss, in one sequence or several.
     texts = [f"<think>\nI must look.\n</think>\n\n{call}", "<think>\n4 is cold.\n</think>\n\nYes, 4 degrees."]
     texts += [texts[0], "nce upon a time"]  # without a bos token nothing predicts the first token of a text
-    assert last["utf8_bytes"] == sum(map(len, texts)) and last["metrics"]["answers"] == 2
+    assert last["utf8_bytes"] == sum(map(len, texts)) and last["metrics"]["answers"] == 3
     assert sum(last["held_out"]["tokens"]) == sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
 
-    change = {"before": 0, "after": 1, "difference": 1, "low": None, "high": None, "items": 1}
+    change = {"before": 0, "after": 1, "difference": 1, "low": 1, "high": 1, "items": 2}
     assert results["before_and_after"]["tool_call_match_rate"] == change
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["eval_tool_call_match_rate"] for entry in history if "eval_answers" in entry] == [0, 1]
     output = capsys.readouterr().out
-    assert "100% of 1 tool calls matched; " in output
+    assert "100% of 2 tool calls matched; " in output
     report = (tmp_path / "out" / "report.html").read_text()
     assert "tool calls matched" in report and "calls match" in report
 
