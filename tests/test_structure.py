@@ -72,7 +72,7 @@ def test_the_imports_are_seen():
 def test_templates_and_padding_stand_below_the_rest_of_data():
     """Ids know nothing of files, batches nothing of ids' making."""
     parts = ("data.messages", "data.text_encoder", "data.tool_calls", "data.template", "utils.errors")
-    below = {name: parts for name in ("template", "role_template", "jinja_template")} | {"text_encoder": ()}
+    below = dict.fromkeys(("template", "role_template", "jinja_template"), parts) | {"text_encoder": ()}
     below |= {"chat_templates": (*parts, "data.role_template", "data.jinja_template"), "tool_calls": ("utils.errors",)}
     for name, allowed in (below | {"messages": (), "padding": ("utils.constants",)}).items():
         found = set(imports(ast.parse((PACKAGE / "data" / f"{name}.py").read_text(encoding="utf-8"))))
