@@ -115,7 +115,7 @@ def test_five_lines_train_evaluate_and_save(trained, capsys):
     assert (first.step, last.step) == (0, 3) and last.complete
     assert [row["reference"] for row in last.table] == ["answer ", "answer answer ", None]
     model, template, _ = load_trained(str(folder))
-    [answer] = answer_prompts(model, template, [[{"role": "user", "content": "Say text 2 times."}]], 4)
+    [answer] = answer_prompts(model, template, [build_conversation(["Say text 2 times."])], 4)
     assert answer.error is None and template.name == "chat"
     record = yaml.safe_load((folder / "run.yaml").read_text())
     assert record["learning_rate"] == 0.01 and record["eval_strategy"] == "epoch" and "train_data" not in record

@@ -55,7 +55,7 @@ BAD_ROWS = {
     "no answer": ([*GOOD, {"instruction": "Hi", "input": "", "output": ""}], "rows.jsonl line 9: no answer"),
     "unknown role": (
         [{"messages": [{"role": "robot", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}],
-        "rows.jsonl line 1: messages[0]: unknown role 'robot'; use one of: system, user, assistant",
+        "rows.jsonl line 1: messages[0]: unknown role 'robot'; use one of: system, developer, user",
     ),
     "mixed columns": ([*GOOD, {"prompt": "Hi", "completion": "Yes"}], "rows.jsonl line 9: missing 'instruction'"),
     "unknown columns": ([{"question": "Hi"}], "rows.jsonl: its columns (question) match no row format; rename"),
@@ -167,11 +167,12 @@ def test_preview_as_json_is_one_line_of_what_is_trained(make_config, tokenizer, 
     output = capsys.readouterr().out
     assert output.count("\n") == 1
     row = json.loads(output)
-    assert row.keys() == {"input_ids", "labels", "text"}
+    assert row.keys() == {"input_ids", "labels", "text", "sequences"}
+    assert row["sequences"] == [{key: row[key] for key in ("input_ids", "labels", "text")}]
     text = "<|im_start|>\n#SYSTEM:You are 冬瓜.\n#USER:Say 3.\n#ASSISTANT:It is 3.<|im_end|>"
     assert row["text"] == text == tokenizer.decode(row["input_ids"])
     prompt = build_template("role", tokenizer).encode_prompt(
-        [{"role": "system", "content": "You are 冬瓜."}, {"role": "user", "content": "Say 3."}]
+        {"messages": [{"role": "system", "content": "You are 冬瓜."}, {"role": "user", "content": "Say 3."}]}
     )
     size = len(prompt)
     assert row["input_ids"][:size] == prompt

@@ -71,12 +71,13 @@ def test_the_imports_are_seen():
 
 def test_templates_and_padding_stand_below_the_rest_of_data():
     """Ids know nothing of files, batches nothing of ids' making."""
-    below = {"sft_pipeline.utils.errors.SFTError", "sft_pipeline.data.text_encoder.TextEncoder"}
-    below |= {"sft_pipeline.data.messages.Message", "sft_pipeline.utils.errors.format_error"}
-    ignored = {"sft_pipeline.utils.constants.IGNORED"}
-    for name, allowed in {"text_encoder": set(), "chat_templates": below, "padding": ignored}.items():
+    parts = ("data.messages", "data.text_encoder", "data.tool_calls", "data.template", "utils.errors")
+    below = dict.fromkeys(("template", "role_template", "jinja_template"), parts) | {"text_encoder": ()}
+    below |= {"chat_templates": (*parts, "data.role_template", "data.jinja_template"), "tool_calls": ("utils.errors",)}
+    for name, allowed in (below | {"messages": (), "padding": ("utils.constants",)}).items():
         found = set(imports(ast.parse((PACKAGE / "data" / f"{name}.py").read_text(encoding="utf-8"))))
-        assert {one for one in found if one.startswith("sft_pipeline")} <= allowed
+        modules = {one.rpartition(".")[0] for one in found if one.startswith("sft_pipeline")}
+        assert modules <= {f"sft_pipeline.{part}" for part in allowed}, name
 
 
 def test_the_command_line_imports_inside_its_functions():

@@ -90,8 +90,13 @@ class Encoder:
             rows = self.template.render(conversations, self.train_on)
         except SFTError:
             rows = self._render_each(conversations, batch["origin"])
-        columns = zip(*(self._encode_row(sequences, row) for sequences, row in zip(rows, conversations)))
-        return dict(zip(FEATURES, map(list, columns)))
+        encoded = []
+        for sequences, conversation, origin in zip(rows, conversations, batch["origin"]):
+            try:
+                encoded.append(self._encode_row(sequences, conversation))
+            except SFTError as error:  # a conversation without its oldest turns is rendered again
+                raise SFTError(f"{origin}: {error}") from error
+        return dict(zip(FEATURES, map(list, zip(*encoded))))
 
     def compute_cache_key(self) -> str:
         """Return a hash of what decides the result besides the rows: settings, template, tokenizer, ENCODING_FORMAT."""

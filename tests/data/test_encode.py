@@ -362,6 +362,14 @@ def test_a_conversation_that_the_template_refuses_is_named(make_tokenizer, cache
         encode_dataset(rows, Encoder(template))
 
 
+def test_a_conversation_that_is_refused_without_its_oldest_turns_is_named(make_tokenizer):
+    template = build_template("chat", make_tokenizer(REFUSING))
+    rows = [build_turns([3, 3]), build_conversation(["q", "a" * 50, "bad", "b"])]
+    encoder = Encoder(template, None, 60, "truncate_turns")
+    with pytest.raises(SFTError, match="^rows.json row 1: the chat template cannot render the conversation"):
+        encode_rows(encoder, rows)
+
+
 def test_no_row_is_left(tokenizer, cache):
     template = build_template("role", tokenizer)
     with pytest.raises(SFTError, match="^no row is left to train on: 2 rows, 0 kept .*dropped: 2 nothing supervised"):

@@ -21,8 +21,8 @@ def test_the_charts_have_the_points_of_the_results(trained):
     stops = chart(found, "Answers")["answers that end on their own"]
     assert stops[0] == (0, run.results["before_and_after"]["stop_rate"]["before"])
     assert stops[-1] == (4, run.results["before_and_after"]["stop_rate"]["after"])
-    lengths = chart(charts.build_length_charts(run), "Training rows by length")[""]
-    assert sum(rows for _, rows in lengths) == run.results["rows"]["train"]["kept"]
+    lengths = chart(charts.build_length_charts(run), "Training sequences by length")[""]
+    assert sum(count for _, count in lengths) == run.results["rows"]["train"]["sequences"]
 
 
 def test_their_loss_curves_are_laid_over_each_other(folder, other):

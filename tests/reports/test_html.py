@@ -38,13 +38,13 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on thi
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, text outside <style>, the text of each <pre>, of each trained token and of each
-    number."""
+    """Elements with their attributes, text outside <style>, the text of each <pre>, of each trained token, of what
+    is shared, and of each number."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.texts, self.numbers = "", {"pre": [], "trained": []}, []
+        self.text, self.texts, self.numbers = "", {"pre": [], "trained": [], "shared": []}, []
         self._open: list[str] = []
         self.feed(file.read_text(encoding="utf-8"))
         self.close()
@@ -57,7 +57,7 @@ class Page(HTMLParser):
         for name in {tag, found.get("class")} & self.texts.keys():
             self.texts[name].append("")
         if tag not in ("meta", "link", "use", "path"):
-            self._open.append("trained" if found.get("class") == "trained" else tag)
+            self._open.append(found["class"] if found.get("class") in ("trained", "shared") else tag)
 
     def handle_endtag(self, tag):
         if tag not in ("path", "use"):
@@ -302,7 +302,9 @@ def test_runs_are_compared(folder, other, capsys):
     found = compute_changes(runs[0].last_evaluation, runs[1].last_evaluation)["nll_nats_per_token"]
     assert found["after"] == pytest.approx(found["before"] / 2)
     assert f"{found['difference']:+.3f}" in page.text and f"{found['low']:+.3f} to {found['high']:+.3f}" in page.text
-    assert "learning_rate" in page.text and "max_length" not in page.text and "held out different rows" not in page.text
+    assert (
+        "learning_rate" in page.text and "weight_decay" not in page.text and "held out different rows" not in page.text
+    )
     answers = [row["answer"] for row in runs[0].last_evaluation.table if row["instruction"] is None]
     expected = [text for one in answers for text in (replace_control_characters(one), "other")]
     assert [text for text in page.texts["pre"] if text in expected] == expected
@@ -396,3 +398,17 @@ def test_charts_are_drawn_in_light_and_dark(scheme, back, colour, folder, tmp_pa
         colours = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
     assert max(colours, key=colours.get) == tuple(bytes.fromhex(back))
     assert colours.get(tuple(bytes.fromhex(colour)), 0) > 100
+
+
+def test_the_sequences_of_the_first_row_are_shown(trained, tmp_path):
+    """Trained tokens in color, and what an earlier sequence begins with in grey."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    first_row = [
+        {"tokens": ["a<", "b", "", "冬"], "trained": [False, False, True, True], "shared": 0},
+        {"tokens": ["a<", "b", "c", "d"], "trained": [False, True, False, True], "shared": 2},
+    ]
+    edit(folder / "preview.json", lambda preview: preview.update(first_row=first_row))
+    page = Page(write_report([folder]))
+    assert page.texts["pre"][-3:-1] == ["a<b冬", "a<bcd"] and "First training row and its 2 sequences" in page.text
+    assert page.texts["trained"] == ["冬", "b", "d"] and page.texts["shared"] == ["a<"]
