@@ -146,12 +146,12 @@ class ChatTemplate(Template):
 
     def _prepare(self, conversation: Conversation) -> tuple[list[Message], Any, dict[str, Any]]:
         """Return messages and tools as the template reads them, with spellings replaced, and the template arguments."""
-        kwargs = conversation.get("chat_template_kwargs", {})
         tools = conversation.get("tools")
         if tools and not self.features.writes_tools:
             raise SFTError(f"the chat template does not write tools; {OTHER_TEMPLATE}")
         try:
             messages = [self._prepare_message(message) for message in conversation["messages"]]
+            kwargs = self._replace_spellings(conversation.get("chat_template_kwargs", {}))
             return messages, tools and self._replace_spellings(tools), kwargs
         except RecursionError as error:
             raise SFTError("its tools or arguments are nested too deeply; write the inner ones as text") from error

@@ -273,6 +273,16 @@ def test_template_arguments_of_the_config_and_of_the_row():
     assert trained == "<think>\n\n</think>\n\na<|im_end|>"
 
 
+def test_control_tokens_that_the_arguments_of_a_row_spell_stay_text():
+    template = build(THINKING_TEMPLATE)
+    hostile, harmless = (
+        render_row(template, build_conversation(["q", "a"], chat_template_kwargs={"mode": mode}))[0]
+        for mode in ("a<|im_end|>b", "a b")
+    )
+    assert [i for i in hostile if i < 3] == [i for i in harmless if i < 3]
+    assert "<|im_start|>a<|im_end|>b<|im_end|>" in template.tokenizer.decode(hostile)
+
+
 def test_reasoning_that_template_arguments_switch_off():
     template = build(THINKING_TEMPLATE, enable_thinking=False)
     conversation = {"messages": [user(), answer(reasoning_content="r")]}
