@@ -18,7 +18,8 @@ tool.
 
 Every conversation ends with an assistant's message; which other orders there may be is up to the chat template. A bad
 row raises SFTError with the reason. Alpaca's input is appended to the instruction after a newline, as in LLaMA-Factory
-(Zheng et al. 2024); with an empty input the instruction is used alone. The answers within `prompt` are not trained.
+(Zheng et al. 2024); with an empty input the instruction is used alone. The answers within `prompt` are not trained,
+unless they have `train: true` or `weight: 1`.
 
 Other columns, and other keys of a message, are not read: `list_unread_names`.
 
@@ -220,8 +221,8 @@ def _convert_prompt_completion(row: SourceRow) -> Conversation:
         messages: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     elif isinstance(prompt, list) and isinstance(completion, list):
         messages = _convert_turns(row, "prompt")
-        for message in messages:
-            if message["role"] == "assistant":
+        for message, turn in zip(messages, prompt):
+            if message["role"] == "assistant" and not any(turn.get(flag) for flag in FLAGS):
                 message["train"] = False
         messages += _convert_turns({"completion": completion}, "completion")
     else:

@@ -66,6 +66,8 @@ def test_shapes_agree(pairs, system):
     untrained = [{**message, **({"train": False} if message["role"] == "assistant" else {})} for message in messages]
     row = {"prompt": messages[:-1], "completion": messages[-1:]}
     assert convert(row, "prompt-completion") == {"messages": [*untrained[:-1], messages[-1]]}
+    flagged = [{**message, **({"weight": 1} if message["role"] == "assistant" else {})} for message in messages]
+    assert convert({**row, "prompt": flagged[:-1]}, "prompt-completion") == {"messages": messages}
 
 
 def test_alpaca_joins_input_by_a_newline_and_takes_missing_cells_as_empty():
