@@ -4,7 +4,7 @@
     python benchmarks/baselines.py encode-random TASK.json TOKENIZER DATA.json ROWS LAYERS
     python benchmarks/baselines.py encode-conversations TASK.json MODEL DATA.json COUNT TURNS
     python benchmarks/baselines.py ours|reference|trl-plain|trl-group|trl-pack TASK.json
-    python benchmarks/baselines.py ours-conversations|ours-unshared|trl-conversations TASK.json STEPS
+    python benchmarks/baselines.py ours-conversations|ours-unshared|trl-conversations|trl-accumulated TASK.json STEPS
 
 The first three write TASK.json: the rows encoded for a model folder, or for random weights of Qwen3's shape, or
 conversations of several sequences (benchmarks/conversations.py). The others train on it and print their speed, memory
@@ -43,7 +43,7 @@ from sft_pipeline.utils.constants import IGNORED
 
 BATCH_SIZE = 8
 ENCODE_MODES = ("encode-random", "encode-conversations")
-CONVERSATION_MODES = ("ours-conversations", "ours-unshared", "trl-conversations")
+CONVERSATION_MODES = ("ours-conversations", "ours-unshared", "trl-conversations", "trl-accumulated")
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "trl-plain": {"per_device_train_batch_size": BATCH_SIZE},
     "trl-group": {"per_device_train_batch_size": BATCH_SIZE, "train_sampling_strategy": "group_by_length"},
@@ -100,15 +100,17 @@ def iterate_sequences(task: Task) -> Iterator[tuple[list[int], list[int]]]:
         yield from ((ids.tolist(), labels.tolist()) for ids, labels in split_sequences(dict(zip(names, row))))
 
 
-def choose_trl_packs(task: Task, steps: int) -> dict[str, Any]:
+def choose_trl_packs(task: Task, steps: int, accumulate: bool) -> dict[str, Any]:
     """Return TRL's settings for packs that hold the longest sequence, and for about `steps` optimizer steps.
 
-    A batch has two packs of MAX_LENGTH tokens, as in the other comparison, or one longer pack.
+    A step is one batch, as this project's is; or with `accumulate` batches of two packs of MAX_LENGTH tokens, as in the
+    other comparison, or of one longer pack.
     """
     longest = max(len(ids) for ids, _ in iterate_sequences(task))
     length = MAX_LENGTH * -(-longest // MAX_LENGTH)
-    packs = max(1, 2 * MAX_LENGTH // length)
-    accumulation = max(1, round(task.tokens / (length * packs * steps)))
+    packs_per_step = -(-task.tokens // (length * steps))
+    packs = min(packs_per_step, max(1, 2 * MAX_LENGTH // length)) if accumulate else packs_per_step
+    accumulation = round(packs_per_step / packs)
     return {
         "max_length": length,
         "packing": True,
@@ -161,8 +163,8 @@ def run_mode(mode: str, file: Path, arguments: list[str]) -> dict[str, Any]:
         return train_trl(task, TRL_SETTINGS[mode])
     if mode in CONVERSATION_MODES:
         steps = int(arguments[0])
-        if mode == "trl-conversations":
-            return train_trl(task, choose_trl_packs(task, steps))
+        if mode.startswith("trl"):
+            return train_trl(task, choose_trl_packs(task, steps, accumulate=mode == "trl-accumulated"))
         rows = -(-len(task.rows["input_ids"]) // steps)
         return train_ours(task, rows, share_prefixes=mode == "ours-conversations")
     return train_ours(task) if mode == "ours" else train_plain_loop(task)

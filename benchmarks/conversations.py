@@ -8,7 +8,7 @@ Conversations are made of a file's rows: question, reasoning and answer of up to
 (`build_conversations` in task.py), with the chat template configs/templates/agent.jinja, which leaves out the reasoning
 of earlier answers. So every answer is a sequence of its own. All trainers get the same sequences, weights and settings:
 float32 on the CPU, AdamW at 1e-5, no clipping, no gradient checkpointing, as many optimizer steps (TRL's packs fit this
-only about). Each runs in a process of its own, all of them once, then all again. Tokens are those of all sequences;
+only about), each in one batch; a second run of TRL accumulates batches of 2,048 tokens. Each runs in a process of its own, all of them once, then all again. Tokens are those of all sequences;
 seconds are those of the optimizer steps; memory is the process's peak.
 """
 
@@ -24,6 +24,7 @@ NAMES = {
     "ours-conversations": "this project",
     "ours-unshared": "share_prefixes: false",
     "trl-conversations": "TRL, packed",
+    "trl-accumulated": "TRL, packed, small batches",
 }
 OURS = "ours-conversations"
 
@@ -41,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.only) - set(NAMES):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
-    require_bench_extra(*["trl"] * ("trl-conversations" in args.only))
+    require_bench_extra(*["trl"] * any(name.startswith("trl") for name in args.only))
     with tempfile.TemporaryDirectory() as folder:
         task = str(Path(folder) / "task.json")
         sizes = (str(args.count), str(args.turns))
