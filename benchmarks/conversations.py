@@ -8,8 +8,9 @@ Conversations are made of a file's rows: question, reasoning and answer of up to
 (`build_conversations` in task.py), with the chat template configs/templates/agent.jinja, which leaves out the reasoning
 of earlier answers. So every answer is a sequence of its own. All trainers get the same sequences, weights and settings:
 float32 on the CPU, AdamW at 1e-5, no clipping, no gradient checkpointing, as many optimizer steps (TRL's packs fit this
-only about), each in one batch; a second run of TRL accumulates batches of 2,048 tokens. Each runs in a process of its own, all of them once, then all again. Tokens are those of all sequences;
-seconds are those of the optimizer steps; memory is the process's peak.
+only about), each in one batch; a second run of TRL accumulates batches of 2,048 tokens. Each runs in a process of its
+own, all of them once, then all again. Tokens are those of all sequences; seconds are those of the optimizer steps;
+memory is the process's peak.
 """
 
 from __future__ import annotations
