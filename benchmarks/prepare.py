@@ -38,7 +38,7 @@ ROWS_PER_STEP = 16
 
 def write_rows(source: str, count: int, file: Path) -> None:
     """Write `count` numbered rows as JSONL."""
-    rows = load_conversations(source)["messages"][:]
+    rows = [conversation["messages"] for conversation in load_conversations(source)]
     with file.open("w", encoding="utf-8") as lines:
         for number in range(count):
             *_, question, answer = (message["content"] for message in rows[number % len(rows)])

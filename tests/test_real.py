@@ -88,7 +88,8 @@ def test_greedy_answers_are_those_of_transformers_one_at_a_time(monkeypatch):
     rows = [
         json.loads(line) for line in (ROOT / "configs/data/quickstart.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    prompts = [template.encode_prompt([{"role": "user", "content": row["instruction"]}]) for row in rows[:20]]
+    conversations = [[{"role": "user", "content": row["instruction"]}] for row in rows[:20]]
+    prompts = [template.encode_prompt({"messages": messages}) for messages in conversations]
     stop, new = template.stop_token_id, 32
     for prompt, done in zip(
         prompts, generate(model, prompts, [stop], SamplingParams(max_new_tokens=new), batch_size=8)

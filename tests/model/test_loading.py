@@ -116,15 +116,17 @@ def test_special_tokens_are_set_everywhere_and_saved(copied, tmp_path):
     tokenizer, model = load_tokenizer(str(copied)), load_model(str(copied))
     end, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     tokenizer.eos_token, tokenizer.pad_token = "<|endoftext|>", None
-    set_special_tokens(model, tokenizer, end)
+    set_special_tokens(model, tokenizer, [end])
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for holder in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved"), saved.config, saved.generation_config):
         assert (holder.eos_token_id, holder.pad_token_id) == (end, end)
     tokenizer.pad_token = "<|endoftext|>"
-    set_special_tokens(model, tokenizer, end)
+    set_special_tokens(model, tokenizer, [end, text_end])
     assert model.config.pad_token_id == tokenizer.pad_token_id == text_end
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [end, text_end], "both end an answer"
+    assert tokenizer.eos_token_id == end
 
 
 # The packaged model: pip and the conversion are mocked, so that nothing is downloaded.

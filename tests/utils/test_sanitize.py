@@ -6,7 +6,7 @@ import os
 
 from support.hostile import ESCAPES, SEEN, refusal
 
-from sft_pipeline.data.sources import load_conversations
+from sft_pipeline.data.sources import load_source
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.sanitize import EscapingFormatter, format_line
 
@@ -18,10 +18,10 @@ def test_log_lines_and_errors_steer_no_terminal(tmp_path, caplog):
     file = tmp_path / "a\x1b[2J\n.jsonl"
     file.write_text(json.dumps({"prompt": "Hi", "completion": "Yes?", "more\n\x1b[2J": 1}))
     with caplog.at_level(logging.INFO):
-        assert load_conversations(str(file))["origin"] == ["a\u241b[2J\u240a.jsonl line 1"]
+        assert load_source(str(file))[0]["origin"] == ["a\u241b[2J\u240a.jsonl line 1"]
     assert "not read: more\u240a\u241b[2J" in caplog.text
     os.close(os.open(os.fsencode(tmp_path) + b"/\xff.jsonl", os.O_CREAT))
-    refusal(lambda: load_conversations(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), "\\udcff.jsonl: no rows")
+    refusal(lambda: load_source(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), "\\udcff.jsonl: no rows")
 
 
 def test_line_ends_of_other_kinds_make_no_second_line():
