@@ -164,18 +164,11 @@ class ChatTemplate(Template):
         if reasoning := message.get("reasoning_content"):
             prepared[self.features.reasoning_key or REASONING_KEYS[0]] = self._replace_spellings(reasoning)
         if calls := message.get("tool_calls"):
-            calls = self._replace_spellings(calls)
-            prepared["tool_calls"] = (
-                [format_arguments(call) for call in calls] if self._writes_arguments_as_text else calls
-            )
+            prepared["tool_calls"] = [self.features.format_call(call) for call in self._replace_spellings(calls)]
         for key in ("tool_call_id", "name"):
             if key in message:
                 prepared[key] = self._replace_spellings(message[key])
         return prepared
-
-    @property
-    def _writes_arguments_as_text(self) -> bool:
-        return self.features.arguments_form == "text"
 
     def _render(
         self, messages: list[Message], add_generation_prompt: bool, tools: Any, kwargs: Mapping[str, Any]
@@ -254,8 +247,8 @@ class ChatTemplate(Template):
                 "use `template: role` or a chat template that ends answers with the eos token"
             )
         stops = control_ids[:1]
-        if form := self.features.arguments_form:
-            call = format_arguments(CALL) if form == "text" else CALL
+        if self.features.arguments_form:
+            call = self.features.format_call(CALL)
             text = self._render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], False, None, {})
             control_ids = self._list_control_ids(text.rpartition("sft_value")[2])
             known = [token for token in control_ids if token in (*stops, self.tokenizer.eos_token_id)]
@@ -364,8 +357,7 @@ class TemplateFeatures:
     @cached_property
     def writes_tool_results(self) -> bool:
         """Whether the message of a tool is written after a call."""
-        call = format_arguments(CALL) if self.arguments_form == "text" else CALL
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        answer = {"role": "assistant", "content": "", "tool_calls": [self.format_call(CALL)]}
         result = {"role": "tool", "content": "sft-result", "tool_call_id": "sftcall01", "name": "sft_function"}
         return self._is_written("sft-result", [QUESTION, answer, result])
 
@@ -373,6 +365,10 @@ class TemplateFeatures:
     def writes_tools(self) -> bool:
         """Whether the descriptions of tools are written."""
         return "sft-description" in self._try([QUESTION], [TOOL])
+
+    def format_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Return a call as the template reads it."""
+        return format_arguments(call) if self.arguments_form == "text" else call
 
     def _is_written(self, text: str, messages: list[Message]) -> bool:
         return text in self._try(messages)

@@ -116,7 +116,12 @@ def _compare_sorted(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.nda
     ranks[by_rank] = np.arange(len(sequences))
     shared = np.empty(max(len(sequences) - 1, 0), np.int64)
     for rank, (index, following) in enumerate(pairwise(by_rank)):
-        length = min(len(sequences[index]), len(sequences[following]))
-        differs = sequences[index][:length] != sequences[following][:length]
-        shared[rank] = differs.argmax() if differs.any() else length
+        shared[rank] = count_common_prefix(sequences[index], sequences[following])
     return ranks, shared
+
+
+def count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Return how many ids two sequences begin with in common."""
+    length = min(len(first), len(second))
+    differs = first[:length] != second[:length]
+    return int(differs.argmax()) if differs.any() else length

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_pipeline.data.encode import count_sequence_tokens
 from sft_pipeline.data.padding import split_sequences
+from sft_pipeline.data.prefix_tree import count_common_prefix
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.sanitize import format_json_line, format_line, replace_control_characters
 
@@ -39,15 +40,9 @@ def list_sequences(row: dict[str, Any]) -> list[PreviewSequence]:
     """List the sequences of an encoded row."""
     sequences: list[PreviewSequence] = []
     for ids, labels in split_sequences(row):
-        shared = max((_count_common_prefix(ids, np.array(earlier.input_ids)) for earlier in sequences), default=0)
+        shared = max((count_common_prefix(ids, np.array(earlier.input_ids)) for earlier in sequences), default=0)
         sequences.append(PreviewSequence(ids.tolist(), labels.tolist(), shared))
     return sequences
-
-
-def _count_common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    length = min(len(first), len(second))
-    differs = first[:length] != second[:length]
-    return int(differs.argmax()) if differs.any() else length
 
 
 def format_row_json(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
