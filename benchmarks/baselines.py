@@ -154,8 +154,8 @@ def run_mode(mode: str, file: Path, arguments: list[str]) -> dict[str, Any]:
         task.write(file)
         return task.stats
     if mode == "encode":
-        model, data, rows = arguments
-        task = encode_task(model, data, int(rows))
+        model, data, count = arguments
+        task = encode_task(model, data, int(count))
         task.write(file)
         return task.stats
     task = Task.read(file)
@@ -165,8 +165,8 @@ def run_mode(mode: str, file: Path, arguments: list[str]) -> dict[str, Any]:
         steps = int(arguments[0])
         if mode.startswith("trl"):
             return train_trl(task, choose_trl_packs(task, steps, accumulate=mode == "trl-accumulated"))
-        rows = -(-len(task.rows["input_ids"]) // steps)
-        return train_ours(task, rows, share_prefixes=mode == "ours-conversations")
+        batch_size = -(-len(task.rows["input_ids"]) // steps)
+        return train_ours(task, batch_size, share_prefixes=mode == "ours-conversations")
     return train_ours(task) if mode == "ours" else train_plain_loop(task)
 
 
