@@ -60,7 +60,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
     restore_callback_states_from_checkpoint: bool = _set_default("restore_callback_states_from_checkpoint", True)
     project: str = _set_default("project", DEFAULT_PROJECT)
     # Without a value: 1 on CUDA, where collating then runs beside the steps, else 0.
-    dataloader_num_workers: int | None = _set_default("dataloader_num_workers", None)
+    dataloader_num_workers: int | None = _set_default("dataloader_num_workers", None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _use_cpu_without_accelerator()

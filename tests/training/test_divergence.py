@@ -90,8 +90,8 @@ def test_on_a_device_a_step_is_read_one_step_late_unless_something_is_due(tmp_pa
     late = ReadLate(monkeypatch)
     trainer = build(tmp_path / "b", save_strategy="epoch")
     trainer.train()
-    # Logged at steps 1, 2, 4 and 6; epochs end after steps 3 and 6; the last step is 7.
-    assert late.read_at == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (6, 6), (7, 7)]
+    # Logged at steps 2, 4 and 6; epochs end after steps 3 and 6; the last step is 7.
+    assert late.read_at == [(1, 2), (2, 2), (3, 3), (4, 4), (5, 6), (6, 6), (7, 7)]
     losses, others = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (expected, trainer))
     assert losses == others and len(losses) > 2
 
