@@ -81,10 +81,11 @@ class SFTArguments:
         default=True,
         metadata={"help": "With packing, compute the prefixes that sequences of a batch share once."},
     )
-    tokens_per_batch: int = field(
-        default=0,
+    tokens_per_batch: int | None = field(
+        default=None,
         metadata={
-            "help": "With packing, maximum number of tokens in a device's batch; 0 sizes batches by number of rows."
+            "help": "With packing, run the rows of a step in micro-batches of at most this many tokens; 0 for "
+            "per_device_train_batch_size rows. Default: 16384 on CUDA, else 0."
         },
     )
     pad_to_multiple_of: int = field(

@@ -59,9 +59,13 @@ class SFTConfig(SFTArguments, TrainingArguments):
     # Early stopping counts the evaluations before a resume, too.
     restore_callback_states_from_checkpoint: bool = _set_default("restore_callback_states_from_checkpoint", True)
     project: str = _set_default("project", DEFAULT_PROJECT)
+    # Without a value: 1 on CUDA, where collating then runs beside the steps, else 0.
+    dataloader_num_workers: int | None = _set_default("dataloader_num_workers", None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _use_cpu_without_accelerator()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
         super().__post_init__()
         self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
         if self.mixed_precision in ("bf16", "fp16"):
@@ -255,7 +259,7 @@ def _check_values(args: SFTConfig) -> None:
             raise SFTError(f"{key} is {getattr(args, key)}; it has to be 1 or more")
     counts = ("num_answers", "num_instructions", "early_stopping_patience", "tokens_per_batch", "max_train_rows")
     for key in (*counts, "eval_answer_share"):
-        if getattr(args, key) < 0:
+        if (getattr(args, key) or 0) < 0:
             raise SFTError(f"{key} is {getattr(args, key)}; it has to be 0 or more")
     if args.held_out < 0 or (args.held_out > 1 and args.held_out != int(args.held_out)):
         raise SFTError(f"held_out is {args.held_out}; give a whole number of rows, a share below 1, or 0")
@@ -357,11 +361,13 @@ def _check_tokens_per_batch(args: SFTConfig) -> None:
     """Raise SFTError for keys that tokens_per_batch cannot be combined with."""
     if not args.packing:
         raise SFTError("tokens_per_batch needs packing: true, as it counts the tokens of packed rows")
-    if args.tokens_per_batch < args.max_length:
+    if args.tokens_per_batch and args.tokens_per_batch < args.max_length:
         raise SFTError(
             f"tokens_per_batch is {args.tokens_per_batch}, less than max_length {args.max_length}; "
             "raise tokens_per_batch or lower max_length"
         )
+    if args.auto_find_batch_size:
+        raise SFTError("tokens_per_batch does not support auto_find_batch_size, which would change the rows of a step")
     strategy = str(args.train_sampling_strategy)
     if strategy not in ("random", "sequential"):
         raise SFTError(f"tokens_per_batch does not support train_sampling_strategy {strategy}; use random")

@@ -10,16 +10,19 @@ nothing is communicated, and a run can resume anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from sft_pipeline.data.packing import pack_best_fit
+
+MICRO_BATCHES = "micro_batches"  # the key of a batch that has several
 
 
 def count_row_tokens(rows: Dataset, share_prefixes: bool = False) -> np.ndarray:
@@ -35,17 +38,14 @@ def count_row_tokens(rows: Dataset, share_prefixes: bool = False) -> np.ndarray:
 
 @dataclass
 class StepBatchSampler:
-    """Yield the micro-batches of one process as lists of row indices: a `batch_sampler` for `DataLoader`.
+    """Yield the batches of one process: a `batch_sampler` for `DataLoader`.
 
-    An epoch is split into steps in one of two ways:
+    A step has accumulation x processes micro-batches of `rows` rows. The last step of an epoch has the remaining rows,
+    in as few micro-batches as possible. A batch is a micro-batch, as a list of row indices.
 
-    - By rows (`tokens` is 0): a step has accumulation x processes micro-batches of `rows` rows. The last step of an
-      epoch has the remaining rows, in as few micro-batches as possible.
-    - By tokens: a step has as many rows as best fit packs into accumulation x processes micro-batches of at most
-      `tokens` tokens, with each row counted by itself. The number of rows varies by step, and the number of steps that
-      an epoch needs varies with the shuffle. Since `Trainer` plans with one number of steps per epoch, every epoch is
-      split into the largest number that any epoch of the run (`epochs`, or `max_steps` if positive) needs, by halving
-      steps. A row of more than `tokens` tokens is a micro-batch of its own.
+    With `tokens`, a step has the same rows, and as few micro-batches of at most `tokens` tokens as best fit needs, as
+    many on each process, with each row counted by itself. A row of more tokens is a micro-batch of its own. A batch is
+    then the share of the process in a step: a list of micro-batches.
 
     `lengths` (rows,) are the tokens of each row. They and one permutation are all that is stored: 12 bytes per row.
 
@@ -61,8 +61,6 @@ class StepBatchSampler:
     processes: int = 1
     process: int = 0
     tokens: int = 0
-    epochs: int = 1
-    max_steps: int = -1
     packed: bool = True
     shuffle: bool = True
     epoch: int = 0
@@ -74,11 +72,18 @@ class StepBatchSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self._length
+        steps, remaining_rows = divmod(len(self.lengths), self.rows * self.accumulation * self.processes)
+        if self.tokens:
+            return steps + (remaining_rows > 0)
+        return steps * self.accumulation - (-remaining_rows // (self.rows * self.processes))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for step in self.split_epoch(self.epoch):
-            yield from self.split_step(step)[self.process :: self.processes]
+            micro_batches = self.split_step(step)[self.process :: self.processes]
+            if self.tokens:
+                yield micro_batches
+            else:
+                yield from micro_batches
 
     def shuffle_rows(self, epoch: int) -> np.ndarray:
         """Return all row indices in the order of this epoch: shuffled, or ascending without `shuffle`."""
@@ -88,8 +93,6 @@ class StepBatchSampler:
 
     def split_epoch(self, epoch: int) -> list[np.ndarray]:
         """Return the row indices of each optimizer step, over all processes: slices of `shuffle_rows(epoch)`."""
-        if self.tokens:
-            return self._halve_largest_steps(self._split_by_tokens(epoch))
         order, size = self.shuffle_rows(epoch), self.rows * self.accumulation * self.processes
         return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -102,57 +105,11 @@ class StepBatchSampler:
 
     def count_micro_batches(self, step: np.ndarray) -> int:
         """Return the number of micro-batches of a step over all processes, a multiple of `processes`."""
-        accumulation = self.accumulation if self.tokens else -(-len(step) // (self.rows * self.processes))
-        return accumulation * self.processes
-
-    @cached_property
-    def _length(self) -> int:
-        return sum(map(self.count_micro_batches, self.split_epoch(0))) // self.processes
-
-    @cached_property
-    def _steps_per_epoch(self) -> int:
-        """With `tokens`: the largest number of steps that an epoch of the run needs."""
-        steps = epoch = 0
-        while epoch * steps < self.max_steps if self.max_steps > 0 else epoch < self.epochs:
-            steps = max(steps, len(self._split_by_tokens(epoch)))
-            epoch += 1
-        return steps
-
-    def _split_by_tokens(self, epoch: int) -> list[np.ndarray]:
-        """Split the order of the epoch into slices, each with as many rows as fit into the micro-batches of a step."""
-        order, steps, start = self.shuffle_rows(epoch), [], 0
-        totals = np.concatenate([[0], self._cap_lengths(order).cumsum()])
-        while start < len(order):
-            end = self._find_step_end(order, totals, start)
-            steps.append(order[start:end])
-            start = end
-        return steps
-
-    def _find_step_end(self, order: np.ndarray, totals: np.ndarray, start: int) -> int:
-        """Return where the step that begins at `start` ends; `totals` (1 + rows) are the tokens before each index."""
-        count = self.accumulation * self.processes
-        end = int(np.searchsorted(totals, totals[start] + count * self.tokens, side="right")) - 1
-        while len(pack_best_fit(self.lengths[order[start:end]].tolist(), self.tokens)) > count:
-            end -= 1
-        return end
-
-    def _cap_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens of each row, at most the budget: a longer row takes one whole micro-batch."""
-        return np.minimum(self.lengths[rows], self.tokens)
-
-    def _halve_largest_steps(self, steps: list[np.ndarray]) -> list[np.ndarray]:
-        """Halve the steps with the most rows until there are `_steps_per_epoch` steps.
-
-        A step is split where the tokens of its halves are most even. Then neither half has more than
-        (micro-batches + 1) / 2 x `tokens` tokens, for which best fit needs no more bins than there are micro-batches,
-        because any two of its bins together hold more than one bin could.
-        """
-        while len(steps) < self._steps_per_epoch:
-            largest = max(range(len(steps)), key=lambda index: len(steps[index]))
-            totals = self._cap_lengths(steps[largest]).cumsum()
-            middle = int(np.abs(2 * totals[:-1] - totals[-1]).argmin()) + 1
-            steps[largest : largest + 1] = [steps[largest][:middle], steps[largest][middle:]]
-        return steps
+        if self.tokens:
+            count = len(pack_best_fit(self.lengths[step].tolist(), self.tokens))
+        else:
+            count = -(-len(step) // self.rows)
+        return -(-count // self.processes) * self.processes
 
 
 def divide_rows(lengths: Sequence[int], count: int, budget: int = 0) -> list[list[int]]:
@@ -179,9 +136,47 @@ def divide_rows(lengths: Sequence[int], count: int, budget: int = 0) -> list[lis
 
 
 class EpochDataLoader(DataLoader):
-    """A `DataLoader` that passes the epoch from `Trainer` to its batch sampler."""
+    """A `DataLoader` over the batches of a StepBatchSampler, to which it passes the epoch from `Trainer`.
+
+    collate_fn: makes a batch of a list of rows. A batch of several micro-batches has them under MICRO_BATCHES, each
+    made by `collate_fn`, and the `input_ids` and `shift_labels` of all, which `Trainer` counts.
+    """
 
     batch_sampler: StepBatchSampler
 
+    def __init__(
+        self, rows: Any, batch_sampler: StepBatchSampler, collate_fn: Callable[..., Any], **options: Any
+    ) -> None:
+        if batch_sampler.tokens:
+            rows, collate_fn = RowLists(rows), MicroBatchCollator(collate_fn)
+        super().__init__(rows, batch_sampler=batch_sampler, collate_fn=collate_fn, **options)
+
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class RowLists:
+    """A dataset whose items are lists of the rows of another: `RowLists(rows)[[3, 0]]` is `[rows[3], rows[0]]`."""
+
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self.rows[index] for index in indices]
+
+
+@dataclass(frozen=True)
+class MicroBatchCollator:
+    """Collate the rows of each micro-batch with `collate`; see EpochDataLoader."""
+
+    collate: Callable[..., Any]
+
+    def __call__(self, micro_batches: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        batches = [self.collate(rows) for rows in micro_batches]
+        if len(batches) == 1:
+            return batches[0]
+        shared = {key: torch.cat([batch[key] for batch in batches], 1) for key in ("input_ids", "shift_labels")}
+        return {**shared, "labels": shared["shift_labels"], MICRO_BATCHES: batches}

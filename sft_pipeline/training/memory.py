@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import random
 import resource
 import sys
@@ -74,7 +75,9 @@ def measure_peak_memory_gib() -> float:
 def describe_batch_remedy(size_key: str, args: TrainingArguments) -> str:
     """Return which keys to lower for a training step to need less memory. size_key: the key of the batch size."""
     checkpointing = "" if args.activation_checkpointing else ", or set activation_checkpointing: true"
-    return f"lower {size_key} (and raise gradient_accumulation_steps by the same factor) or max_length{checkpointing}"
+    if size_key == "per_device_train_batch_size":
+        size_key += " (and raise gradient_accumulation_steps by the same factor)"
+    return f"lower {size_key} or max_length{checkpointing}"
 
 
 @contextmanager
@@ -126,7 +129,9 @@ def rehearse_heaviest_batch(
     """
     if _has_step_in_backward(trainer):
         return
-    rows = find_heaviest_batch(batches, longest_together=trainer.args.train_sampling_strategy == "group_by_length")
+    args = trainer.args
+    longest_together = args.train_sampling_strategy == "group_by_length"
+    rows = find_heaviest_batch(batches, math.ceil(args.num_train_epochs), args.max_steps, longest_together)
     dataset: Any = trainer.train_dataset
     inputs = trainer.data_collator([dataset[row] for row in rows])
     size, device = f"{len(rows)} rows, {inputs['input_ids'].numel()} tokens", trainer.args.device
@@ -139,17 +144,20 @@ def rehearse_heaviest_batch(
     _log_peak_memory(size, sum(map(_count_local_bytes, optimizer_state)) / GIB, device)
 
 
-def find_heaviest_batch(batches: StepBatchSampler, longest_together: bool = False) -> list[int]:
+def find_heaviest_batch(
+    batches: StepBatchSampler, epochs: int = 1, max_steps: int = -1, longest_together: bool = False
+) -> list[int]:
     """Return the row indices of the micro-batch with the most tokens, over all processes and the first epochs.
 
     Padding counts as tokens. With packing, only one step is split into micro-batches: the one with the most tokens per
-    micro-batch, or with the longest row. longest_together: whether the longest rows form a batch (group_by_length).
+    micro-batch, or with the longest row. epochs, max_steps (if positive): of the run. longest_together: whether the
+    longest rows form a batch (group_by_length).
     """
     lengths = batches.lengths
     if longest_together:
         return np.argsort(lengths, kind="stable")[-batches.rows :].tolist()
-    steps = [step for epoch in range(min(batches.epochs, SEARCH_EPOCHS)) for step in batches.split_epoch(epoch)]
-    steps = steps[: batches.max_steps] if batches.max_steps > 0 else steps
+    steps = [step for epoch in range(min(epochs, SEARCH_EPOCHS)) for step in batches.split_epoch(epoch)]
+    steps = steps[:max_steps] if max_steps > 0 else steps
 
     def estimate_tokens(step: np.ndarray) -> float:
         return max(lengths[step].sum() / batches.count_micro_batches(step), lengths[step].max())

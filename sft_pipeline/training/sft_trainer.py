@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ logger = logging.getLogger(__name__)
 
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 LIGER_DEVICES = ("cuda", "xpu", "npu")
+TOKENS_PER_BATCH = 16_384  # of a micro-batch on CUDA
 SAMPLE_ROWS = 1000  # about as many rows are packed to measure what packing saves
 
 
@@ -147,7 +148,7 @@ class SFTTrainer(SupervisedTrainer):
         if args.use_liger_kernel:
             set_liger_arguments(args)
         model, collator = prepare_model(model, args, template, self.data, peft_config)
-        set_training_arguments(args)
+        set_training_arguments(args, collator)
         self.trainable_parameters = count_trainable_parameters(model)
         parameters = f"{self.trainable_parameters:,} of {model.num_parameters():,} parameters"
         logger.info("training %s in %s", parameters, model.dtype)
@@ -160,7 +161,7 @@ class SFTTrainer(SupervisedTrainer):
             eval_dataset=self.data.held_out and sort_by_length(self.data.held_out),
             processing_class=build_saved_tokenizer(template, args.system_prompt, args.trust_remote_code),
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
-            tokens_per_batch=args.tokens_per_batch,
+            tokens_per_batch=args.tokens_per_batch or 0,
         )
         if args.lora_merge and self.is_fsdp_enabled:
             raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of them off")
@@ -361,8 +362,10 @@ def prepare_model(
     return model, collator
 
 
-def set_training_arguments(args: SFTConfig) -> None:
+def set_training_arguments(args: SFTConfig, collator: PackingCollator | PaddingCollator) -> None:
     """Set in place the arguments that follow from our model and data; on a CPU also configure malloc."""
+    if args.tokens_per_batch is None:
+        args.tokens_per_batch = choose_token_budget(args) if isinstance(collator, PackingCollator) else 0
     # All columns are inputs of the patched forward; the library would drop those not in the signature of the original.
     args.remove_unused_columns = False
     # Every forward pass uses every trained parameter (freeze_unreached), also for a batch without targets, so DDP need
@@ -374,6 +377,17 @@ def set_training_arguments(args: SFTConfig) -> None:
         args.trackio_static_space_id = False
     if args.device.type == "cpu":
         set_malloc_options()
+
+
+def choose_token_budget(args: SFTConfig) -> int:
+    """Return the default of `tokens_per_batch` for packed rows: enough tokens to keep a CUDA device busy, else 0.
+
+    It needs steps that this project divides into micro-batches.
+    """
+    has_own_steps = str(args.train_sampling_strategy) in ("random", "sequential") and args.deepspeed_plugin is None
+    if args.device.type != "cuda" or args.auto_find_batch_size or not has_own_steps:
+        return 0
+    return max(TOKENS_PER_BATCH, args.max_length)
 
 
 def set_liger_arguments(args: SFTConfig) -> None:
@@ -414,7 +428,11 @@ def log_devices(trainer: SFTTrainer) -> None:
 def log_packing(trainer: SFTTrainer) -> None:
     """Log what packing saves, measured on about SAMPLE_ROWS rows."""
     batches = trainer.build_batch_sampler()
-    sample = islice(batches, -(-len(batches) * SAMPLE_ROWS // len(trainer.train_dataset)))
+    sample: list[list[int]] = []
+    for rows in chain.from_iterable(map(batches.split_step, batches.split_epoch(0))):
+        sample.append(rows)
+        if sum(map(len, sample)) >= SAMPLE_ROWS:
+            break
     logger.info("%s", describe_savings(trainer.train_dataset, sample, trainer.args.share_prefixes))
 
 

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -32,7 +37,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from sft_pipeline.config import get_output_dir
-from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens
+from sft_pipeline.data.batch_sampler import MICRO_BATCHES, EpochDataLoader, StepBatchSampler, count_row_tokens
 from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.kernels.cpu_layer_training import find_unused_forward
 from sft_pipeline.model.loss_forward import check_loss_forward
@@ -49,6 +54,7 @@ from sft_pipeline.training.memory import (
 )
 from sft_pipeline.training.preemption import PreemptionCallback, SigtermHandler
 from sft_pipeline.training.safe_unpickling import raise_on_unsafe_pickles
+from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.progress import TrainingProgress
 
@@ -64,21 +70,55 @@ class Rehearsal(TrainerCallback):
 
 
 class StepCheck(PreemptionCallback):
-    """Check each step for divergence and SIGTERM, before it is logged, evaluated and saved."""
+    """Check each step for divergence and SIGTERM, before it is logged, evaluated and saved.
+
+    Where reading a value would make the host wait for the device, a step is checked when the next one ends, unless
+    something is due after it.
+    """
 
     def __init__(self, trainer: SupervisedTrainer) -> None:
         super().__init__()
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.check_step():
+        is_due = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if self.trainer.check_steps(wait=is_due or state.global_step >= state.max_steps):
             self.stop(args, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.check_pending_step():
+            self.stop(args, control)
+        super().on_epoch_end(args, state, control, **kwargs)
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What is known of a step when it ends, still on its way to the host.
+
+    values: (3,) on the host: whether a process received SIGTERM, loss, and gradient norm. copied: the event after which
+    they are there, or None.
+    """
+
+    step: int
+    values: Tensor
+    copied: torch.cuda.Event | None
+
+    def read(self) -> tuple[bool, float, float]:
+        """Return (received, loss, gradient norm); waits for the copy."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        received, loss, norm = self.values.tolist()
+        return received > 0, loss, norm
 
 
 class SupervisedTrainer(CheckpointingTrainer):
     """`Trainer` for rows of `input_ids` and shifted `labels`, and a model prepared by `patch_loss_forward`.
 
-    tokens_per_batch: maximum tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows.
+    tokens_per_batch: maximum tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows. The rows of an
+    optimizer step are the same with and without it; the micro-batches that they need are run by one `training_step`, so
+    `gradient_accumulation_steps` of `args` becomes 1 and its batch size that many times larger.
     """
 
     # Narrower than in the library, which allows other types.
@@ -88,7 +128,13 @@ class SupervisedTrainer(CheckpointingTrainer):
     processing_class: PreTrainedTokenizerBase | None
 
     def __init__(self, *, tokens_per_batch: int = 0, **kwargs: Any) -> None:
+        if tokens_per_batch:
+            args: TrainingArguments = kwargs["args"]
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
         super().__init__(compute_metrics=self._compute_eval_metrics, **kwargs)
+        if tokens_per_batch and self.is_deepspeed_enabled:
+            raise SFTError("tokens_per_batch: DeepSpeed counts micro-batches of its own; set it to 0")
         self.row_loss_sums = np.zeros((0, 3))  # of the last evaluation, per row: nll in nats, targets, correct targets
         self._tokens_per_batch = tokens_per_batch
         size_key = "tokens_per_batch" if tokens_per_batch else "per_device_train_batch_size"
@@ -98,6 +144,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._start_time = time.perf_counter()
         self._sigterm = SigtermHandler()
         self._step_loss: Tensor | float = 0.0  # this process' part of the loss of the current step
+        self._pending: StepSums | None = None  # of a step that is not checked yet
         # First, so that nothing else is started before the heaviest batch is known to fit.
         self.callback_handler.callbacks.insert(0, Rehearsal(self))
         self.add_callback(StepCheck(self))
@@ -109,6 +156,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         """Train; raises RunPreempted after SIGTERM, and SFTError for divergence or an unsafe checkpoint."""
         checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         self._num_tokens, self._eval_seconds, self._step_loss = 0, 0.0, 0.0  # the clock starts after the rehearsal
+        self._pending = None
         self.running_loss = RunningLoss.read(Path(checkpoint)) if checkpoint else RunningLoss()
         if self.args.should_save:
             clear_leftovers(get_output_dir(self.args))
@@ -144,7 +192,7 @@ class SupervisedTrainer(CheckpointingTrainer):
     def rehearse(self) -> None:
         """Check the model, run the heaviest batch once, and start the clock."""
         self.check_forwards()
-        batches, step = self.build_batch_sampler(), super().training_step
+        batches, step = self.build_batch_sampler(), self._run_micro_batch
         rehearse_heaviest_batch(self, self.model_wrapped, batches, step, self._memory_remedy)
         self._start_time = time.perf_counter()
 
@@ -164,8 +212,6 @@ class SupervisedTrainer(CheckpointingTrainer):
             processes=args.world_size,
             process=args.process_index,
             tokens=self._tokens_per_batch,
-            epochs=math.ceil(args.num_train_epochs),
-            max_steps=args.max_steps,
             packed=isinstance(self.data_collator, PackingCollator),
             shuffle=args.train_sampling_strategy == "random",
         )
@@ -200,33 +246,97 @@ class SupervisedTrainer(CheckpointingTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward; count tokens, sum the loss of the step, and report if memory runs out."""
-        self._num_tokens += count_tokens(inputs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """Return the batches of an optimizer step, and the number of their targets over all processes, on `device`.
+
+        As in the library, which waits for the device when it copies the number to it.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        count = sum(int(batch["shift_labels"].ne(IGNORED).sum()) for batch in batches)
+        num_targets = torch.full((), float(count), device=device)  # filled on the device
+        return batches, self.accelerator.reduce(num_targets, reduction="sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward of each micro-batch in `inputs`; return the sum of their losses.
+
+        Counts tokens, sums the loss of the step, and reports if memory runs out. Gradients are reduced over the
+        processes in the last micro-batch.
+        """
+        micro_batches = inputs.get(MICRO_BATCHES, [inputs])
+        sync_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        losses = []
         with handle_out_of_memory(f"step {self.state.global_step + 1}", self._memory_remedy, self.args):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            for index, micro_batch in enumerate(micro_batches, start=1):
+                self._num_tokens += count_tokens(micro_batch)
+                syncs = sync_each or index == len(micro_batches)
+                with nullcontext() if syncs else self.accelerator.no_sync(model):
+                    losses.append(self._run_micro_batch(model, micro_batch, num_items_in_batch))
+        loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
         self._step_loss += loss
         return loss
 
-    def check_step(self) -> bool:
-        """Return whether any process received SIGTERM in the step that has just ended.
+    def _run_micro_batch(
+        self, model: nn.Module, inputs: dict[str, Any], num_targets: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward of one micro-batch, whose tensors are copied without waiting for the device."""
+        inputs = {
+            key: value.to(self.args.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+        return super().training_step(model, inputs, num_targets)
 
-        Raises SFTError if the loss or gradient of the step diverged, before anything of it is logged or saved.
+    def check_steps(self, wait: bool) -> bool:
+        """Check the step before, and with `wait` or on a CPU also the step that has just ended.
+
+        Returns whether any process received SIGTERM. Raises SFTError if the loss or gradient of a step diverged, before
+        anything of it is logged or saved.
         """
-        local = torch.tensor([float(self._sigterm.received), float(self._step_loss)], device=self.args.device)
-        received, loss = self.accelerator.reduce(local, reduction="mean").tolist()
-        self._step_loss = 0.0
-        # The gradient scaler of fp16 skips steps whose gradient overflows, and training goes on.
-        norm = 0.0 if self._grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(self._grad_norm)
+        received = self.check_pending_step()
+        self._pending = self._reduce_step()
+        if wait or self._pending.copied is None:
+            received |= self.check_pending_step()
+        return received
+
+    def check_pending_step(self) -> bool:
+        """Check the step that is not checked yet, if there is one; see `check_steps`."""
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        received, loss, norm = pending.read()
         reason = detect_divergence(loss, norm, self.model.config.get_text_config().vocab_size)
         if reason:
-            raise self._build_divergence_error(reason)
+            raise self._build_divergence_error(reason, pending.step)
         self.running_loss.add(loss)
-        return received > 0
+        return received
 
-    def _build_divergence_error(self, reason: str) -> SFTError:
+    def _reduce_step(self) -> StepSums:
+        """Average what each process knows of the step that has just ended, and start to copy it to the host."""
+        device = self.args.device
+        # The gradient scaler of fp16 skips steps whose gradient overflows, and training goes on.
+        has_norm = self._grad_norm is not None and not self.accelerator.optimizer_step_was_skipped
+        norm = self._grad_norm if has_norm else 0.0
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # Filled on the device: a copy of a host value would wait for it.
+        values = [
+            value.detach().float() if isinstance(value, Tensor) else torch.full((), float(value), device=device)
+            for value in (self._sigterm.received, self._step_loss, norm)
+        ]
+        self._step_loss = 0.0
+        mean = self.accelerator.reduce(torch.stack([value.to(device) for value in values]), reduction="mean")
+        if device.type != "cuda":
+            return StepSums(self.state.global_step, mean.cpu(), None)
+        copied = torch.cuda.Event()
+        host_values = mean.to("cpu", non_blocking=True)
+        copied.record()
+        return StepSums(self.state.global_step, host_values, copied)
+
+    def _build_divergence_error(self, reason: str, step: int) -> SFTError:
         """Write the rows of the step to the output folder, and return the error that lists them."""
-        folder, step, rows = get_output_dir(self.args), self.state.global_step, []
+        folder, rows = get_output_dir(self.args), []
         if self.args.train_sampling_strategy in ("random", "sequential"):
             sampler = self.build_batch_sampler()
             epoch, index = divmod(step - 1, len(sampler.split_epoch(0)))

@@ -1,7 +1,6 @@
 """Steps and micro-batches: every row once an epoch, the same steps on any number of processes, budgets and balance."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,20 +8,25 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.data.batch_sampler import EpochDataLoader, StepBatchSampler, count_row_tokens, divide_rows
+from sft_pipeline.data.batch_sampler import (
+    MICRO_BATCHES,
+    EpochDataLoader,
+    StepBatchSampler,
+    count_row_tokens,
+    divide_rows,
+)
 from sft_pipeline.data.packing import pack_best_fit, pack_rows
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.utils.constants import IGNORED
 
 lengths_of_rows = st.lists(st.integers(1, 30), min_size=1, max_size=60)
-counted = st.fixed_dictionaries({"rows": st.integers(1, 5), "packed": st.booleans()})
-budgeted = st.fixed_dictionaries({"rows": st.just(1), "tokens": st.integers(30, 90), "epochs": st.integers(1, 3)})
-modes = st.one_of(counted, budgeted)
+modes = st.fixed_dictionaries({"rows": st.integers(1, 5), "packed": st.booleans()})
+budgets = st.fixed_dictionaries({"rows": st.integers(1, 12), "tokens": st.integers(30, 90)})
 spread = {"accumulation": st.integers(1, 4), "processes": st.integers(1, 3), "seed": st.integers(0, 5)}
 
 
-def list_batches(lengths, epoch, processes=1, **keys) -> list[list[list[int]]]:
-    """Return the micro-batches of each process."""
+def list_batches(lengths, epoch, processes=1, **keys) -> list[list]:
+    """Return the batches of each process."""
     shares = []
     for process in range(processes):
         sampler = StepBatchSampler(lengths, processes=processes, process=process, **keys)
@@ -41,11 +45,11 @@ def group_into_steps(shares: list[list[list[int]]], accumulation: int) -> list[s
 @settings(deadline=None, max_examples=150)
 @given(lengths=lengths_of_rows, mode=modes, epoch=st.integers(0, 2), **spread)
 def test_an_epoch_has_every_row_once(lengths, mode, epoch, **keys):
-    shares = list_batches(lengths, epoch % mode.get("epochs", 3), **mode, **keys)
+    shares = list_batches(lengths, epoch, **mode, **keys)
     assert sorted(row for share in shares for batch in share for row in batch) == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1, "all processes run as many forward passes"
     for batches in zip(*shares):
-        assert any(batches) or "tokens" in mode, "no forward pass in which all processes have no rows"
+        assert any(batches), "no forward pass in which all processes have no rows"
 
 
 @settings(deadline=None, max_examples=150)
@@ -53,57 +57,41 @@ def test_an_epoch_has_every_row_once(lengths, mode, epoch, **keys):
     lengths=lengths_of_rows, mode=modes, seed=st.integers(0, 5), epoch=st.integers(0, 2), processes=st.integers(1, 3)
 )
 def test_the_rows_of_a_step_are_the_same_for_any_spread(lengths, mode, seed, epoch, processes):
-    """Six micro-batches a step, or of six times `rows` rows."""
-    if "tokens" in mode:
-        spreads = [(6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 6, 1)]
-    else:
-        spreads = [(6, 1, 1), (1, 2, 3), (2, 3, 1), (1, 1, 6), (6 // processes, processes, 1)]
-    sampler = StepBatchSampler(lengths, seed=seed, **mode | {"accumulation": 6})
+    """Six micro-batches a step, or of six times `rows` rows; also with a budget of tokens."""
+    sampler = StepBatchSampler(lengths, seed=seed, accumulation=6, **mode)
+    expected = [set(step) for step in sampler.split_epoch(epoch)]
     assert [row for step in sampler.split_epoch(epoch) for row in step] == sampler.shuffle_rows(epoch).tolist()
+    spreads = [(6, 1, 1), (1, 2, 3), (2, 3, 1), (1, 1, 6), (6 // processes, processes, 1)]
     for accumulation, process_count, times in spreads:
         keys = mode | {"rows": mode["rows"] * times, "accumulation": accumulation, "seed": seed}
-        steps = group_into_steps(list_batches(lengths, epoch, process_count, **keys), accumulation)
-        assert steps == [set(step) for step in sampler.split_epoch(epoch)]
+        assert group_into_steps(list_batches(lengths, epoch, process_count, **keys), accumulation) == expected
+        shares = list_batches(lengths, epoch, process_count, **keys | {"tokens": 40, "packed": True})
+        steps = [[row for share in step for rows in share for row in rows] for step in zip(*shares)]
+        assert [set(step) for step in steps] == expected
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=lengths_of_rows, mode=budgeted, **spread)
-def test_a_budget_holds_and_every_epoch_has_as_many_steps(lengths, mode, **keys):
-    for epoch in range(mode["epochs"]):
-        [batches] = list_batches(lengths, epoch, **mode, **keys | {"processes": 1})
-        assert all(sum(lengths[row] for row in batch) <= mode["tokens"] for batch in batches)
-    sampler = StepBatchSampler(lengths, **mode, **keys)
-    needed = [len(sampler._split_by_tokens(epoch)) for epoch in range(mode["epochs"])]
-    assert {len(sampler.split_epoch(epoch)) for epoch in range(mode["epochs"])} == {max(needed)}
-    assert len(sampler) == max(needed) * keys["accumulation"]
+@given(lengths=lengths_of_rows, budget=budgets, **spread)
+def test_a_budget_holds_in_as_few_micro_batches_as_best_fit_needs(lengths, budget, **keys):
+    for step in zip(*list_batches(lengths, 0, **budget, **keys)):
+        micro_batches = [rows for share in step for rows in share]
+        assert len({len(share) for share in step}) == 1, "all processes run as many forward passes"
+        assert all(sum(lengths[row] for row in rows) <= budget["tokens"] for rows in micro_batches)
+        rows = [row for rows in micro_batches for row in rows]
+        needed = len(pack_best_fit([lengths[row] for row in rows], budget["tokens"]))
+        assert 0 <= len(micro_batches) - needed < keys["processes"]
 
 
-@settings(deadline=None, max_examples=60)
-@given(lengths=lengths_of_rows, mode=budgeted, max_steps=st.integers(1, 40))
-def test_a_budget_plans_for_all_epochs_that_max_steps_reach(lengths, mode, max_steps):
-    sampler = StepBatchSampler(lengths, seed=0, max_steps=max_steps, **mode)
-    for epoch in range(math.ceil(max_steps / len(sampler))):
-        assert len(sampler.split_epoch(epoch)) == len(sampler)
-
-
-def test_a_budgets_steps_are_full():
-    """None could have the next one's first row too."""
-    lengths = [(7 * row) % 23 + 5 for row in range(500)]
-    steps = StepBatchSampler(lengths, seed=1, rows=1, accumulation=4, tokens=64).split_epoch(0)
-    for step, following in pairwise(steps):
-        assert len(pack_best_fit([lengths[row] for row in [*step, following[0]]], 64)) > 4
-    assert sum(lengths) / (len(steps) * 4 * 64) > 0.9
-
-
-def test_a_row_above_the_budget_is_a_batch_alone():
-    [batches] = list_batches([5, 50, 5, 5], 0, seed=0, rows=1, tokens=10)
-    assert [1] in batches and all(sum([5, 50, 5, 5][row] for row in batch) <= 10 for batch in batches if batch != [1])
+def test_a_row_above_the_budget_is_a_micro_batch_alone():
+    lengths = [5, 50, 5, 5]
+    [[[*micro_batches]]] = list_batches(lengths, 0, seed=0, rows=4, tokens=10)
+    assert [1] in micro_batches and len(micro_batches) == 3
+    assert all(sum(lengths[row] for row in rows) <= 10 for rows in micro_batches if rows != [1])
 
 
 @settings(deadline=None, max_examples=100)
-@given(lengths=lengths_of_rows, mode=modes, epoch=st.integers(0, 2), **spread)
+@given(lengths=lengths_of_rows, mode=st.one_of(modes, budgets), epoch=st.integers(0, 2), **spread)
 def test_equal_seeds_give_equal_batches(lengths, mode, epoch, **keys):
-    epoch %= mode.get("epochs", 3)
     assert list_batches(lengths, epoch, **mode, **keys) == list_batches(lengths, epoch, **mode, **keys)
 
 
@@ -178,6 +166,25 @@ def test_the_loader_reads_an_empty_batch_as_one_token_without_a_target(collate, 
     assert (batch["shift_labels"] == IGNORED).all()
     assert batch.get("attention_mask", batch["input_ids"].new_ones(1)).sum() == 1
     assert batch["target_counts"].tolist() == [0] and batch.get("token_counts", torch.tensor([1])).tolist() == [1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_collates_each_micro_batch_of_a_budget(workers):
+    ids = [[1, 2, 3], [4, 5, 6, 7], [1, 2], [8, 9, 10, 11]]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": [[*row[1:], IGNORED] for row in ids]})
+    sampler = StepBatchSampler(count_row_tokens(rows), seed=0, rows=4, tokens=8)
+    [batch] = EpochDataLoader(rows, batch_sampler=sampler, collate_fn=pack_rows, num_workers=workers)
+    [step] = list(sampler)
+    assert len(step) == 2
+    for micro_batch, indices in zip(batch[MICRO_BATCHES], step, strict=True):
+        expected = pack_rows([rows[index] for index in indices])
+        assert torch.equal(micro_batch["input_ids"], expected["input_ids"])
+        assert torch.equal(micro_batch["shift_labels"], expected["shift_labels"])
+    assert sorted(batch["shift_labels"][0].tolist()) == sorted(token for row in ids for token in row[1:])
+    assert batch["input_ids"].shape == (1, sum(part["input_ids"].shape[1] for part in batch[MICRO_BATCHES]))
+    sampler.tokens = 100
+    [batch] = EpochDataLoader(rows, batch_sampler=sampler, collate_fn=pack_rows)
+    assert MICRO_BATCHES not in batch, "one micro-batch is the batch itself"
 
 
 def test_the_loader_hands_the_epoch_on():

@@ -1,6 +1,8 @@
 """Divergence: a loss or gradient that is not finite or explodes stops the run and names its rows."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support.resuming import ROWS, build
@@ -8,6 +10,7 @@ from transformers import TrainerCallback
 
 from sft_pipeline.runs.checkpoints import find_newest_checkpoint
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence
+from sft_pipeline.training.trainer import StepSums, SupervisedTrainer
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -60,6 +63,46 @@ def test_a_gradient_that_is_nan_is_not_saved(tmp_path):
     with pytest.raises(SFTError, match=message):
         build(tmp_path, [Hook()]).train()
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+class ReadLate(TrainerCallback):
+    """Stand in for a device: what a step sums is on the host only when the next step ends."""
+
+    def __init__(self, monkeypatch):
+        self.read_at: list[tuple[int, int]] = []  # (step read, global step then)
+        reduce_step, read = SupervisedTrainer._reduce_step, StepSums.read
+
+        def reduce_late(trainer):
+            self.trainer = trainer
+            return replace(reduce_step(trainer), copied=SimpleNamespace(synchronize=lambda: None))
+
+        def note_read(sums):
+            self.read_at.append((sums.step, self.trainer.state.global_step))
+            return read(sums)
+
+        monkeypatch.setattr(SupervisedTrainer, "_reduce_step", reduce_late)
+        monkeypatch.setattr(StepSums, "read", note_read)
+
+
+def test_on_a_device_a_step_is_read_one_step_late_unless_something_is_due(tmp_path, monkeypatch):
+    expected = build(tmp_path / "a", save_strategy="epoch")
+    expected.train()
+    late = ReadLate(monkeypatch)
+    trainer = build(tmp_path / "b", save_strategy="epoch")
+    trainer.train()
+    # Logged at steps 2, 4 and 6; epochs end after steps 3 and 6; the last step is 7.
+    assert late.read_at == [(1, 2), (2, 2), (3, 3), (4, 4), (5, 6), (6, 6), (7, 7)]
+    losses, others = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (expected, trainer))
+    assert losses == others and len(losses) > 2
+
+
+def test_on_a_device_a_nan_loss_of_the_step_before_is_neither_logged_nor_saved(tmp_path, monkeypatch):
+    ReadLate(monkeypatch)
+    trainer = build(tmp_path, [Poison()], save_steps=2, logging_steps=2)
+    with pytest.raises(SFTError, match=r"^step 5: the loss is nan, in training rows"):
+        trainer.train()
+    assert trainer.state.global_step == 6 and find_newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert all(entry["step"] <= 4 for entry in trainer.state.log_history)
 
 
 def test_what_is_divergence():
