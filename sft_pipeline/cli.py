@@ -168,7 +168,8 @@ def _run_report(args: argparse.Namespace, extra_args: list[str]) -> None:
 def _run_export(args: argparse.Namespace, extra_args: list[str]) -> None:
     from sft_pipeline.commands.export import export_model
 
-    export_model(args.folder, Path(args.destination), args.dtype, args.license, args.trust_remote_code, args.revision)
+    loading = args.trust_remote_code, args.revision
+    export_model(args.folder, Path(args.destination), args.dtype, args.license, *loading, ollama=args.ollama)
     print(f"exported to {args.destination}; serve it: transformers serve {args.destination}")
 
 

@@ -171,6 +171,7 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--license", help="license of the model as the hub names it, such as apache-2.0 (the base model's, if known)"
     )
+    parser.add_argument("--ollama", action="store_true", help="also write a Modelfile: template, stop, system prompt")
     _add_loading_options(parser)
 
 

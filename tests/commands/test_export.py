@@ -197,3 +197,10 @@ def wait_for(url: str, server: subprocess.Popen) -> None:
             pass
         time.sleep(0.5)
     raise TimeoutError(url)
+
+
+def test_with_ollama_the_export_has_a_modelfile_with_template_and_stop_token(trained, tmp_path):
+    main(["export", str(trained(template="chat", system_prompt="Be brief.")), str(tmp_path / "out"), "--ollama"])
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith('FROM .\nTEMPLATE """') and '"<|im_start|>assistant\\n"' in text
+    assert 'SYSTEM """Be brief."""\nPARAMETER stop "<|im_end|>"\n' in text
