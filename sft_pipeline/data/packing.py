@@ -1,8 +1,8 @@
 """Pack the rows of a micro-batch into one line of tokens without padding, with their shared prefixes computed once.
 
 The sequences of all rows are merged into a tree (prefix_tree.py): system prompts, tools, few-shot examples, several
-answers to one prompt, the turns of one conversation. `subtree_end` is all that attention needs to let each sequence
-attend only to itself. A token may be followed by different ones in several branches, so targets are pairs of a position
+answers to one prompt, the turns of one conversation. The tree is all that attention needs to let each sequence attend
+only to itself. A token may be followed by different ones in several branches, so targets are pairs of a position
 and an id. Nothing here uses random numbers, so a run can resume anywhere.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.padding import DUMMY_ROW, count_targets, split_sequences
 from sft_pipeline.data.prefix_tree import build_prefix_tree
+from sft_pipeline.kernels.cpu_attention import build_attention_tree
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.packed_attention import find_packing_obstacle, use_packed_attention
 from sft_pipeline.utils.constants import IGNORED
@@ -60,14 +60,15 @@ class PackingCollator:
         use_packed_attention(model)
         self.share_prefixes = share_prefixes
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return pack_rows(rows, self.share_prefixes)
 
 
-def pack_rows(rows: Sequence[dict[str, Any]], share_prefixes: bool = True) -> dict[str, Tensor]:
+def pack_rows(rows: Sequence[dict[str, Any]], share_prefixes: bool = True) -> dict[str, Any]:
     """Collate dataset rows (`input_ids`, shifted `labels`, `sequence_lengths` of several) into one packed batch, int64.
 
-    The batch has the tokens of the tree, `input_ids`, `position_ids` and `subtree_end`, each (1, tokens). `labels` and
+    The batch has the tokens of the tree, `input_ids` and `position_ids`, each (1, tokens), and `prefix_tree`, an
+    AttentionTree, which stays on the host: nothing has to be read back from the device of the model. `labels` and
     `shift_labels` are the same tensor (1, targets) of ids; `Trainer` counts it, and transformers does not shift it.
     `target_positions` (targets,) are their positions in the line, which may repeat; targets come in the order of the
     rows, `target_counts` (rows,) of each row. `token_counts` (rows,) are the tokens of each row's sequences.
@@ -83,7 +84,7 @@ def pack_rows(rows: Sequence[dict[str, Any]], share_prefixes: bool = True) -> di
     return {
         "input_ids": torch.from_numpy(tree.input_ids)[None],
         "position_ids": torch.from_numpy(tree.depths)[None],
-        "subtree_end": torch.from_numpy(tree.subtree_end)[None],
+        "prefix_tree": build_attention_tree(tree.subtree_end),
         "labels": targets,
         "shift_labels": targets,
         "target_positions": torch.from_numpy(positions),

@@ -35,8 +35,9 @@ class PaddingCollator:
     The length is the longest sequence's, rounded up to a multiple of `pad_to_multiple_of`. The attention mask is made
     from the lengths of the sequences, not from the pad id, which is often the stop id. `labels` and `shift_labels` are
     the same tensor: `Trainer` counts targets in the first, and the second tells transformers that they are shifted
-    already (transformers/loss/loss_utils.py, ForCausalLMLoss). `target_counts` (rows,) is the number of targets of each
-    row, for the sums of an evaluation.
+    already (transformers/loss/loss_utils.py, ForCausalLMLoss). `target_positions` (targets,) are the positions of the
+    targets in the flattened labels, so that they need not be searched for on the device. `target_counts` (rows,) is the
+    number of targets of each row, for the sums of an evaluation.
     """
 
     pad_token_id: int
@@ -53,6 +54,7 @@ class PaddingCollator:
             "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
             "labels": labels,
             "shift_labels": labels,
+            "target_positions": labels.flatten().ne(IGNORED).nonzero()[:, 0],
             "target_counts": count_targets(rows_of_sequences),
         }
 

@@ -1,6 +1,6 @@
 """Causal attention over a tree of shared prefixes in float32 on the CPU: batched products over blocks of queries.
 
-    tree = build_attention_tree(subtree_end)
+    tree = build_attention_tree(subtree_end)                # on the host, by the collator
     output = compute_attention(query, key, value, tree, scaling)
     compute_attention_grads(query, key, value, grad_output, tree, scaling, out=(grad_query, grad_key, grad_value))
 
@@ -13,11 +13,11 @@ products in parallel faster than a few large ones.
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,23 +34,28 @@ class Segment(NamedTuple):
     ancestors: tuple[Span, ...]
 
 
-@dataclass(frozen=True, eq=False)
 class AttentionTree:
-    """How a line of tokens is divided. subtree_end: (tokens,) int64, on the device of the model.
+    """How a line of tokens is divided: part of a packed batch, on the host whatever the device of the model.
 
-    Compared by identity, so that what is built from it can be cached for all layers of a batch.
+    segments: of the whole line, in its order. subtree_end, depths: (tokens,) int64, see data/prefix_tree.py.
+
+    Compared by identity, so that what is built from it is cached for all layers of a batch. A plain class, which
+    `Trainer`, accelerate, DDP and FSDP pass on as it is: they rebuild dataclasses, tuples and dicts among the arguments
+    of a model, to move or to cast the tensors in them.
     """
 
-    segments: tuple[Segment, ...]
-    subtree_end: Tensor
+    def __init__(self, segments: Sequence[Segment], subtree_end: np.ndarray, depths: np.ndarray) -> None:
+        self.segments = tuple(segments)
+        self.subtree_end = subtree_end
+        self.depths = depths
 
 
-def build_attention_tree(subtree_end: Tensor) -> AttentionTree:
+def build_attention_tree(subtree_end: np.ndarray) -> AttentionTree:
     """Divide a line of tokens, laid out depth first, into segments. subtree_end: (tokens,), see data/prefix_tree.py.
 
     A token continues the segment of the one before it unless that one's subtree has ended.
     """
-    ends = subtree_end.tolist()
+    ends, depths = subtree_end.tolist(), np.empty_like(subtree_end)
     starts = [0, *(index for index in range(1, len(ends)) if ends[index - 1] <= index), len(ends)]
     segments: list[Segment] = []
     path: list[Span] = []  # spans of the segment before and of its ancestors
@@ -62,8 +67,10 @@ def build_attention_tree(subtree_end: Tensor) -> AttentionTree:
             first, last = path.pop()
             path.append((first, bisect.bisect_left(range(last), -start, first, key=lambda index: -ends[index])))
         segments.append(Segment(start, end, tuple(path)))
+        depth = sum(last - first for first, last in path)
+        depths[start:end] = np.arange(depth, depth + end - start)
         path.append((start, end))
-    return AttentionTree(tuple(segments), subtree_end)
+    return AttentionTree(segments, subtree_end, depths)
 
 
 def compute_attention(query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:

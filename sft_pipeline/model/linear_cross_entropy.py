@@ -4,7 +4,7 @@ Three savings, all exact: the head is applied only to the hidden states of posit
 cross-entropy run in chunks of positions; the forward pass also computes the gradients of the hidden states and of the
 head from a chunk's probabilities, so that nothing is computed twice and the backward pass only scales them.
 
-    loss = linear_cross_entropy(hidden_states, labels, head.weight, num_items=num_items_in_batch)
+    loss = linear_cross_entropy(hidden_states[positions], targets, head.weight, num_items=num_items_in_batch)
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_pipeline.utils.constants import IGNORED
-
 CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small next to a model
 
 
 def linear_cross_entropy(
     hidden_states: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -29,18 +27,15 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Compute the sum of the cross-entropies of `labels`, in nats, divided by `num_items`: a scalar in float32.
+    """Compute the sum of the cross-entropies of `targets`, in nats, divided by `num_items`: a scalar in float32.
 
-    hidden_states: (..., hidden size); labels: (...), already shifted, -100 where there is no target; weight:
-    (vocabulary, hidden size); bias: (vocabulary). The logits are
+    hidden_states: (targets, hidden size), at the positions that have a target; targets: (targets,), the ids to predict
+    there; weight: (vocabulary, hidden size); bias: (vocabulary). The logits are
     `softcap * tanh(scale * (hidden_states @ weight.T + bias) / softcap)`. num_items: the number of targets of the whole
     optimizer step, so that the losses of its micro-batches add up. chunk_size: positions per chunk; by default those
     whose logits take CHUNK_BYTES. Without any target the loss is a zero that depends on `hidden_states`, so that every
     process can run backward.
     """
-    positions = labels.reshape(-1).ne(IGNORED).nonzero()[:, 0]
-    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
-    targets = labels.reshape(-1).index_select(0, positions)
     chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     options = _Options(num_items, scale, softcap, chunk_size, _get_compute_dtype(weight), torch.is_grad_enabled())
     return _ChunkedCrossEntropy.apply(hidden_states, targets, weight, bias, options)

@@ -2,7 +2,7 @@
 
 head = split_head(model)                      # once, before the model is wrapped or sharded
 hidden_states = head.compute_hidden_states(input_ids=..., position_ids=...)
-loss = head.compute_loss(hidden_states, labels, num_items=num_items_in_batch)
+loss = head.compute_loss(hidden_states.flatten(0, 1)[positions], targets, num_items=num_items_in_batch)
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class LMHead:
         logits = torch.nn.functional.linear(hidden_states, self.linear.weight, self.linear.bias) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def compute_loss(self, hidden_states: Tensor, labels: Tensor, num_items: float | Tensor) -> Tensor:
-        """Return the loss at the targets, see `linear_cross_entropy`."""
+    def compute_loss(self, hidden_states: Tensor, targets: Tensor, num_items: float | Tensor) -> Tensor:
+        """Return the loss of hidden states (targets, hidden size) and ids (targets,), see `linear_cross_entropy`."""
 
         def forward(hidden_states: Tensor) -> Tensor:
             return linear_cross_entropy(
                 hidden_states,
-                labels,
+                targets,
                 self.linear.weight,
                 self.linear.bias,
                 num_items=num_items,

@@ -4,9 +4,11 @@
     model(input_ids=..., attention_mask=..., shift_labels=..., num_items_in_batch=n).loss     # training
     model(input_ids=..., attention_mask=..., shift_labels=..., return_row_losses=True).logits  # evaluation, (rows, 3)
 
-Both also take packed batches (data/packing.py), which have `subtree_end` instead of `attention_mask`, and their targets
-as pairs of a position and an id: `target_positions` and `shift_labels`. The rows of an evaluation are `target_counts`
-(rows,), the number of targets of each row in the order of the targets; without it each line is a row.
+Both also take packed batches (data/packing.py), which have `prefix_tree` instead of `attention_mask`, and their targets
+as pairs of a position and an id: `target_positions` and `shift_labels`. `target_positions` of a padded batch are the
+indices of its targets in the flattened `shift_labels`; where they are given, training reads nothing back from the
+device. The rows of an evaluation are `target_counts` (rows,), the number of targets of each row in the order of the
+targets; without it each line is a row.
 
 Without `shift_labels` the model's own forward runs, so generation and saving are unchanged. The patch is on the model
 itself, below any wrapper of `peft`, DDP or FSDP, so that their hooks see one ordinary forward pass.
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from sft_pipeline.kernels.cpu_attention import AttentionTree
 from sft_pipeline.model.lm_head import LOW_PRECISION_TOLERANCE, LMHead, split_head
 from sft_pipeline.model.module_utils import adds_router_loss, unwrap_peft, use_eval_mode
 from sft_pipeline.model.packed_attention import build_packed_arguments
@@ -63,24 +66,25 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
         shift_labels: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        subtree_end: Tensor | None = None,
+        prefix_tree: AttentionTree | None = None,
         target_positions: Tensor | None = None,
         target_counts: Tensor | None = None,
         token_counts: Tensor | None = None,  # of interest to the trainer only
         return_row_losses: bool = False,
         **kwargs: Any,
     ) -> Any:
+        if prefix_tree is not None:
+            kwargs |= build_packed_arguments(prefix_tree, kwargs["input_ids"].device)
         if shift_labels is None:
             if labels is not None:
                 kwargs["labels"] = labels
             return original_forward(*args, **kwargs)
-        if subtree_end is not None:
-            kwargs |= build_packed_arguments(subtree_end)
-        if head is None and target_positions is None and not return_row_losses:
+        if head is None and prefix_tree is None and not return_row_losses:
             return _run_own_loss(original_forward, shift_labels, num_items_in_batch, has_router_loss, kwargs)
         targets = shift_labels.reshape(-1)
         if target_positions is None:
             target_positions = targets.ne(IGNORED).nonzero()[:, 0]
+        if prefix_tree is None:
             targets = targets.index_select(0, target_positions)
         if head is None:
             states = original_forward(**kwargs, use_cache=False).logits
@@ -201,14 +205,16 @@ def sum_row_losses(states: Tensor, targets: Tensor, target_counts: Tensor, head:
     have the largest logit. states: (targets, hidden size), or the logits where `head` is None; targets: (targets,);
     target_counts: (rows,), the number of targets of each row, in their order.
     """
-    row_indices = torch.arange(len(target_counts)).repeat_interleave(target_counts.cpu())
-    # On the CPU, because MPS has no float64: only the result is rounded to float32 there.
-    sums = torch.zeros(len(target_counts), 3, dtype=torch.float64)
+    metrics = []
     for start in range(0, len(targets), CHUNK_POSITIONS):
         chunk = slice(start, start + CHUNK_POSITIONS)
         logits = (states[chunk] if head is None else head.compute_logits(states[chunk])).float()
         nll = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
         is_correct = (logits.argmax(-1) == targets[chunk]).float()
-        metrics = torch.stack([nll, torch.ones_like(nll), is_correct], 1)
-        sums.index_add_(0, row_indices[chunk], metrics.cpu().double())
+        metrics.append(torch.stack([nll, torch.ones_like(nll), is_correct], 1))
+    # On the CPU, because MPS has no float64: only the result is rounded to float32 there.
+    sums = torch.zeros(len(target_counts), 3, dtype=torch.float64)
+    if metrics:
+        row_indices = torch.arange(len(target_counts)).repeat_interleave(target_counts.cpu())
+        sums.index_add_(0, row_indices, torch.cat(metrics).cpu().double())
     return sums.to(torch.float32 if targets.device.type == "mps" else torch.float64).to(targets.device)

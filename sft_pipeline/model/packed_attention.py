@@ -7,7 +7,7 @@ batches, generation) run plain `sdpa`.
 
     reason = find_packing_obstacle(model)            # None, or why the model needs padded batches
     use_packed_attention(model)
-    model(input_ids=..., position_ids=..., **build_packed_arguments(subtree_end), use_cache=False)
+    model(input_ids=..., position_ids=..., **build_packed_arguments(tree, device), use_cache=False)
 """
 
 from functools import cache, lru_cache, partial
@@ -38,14 +38,12 @@ FLEX_BLOCK = 128  # tokens per block of scores in FlexAttention; its default
 FLOAT32_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 5e-2
 
 
-def build_packed_arguments(subtree_end: Tensor) -> dict[str, Any]:
-    """Build the arguments of a packed batch for the model from `subtree_end` (1, tokens).
+def build_packed_arguments(tree: AttentionTree, device: torch.device) -> dict[str, Any]:
+    """Build the arguments of a packed batch for a model on `device`.
 
-    It is copied from the device here, once for all layers. The empty mask has four dimensions, which transformers takes
-    for a finished mask, so that it builds none.
+    The empty mask has four dimensions, which transformers takes for a finished mask, so that it builds none.
     """
-    mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=subtree_end.device)
-    return {"prefix_tree": build_attention_tree(subtree_end[0]), "attention_mask": mask}
+    return {"prefix_tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
 
 
 def packed_attention_forward(
@@ -148,8 +146,8 @@ def _measure_packing_difference(backbone: Any) -> float:
     vocab_size = backbone.config.get_text_config().vocab_size
     input_ids = torch.tensor([[*first, *second[3:], 11, 12, 13]], device=device) % vocab_size
     position_ids = torch.tensor([[*range(7), *range(3, 7), 5, 2, 3]], device=device)
-    subtree_end = torch.tensor([[14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14]], device=device)
-    arguments = build_packed_arguments(subtree_end)
+    subtree_end = np.array([14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14])
+    arguments = build_packed_arguments(build_attention_tree(subtree_end), device)
     packed_states = backbone(
         input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
     ).last_hidden_state.float()
@@ -198,7 +196,7 @@ def _attend_flex(query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree,
     The tests, which run on the CPU, cover only its mask.
     """
     flex_attention = _compile_flex_attention()
-    block_mask = build_flex_mask(tree)
+    block_mask = build_flex_mask(tree, query.device)
     enable_gqa = query.shape[1] != key.shape[1]
     output = flex_attention(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=enable_gqa)
     return output.transpose(1, 2)
@@ -212,18 +210,19 @@ def _compile_flex_attention() -> Any:
 
 
 @lru_cache(maxsize=1)
-def build_flex_mask(tree: AttentionTree) -> Any:
-    """Build the block mask of a batch, on the device of its `subtree_end`. Cached, so that all layers share it."""
+def build_flex_mask(tree: AttentionTree, device: torch.device) -> Any:
+    """Build the block mask of a batch on `device`. Cached, so that all layers share it."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    subtree_end, num_tokens = tree.subtree_end, len(tree.subtree_end)
+    num_tokens = len(tree.subtree_end)
+    subtree_end = copy_to_device(tree.subtree_end, device)
 
     def is_visible(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
         return (q_index >= kv_index) & (q_index < subtree_end[kv_index])
 
     partial_blocks, full_blocks = (
-        [torch.from_numpy(array)[None, None].to(subtree_end.device) for array in _list_blocks(blocks)]
-        for blocks in find_flex_blocks(subtree_end.cpu().numpy())
+        [copy_to_device(array[None, None], device) for array in _list_blocks(blocks)]
+        for blocks in find_flex_blocks(tree.subtree_end)
     )
     return BlockMask.from_kv_blocks(
         partial_blocks[0],
@@ -234,6 +233,12 @@ def build_flex_mask(tree: AttentionTree) -> Any:
         mask_mod=is_visible,
         seq_lengths=(num_tokens, num_tokens),
     )
+
+
+def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array of the host to `device`, on CUDA without waiting for what runs there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def find_flex_blocks(subtree_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,12 @@ import pickle
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.trees import build_row, build_visibility, rows_of_sequences
+from torch.distributed.utils import _apply_to_tensors, _to_kwargs
+from torch.utils.data import DataLoader
 from transformers import BloomConfig, BloomForCausalLM
 
 from sft_pipeline.data.packing import PackingCollator, describe_savings, pack_best_fit, pack_rows
@@ -51,7 +54,7 @@ def build_simple_row(ids, first_target):
 def test_a_packed_batch_has_every_target_in_the_order_of_the_rows(rows, share):
     batch = pack_rows(rows, share)
     assert batch["labels"] is batch["shift_labels"] and batch["labels"].shape[0] == 1
-    visible = build_visibility(batch["subtree_end"][0])
+    visible = build_visibility(batch["prefix_tree"].subtree_end)
     pairs = list(zip(batch["target_positions"].tolist(), batch["labels"][0].tolist(), strict=True))
     counts = batch["target_counts"].tolist()
     assert batch["token_counts"].tolist() == [len(row["input_ids"]) for row in rows] and len(counts) == len(rows)
@@ -66,7 +69,7 @@ def test_a_packed_batch_has_every_target_in_the_order_of_the_rows(rows, share):
         assert actual == expected
         pairs = pairs[count:]
     assert not pairs
-    assert {batch[key].shape for key in ("input_ids", "position_ids", "subtree_end")} == {(1, len(visible))}
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, len(visible))
     if not share:
         assert len(visible) == sum(len(row["input_ids"]) for row in rows)
 
@@ -89,10 +92,36 @@ def test_the_collator_is_pickled_without_its_model(tiny_model):
     rows = [build_simple_row([1, 2, 3, 4], 4), build_simple_row([1, 2, 3, 5, 6], 4)]
     pickled = pickle.dumps(PackingCollator(tiny_model))
     assert len(pickled) < 200
-    batch = pickle.loads(pickled)(rows)
-    assert {key: value.tolist() for key, value in batch.items()} == {
-        key: value.tolist() for key, value in pack_rows(rows).items()
-    }
+    assert describe_batch(pickle.loads(pickled)(rows)) == describe_batch(pack_rows(rows))
+
+
+def describe_batch(batch):
+    """Return the tensors of a packed batch as lists, and the segments of its tree."""
+    tree = batch["prefix_tree"]
+    tensors = {key: value.tolist() for key, value in batch.items() if value is not tree}
+    return tensors | {"segments": tree.segments, "depths": tree.depths.tolist(), "ends": tree.subtree_end.tolist()}
+
+
+ROWS = [build_simple_row([1, 2, 3, 4], 4), build_simple_row([1, 2, 3, 5, 6], 4)]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_data_loader_send_whole_batches(context):
+    [batch] = DataLoader(ROWS, 2, collate_fn=pack_rows, num_workers=1, multiprocessing_context=context)
+    assert describe_batch(batch) == describe_batch(pack_rows(ROWS))
+
+
+def test_the_tree_of_a_batch_stays_the_object_that_it_is():
+    """`Trainer`, accelerate and FSDP move and cast the tensors of a batch; what was made from its tree is found again
+    by the tree's identity."""
+    batch = pack_rows(ROWS)
+    moved = [
+        send_to_device(batch, torch.device("meta")),
+        _apply_to_tensors(lambda tensor: tensor.to("meta"), batch),
+        *_to_kwargs((), batch, torch.device("meta"), False)[1],
+    ]
+    for other in moved:
+        assert other["prefix_tree"] is batch["prefix_tree"] and other["input_ids"].device.type == "meta"
 
 
 def test_the_collator_refuses_a_model_that_packing_would_change():

@@ -4,6 +4,7 @@ import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from sft_pipeline.inference.engine import generate
 from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.kernels import cpu_attention, cpu_layer_training
+from sft_pipeline.kernels.cpu_attention import build_attention_tree
 from sft_pipeline.kernels.cpu_layer_training import FusedTrainingForward, disable_fused_layers, use_fused_layers
 from sft_pipeline.model.packed_attention import build_packed_arguments, use_packed_attention
 from sft_pipeline.training.memory import set_malloc_options
@@ -48,10 +50,10 @@ def make_pair(config):
 PAIRS = {name: make_pair(config) for name, config in FAMILIES.items()}
 
 
-def build_subtree_end(prefix, lengths):
-    """Build `subtree_end` (tokens,) of rows that share a prefix."""
-    ends = torch.tensor(lengths).cumsum(0) + prefix
-    return torch.cat([torch.full((prefix,), int(ends[-1])), ends.repeat_interleave(torch.tensor(lengths))])
+def build_tree(prefix, lengths):
+    """Build the tree of rows that share a prefix."""
+    ends = np.cumsum(lengths) + prefix
+    return build_attention_tree(np.concatenate([np.full(prefix, ends[-1]), ends.repeat(lengths)]))
 
 
 def run(model, prefix, lengths, seed=0):
@@ -61,7 +63,7 @@ def run(model, prefix, lengths, seed=0):
     tokens = prefix + sum(lengths)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, tokens), generator=random)
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in lengths)])[None]
-    arguments = build_packed_arguments(build_subtree_end(prefix, lengths)[None])
+    arguments = build_packed_arguments(build_tree(prefix, lengths), ids.device)
     states = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).last_hidden_state
     (states * torch.randn(states.shape, generator=random)).sum().backward()
     return states.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -91,7 +93,7 @@ def was_fused(model) -> list[bool]:
     outputs = []
     handles = [layer.register_forward_hook(lambda m, i, out: outputs.append(out)) for layer in model.base_model.layers]
     tokens = torch.arange(3, 9)[None]
-    arguments = build_packed_arguments(torch.full((1, 6), 6))
+    arguments = build_packed_arguments(build_tree(0, [6]), tokens.device)
     model.base_model(input_ids=tokens, position_ids=tokens - 3, use_cache=False, **arguments)
     for handle in handles:
         handle.remove()

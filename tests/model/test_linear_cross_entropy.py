@@ -18,6 +18,12 @@ def reference(hidden, labels, weight, bias, num_items, scale, softcap):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_items
 
 
+def compute_loss(hidden, labels, weight, bias=None, **options):
+    """Our loss of hidden states (..., hidden size) at the labels (...) that are not IGNORED."""
+    is_target = labels.ne(IGNORED)
+    return linear_cross_entropy(hidden[is_target], labels[is_target], weight, bias, **options)
+
+
 def leaves(*tensors):
     return [t.clone().requires_grad_() for t in tensors]
 
@@ -34,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_full_logits(seed, rows, length, chu
     labels[torch.rand(rows, length, generator=draw) > share] = IGNORED
     ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
     options = {"num_items": 7, "scale": scale, "softcap": cap}
-    loss = linear_cross_entropy(ours[0], labels, ours[1], ours[2] if biased else None, chunk_size=chunk, **options)
+    loss = compute_loss(ours[0], labels, ours[1], ours[2] if biased else None, chunk_size=chunk, **options)
     expected = reference(theirs[0], labels, theirs[1], theirs[2] if biased else None, **options)
     (loss * factor).backward()
     (expected * factor).backward()
@@ -45,14 +51,14 @@ def test_loss_and_gradients_are_those_of_the_full_logits(seed, rows, length, chu
 
 def test_nothing_supervised_is_a_zero_on_the_graph():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
-    loss = linear_cross_entropy(hidden, torch.full((1, 3), IGNORED), weight, num_items=5)
+    loss = compute_loss(hidden, torch.full((1, 3), IGNORED), weight, num_items=5)
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_states_still_do():
     hidden, weight = torch.randn(1, 3, 8).requires_grad_(), torch.randn(10, 8)
-    linear_cross_entropy(hidden, torch.tensor([[1, 2, IGNORED]]), weight, num_items=2).backward()
+    compute_loss(hidden, torch.tensor([[1, 2, IGNORED]]), weight, num_items=2).backward()
     assert weight.grad is None and hidden.grad[0, :2].any() and not hidden.grad[0, 2].any()
 
 
@@ -60,7 +66,7 @@ def test_without_gradients_only_the_loss_is_computed():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
     labels = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        loss = linear_cross_entropy(hidden, labels, weight, num_items=3)
+        loss = compute_loss(hidden, labels, weight, num_items=3)
     assert not loss.requires_grad
     assert torch.allclose(loss, reference(hidden, labels, weight, None, 3, 1.0, None))
 
@@ -68,16 +74,16 @@ def test_without_gradients_only_the_loss_is_computed():
 def test_parts_of_a_step_add_up():
     hidden, weight = leaves(torch.randn(2, 5, 8), torch.randn(10, 8))
     labels = torch.randint(10, (2, 5))
-    parts = [linear_cross_entropy(hidden[i : i + 1], labels[i : i + 1], weight, num_items=10) for i in range(2)]
+    parts = [compute_loss(hidden[i : i + 1], labels[i : i + 1], weight, num_items=10) for i in range(2)]
     sum(parts).backward()
     whole = leaves(hidden.detach(), weight.detach())
-    linear_cross_entropy(whole[0], labels, whole[1], num_items=torch.tensor(10)).backward()
+    compute_loss(whole[0], labels, whole[1], num_items=torch.tensor(10)).backward()
     assert close(hidden.grad, whole[0].grad, 1e-5) and close(weight.grad, whole[1].grad, 1e-5)
 
 
 def test_a_second_backward_pass_is_an_error():
     hidden, weight = leaves(torch.randn(1, 3, 8), torch.randn(10, 8))
-    loss = linear_cross_entropy(hidden, torch.tensor([[1, 2, 3]]), weight, num_items=3)
+    loss = compute_loss(hidden, torch.tensor([[1, 2, 3]]), weight, num_items=3)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="consumed by an earlier backward pass; compute it again"):
         loss.backward()
@@ -89,7 +95,7 @@ def test_sixteen_bits_keep_their_types_and_a_float32_loss(dtype):
     hidden, weight = leaves(torch.randn(1, 40, 16).to(dtype), torch.randn(50, 16).to(dtype))
     labels = torch.randint(50, (1, 40))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, labels, weight, num_items=40, chunk_size=16)
+        loss = compute_loss(hidden, labels, weight, num_items=40, chunk_size=16)
     loss.backward()
     exact = leaves(hidden.detach().float(), weight.detach().float())
     expected = reference(exact[0], labels, exact[1], None, 40, 1.0, None)

@@ -31,7 +31,8 @@ def test_every_parameter_gets_the_gradient_of_the_full_logits(config, extra):
     for ours in (True, False):
         model.zero_grad()
         if ours:
-            loss = head.compute_loss(head.backbone(input_ids=ids).last_hidden_state, labels, 8)
+            states, is_target = head.backbone(input_ids=ids).last_hidden_state, labels.ne(IGNORED)
+            loss = head.compute_loss(states[is_target], labels[is_target], 8)
         else:
             logits = model(input_ids=ids).logits
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 8
@@ -64,9 +65,8 @@ def test_peft_models():
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(tiny(LlamaConfig), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     head = split_head(lora)
-    loss = head.compute_loss(
-        head.backbone(input_ids=torch.tensor([[3, 4, 5]])).last_hidden_state, torch.tensor([[4, 5, 6]]), 3
-    )
+    states = head.backbone(input_ids=torch.tensor([[3, 4, 5]])).last_hidden_state[0]
+    loss = head.compute_loss(states, torch.tensor([4, 5, 6]), 3)
     loss.backward()
     trained = {name for name, p in lora.named_parameters() if p.grad is not None}
     assert trained and all("lora_" in name for name in trained)

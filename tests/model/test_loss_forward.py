@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -222,6 +223,20 @@ def test_the_sums_of_a_row_are_those_of_its_sequences():
     for collate in (PaddingCollator(0), pack_rows):
         sums = model(**collate([joined, *rest]), return_row_losses=True).logits
         torch.testing.assert_close(sums, torch.cat([single[:2].sum(0, keepdim=True), single[2:]]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("collate", [PaddingCollator(0), pack_rows], ids=["padded", "packed"])
+def test_a_training_step_reads_nothing_back_from_the_device(name, collate):
+    """Tensors without data raise where Python would need a value; on CUDA it would wait for one."""
+    model = make(SPLIT[name])
+    patch_loss_forward(model)
+    use_packed_attention(model)
+    batch = collate(rows())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {key: mode.from_tensor(value) if torch.is_tensor(value) else value for key, value in batch.items()}
+        loss = model(**fakes, num_items_in_batch=mode.from_tensor(torch.tensor(41))).loss
+    assert loss.shape == () and loss.requires_grad
 
 
 def test_row_sums_do_not_keep_a_graph():

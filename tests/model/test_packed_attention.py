@@ -84,7 +84,7 @@ def compute_logits(model, rows):
         input_ids=torch.from_numpy(tree.input_ids)[None],
         position_ids=torch.from_numpy(tree.depths)[None],
         use_cache=False,
-        **build_packed_arguments(torch.from_numpy(tree.subtree_end)[None]),
+        **build_packed_arguments(build_attention_tree(tree.subtree_end), torch.device("cpu")),
     )
     return [output.logits[0, positions] for positions in tree.positions]
 
@@ -189,15 +189,16 @@ def test_other_batches_are_plain_sdpa(name):
 @settings(deadline=None, max_examples=60)
 @given(rows_of_sequences(), st.booleans())
 def test_segments_and_their_ancestors_are_the_mask(rows, share):
-    subtree_end = pack_rows(rows, share)["subtree_end"][0]
-    visible = torch.zeros(len(subtree_end), len(subtree_end), dtype=torch.bool)
-    tree = build_attention_tree(subtree_end)
+    batch = pack_rows(rows, share)
+    tree, num_tokens = batch["prefix_tree"], batch["input_ids"].numel()
+    visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     assert [segment.start for segment in tree.segments] == [0, *(segment.end for segment in tree.segments)][:-1]
     for start, end, ancestors in tree.segments:
         visible[start:end, start:end] = True
         for first, last in ancestors:
             visible[start:end, first:last] = True
-    assert torch.equal(visible.tril(), build_visibility(subtree_end))
+    assert torch.equal(visible.tril(), build_visibility(tree.subtree_end))
+    assert tree.depths.tolist() == batch["position_ids"][0].tolist()
 
 
 @st.composite
@@ -213,8 +214,8 @@ def long_trees(draw):
 @given(long_trees())
 def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree):
     """torch's own `create_block_mask` evaluates every pair; ours are computed from `subtree_end` alone."""
-    attention_tree = build_attention_tree(torch.from_numpy(tree.subtree_end))
-    mask = build_flex_mask(attention_tree)
+    attention_tree, device = build_attention_tree(tree.subtree_end), torch.device("cpu")
+    mask = build_flex_mask(attention_tree, device)
     index, num_tokens = torch.arange(len(tree.subtree_end)), len(tree.subtree_end)
     assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None]), build_visibility(tree.subtree_end))
     expected = create_block_mask(mask.mask_mod, None, None, num_tokens, num_tokens, device="cpu")
@@ -225,7 +226,7 @@ def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree):
         assert torch.equal(counts, expected_counts)
         for row, count in enumerate(counts):
             assert torch.equal(indices[row, :count], expected_indices[row, :count])
-    assert build_flex_mask(attention_tree) is mask, "made once for all layers"
+    assert build_flex_mask(attention_tree, device) is mask, "made once for all layers"
 
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
