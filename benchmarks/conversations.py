@@ -49,6 +49,7 @@ def main() -> None:
         sizes = (str(args.count), str(args.turns))
         stats = run_child("baselines.py", "encode-conversations", task, args.model, args.data, *sizes)
         counts = "{kept} conversations, {sequences} sequences, {tokens:,} tokens, {computed_tokens:,} of them computed"
+        counts += ", collated into one batch in {collate_ms} ms"
         print(counts.format(**stats))
         results = run_rounds(
             args.only, args.repeat, lambda name: run_child("baselines.py", name, task, str(args.steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.encode import Encoder, encode_dataset
 from sft_pipeline.data.messages import Conversation, Message
+from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.model.loading import load_tokenizer, resolve_model
 from sft_pipeline.training.sft_trainer import SFTTrainer
@@ -73,7 +75,17 @@ def encode_conversations(model: str, data: str, count: int, turns: int) -> Task:
     conversations = build_conversations(load_conversations(data), tokenizer, count, turns)
     encoder = Encoder(build_template("chat", tokenizer, str(AGENT_TEMPLATE)), max_length=4 * MAX_LENGTH)
     encoded, stats = encode_dataset(conversations, encoder)
-    return Task(path, encoded[:], asdict(stats))
+    return Task(path, encoded[:], asdict(stats) | {"collate_ms": time_collator(encoded.to_list())})
+
+
+def time_collator(rows: list[dict[str, Any]]) -> float:
+    """Return the milliseconds that packing all rows into one batch takes, the median of 15."""
+    seconds = []
+    for _ in range(15):
+        start = time.perf_counter()
+        pack_rows(rows)
+        seconds.append(time.perf_counter() - start)
+    return round(1e3 * statistics.median(seconds), 2)
 
 
 def build_conversations(
