@@ -49,7 +49,7 @@ class PackingCollator:
     """Collate rows to a packed batch, for `model`, which is set to attend within each sequence and to return losses.
 
     Raises SFTError with the reason if `model` would not compute the same as for single sequences.
-    longest: number of tokens of the longest sequence; a sliding window at least as long does no harm.
+    longest: number of tokens of the longest sequence; a sliding window or chunk at least as long hides nothing.
     share_prefixes: whether shared prefixes are computed once.
     """
 

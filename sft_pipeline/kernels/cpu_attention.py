@@ -4,11 +4,14 @@
     output = compute_attention(query, key, value, tree, scaling)
     compute_attention_grads(query, key, value, grad_output, tree, scaling, out=(grad_query, grad_key, grad_value))
 
+Both take `window`: a token then sees itself and the window - 1 tokens before it in its sequence.
+
 The line of tokens (data/prefix_tree.py) is divided into segments. Each attends to its ancestors, which are a few spans
 of the line, and to itself, so only scores that some token needs are computed, and those above the diagonal of a block.
-Only the inputs are saved for the backward pass, which recomputes the attention probabilities block by block: one of its
-five matrix products. Key-value heads are repeated for the query heads of their group, because the BLAS runs many small
-products in parallel faster than a few large ones.
+The keys of a segment are in the order of their depth, so a window is a band: a block of queries begins at the first key
+that one of them sees. Only the inputs are saved for the backward pass, which recomputes the attention probabilities
+block by block: one of its five matrix products. Key-value heads are repeated for the query heads of their group,
+because the BLAS runs many small products in parallel faster than a few large ones.
 """
 
 import bisect
@@ -73,7 +76,27 @@ def build_attention_tree(subtree_end: np.ndarray) -> AttentionTree:
     return AttentionTree(segments, subtree_end, depths)
 
 
-def compute_attention(query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:
+def limit_segments(tree: AttentionTree, window: int | None) -> Sequence[Segment]:
+    """Return the segments of the tree with only those of their ancestors that their first token sees."""
+    if window is None:
+        return tree.segments
+    return [Segment(start, end, _limit_ancestors(ancestors, window - 1)) for start, end, ancestors in tree.segments]
+
+
+def _limit_ancestors(ancestors: tuple[Span, ...], num_tokens: int) -> tuple[Span, ...]:
+    """Return the last spans of `ancestors`, `num_tokens` tokens in all or fewer."""
+    limited: list[Span] = []
+    for start, end in reversed(ancestors):
+        first = max(start, end - num_tokens)
+        if first < end:
+            limited.append((first, end))
+        num_tokens -= end - first
+    return tuple(reversed(limited))
+
+
+def compute_attention(
+    query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float, window: int | None = None
+) -> Tensor:
     """Compute the attention output of every token over its ancestors in the tree and itself.
 
     query: (1, heads, tokens, head size); key and value: (1, key-value heads, tokens, head size).
@@ -82,11 +105,11 @@ def compute_attention(query: Tensor, key: Tensor, value: Tensor, tree: Attention
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     output_by_head = output[0].transpose(0, 1)
     repeated_key, repeated_value = _repeat_heads(query, key), _repeat_heads(query, value)
-    for segment in tree.segments:
+    for segment in limit_segments(tree, window):
         keys, values = _gather_path(repeated_key, segment), _gather_path(repeated_value, segment)
-        for block, num_keys in _iterate_blocks(segment, keys.shape[1]):
-            probs = _compute_probs(query[0, :, block], keys[:, :num_keys], scaling)
-            output_by_head[:, block] = torch.bmm(probs, values[:, :num_keys])
+        for block, seen in _iterate_blocks(segment, keys.shape[1], window):
+            probs = _compute_probs(query[0, :, block], keys[:, seen], scaling, window)
+            output_by_head[:, block] = torch.bmm(probs, values[:, seen])
     return output
 
 
@@ -98,6 +121,7 @@ def compute_attention_grads(
     tree: AttentionTree,
     scaling: float,
     out: Sequence[Tensor],
+    window: int | None = None,
 ) -> None:
     """Compute the gradients of query, key and value, and write them into the three tensors of `out`.
 
@@ -107,18 +131,19 @@ def compute_attention_grads(
     grad_output_by_head = grad_output[0].transpose(0, 1)
     repeated_key, repeated_value = _repeat_heads(query, key), _repeat_heads(query, value)
     grad_key, grad_value = torch.zeros_like(repeated_key), torch.zeros_like(repeated_value)
-    for segment in tree.segments:
+    for segment in limit_segments(tree, window):
         keys, values = _gather_path(repeated_key, segment), _gather_path(repeated_value, segment)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for block, num_keys in _iterate_blocks(segment, keys.shape[1]):
+        for block, seen in _iterate_blocks(segment, keys.shape[1], window):
             out[0][0, :, block] = _compute_block_grads(
                 query[0, :, block],
-                keys[:, :num_keys],
-                values[:, :num_keys],
+                keys[:, seen],
+                values[:, seen],
                 grad_output_by_head[:, block],
                 scaling,
-                grad_keys[:, :num_keys],
-                grad_values[:, :num_keys],
+                window,
+                grad_keys[:, seen],
+                grad_values[:, seen],
             )
         _add_path_grad(grad_key, grad_keys, segment)
         _add_path_grad(grad_value, grad_values, segment)
@@ -132,11 +157,12 @@ def _compute_block_grads(
     values: Tensor,
     grad_output: Tensor,
     scaling: float,
+    window: int | None,
     grad_keys: Tensor,
     grad_values: Tensor,
 ) -> Tensor:
     """Return the gradient of a block of queries; add those of its keys and values to `grad_keys` and `grad_values`."""
-    probs = _compute_probs(query, keys, scaling)
+    probs = _compute_probs(query, keys, scaling, window)
     grad_values.baddbmm_(probs.transpose(1, 2), grad_output)
     grad_probs = torch.bmm(grad_output, values.transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, grad_probs.dtype)
@@ -145,14 +171,17 @@ def _compute_block_grads(
     return torch.baddbmm(query.new_empty(()), grad_scores, keys, beta=0, alpha=scaling)
 
 
-def _compute_probs(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def _compute_probs(query: Tensor, keys: Tensor, scaling: float, window: int | None) -> Tensor:
     """Compute the attention probabilities (heads, queries, keys) of a block.
 
-    The last keys are those of the block's own tokens, so that the causal mask covers only this square of the scores.
+    The last keys are those of the block's own tokens, so that the causal mask covers only this square of the scores;
+    the first ones are those that some queries do not see any more, because of the window.
     """
-    num_queries = query.shape[1]
+    num_queries, num_keys = query.shape[1], keys.shape[1]
     scores = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=scaling)
     scores[..., -num_queries:] += _build_causal_mask(num_queries, query.dtype, query.device)
+    if window is not None and num_keys > window:
+        scores[..., :-window] += _build_window_mask(num_queries, num_keys - window, query.dtype, query.device)
     return torch.softmax(scores, -1)
 
 
@@ -160,6 +189,15 @@ def _compute_probs(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
 def _build_causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Build a mask to add to the scores: minus infinity above the diagonal. At most BLOCK_QUERIES sizes are cached."""
     return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
+
+
+@cache
+def _build_window_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Build a mask to add to the scores of all keys of a block but the last `window` ones, which its last query sees.
+
+    Each earlier query sees one more. At most BLOCK_QUERIES**2 / 2 sizes are cached.
+    """
+    return torch.full((num_queries, num_keys), float("-inf"), dtype=dtype, device=device).tril(num_keys - num_queries)
 
 
 def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
@@ -178,14 +216,16 @@ def _gather_path(key: Tensor, segment: Segment) -> Tensor:
     return torch.cat([*(key[:, start:end] for start, end in segment.ancestors), own], 1)
 
 
-def _iterate_blocks(segment: Segment, num_keys: int) -> Iterator[tuple[slice, int]]:
-    """Iterate over blocks of a segment's queries; yields each with the number of keys up to the end of the block.
+def _iterate_blocks(segment: Segment, num_keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Iterate over blocks of a segment's queries; yields each with the keys that some of its queries see.
 
     num_keys: of the whole segment, ancestors included.
     """
     for block_start in range(segment.start, segment.end, BLOCK_QUERIES):
         block_end = min(block_start + BLOCK_QUERIES, segment.end)
-        yield slice(block_start, block_end), num_keys - (segment.end - block_end)
+        last = num_keys - (segment.end - block_end)
+        first = 0 if window is None else max(0, last - (block_end - block_start) - window + 1)
+        yield slice(block_start, block_end), slice(first, last)
 
 
 def _add_path_grad(grad: Tensor, path_grad: Tensor, segment: Segment) -> None:

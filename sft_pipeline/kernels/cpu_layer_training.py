@@ -70,7 +70,10 @@ class FusedTrainingForward:
         attention, mlp = self.layer.self_attn, self.layer.mlp
         input_norm, post_attention_norm = self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin = (t[0].unsqueeze(1) for t in kwargs["position_embeddings"])
-        options = _AttentionOptions(tree, cos, sin, attention.head_dim, attention.scaling, input_norm.variance_epsilon)
+        window = getattr(attention, "sliding_window", None)
+        options = _AttentionOptions(
+            tree, window, cos, sin, attention.head_dim, attention.scaling, input_norm.variance_epsilon
+        )
         head_norms = [
             getattr(attention, name).weight if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
         ]
@@ -103,6 +106,7 @@ class _AttentionOptions:
     """The inputs of attention that need no gradient. cos and sin: (tokens, 1, head size)."""
 
     tree: AttentionTree
+    window: int | None
     cos: Tensor
     sin: Tensor
     head_dim: int
@@ -128,7 +132,7 @@ class _FusedAttention(torch.autograd.Function):
         inv_rms = _compute_inv_rms(x, options.epsilon)
         qkv = linear(_apply_rms_norm(x, inv_rms, norm_weight), qkv_weight, qkv_bias)
         query, key, value = _prepare_heads(qkv, qkv_params, options, (q_norm, k_norm))
-        attn_output = compute_attention(query, key, value, options.tree, options.scaling)[0].flatten(1)
+        attn_output = compute_attention(query, key, value, options.tree, options.scaling, options.window)[0].flatten(1)
         # Without head norms, backward needs only the rotated queries and keys: they have replaced those in qkv.
         ctx.save_for_backward(x, inv_rms, qkv, attn_output, norm_weight, q_norm, k_norm, *params)
         ctx.options = options
@@ -149,7 +153,9 @@ class _FusedAttention(torch.autograd.Function):
         grad_heads = _split_heads(grad_qkv, qkv_params, options)
         grad_attn_output = (grad_output @ o_weight).view(1, len(x), -1, options.head_dim)
         grads_by_head = [grad.transpose(0, 1)[None] for grad in grad_heads]
-        compute_attention_grads(query, key, value, grad_attn_output, options.tree, options.scaling, out=grads_by_head)
+        compute_attention_grads(
+            query, key, value, grad_attn_output, options.tree, options.scaling, grads_by_head, options.window
+        )
         grad_head_norms = _prepare_heads_backward(
             grad_heads, _split_heads(qkv, qkv_params, options), options, (q_norm, k_norm)
         )

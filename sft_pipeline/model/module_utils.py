@@ -66,7 +66,7 @@ def restore_configs(model: nn.Module) -> Iterator[None]:
 
     `set_attn_implementation` changes several configs, and transformers has no public way to read what they had.
     """
-    attributes = [(config, dict(vars(config))) for config in _find_configs(model)]
+    attributes = [(config, dict(vars(config))) for config in find_configs(model)]
     try:
         yield
     finally:
@@ -74,7 +74,7 @@ def restore_configs(model: nn.Module) -> Iterator[None]:
             vars(config).update(values)
 
 
-def _find_configs(model: nn.Module) -> list[PreTrainedConfig]:
+def find_configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Return the configs of all modules, and the configs inside them, each once."""
     configs: dict[int, PreTrainedConfig] = {}
     values = [getattr(module, "config", None) for module in model.modules()]

@@ -10,6 +10,8 @@ batches, generation) run plain `sdpa`.
     model(input_ids=..., position_ids=..., **build_packed_arguments(tree, device), use_cache=False)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -26,13 +28,22 @@ from sft_pipeline.kernels.cpu_attention import (
     build_attention_tree,
     compute_attention,
     compute_attention_grads,
+    limit_segments,
 )
-from sft_pipeline.model.module_utils import adds_router_loss, restore_configs, unwrap_peft, use_eval_mode
+from sft_pipeline.model.module_utils import (
+    adds_router_loss,
+    find_configs,
+    restore_configs,
+    unwrap_peft,
+    use_eval_mode,
+)
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
 
 FLEX_BLOCK = 128  # tokens per block of scores in FlexAttention; its default
+
+CHECKED_WINDOW = 3  # tokens of the sliding window in the comparison of short rows
 
 # The largest relative difference of hidden states, packed and not, that find_packing_obstacle accepts.
 FLOAT32_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 5e-2
@@ -55,23 +66,25 @@ def packed_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     prefix_tree: AttentionTree | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers' attention interface.
 
-    query: (1, heads, tokens, head size); key and value: (1, key-value heads, tokens, head size).
+    query: (1, heads, tokens, head size); key and value: (1, key-value heads, tokens, head size). sliding_window: a
+    token sees itself and the sliding_window - 1 tokens before it in its sequence.
     Returns (1, tokens, heads, head size), and None for the attention weights, which are not kept.
     """
     if prefix_tree is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda" and not dropout:
-        return _attend_flex(query, key, value, prefix_tree, scaling), None
+        return _attend_flex(query, key, value, prefix_tree, scaling, sliding_window), None
     if _is_float32(query, key, value) and not dropout:
-        return _BlockAttention.apply(query, key, value, prefix_tree, scaling), None
-    return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout), None
+        return _BlockAttention.apply(query, key, value, prefix_tree, scaling, sliding_window), None
+    return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout, sliding_window), None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -95,9 +108,10 @@ def check_packed_attention(model: nn.Module) -> None:
 def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) -> str | None:
     """Return the reason why packed rows would not be exact for `model`, in one clause, or None.
 
-    longest: tokens of the longest row; a sliding window at least as long hides nothing. The config rules out what
-    short rows do not show. Everything else (a model that ignores positions, keeps a state, adds a bias to the scores)
-    is found by a comparison of the model's hidden states for four short rows, run one by one and packed.
+    longest: tokens of the longest row; a sliding window or a chunk at least as long hides nothing. The config rules out
+    what short rows do not show. Everything else (a model that ignores positions, keeps a state, adds a bias to the
+    scores) is found by a comparison of the model's hidden states for four short rows, run one by one and packed: with
+    its own sliding window, and with a shorter one.
     """
     model = unwrap_peft(model)
     if reason := _find_unsupported_feature(model, longest):
@@ -106,6 +120,9 @@ def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) ->
         with restore_configs(model), use_eval_mode(model):
             use_packed_attention(model)
             difference = _measure_packing_difference(model.base_model)
+            if _uses_window(model, longest):
+                with _shorten_window(model):
+                    difference = max(difference, _measure_packing_difference(model.base_model))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"{type(model).__name__} does not accept packed rows ({format_first_line(error)})"
     is_float32 = next(model.parameters()).dtype == torch.float32
@@ -129,10 +146,31 @@ def _find_unsupported_feature(model: PreTrainedModel, longest: int | None) -> st
     attention_types = {"full_attention", "sliding_attention", "chunked_attention"}
     if unsupported_types := set(getattr(config, "layer_types", None) or ()) - attention_types:
         return f"{name} has layers that are not attention ({', '.join(sorted(unsupported_types))})"
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if window and getattr(config, "use_sliding_window", True) and (longest is None or longest > window):
-        return f"{name} attends within a window of {window} tokens"
+    chunk_size = getattr(config, "attention_chunk_size", None)
+    if chunk_size and (longest is None or longest > chunk_size):
+        return f"{name} attends within chunks of {chunk_size} tokens"
     return None
+
+
+def _uses_window(model: PreTrainedModel, longest: int | None) -> bool:
+    """Return whether some layer of `model` has a sliding window that is shorter than the longest row."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return bool(window) and (longest is None or longest > window)
+
+
+@contextmanager
+def _shorten_window(model: PreTrainedModel) -> Iterator[None]:
+    """Within this block, the sliding window of `model`, which configs and layers have, is CHECKED_WINDOW tokens."""
+    owners = [owner for owner in (*find_configs(model), *model.modules()) if vars(owner).get("sliding_window")]
+    windows = [owner.sliding_window for owner in owners]
+    try:
+        for owner in owners:
+            owner.sliding_window = CHECKED_WINDOW
+        yield
+    finally:
+        for owner, window in zip(owners, windows):
+            owner.sliding_window = window
 
 
 def _measure_packing_difference(backbone: Any) -> float:
@@ -167,16 +205,22 @@ def _is_float32(*tensors: Tensor) -> bool:
 
 
 def _attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: AttentionTree,
+    scaling: float,
+    dropout: float,
+    window: int | None,
 ) -> Tensor:
     """Compute attention with torch's own function, segment by segment: for any device and dtype, with dropout."""
     group_size = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     sdpa = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
     outputs = []
-    for start, end, ancestors in tree.segments:
+    for start, end, ancestors in limit_segments(tree, window):
         own_query, own_key, own_value = (tensor[:, :, start:end] for tensor in (query, key, value))
-        if not ancestors:
+        if not ancestors and (window is None or end - start <= window):
             outputs.append(sdpa(own_query, own_key, own_value, is_causal=True))
             continue
         keys, values = (
@@ -186,17 +230,21 @@ def _attend_sdpa(
         # A plain tensor: torch's CausalBias refuses the mixed dtypes that autocast passes here.
         num_queries, num_keys = end - start, keys.shape[2]
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+        if window is not None:
+            mask = mask.triu(num_keys - num_queries - window + 1)
         outputs.append(sdpa(own_query, keys, values, attn_mask=mask))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _attend_flex(query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:
+def _attend_flex(
+    query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float, window: int | None
+) -> Tensor:
     """Compute attention on CUDA with FlexAttention, which skips blocks of scores that no token needs.
 
     The tests, which run on the CPU, cover only its mask.
     """
     flex_attention = _compile_flex_attention()
-    block_mask = build_flex_mask(tree, query.device)
+    block_mask = build_flex_mask(tree, query.device, window)
     enable_gqa = query.shape[1] != key.shape[1]
     output = flex_attention(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=enable_gqa)
     return output.transpose(1, 2)
@@ -209,9 +257,12 @@ def _compile_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-@lru_cache(maxsize=1)
-def build_flex_mask(tree: AttentionTree, device: torch.device) -> Any:
-    """Build the block mask of a batch on `device`. Cached, so that all layers share it."""
+@lru_cache(maxsize=2)
+def build_flex_mask(tree: AttentionTree, device: torch.device, window: int | None = None) -> Any:
+    """Build the block mask of a batch on `device`.
+
+    Cached, so that all layers share it: one for those with a window, one for those without.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     num_tokens = len(tree.subtree_end)
@@ -220,9 +271,19 @@ def build_flex_mask(tree: AttentionTree, device: torch.device) -> Any:
     def is_visible(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
         return (q_index >= kv_index) & (q_index < subtree_end[kv_index])
 
+    mask_mod = is_visible
+    if window is not None:
+        # A token sees depths from this one on. As a tensor, so that the kernel is the same for every window.
+        first_depth = copy_to_device(tree.depths - window + 1, device)
+        depths = copy_to_device(tree.depths, device)
+
+        def is_within_window(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+            return is_visible(batch, head, q_index, kv_index) & (depths[kv_index] >= first_depth[q_index])
+
+        mask_mod = is_within_window
     partial_blocks, full_blocks = (
         [copy_to_device(array[None, None], device) for array in _list_blocks(blocks)]
-        for blocks in find_flex_blocks(tree.subtree_end)
+        for blocks in find_flex_blocks(tree, window)
     )
     return BlockMask.from_kv_blocks(
         partial_blocks[0],
@@ -230,7 +291,7 @@ def build_flex_mask(tree: AttentionTree, device: torch.device) -> Any:
         full_blocks[0],
         full_blocks[1],
         BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=is_visible,
+        mask_mod=mask_mod,
         seq_lengths=(num_tokens, num_tokens),
     )
 
@@ -241,16 +302,20 @@ def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def find_flex_blocks(subtree_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_flex_blocks(tree: AttentionTree, window: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return which blocks of (queries, keys) have some and which have only visible pairs: two (blocks, blocks) arrays.
 
-    subtree_end: (tokens,). Blocks with visible pairs alone are in the second array only;
-    the last block, if it is not complete, is none, as in torch's `create_block_mask`.
+    Blocks with visible pairs alone are in the second array only; the last block, if it is not complete, is none, as in
+    torch's `create_block_mask`. With a window some blocks of the first array may have no visible pair.
     """
-    starts = np.arange(0, len(subtree_end), FLEX_BLOCK)
+    starts = np.arange(0, len(tree.subtree_end), FLEX_BLOCK)
     is_before = starts[None] < starts[:, None]  # the block of keys lies before that of queries
-    is_seen = np.maximum.reduceat(subtree_end, starts)[None] > starts[:, None]
-    is_full = is_before & (np.minimum.reduceat(subtree_end, starts)[None] >= starts[:, None] + FLEX_BLOCK)
+    is_seen = np.maximum.reduceat(tree.subtree_end, starts)[None] > starts[:, None]
+    is_full = is_before & (np.minimum.reduceat(tree.subtree_end, starts)[None] >= starts[:, None] + FLEX_BLOCK)
+    if window is not None:
+        least, most = np.minimum.reduceat(tree.depths, starts), np.maximum.reduceat(tree.depths, starts)
+        is_seen &= least[:, None] - most[None] < window
+        is_full &= most[:, None] - least[None] < window
     return (is_before & is_seen & ~is_full) | np.eye(len(starts), dtype=bool), is_full
 
 
@@ -263,14 +328,22 @@ class _BlockAttention(torch.autograd.Function):
     """The attention of kernels/cpu_attention.py as an autograd function; only its inputs are saved for backward."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tree: AttentionTree,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.tree, ctx.scaling = tree, scaling
-        return compute_attention(query, key, value, tree, scaling)
+        ctx.tree, ctx.scaling, ctx.window = tree, scaling, window
+        return compute_attention(query, key, value, tree, scaling, window)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors  # read only once: a checkpointed layer recomputes them on access
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        compute_attention_grads(query, key, value, grad_output, ctx.tree, ctx.scaling, out=grads)
-        return *grads, None, None
+        compute_attention_grads(query, key, value, grad_output, ctx.tree, ctx.scaling, grads, ctx.window)
+        return *grads, None, None, None

@@ -34,8 +34,8 @@ def test_the_tested_families_are_named():
     tested = {
         "test_experts_are_packed": model_kinds.EXPERTS_PACKED,
         "test_a_router_loss_is_added_to_the_padded_batch": model_kinds.ROUTER_LOSS,
-        "test_a_window_is_packed_where_every_row_fits_it": model_kinds.WINDOWS,
-        "test_a_shorter_window_is_padded": model_kinds.WINDOWS,
+        "test_a_window_is_packed": model_kinds.WINDOWS,
+        "test_a_window_of_the_mask_alone_is_padded": model_kinds.MASKED_WINDOWS,
         "test_soft_capping_and_sinks_are_padded": model_kinds.CHANGED_SCORES,
         "test_linear_attention_is_padded": model_kinds.LINEAR_ATTENTION,
         "test_a_bias_of_the_scores_is_padded": model_kinds.ALIBI,

@@ -12,6 +12,7 @@ from support.model_kinds import (
     LINEAR_ATTENTION,
     LLAMA4,
     LONG,
+    MASKED_WINDOWS,
     NOT_CAUSAL,
     ROUTER_LOSS,
     SHORT,
@@ -94,14 +95,15 @@ def test_experts_are_packed(name):
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_a_window_is_packed_where_every_row_fits_it(name):
-    assert assert_same_step(lambda: WINDOWS[name](LONG)) == (None, None)
+@pytest.mark.parametrize("window", [LONG, SHORT], ids=["long", "short"])
+def test_a_window_is_packed(name, window):
+    assert assert_same_step(lambda: WINDOWS[name](window)) == (None, None)
 
 
-@pytest.mark.parametrize("name", WINDOWS)
-def test_a_shorter_window_is_padded(name):
-    head, rows = assert_same_step(lambda: WINDOWS[name](SHORT))
-    assert head is None and "attends within a window of 8 tokens" in rows
+@pytest.mark.parametrize("name", MASKED_WINDOWS)
+def test_a_window_of_the_mask_alone_is_padded(name):
+    head, rows = assert_same_step(MASKED_WINDOWS[name])
+    assert head is None and "packing changes what" in rows
 
 
 @pytest.mark.parametrize("name", CHANGED_SCORES)

@@ -66,9 +66,32 @@ EXPERTS_PACKED = {
 }
 WINDOWS = {
     "Mistral": lambda window: from_config(hf.MistralConfig(**HEADS, **window)),
+    "Mixtral": lambda window: from_config(hf.MixtralConfig(**HEADS, **LOCAL_EXPERTS, **window)),
+    "Phi-3": lambda window: from_config(hf.Phi3Config(**SHAPE, **window)),
+    "Qwen2": lambda window: from_config(
+        hf.Qwen2Config(**SHAPE, **window, use_sliding_window=True, max_window_layers=1)
+    ),
+    "Qwen3": lambda window: from_config(
+        hf.Qwen3Config(**HEADS, **window, use_sliding_window=True, max_window_layers=1)
+    ),
     "Gemma 3 text": lambda window: from_config(hf.Gemma3TextConfig(**HEADS, **window)),
     "OLMo 3": lambda window: from_config(hf.Olmo3Config(**SHAPE, **window)),
     "Cohere 2": lambda window: from_config(hf.Cohere2Config(**SHAPE, **window)),
+}
+MASKED_WINDOWS = {
+    "Phi-3.5-MoE": lambda: from_config(
+        hf.PhimoeConfig(**SHAPE, **LOCAL_EXPERTS, **SHORT, router_jitter_noise=0.0, input_jitter_noise=0.0)
+    ),
+    "Qwen2-MoE": lambda: from_config(
+        hf.Qwen2MoeConfig(
+            **SHAPE,
+            **EXPERTS,
+            **SHORT,
+            shared_expert_intermediate_size=16,
+            use_sliding_window=True,
+            max_window_layers=1,
+        )
+    ),
 }
 CHANGED_SCORES = {
     "Gemma 2": lambda: from_config(hf.Gemma2Config(**HEADS, **SHORT)),
