@@ -88,6 +88,11 @@ def test_results_are_complete_and_on_disk(run, config):
     steps = [e["loss"] for e in results["loss_curve"] if "loss" in e]
     assert len(steps) == STEPS and results["train_loss"] == pytest.approx(sum(steps) / STEPS, abs=1e-4)
     assert results["tokens_per_second"] > 0 and results["peak_memory_gib"] > 0 and results["seconds"] > 0
+    parts = results["seconds_by_part"]
+    names = "reading rows, encoding rows, loading the model, training, held-out loss, answering, saving"
+    assert ", ".join(parts) == names and min(parts.values()) > 0
+    during_training = sum(parts[name] for name in ("training", "held-out loss", "answering", "saving"))
+    assert during_training > 0.9 * results["seconds"]
     assert set(results["versions"]) >= {"sft_pipeline", "torch", "transformers", "datasets", "accelerate"}
     assert results["config"]["learning_rate"] == 0.01 and results["config"]["template"] == "role"
     assert results["rows"]["train"]["kept"] == 34 and results["rows"]["held_out"]["kept"] == 6

@@ -19,6 +19,7 @@ from sft_pipeline.data.splits import drop_overlap, mix_datasets, select_rows, sp
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import count_id_differences
 from sft_pipeline.utils.errors import SFTError
+from sft_pipeline.utils.time_account import TimeAccount
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +46,34 @@ def build_encoder(args: SFTArguments, template: Template) -> Encoder:
 
 
 def prepare_data(
-    args: SFTArguments, template: Template, train_rows: Source | None = None, eval_rows: Source | None = None
+    args: SFTArguments,
+    template: Template,
+    train_rows: Source | None = None,
+    eval_rows: Source | None = None,
+    times: TimeAccount | None = None,
 ) -> PreparedData:
     """Load and encode the training and held-out rows, and log how many were read, truncated and dropped.
 
     train_rows and eval_rows are used in place of the keys train_data and eval_data. Rows that have `input_ids` and
     `labels` are used as they are: template, system_prompt, max_length, overlong and train_on do not apply to them.
+    times: gets the seconds of reading and encoding.
     """
-    if is_encoded(train_rows) or is_encoded(eval_rows):
-        return _use_encoded_rows(args, train_rows, eval_rows)
-    train_conversations, held_out_conversations, unread = load_splits_and_unread(args, train_rows, eval_rows)
+    times = times or TimeAccount()
+    with times.measure("reading rows"):
+        if is_encoded(train_rows) or is_encoded(eval_rows):
+            return _use_encoded_rows(args, train_rows, eval_rows)
+        conversations = load_splits_and_unread(args, train_rows, eval_rows)
+    with times.measure("encoding rows"):
+        return _encode_splits(args, template, *conversations)
+
+
+def _encode_splits(
+    args: SFTArguments,
+    template: Template,
+    train_conversations: Dataset,
+    held_out_conversations: Dataset | None,
+    unread: dict[str, dict[str, int]],
+) -> PreparedData:
     encoder = build_encoder(args, template)
     train, train_stats = encode_dataset(train_conversations, encoder, args.num_proc)
     logger.info("training rows: %s", train_stats)

@@ -30,6 +30,8 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         console.print()
     if results["before_and_after"]:
         console.print(build_metrics_table(results["before_and_after"]))
+    parts = (f"{part} {seconds:.0f} s" for part, seconds in results["seconds_by_part"].items() if seconds >= 0.5)
+    console.print(f"time: {', '.join(parts)}", highlight=False)
     console.print(
         f"{results['steps']} steps in {results['seconds']:.0f} s, {results['tokens_per_second']:.0f} tokens/s, "
         f"{results['peak_memory_gib']} GiB at most\nsaved in {folder}; talk to it: ./launch.sh chat {folder}",

@@ -31,6 +31,7 @@ from sft_pipeline.training.rank_failures import is_collective_timeout
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import copy_folder_permissions, write_json
 from sft_pipeline.utils.progress import show_elapsed_time
+from sft_pipeline.utils.time_account import TimeAccount
 
 RUNNING_LOSS_FILE = "running_loss.json"
 
@@ -67,8 +68,9 @@ class CheckpointingTrainer(ShardedTrainer):
 
     _is_saving_checkpoint = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, times: TimeAccount | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.times = times or TimeAccount()
         self.running_loss = RunningLoss()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -88,7 +90,7 @@ class CheckpointingTrainer(ShardedTrainer):
         staging_dir = run_dir / SAVING_DIR / name
         try:
             self._is_saving_checkpoint = True
-            with report_save_failure(run_dir / name, staging_dir):
+            with self.times.measure("saving"), report_save_failure(run_dir / name, staging_dir):
                 with show_elapsed_time(f"saving {name}", bool(self.args.disable_tqdm)):
                     super()._save_checkpoint(model, trial)
                 if self.args.should_save:

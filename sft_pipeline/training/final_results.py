@@ -29,6 +29,7 @@ def build_results(trainer: SFTTrainer, output: TrainOutput) -> dict[str, Any]:
         "tokens_per_second": output.metrics["tokens_per_second"],
         "peak_memory_gib": measure_peak_memory_gib(),
         "seconds": round(output.metrics["train_runtime"], 1),
+        "seconds_by_part": trainer.times.as_dict(),
         **trainer.evaluation.compare_with_start(),
         "rows": count_rows(trainer.data),
         "unread": trainer.data.unread,

@@ -75,6 +75,7 @@ from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_json
+from sft_pipeline.utils.time_account import TimeAccount
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -140,14 +141,16 @@ class SFTTrainer(SupervisedTrainer):
         self.config_record = build_config_record(args)  # before the steps below change `args`
         drop_missing_trackers(args)
 
-        self.data = load_training_data(args, template, train_dataset, eval_dataset)
+        times = TimeAccount()
+        self.data = load_training_data(args, template, train_dataset, eval_dataset, times)
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
-        model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
-        set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
-        if args.use_liger_kernel:
-            set_liger_arguments(args)
-        model, collator = prepare_model(model, args, template, self.data, peft_config)
+        with times.measure("loading the model"):
+            model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
+            set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
+            if args.use_liger_kernel:
+                set_liger_arguments(args)
+            model, collator = prepare_model(model, args, template, self.data, peft_config)
         set_training_arguments(args, collator)
         self.trainable_parameters = count_trainable_parameters(model)
         parameters = f"{self.trainable_parameters:,} of {model.num_parameters():,} parameters"
@@ -162,6 +165,7 @@ class SFTTrainer(SupervisedTrainer):
             processing_class=build_saved_tokenizer(template, args.system_prompt, args.trust_remote_code),
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
             tokens_per_batch=args.tokens_per_batch or 0,
+            times=times,
         )
         if args.lora_merge and self.is_fsdp_enabled:
             raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of them off")
@@ -198,7 +202,8 @@ class SFTTrainer(SupervisedTrainer):
             logger.info("resuming from %s", checkpoint)
             self.args.eval_on_start = needs_evaluation(checkpoint, self.args)
         with start_trackers(self, checkpoint, describe_data(self.data)):
-            self.train_output = output = super().train(checkpoint, *args, **kwargs)
+            with self.times.measure("training"):
+                self.train_output = output = super().train(checkpoint, *args, **kwargs)
             if self.data.held_out is not None:
                 self._evaluate_final_model()
         return output
@@ -207,7 +212,12 @@ class SFTTrainer(SupervisedTrainer):
         """Compute the held-out loss and answer the held-out prompts; the answers are stored in the output folder."""
         if not self._has_output_dir:
             self._create_output_dir()
-        return super().evaluate(*args, **kwargs)
+        count = len(self.evaluation.evaluations)
+        with self.times.measure("held-out loss"):
+            metrics = super().evaluate(*args, **kwargs)
+        for results in self.evaluation.evaluations[count:]:
+            self.times.move(results.seconds, "held-out loss", "answering")
+        return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False, push: bool = True) -> None:
         """Save model and tokenizer, with the template that `chat`, `generate` and `evaluate` use.
@@ -301,7 +311,11 @@ class SFTTrainer(SupervisedTrainer):
 
 
 def load_training_data(
-    args: SFTConfig, template: Template, train_rows: Source | None = None, eval_rows: Source | None = None
+    args: SFTConfig,
+    template: Template,
+    train_rows: Source | None,
+    eval_rows: Source | None,
+    times: TimeAccount,
 ) -> PreparedData:
     """Map the shards of `prepared_data`, or encode the rows.
 
@@ -312,7 +326,7 @@ def load_training_data(
     if not args.train_data and train_rows is None:
         raise SFTError("train_dataset: missing; give rows, or the key train_data")
     with args.main_process_first(desc="encoding"):
-        return prepare_data(args, template, train_rows, eval_rows)
+        return prepare_data(args, template, train_rows, eval_rows, times)
 
 
 def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:

@@ -494,6 +494,7 @@ def test_the_printed_table_fits_80_columns(capsys):
         "before_and_after": metrics,
         "steps": 9,
         "seconds": 9,
+        "seconds_by_part": {"reading rows": 0.2, "training": 8.4, "saving": 0.7},
         "tokens_per_second": 9.0,
         "peak_memory_gib": 3,
     }
@@ -509,6 +510,7 @@ def test_the_printed_table_fits_80_columns(capsys):
         "tool calls matched 0% 100% +100% +25% to +100% 1000",
         "instructions followed 0% 100% +100% +25% to +100% 1000",
     ]
+    assert "time: training 8 s, saving 1 s" in lines
 
 
 def test_the_line_of_an_evaluation_has_the_number_of_questions(config, tmp_path, capsys):
