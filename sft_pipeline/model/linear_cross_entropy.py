@@ -8,12 +8,16 @@ head from a chunk's probabilities, so that nothing is computed twice and the bac
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**26  # of one chunk's float32 logits: large enough for full-rate products, small next to a model
+# Of one chunk's float32 logits: large enough for full-rate products, small next to a model. On a GPU each chunk also
+# passes once over the float32 gradient of the head, and products need far more rows for their full rate.
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**30
+CUDA_TILE = 128  # rows of a tile of matrix products: a chunk has a multiple of it
 
 
 def linear_cross_entropy(
@@ -33,10 +37,10 @@ def linear_cross_entropy(
     there; weight: (vocabulary, hidden size); bias: (vocabulary). The logits are
     `softcap * tanh(scale * (hidden_states @ weight.T + bias) / softcap)`. num_items: the number of targets of the whole
     optimizer step, so that the losses of its micro-batches add up. chunk_size: positions per chunk; by default those
-    whose logits take CHUNK_BYTES. Without any target the loss is a zero that depends on `hidden_states`, so that every
-    process can run backward.
+    whose logits take CHUNK_BYTES, on CUDA CUDA_CHUNK_BYTES. Without any target the loss is a zero that depends on
+    `hidden_states`, so that every process can run backward.
     """
-    chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    chunk_size = chunk_size or choose_chunk_size(weight)
     options = _Options(num_items, scale, softcap, chunk_size, _get_compute_dtype(weight), torch.is_grad_enabled())
     return _ChunkedCrossEntropy.apply(hidden_states, targets, weight, bias, options)
 
@@ -49,6 +53,13 @@ class _Options:
     chunk_size: int
     dtype: torch.dtype  # of the matrix products
     grad_enabled: bool
+
+
+def choose_chunk_size(weight: Tensor) -> int:
+    """Return the number of positions per chunk for a head (vocabulary, hidden size)."""
+    if weight.device.type == "cuda":
+        return max(1, CUDA_CHUNK_BYTES // (4 * weight.shape[0] * CUDA_TILE)) * CUDA_TILE
+    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
 
 
 def _get_compute_dtype(weight: Tensor) -> torch.dtype:
@@ -134,15 +145,15 @@ def _compute_chunk(
     outputs = hidden_states @ weight.T
     if bias is not None:
         outputs += bias.to(outputs.dtype)
-    logits = outputs.float()
+    logits, tanh = outputs, None
     if options.scale != 1.0:
-        logits = logits * options.scale
-    tanh = None
+        logits = logits.float() * options.scale
     if options.softcap is not None:
-        tanh = torch.tanh(logits / options.softcap)
+        tanh = torch.tanh(logits.float() / options.softcap)
         logits = options.softcap * tanh
     index = targets[:, None]
-    log_probs = torch.log_softmax(logits, dim=-1)
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # reads logits of 16 bits as they are
+    del outputs, logits
     losses = -log_probs.gather(1, index)[:, 0]
     if not needs_grad:
         return losses, None
@@ -164,9 +175,31 @@ def _add_chunk_grads(
     if grad_hidden_states is not None:
         grad_hidden_states[chunk] = grad_logits @ weight
     if grad_weight is not None:
-        if grad_logits.dtype == torch.float32:
-            grad_weight.addmm_(grad_logits.T, hidden_states)
-        else:
-            grad_weight += grad_logits.T @ hidden_states
+        _add_product(grad_weight, grad_logits.T, hidden_states)
     if grad_bias is not None:
         grad_bias += grad_logits.float().sum(0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, a matrix in float32, in place.
+
+    Products of 16 bits are added as they are accumulated, in float32. The CPU has no such function, so there each
+    product is rounded to its 16 bits first.
+    """
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif _accepts_float32_output(left.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+@cache
+def _accepts_float32_output(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `torch.addmm` adds a product of 16 bits to a float32 matrix: on CUDA, by the release of torch."""
+    total, matrix = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True

@@ -40,12 +40,14 @@ class LMHead:
     def compute_hidden_states(self, **inputs: Any) -> Tensor:
         """Return the last hidden states (lines, length, hidden size) of the backbone.
 
-        A tied embedding gets a sparse gradient, which holds only the rows of tokens in the batch and is added to the
-        head's gradient. A dense one would be a second matrix of vocabulary x hidden size to clear, fill and add.
+        On the CPU a tied embedding gets a sparse gradient, which holds only the rows of tokens in the batch and is
+        added to the head's gradient. A dense one would be a second matrix of vocabulary x hidden size to clear, fill
+        and add; a GPU does that in less than a millisecond, but sums sparse rows in no fixed order.
         """
         embedding: Any = self.backbone.get_input_embeddings()
         is_tied = type(embedding) is nn.Embedding and embedding.weight is self.linear.weight
-        with replace_attribute(embedding, "sparse", True) if is_tied else nullcontext():
+        is_sparse = is_tied and embedding.weight.device.type == "cpu"
+        with replace_attribute(embedding, "sparse", True) if is_sparse else nullcontext():
             return self.backbone(use_cache=False, **inputs).last_hidden_state
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The loss at supervised positions against the full logits: values, gradients, families, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tensors import close
 
-from sft_pipeline.model.linear_cross_entropy import linear_cross_entropy
+from sft_pipeline.model import linear_cross_entropy as linear_cross_entropy_module
+from sft_pipeline.model.linear_cross_entropy import choose_chunk_size, linear_cross_entropy
 from sft_pipeline.utils.constants import IGNORED
 
 
@@ -103,3 +106,34 @@ def test_sixteen_bits_keep_their_types_and_a_float32_loss(dtype):
     assert loss.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == dtype
     assert torch.allclose(loss, expected, rtol=2e-2)
     assert close(weight.grad.float(), exact[1].grad, 3e-2) and close(hidden.grad.float(), exact[0].grad, 3e-2)
+
+
+def test_products_of_sixteen_bits_are_added_in_float32(monkeypatch):
+    """As torch.addmm(out_dtype=) does on CUDA: however many chunks there are, only their logits are rounded."""
+
+    def add_product(total, left, right, *, out_dtype, out):
+        assert total is out and total.dtype == out_dtype == torch.float32 and left.dtype == torch.bfloat16
+        return out.add_(left.float() @ right.float())
+
+    hidden, weight, labels = torch.randn(64, 16), torch.randn(50, 16), torch.randint(50, (64,))
+    grads = []
+    for patched in (True, False):
+        if not patched:
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(linear_cross_entropy_module, "_accepts_float32_output", lambda device, dtype: True)
+            monkeypatch.setattr(torch, "addmm", add_product)
+        for chunk_size in (64, 1):
+            [leaf] = leaves(weight)
+            with torch.autocast("cpu", torch.bfloat16):
+                compute_loss(hidden, labels, leaf, num_items=64, chunk_size=chunk_size).backward()
+            grads.append(leaf.grad)
+    assert close(grads[0], grads[1], 1e-6), "one product and the sum of 64"
+    assert not close(grads[2], grads[3], 1e-4), "on the CPU each is rounded"
+
+
+def test_a_chunk_on_cuda_has_whole_tiles():
+    assert choose_chunk_size(torch.empty(151_936, 1)) == 2**26 // (4 * 151_936) == 110
+    cuda_head = SimpleNamespace(device=torch.device("cuda"), shape=(151_936, 8))
+    assert choose_chunk_size(cuda_head) == 13 * 128
+    assert choose_chunk_size(SimpleNamespace(device=torch.device("cuda"), shape=(2**30, 8))) == 128
