@@ -291,6 +291,12 @@ def _check_values(args: SFTConfig) -> None:
         raise SFTError("trackio_static_space_id needs trackio_space_id: the log of a local run is not published")
     if args.held_out and args.eval_data:
         raise SFTError("held_out and eval_data are both set; remove one of them")
+    if args.dtype not in ("float32", "bfloat16"):
+        raise SFTError(f"dtype is {args.dtype}; give float32 or bfloat16 (for float16: fp16: true, over float32)")
+    if args.dtype == "bfloat16" and args.fp16:
+        raise SFTError("dtype: bfloat16 and fp16 exclude each other; set bf16: true, or dtype: float32")
+    if args.dtype == "bfloat16" and args.bf16 and shards_model(args):
+        raise SFTError("dtype: bfloat16 would become float32 under bf16 and fsdp or deepspeed; set bf16: false")
     if args.lora and args.trainable_modules:
         raise SFTError("lora and trainable_modules both select what is trained; remove one of them")
     if args.early_stopping_patience and not args.load_best_model_at_end:
@@ -386,6 +392,8 @@ def _choose_bf16(args: SFTConfig) -> bool:
 
     `accelerate launch` exports "no" also where its file says nothing, so "no" is no choice.
     """
+    if args.dtype == "bfloat16" and shards_model(args):
+        return False  # under autocast accelerate would make sharded weights float32
     is_chosen = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     return not is_chosen and _uses_cuda(args) and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -415,6 +423,12 @@ def _check_tokens_per_batch(args: SFTConfig) -> None:
     strategy = str(args.train_sampling_strategy)
     if strategy not in ("random", "sequential"):
         raise SFTError(f"tokens_per_batch does not support train_sampling_strategy {strategy}; use random")
+
+
+def shards_model(args: TrainingArguments) -> bool:
+    """Return whether the model will be sharded: by FSDP or DeepSpeed, of the config or of accelerate's file."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(map(parse_flag_from_env, names))
 
 
 def get_output_dir(args: TrainingArguments) -> Path:

@@ -129,6 +129,9 @@ _REFUSED_VALUES = {
 }
 
 _TESTS = {
+    "dtype": "tests/training/test_precision.py::test_a_run_in_bf16_trains_evaluates_and_answers_like_one_in_float32",
+    "attn_implementation": "tests/training/test_precision.py::"
+    "test_the_given_attention_is_the_one_that_trains_and_not_the_one_of_the_checks",
     "output_dir": "tests/test_train.py::test_results_are_complete_and_on_disk",
     "lr_scheduler_kwargs": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
     "activation_checkpointing": "tests/test_train.py::test_activation_checkpointing_changes_no_loss",
