@@ -24,9 +24,11 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.utils import is_torch_tf32_available
 
 from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments
 from sft_pipeline.utils.errors import SFTError, format_error
@@ -61,16 +63,27 @@ class SFTConfig(SFTArguments, TrainingArguments):
     project: str = _set_default("project", DEFAULT_PROJECT)
     # Without a value: 1 on CUDA, where collating then runs beside the steps, else 0.
     dataloader_num_workers: int | None = _set_default("dataloader_num_workers", None)  # type: ignore[assignment]
+    # Without a value: true where a GPU computes in it, unless another precision is chosen.
+    bf16: bool | None = _set_default("bf16", None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _use_cpu_without_accelerator()
         if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
+            self.dataloader_num_workers = int(_uses_cuda(self))
+        refuses_bf16 = self.bf16 is False
+        self.bf16 = _choose_bf16(self) if self.bf16 is None else self.bf16
+        tf32, self.tf32 = _choose_tf32(self), None
         super().__post_init__()
-        self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
+        self.tf32 = tf32
+        if self.mixed_precision == "bf16" and refuses_bf16:
+            self.mixed_precision = "no"  # the config overrides accelerate's file
         if self.mixed_precision in ("bf16", "fp16"):
-            # Chosen in accelerate's config file: the key is saved, so that the run is repeated and resumed alike.
-            setattr(self, self.mixed_precision, True)
+            setattr(self, self.mixed_precision, True)  # maybe of accelerate's file
+        if tf32 is not None and self.device.type == "cuda":
+            # Not by the library, which would use torch's newer setting: after it torch 2.13 cannot compile
+            # FlexAttention, as inductor still reads the older one.
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
         _check_values(self)
         _check_world_size(self)
 
@@ -79,7 +92,9 @@ class SFTConfig(SFTArguments, TrainingArguments):
         """Return `args` itself if it is a SFTConfig, else one with its values and our defaults for the other keys."""
         if isinstance(args, cls):
             return args
-        return cls(**{key.name: getattr(args, key.name) for key in dataclasses.fields(TrainingArguments) if key.init})
+        values = {key.name: getattr(args, key.name) for key in dataclasses.fields(TrainingArguments) if key.init}
+        values["bf16"] = args.mixed_precision == "bf16"  # also of accelerate's file
+        return cls(**values)
 
     @property
     def n_gpu(self) -> int:
@@ -90,7 +105,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
 
 # Recorded even if they have the default value, which may differ in another version of this package.
 RECORDED_KEYS = (
-    *("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size"),
+    *("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", "tf32"),
     *(name for name in SFTConfig.__annotations__ if name in TrainingArguments.__dataclass_fields__),
 )
 
@@ -161,6 +176,9 @@ class _Parser(HfArgumentParser):
             options["choices"] = ("all", "non_padding", "no")
         if typing.get_origin(options.get("type")) is dict:
             options["type"] = json.loads
+        if names[0] == "--bf16":
+            # As for other booleans, whose default is not None: the option alone is true.
+            options |= {"nargs": "?", "const": True}
         if names[0] == "--report_to":
             options["nargs"] = "+"  # several trackers; the library accepts only one
         return super().add_argument(*names, **options)
@@ -223,7 +241,8 @@ def _list_union_members(hint: Any) -> tuple[Any, ...]:
 
 def _accepts_string(type_: Any) -> bool:
     """Return whether a string can be a value of the type: strings, enums, literals, lists and dictionaries (JSON)."""
-    return typing.get_origin(type_) is not None or (isinstance(type_, type) and not issubclass(type_, (int, float)))
+    is_number = isinstance(type_, type) and issubclass(type_, (int, float, types.NoneType))
+    return typing.get_origin(type_) is not None or not is_number
 
 
 def _check_known_keys(names: list[str], source: str) -> None:
@@ -272,6 +291,12 @@ def _check_values(args: SFTConfig) -> None:
         raise SFTError("trackio_static_space_id needs trackio_space_id: the log of a local run is not published")
     if args.held_out and args.eval_data:
         raise SFTError("held_out and eval_data are both set; remove one of them")
+    if args.dtype not in ("float32", "bfloat16"):
+        raise SFTError(f"dtype is {args.dtype}; give float32 or bfloat16 (for float16: fp16: true, over float32)")
+    if args.dtype == "bfloat16" and args.fp16:
+        raise SFTError("dtype: bfloat16 and fp16 exclude each other; set bf16: true, or dtype: float32")
+    if args.dtype == "bfloat16" and args.bf16 and shards_model(args):
+        raise SFTError("dtype: bfloat16 would become float32 under bf16 and fsdp or deepspeed; set bf16: false")
     if args.lora and args.trainable_modules:
         raise SFTError("lora and trainable_modules both select what is trained; remove one of them")
     if args.early_stopping_patience and not args.load_best_model_at_end:
@@ -357,6 +382,33 @@ def _use_cpu_without_accelerator() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
+def _uses_cuda(args: TrainingArguments) -> bool:
+    return torch.cuda.is_available() and not args.use_cpu and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def _choose_bf16(args: SFTConfig) -> bool:
+    """Return whether to train in bf16 where neither the user nor a file of accelerate chose a precision: on a GPU that
+    computes in it.
+
+    `accelerate launch` exports "no" also where its file says nothing, so "no" is no choice.
+    """
+    if args.dtype == "bfloat16" and shards_model(args):
+        return False  # under autocast accelerate would make sharded weights float32
+    is_chosen = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    return not is_chosen and _uses_cuda(args) and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _choose_tf32(args: SFTConfig) -> bool | None:
+    """Return `tf32` of the user, else True on a GPU that has TF32, and None elsewhere.
+
+    Raises SFTError if the user asks for it elsewhere.
+    """
+    has_tf32 = _uses_cuda(args) and is_torch_tf32_available()
+    if args.tf32 and not has_tf32:
+        raise SFTError("tf32: true needs an NVIDIA GPU of the Ampere generation or later; remove it")
+    return True if args.tf32 is None and has_tf32 else args.tf32
+
+
 def _check_tokens_per_batch(args: SFTConfig) -> None:
     """Raise SFTError for keys that tokens_per_batch cannot be combined with."""
     if not args.packing:
@@ -373,6 +425,12 @@ def _check_tokens_per_batch(args: SFTConfig) -> None:
         raise SFTError(f"tokens_per_batch does not support train_sampling_strategy {strategy}; use random")
 
 
+def shards_model(args: TrainingArguments) -> bool:
+    """Return whether the model will be sharded: by FSDP or DeepSpeed, of the config or of accelerate's file."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(map(parse_flag_from_env, names))
+
+
 def get_output_dir(args: TrainingArguments) -> Path:
     """Return the output folder of the run."""
     assert args.output_dir is not None  # set by TrainingArguments
@@ -384,9 +442,10 @@ def build_config_record(args: SFTConfig) -> dict[str, Any]:
 
     It holds all keys of SFTArguments, those of TrainingArguments that differ from the default, and RECORDED_KEYS.
     """
-    # Creating the arguments sets up the device and the process group of this process; with other values of use_cpu
-    # and ddp_backend it would break a distributed run.
-    default = SFTConfig(args.output_dir, use_cpu=args.use_cpu, ddp_backend=args.ddp_backend).to_dict()
+    # Creating the arguments sets up the device, its precision and the process group of this process; other values of
+    # these keys would break the run.
+    kept: dict[str, Any] = {"use_cpu": args.use_cpu, "ddp_backend": args.ddp_backend, "tf32": args.tf32}
+    default = SFTConfig(args.output_dir, **kept).to_dict()
     default |= {"use_cpu": False, "ddp_backend": None, "bf16": False, "fp16": False}
     own_keys = [key.name for key in dataclasses.fields(SFTArguments)]
     values = args.to_dict()

@@ -1,14 +1,21 @@
 """The config: files and command line, and a one-line error for each mistake in them."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainingArguments, training_args
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
-from sft_pipeline.config import build_config_record, parse_config
+from sft_pipeline import config
+from sft_pipeline.config import SFTConfig, build_config_record, parse_config, parse_keys
 from sft_pipeline.training.sft_trainer import set_evaluation_arguments
 from sft_pipeline.utils.errors import SFTError
 
@@ -154,8 +161,101 @@ def test_the_precision_of_accelerates_file_is_recorded(write, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     args = parse_config(write(""))
     assert args.bf16 and build_config_record(args)["bf16"] is True
+    assert parse_config(write("bf16: false\n")).mixed_precision == "no", "the config overrides the file"
+    assert SFTConfig.from_training_arguments(TrainingArguments(use_cpu=True)).bf16, "TrainingArguments name none"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate always sets it: no wish of the user's
     assert parse_config(write("bf16: true\nuse_cpu: true\n")).mixed_precision == "bf16"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with bf16 and TF32, as far as the precision is chosen by it; returns the precision that torch was set to.
+
+    The device itself stays the CPU, except that its type is "cuda".
+    """
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(config, "_use_cpu_without_accelerator", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(config, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda args: SimpleNamespace(type="cuda", index=0)))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 1)
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    return precisions
+
+
+@pytest.mark.parametrize(
+    ("keys", "of_file", "precision"),
+    [
+        ("", "no", "bf16"),
+        ("bf16: true", "no", "bf16"),
+        ("bf16: false", "no", "no"),
+        ("fp16: true", "no", "fp16"),
+        ("", "fp16", "fp16"),
+        ("", "fp8", "fp8"),
+        ("bf16: false", "bf16", "no"),
+        ("bf16: true", "fp16", "bf16"),
+    ],
+)
+def test_a_gpu_trains_in_bf16_unless_the_user_or_accelerates_file_says_otherwise(
+    keys, of_file, precision, write, gpu, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", of_file)
+    args = parse_config(write(keys))
+    assert args.mixed_precision == precision
+    assert (args.bf16, args.fp16) == (precision == "bf16", precision == "fp16")
+    record = build_config_record(args)
+    assert record["bf16"] is args.bf16 and record.get("fp16", False) is args.fp16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    if precision != "fp8":
+        repeated = parse_keys(record)
+        assert repeated.mixed_precision == precision, "its record trains alike, whatever the defaults are then"
+
+
+def test_no_bf16_by_default_without_a_gpu_that_computes_in_it(write, gpu, monkeypatch):
+    assert not parse_config(write("use_cpu: true")).bf16
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not parse_config(write("")).bf16
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    assert parse_config(write("")).bf16 and parse_config(write(""), ["--bf16"]).bf16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not parse_config(write("")).bf16, "a V100 emulates it"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not parse_config(write("")).bf16, "such as on MPS"
+
+
+def test_tf32_is_on_by_default_where_a_gpu_has_it(write, gpu, monkeypatch):
+    args = parse_config(write(""))
+    assert args.tf32 is True and build_config_record(args)["tf32"] is True and gpu == ["high", "high"]
+    args = parse_config(write("tf32: false"))
+    assert args.tf32 is False and build_config_record(args)["tf32"] is False and gpu[2:] == ["highest", "highest"]
+    monkeypatch.setattr(config, "is_torch_tf32_available", lambda: False)
+    assert parse_config(write("")).tf32 is None and len(gpu) == 4
+    message = "tf32: true needs an NVIDIA GPU of the Ampere generation or later; remove it"
+    assert refusal(write("tf32: true")) == message
+
+
+def test_on_a_cpu_the_precision_of_products_is_not_touched(write, monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: pytest.fail(precision))
+    args = parse_config(write("use_cpu: true"))
+    assert args.tf32 is None and not args.bf16 and parse_config(write("use_cpu: true\ntf32: false")).tf32 is False
+
+
+def test_tf32_by_the_older_setting_leaves_both_readable():
+    """torch's newer one makes the older one, which inductor reads, unreadable."""
+    script = """
+import torch
+torch.set_float32_matmul_precision("high")
+assert torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.backends.cuda.matmul.allow_tf32
+assert torch.get_float32_matmul_precision() == "high"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_keys_that_the_librarys_parser_cannot_read(write):

@@ -103,29 +103,43 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | N
         raise _build_load_error(path, "tokenizer", error) from error
 
 
-def load_model(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
-    """Load a model with float32 weights, whatever dtype it was saved in: in 16 bits small optimizer steps are lost.
+def load_model(
+    path: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a model with weights of `dtype`, whatever it was saved in: in 16 bits small optimizer steps are lost.
 
     Adapters in a folder are merged into their base model, at `revision` or else the revision that they name. Only
-    safetensors are read, because a pickle can run code. Raises SFTError for a folder without them and for a model that
-    transformers cannot load.
+    safetensors are read, because a pickle can run code. attn_implementation: as in transformers; default: the model's.
+    Raises SFTError for a folder without weights and for a model that transformers cannot load, or not with that
+    attention.
     """
     folder = Path(path)
     base = find_base_model(folder)
     if folder.is_dir() and not _has_files(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
         raise _build_missing_weights_error(folder)
     if base:
-        base_model = load_model(base.name_or_path, trust_remote_code, revision or base.revision)
+        revision = revision or base.revision
+        base_model = load_model(base.name_or_path, trust_remote_code, revision, dtype, attn_implementation)
         return merge_adapters(base_model, folder)
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             revision=revision or "main",
             use_safetensors=True,
+            **attention,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if attn_implementation and not isinstance(error, (OSError, SafetensorError)):
+            raise SFTError(
+                f"{path}: cannot load the model with attn_implementation: {attn_implementation} ({format_error(error)})"
+            ) from error
         raise _build_load_error(path, "model", error) from error
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.model.module_utils import unwrap_peft
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
 if TYPE_CHECKING:
@@ -54,6 +57,23 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
         names = getattr(config, "target_modules", None)
         targets = sorted(names) if isinstance(names, set) else names
         raise SFTError(f"lora_target_modules {targets}: {format_first_line(error)}") from error
+
+
+def round_frozen_layers(model: PreTrainedModel) -> int:
+    """Round the float32 weights of frozen linear layers to bfloat16, in place; return the number of these layers.
+
+    Autocast rounds them at every call, so losses and gradients keep their bits. Embeddings, also those whose weights
+    are the head's, and norms stay float32: they set the precision of the hidden states.
+    """
+    embedding = unwrap_peft(model).get_input_embeddings()
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and not module.weight.requires_grad and module.weight is not embedding.weight
+    ]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    return len(layers)
 
 
 def find_base_model(folder: Path) -> BaseModel | None:

@@ -74,6 +74,20 @@ def restore_configs(model: nn.Module) -> Iterator[None]:
             vars(config).update(values)
 
 
+@contextmanager
+def use_portable_attention(model: PreTrainedModel, attn_implementation: str | None) -> Iterator[None]:
+    """Within this block, a model whose `attn_implementation` may run on GPUs alone attends with sdpa.
+
+    The checks of a model run where it was loaded: on the CPU.
+    """
+    if attn_implementation in (None, "eager", "sdpa"):
+        yield
+        return
+    with restore_configs(model):
+        unwrap_peft(model).set_attn_implementation("sdpa")
+        yield
+
+
 def find_configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Return the configs of all modules, and the configs inside them, each once."""
     configs: dict[int, PreTrainedConfig] = {}

@@ -155,14 +155,15 @@ def _find_unsupported_feature(model: PreTrainedModel, longest: int | None) -> st
 def _uses_window(model: PreTrainedModel, longest: int | None) -> bool:
     """Return whether some layer of `model` has a sliding window that is shorter than the longest row."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return bool(window) and (longest is None or longest > window)
+    window: int | None = getattr(config, "sliding_window", None)
+    return window is not None and (longest is None or longest > window)
 
 
 @contextmanager
 def _shorten_window(model: PreTrainedModel) -> Iterator[None]:
     """Within this block, the sliding window of `model`, which configs and layers have, is CHECKED_WINDOW tokens."""
-    owners = [owner for owner in (*find_configs(model), *model.modules()) if vars(owner).get("sliding_window")]
+    candidates: list[Any] = [*find_configs(model), *model.modules()]
+    owners = [owner for owner in candidates if vars(owner).get("sliding_window")]
     windows = [owner.sliding_window for owner in owners]
     try:
         for owner in owners:

@@ -53,9 +53,9 @@ from sft_pipeline.model.loading import (
     resolve_model,
     set_special_tokens,
 )
-from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
-from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
 from sft_pipeline.runs.checkpoints import needs_evaluation
 from sft_pipeline.runs.output_dir import (
     PREVIEW_FILE,
@@ -71,6 +71,7 @@ from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
+from sft_pipeline.training.precision import describe_precision, should_round_frozen_layers, take_model_dtype
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.errors import SFTError
@@ -129,6 +130,8 @@ class SFTTrainer(SupervisedTrainer):
         path = str(resolve_model(source, get_cache_dir()) if isinstance(source, str) else source.name_or_path)
         if isinstance(source, str):
             check_revision(path, args.revision)
+        else:
+            take_model_dtype(args, source)
         if not isinstance(template, Template):
             if processing_class is None and not path:
                 raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
@@ -146,15 +149,20 @@ class SFTTrainer(SupervisedTrainer):
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
         with times.measure("loading the model"):
-            model = load_model(path, args.trust_remote_code, args.revision) if isinstance(source, str) else source
+            model = source
+            if isinstance(source, str):
+                dtype = getattr(torch, args.dtype)
+                model = load_model(path, args.trust_remote_code, args.revision, dtype, args.attn_implementation)
             set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
             if args.use_liger_kernel:
                 set_liger_arguments(args)
             model, collator = prepare_model(model, args, template, self.data, peft_config)
+            if isinstance(source, str) and should_round_frozen_layers(model, args):
+                logger.info("the frozen weights of %s layers are in bfloat16", round_frozen_layers(model))
         set_training_arguments(args, collator)
         self.trainable_parameters = count_trainable_parameters(model)
         parameters = f"{self.trainable_parameters:,} of {model.num_parameters():,} parameters"
-        logger.info("training %s in %s", parameters, model.dtype)
+        logger.info("training %s in %s", parameters, describe_precision(model, args))
         patience = args.early_stopping_patience
         super().__init__(
             model=model,
@@ -351,13 +359,16 @@ def prepare_model(
     """
     longest = max(stats.length_quantiles["most"] for stats in (data.train_stats, data.held_out_stats) if stats)
     pad_token_id: Any = template.tokenizer.pad_token_id
-    with gather_weights(model):
+    packing = args.packing and args.attn_implementation is None
+    with gather_weights(model), use_portable_attention(model, args.attn_implementation):
         reason = patch_loss_forward(model)
         if reason:
             logger.info("logits are computed at every position: %s", reason)
         collator, reason = choose_collator(
-            model, longest, pad_token_id, args.pad_to_multiple_of, args.packing, args.share_prefixes
+            model, longest, pad_token_id, args.pad_to_multiple_of, packing, args.share_prefixes
         )
+    if args.packing and not packing:
+        reason = f"attn_implementation is {args.attn_implementation}, and packed rows have an attention of their own"
     if reason and args.tokens_per_batch:
         raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
     if reason:

@@ -129,6 +129,9 @@ _REFUSED_VALUES = {
 }
 
 _TESTS = {
+    "dtype": "tests/training/test_precision.py::test_a_run_in_bf16_trains_evaluates_and_answers_like_one_in_float32",
+    "attn_implementation": "tests/training/test_precision.py::"
+    "test_the_given_attention_is_the_one_that_trains_and_not_the_one_of_the_checks",
     "output_dir": "tests/test_train.py::test_results_are_complete_and_on_disk",
     "lr_scheduler_kwargs": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
     "activation_checkpointing": "tests/test_train.py::test_activation_checkpointing_changes_no_loss",
@@ -149,6 +152,7 @@ _TESTS = {
     "accelerator_config": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
     "optim_args": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
     "optim_target_modules": "tests/test_arguments.py::test_values_that_the_library_would_fail_on_or_ignore",
+    "tf32": "tests/test_config.py::test_tf32_is_on_by_default_where_a_gpu_has_it",
     "fsdp": "tests/training/test_fsdp.py::test_two_processes_with_a_sharded_model_train_like_one",
     "fsdp_config": "tests/training/test_fsdp.py::test_unsupported_settings_are_refused",
     "resume_from_checkpoint": "tests/test_train.py::test_a_resumed_run_ends_with_the_same_bits",
@@ -206,7 +210,7 @@ ARGUMENTS: dict[str, Argument] = {
     **{name: Argument(HONOURED, check) for name, check in _TESTS.items()},
     **{name: Argument(NO_EFFECT, reason, on) for name, (reason, on) in _NO_EFFECT.items()},
     **_list_read(
-        *("tf32", "deepspeed", "hub_private_repo", "hub_model_id", "hub_always_push"),
+        *("deepspeed", "hub_private_repo", "hub_model_id", "hub_always_push"),
         *("hub_revision", "trackio_space_id", "trackio_bucket_id"),
         *("full_determinism", "gradient_checkpointing_kwargs"),
         fp16=True,
