@@ -104,7 +104,7 @@ def train(name: str, setting: Setting, data: str, tokens: int, steps: int, warm_
     scale = setting.choose(1.0, 0.05)
     mean, build = (CONVERSATION_TOKENS, build_conversations) if data == "conversations" else (ROW_TOKENS, build_rows)
     row_count = max(1, round(tokens / (mean * scale)))
-    rows = build((warm_up + steps) * row_count, shape.vocabulary, scale=scale)  # type: ignore[operator]
+    rows = build((warm_up + steps) * row_count, shape.vocabulary, scale=scale)
     reset_peak(device)
     clock = StepClock(device, warm_up)
     with tempfile.TemporaryDirectory() as folder:
