@@ -9,6 +9,7 @@ that the rows need at least (benchmarks/scaling.py); for the tree only that of t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import statistics
@@ -32,6 +33,8 @@ CASES = (("rows", 16_384), ("conversations", 16_384), ("rows", 8192), ("rows", 2
 SMALL_CASES = (("rows", 40), ("conversations", 200))
 STEPS, WARM_UP = 8, 3
 RESULT = "RESULT "
+SCRIPT = ROOT / "benchmarks" / "gpu_parts" / "trainers.py"
+SHORTEST = 5.0  # seconds below which no training is started
 
 
 class Worker:
@@ -40,11 +43,12 @@ class Worker:
     def __init__(self, name: str, setting: Setting) -> None:
         self.name, self.setting = name, setting
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # until `stop`
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts" / "trainers.py"), name]
+        command = [sys.executable, str(SCRIPT), name]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, text=True, env=build_environment(), **pipes)
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout
@@ -63,7 +67,7 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            line = self._lines.get(timeout=max(1.0, setting.seconds_left))
+            line = self._lines.get(timeout=max(0.1, setting.seconds_left))
         except (OSError, queue.Empty) as error:
             line = None
             if isinstance(error, queue.Empty):
@@ -76,7 +80,8 @@ class Worker:
 
     def stop(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(OSError), self._process:  # closes the pipes; a request may not have been read
+            self._reader.join()
         self._log.close()
 
 
@@ -114,7 +119,7 @@ def measure(setting: Setting) -> Run:
         for data, tokens in setting.choose(CASES, SMALL_CASES):
             for number in range(setting.rounds):
                 for name, worker in workers.items():
-                    if setting.seconds_left < 5:
+                    if setting.seconds_left < SHORTEST:
                         results["unfinished"] = f"from {data}, {tokens} tokens, round {number + 1}, {name} on"
                         return results
                     run = {"data": data, "tokens": tokens, "name": name, "round": number + 1}
