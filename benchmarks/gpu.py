@@ -14,8 +14,11 @@ not there yet. --output writes OUTPUT.json and OUTPUT.md after every part.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,14 +98,18 @@ def run_in_process(part: str, shape: str, seconds: float, args: argparse.Namespa
         command += ["--small"] * args.small + (["--device", args.device] if args.device else [])
         end = ""
         with log.open("w", errors="replace") as lines:
-            child = subprocess.Popen(command, stdout=lines, stderr=lines, env=build_environment())
+            # A group of its own, so that the processes that it starts end with it.
+            child = subprocess.Popen(
+                command, stdout=lines, stderr=lines, env=build_environment(), start_new_session=True
+            )
             try:
                 if child.wait(timeout=seconds):
                     end = (log.read_text(errors="replace").strip().splitlines() or [f"status {child.returncode}"])[-1]
             except subprocess.TimeoutExpired:
                 end = f"ended after {seconds:.0f} s"
             finally:
-                child.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return results | ({"ended": end[:300]} if end else {})
@@ -161,7 +168,12 @@ def write_output(output: Path | None, results: dict[str, Run]) -> None:
     if not output:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"facts": describe_machine(), "command": " ".join(["python", *sys.argv]), "parts": results}
+    cards = [part["gpu"] for part in results.values() if "gpu" in part]
+    content = {
+        "facts": {**describe_machine(), "gpu": cards[-1] if cards else None},
+        "command": " ".join(["python", *sys.argv]),
+        "parts": results,
+    }
     output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     texts = []
     for name, part in results.items():

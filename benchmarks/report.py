@@ -25,7 +25,7 @@ from rich.table import Table as RichTable
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM_PROMPT = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"  # the reference's system prompt
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "peft")
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "peft", "liger-kernel", "triton")
 Run = dict[str, Any]
 
 

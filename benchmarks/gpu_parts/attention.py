@@ -89,6 +89,8 @@ def time_attention(attend: Attend, heads: list[Tensor], setting: Setting) -> Run
             attend(*heads)
 
     def run_both() -> None:
+        for tensor in heads:
+            tensor.grad = None
         attend(*heads).backward(grad_output)
 
     repeat, warm_up = setting.choose((20, 5), (2, 1))

@@ -3,8 +3,9 @@
 Weights in float32 under bf16 autocast (float32 on a CPU), fused AdamW, no clipping, no gradient checkpointing. Rows
 have no shared start and 226 tokens in the mean; conversations have 8 turns. `trainer` is transformers' Trainer on
 padded batches with sdpa, `trainer-liger` the same with all of Liger's kernels, `trl-liger` TRL packed (bfd) with
-Liger's, with FlashAttention if it is installed. Each has a process of its own, which stays. MFU counts the arithmetic
-that the rows need at least (benchmarks/scaling.py); for the tree only that of the tokens that it computes.
+Liger's, with FlashAttention if it is installed, else with sdpa, `trl-liger-flex` with FlexAttention. Each has a
+process of its own, which stays. MFU counts the arithmetic that the rows need at least (benchmarks/scaling.py); for the
+tree only that of the tokens that it computes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from report import ROOT, Run, Table, build_environment
 
 from gpu_parts.measuring import Setting
 
-NAMES = ("ours", "ours-compiled", "trainer", "trainer-liger", "trl-liger")
-OTHERS = {"trainer", "trainer-liger", "trl", "trl-liger"}
+NAMES = ("ours", "ours-compiled", "trainer", "trainer-liger", "trl-liger", "trl-liger-flex")
+OTHERS = {"trainer", "trainer-liger", "trl", "trl-liger", "trl-liger-flex"}
 # What is measured, the most important first: the time may not be enough for all.
 CASES = (("rows", 16_384), ("conversations", 16_384), ("rows", 8192), ("rows", 2048))
 SMALL_CASES = (("rows", 40), ("conversations", 200))
@@ -101,7 +102,7 @@ def choose_names(setting: Setting) -> tuple[list[str], list[str]]:
     if setting.device.type != "cuda":
         # Liger has no kernels for a CPU, and compiling there takes longer than all of the rest.
         names = ["ours", "trainer", *["trl"] * bool(find_spec("trl"))]
-        return names, ["trainer-liger and trl-liger: Liger needs a GPU", "ours-compiled: left out on a CPU"]
+        return names, ["those with Liger, which needs a GPU", "ours-compiled: left out on a CPU"]
     reasons = {package: f"{package} is not installed" for package in ("liger_kernel", "trl") if not find_spec(package)}
     missing: dict[str, str] = {}
     for name in NAMES:

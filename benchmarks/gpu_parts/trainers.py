@@ -35,7 +35,7 @@ from gpu_parts.inputs import (
     iterate_sequences,
     split_batches,
 )
-from gpu_parts.measuring import Setting, StepClock, get_peak_gib, record_errors, reset_peak
+from gpu_parts.measuring import GIB, Setting, StepClock, get_peak_gib, record_errors, reset_peak
 from gpu_parts.ours import build_our_trainer
 from sft_pipeline.utils.constants import IGNORED
 
@@ -45,8 +45,9 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-compiled": {"torch_compile": True},
     "ours-unshared": {"share_prefixes": False},
 }
-PLAIN: dict[str, dict[str, Any]] = {"trainer": {}, "trainer-liger": {"use_liger_kernel": True}}
-TRL: dict[str, dict[str, Any]] = {"trl": {}, "trl-liger": {"use_liger_kernel": True}}
+LIGER = {"use_liger_kernel": True}
+PLAIN: dict[str, dict[str, Any]] = {"trainer": {}, "trainer-liger": LIGER}
+TRL: dict[str, dict[str, Any]] = {"trl": {}, "trl-liger": LIGER, "trl-liger-flex": LIGER}
 PACK_LENGTH = 2048  # tokens of TRL's packs, at least; longer if a sequence is
 ROW_TOKENS, CONVERSATION_TOKENS = 226, 3990  # in the mean
 RESULT = "RESULT "
@@ -54,9 +55,9 @@ RESULT = "RESULT "
 
 def choose_attention(name: str, device: torch.device) -> str:
     """Return the attention of the model: TRL's packs are fastest with FlashAttention, where it is installed."""
-    if name in TRL and device.type == "cuda" and find_spec("flash_attn"):
-        return "flash_attention_2"
-    return "sdpa"
+    if name.endswith("flex"):
+        return "flex_attention"
+    return "flash_attention_2" if name in TRL and device.type == "cuda" and find_spec("flash_attn") else "sdpa"
 
 
 def build_trainer(
@@ -78,7 +79,7 @@ def build_trainer(
     import trl
 
     length = max(min(PACK_LENGTH, tokens), *(len(ids) for ids, _ in sequences))
-    packing = {"packing": True, "packing_strategy": "bfd", "max_length": length, "gradient_checkpointing": False}
+    packing = {"packing": True, "packing_strategy": "bfd", "max_length": length, "activation_checkpointing": False}
     packing["per_device_train_batch_size"] = max(1, round(tokens / length))
     trl_args = trl.SFTConfig(**settings, **packing, **TRL[name])
     return trl.SFTTrainer(model=model, args=trl_args, train_dataset=dataset, processing_class=build_tokenizer())
@@ -106,6 +107,7 @@ def train(name: str, setting: Setting, data: str, tokens: int, steps: int, warm_
     row_count = max(1, round(tokens / (mean * scale)))
     rows = build((warm_up + steps) * row_count, shape.vocabulary, scale=scale)
     reset_peak(device)
+    held = torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     clock = StepClock(device, warm_up)
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(shape, device, attention=choose_attention(name, device))
@@ -122,6 +124,7 @@ def train(name: str, setting: Setting, data: str, tokens: int, steps: int, warm_
         "flops_per_second": share * work["flops"] / clock.seconds,
         "step_seconds": clock.seconds / clock.steps,
         "peak_gib": get_peak_gib(device),
+        "held_gib": held,  # before the model was built: a part of the peak
         "loss": loss,
         "steps": clock.steps,
     }
