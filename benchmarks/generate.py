@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sft_pipeline.data.chat_templates import Template
 from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.prompts import load_prompts
 from sft_pipeline.inference.engine import generate
@@ -39,8 +38,8 @@ class Comparison:
 
     model: Any  # with the methods of transformers' GenerationMixin
 
-    def __init__(self, model: PreTrainedModel, template: Template) -> None:
-        self.model, self.stop_id = model, template.stop_token_id
+    def __init__(self, model: PreTrainedModel, stop_token_id: int) -> None:
+        self.model, self.stop_id = model, stop_token_id
 
     def generate_ours(self, prompts: Ids, max_new_tokens: int, batch_size: int, stops: bool = True) -> Ids:
         params = SamplingParams(max_new_tokens=max_new_tokens)
@@ -53,8 +52,9 @@ class Comparison:
 
     def _generate_batch(self, prompts: Ids, max_new_tokens: int, stops: bool) -> Ids:
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.stop_id] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = self.model.device
+        ids = torch.tensor([[self.stop_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         output = self.model.generate(
             ids,
             attention_mask=mask,
@@ -75,7 +75,8 @@ class Comparison:
         differing = (index for index, (our_id, their_id) in enumerate(zip(ours, theirs)) if our_id != their_id)
         index = next(differing, min(len(ours), len(theirs)))
         with torch.no_grad():
-            logits = self.model(torch.tensor([prompt + ours[:index]])).logits[0, -1]
+            ids = torch.tensor([prompt + ours[:index]], device=self.model.device)
+            logits = self.model(ids).logits[0, -1].float()
         chosen = [logits[answer[index] if index < len(answer) else self.stop_id] for answer in (ours, theirs)]
         return float((chosen[0] - chosen[1]).abs())
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
     model, template, system_prompt = load_trained(args.model)
-    comparison = Comparison(model.cpu().eval(), template)
+    comparison = Comparison(model.cpu().eval(), template.stop_token_id)
     conversations = [prompt.conversation for prompt in load_prompts(args.data) if not prompt.problem]
     conversations = conversations[: max(PROMPTS, args.check)]
     prompts = [template.encode_prompt(add_system_prompt(row, system_prompt)) for row in conversations]

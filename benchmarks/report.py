@@ -25,7 +25,7 @@ from rich.table import Table as RichTable
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM_PROMPT = "你是小冬瓜智能体,请安全详细回答用户 USER 的问题"  # the reference's system prompt
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "peft")
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "peft", "liger-kernel", "triton")
 Run = dict[str, Any]
 
 
@@ -50,15 +50,20 @@ def describe_machine() -> Run:
     }
 
 
+def build_environment() -> dict[str, str]:
+    """Return the variables of child processes: this checkout's package, whichever is installed; no tracker, no bars."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | own
+
+
 def run_child(script: str, *arguments: str) -> Run:
     """Run benchmarks/SCRIPT in a process of its own and parse the last line it prints as JSON.
 
     Exits with the end of the child's standard error if it fails.
     """
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    # The package of this checkout, whichever is installed; no tracker and no progress bars.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    child = subprocess.run(command, capture_output=True, text=True, env=build_environment(), check=False)
     if child.returncode:
         sys.exit(f"{script} {' '.join(arguments)} failed:\n{child.stderr[-3000:]}")
     return json.loads(child.stdout.splitlines()[-1])

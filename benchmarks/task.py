@@ -147,8 +147,8 @@ def build_task_trainer(task: Task, folder: str, batch_size: int, **options: Any)
     return SFTTrainer(args=args, train_dataset=datasets.Dataset.from_dict(task.rows))
 
 
-def get_shared_settings() -> dict[str, Any]:
-    """Return the TrainingArguments of every compared Trainer: plain AdamW, float32, no clipping, no shuffling."""
+def get_shared_settings(use_cpu: bool = True) -> dict[str, Any]:
+    """Return the TrainingArguments of every compared Trainer: plain AdamW, no clipping, no shuffling, no files."""
     return {
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
@@ -160,7 +160,7 @@ def get_shared_settings() -> dict[str, Any]:
         "logging_first_step": False,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": use_cpu,
         "disable_tqdm": True,
     }
 

@@ -149,10 +149,11 @@ class SFTTrainer(SupervisedTrainer):
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
         with times.measure("loading the model"):
-            model = source
             if isinstance(source, str):
                 dtype = getattr(torch, args.dtype)
                 model = load_model(path, args.trust_remote_code, args.revision, dtype, args.attn_implementation)
+            else:
+                model = source
             set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
             if args.use_liger_kernel:
                 set_liger_arguments(args)
