@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sft_pipeline.model.lora import find_base_model, merge_adapters
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
@@ -127,6 +135,18 @@ def load_model(path: str, trust_remote_code: bool = False, revision: str | None 
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _build_load_error(path, "model", error) from error
+
+
+def build_empty_model(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
+    """Build the model that `load_model` loads, without weights: its parameters are on the meta device, buffers real."""
+    if base := find_base_model(Path(path)):
+        model = build_empty_model(base.name_or_path, trust_remote_code, revision or base.revision)
+        model.name_or_path = path
+        return model
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", **options)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
 
 
 def _has_files(folder: Path, patterns: tuple[str, ...]) -> bool:
