@@ -68,6 +68,8 @@ class _Outcome:
 
     def make_picklable(self) -> _Outcome:
         """Replace an error that cannot be sent to another process by one that can."""
+        if self.error is None:
+            return self
         try:
             pickle.loads(pickle.dumps(self.error))
             return self
