@@ -38,14 +38,14 @@ def config(write_config, tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("config"), rows=24, **keys)
 
 
-def build(config: Path, folder: Path, *overrides: str, on_main: bool | None = None) -> SFTTrainer:
+def build(config: Path, folder: Path, *overrides: str, on_main: bool | None = None, model=None) -> SFTTrainer:
     """A trainer of eight rows per step. on_main: whether the first of two processes loads alone; None: one process."""
     accumulation, words = (4, []) if on_main is None else (2, ["--fsdp", "true", "--ddp_backend", "gloo"])
     if on_main is not None:
         fsdp = {"cpu_ram_efficient_loading": on_main, "state_dict_type": "SHARDED_STATE_DICT"}
         words += ["--fsdp_config", json.dumps(fsdp)]
     words += ["--output_dir", str(folder), "--gradient_accumulation_steps", str(accumulation), *overrides]
-    return SFTTrainer(args=parse_config(str(config), words))
+    return SFTTrainer(model, parse_config(str(config), words))
 
 
 def train_and_report(trainer: SFTTrainer) -> dict:
@@ -84,6 +84,9 @@ def run_worker(process: int, folder: str, config: str, broken: str) -> None:
         reports[f"{name}, loaded by both"] = train_and_report(
             build(file, out / f"{name} by both", *overrides, on_main=False)
         )
+    trainer = build(file, out / "object", on_main=True, model=load_model(parse_config(config).model_name_or_path))
+    assert all(weight.device.type == "cpu" for weight in trainer.model.parameters()), "whole on both"
+    reports["a model object"] = train_and_report(trainer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardedAnswerer, "fits", lambda self: False)
         reports["in step"] = train_and_report(build(file, out / "in step", on_main=True))
@@ -159,6 +162,10 @@ def test_sharded_models_answer_as_whole_ones(name, reports, one_process):
 def test_answers_change_no_bit_of_the_training(name, reports):
     for key in ("losses", "eval losses", "weights"):
         assert reports[name][key] == reports["no answers"][key]
+
+
+def test_a_model_object_is_whole_on_every_process(reports):
+    assert reports["a model object"] == reports["full"]
 
 
 def test_the_saved_model_is_the_trained_one(folder, reports):
