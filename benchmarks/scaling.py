@@ -156,6 +156,19 @@ def count_sharded_lora_state_bytes(shape: Shape, devices: int) -> float:
     return sharded + 2 * 2 * layer + 2 * shape.embedding_parameters
 
 
+# Memory of the machines, in bytes.
+
+
+def count_loading_bytes(shape: Shape, loading_processes: int = 1) -> int:
+    """Count float32 weights for each process of a machine that loads all of them."""
+    return 4 * shape.parameters * loading_processes
+
+
+def count_full_checkpoint_bytes(shape: Shape) -> int:
+    """Count weights and AdamW's two moments, which the first process gathers for a checkpoint of FULL_STATE_DICT."""
+    return 12 * shape.parameters
+
+
 # Bytes that a device sends, and receives.
 
 
@@ -219,6 +232,15 @@ def build_memory_table() -> Table:
     return Table(["GiB per device", "one device", "DDP", *(f"FSDP, {number}" for number in numbers)], rows)
 
 
+def build_loading_table() -> Table:
+    rows = []
+    for shape in SHAPES:
+        sizes = [count_loading_bytes(shape), count_loading_bytes(shape, 8), count_loading_bytes(shape)]
+        rows.append([shape.name, *(f"{size / 1e9:,.0f}" for size in [*sizes, count_full_checkpoint_bytes(shape)])])
+    header = ["GB in a machine's memory", "one process loads", "each of eight loads", "saving the final model"]
+    return Table([*header, "checkpoint, FULL_STATE_DICT"], rows)
+
+
 def build_activation_table() -> Table:
     rows = []
     for shape in SHAPES:
@@ -274,6 +296,7 @@ TABLES = (
     build_long_row_table,
     build_check_table,
     build_memory_table,
+    build_loading_table,
     build_activation_table,
     build_communication_table,
     build_configuration_table,

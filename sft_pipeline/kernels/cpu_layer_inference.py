@@ -48,10 +48,10 @@ class OneDnnLinear:
 def can_fuse_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether `layer` is a plain fp32 linear layer on the CPU that oneDNN can compute.
 
-    Subclasses of nn.Linear and layers whose forward is already replaced are not, nor is any layer in a build of torch
-    without the oneDNN operators of its inductor.
+    Subclasses of nn.Linear, layers whose weight is sharded and layers whose forward is already replaced are not, nor is
+    any layer in a build of torch without the oneDNN operators of its inductor.
     """
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
         return False
     is_fp32_on_cpu = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
     return is_fp32_on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

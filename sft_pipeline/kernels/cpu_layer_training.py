@@ -22,6 +22,7 @@ from torch.nn.functional import linear, silu
 
 from sft_pipeline.kernels.cpu_attention import AttentionTree, compute_attention, compute_attention_grads
 from sft_pipeline.kernels.cpu_layer_inference import AnyModule, can_fuse_layer
+from sft_pipeline.utils.distributed import share_verdict
 
 BLOCK_TOKENS = 128  # tokens per block in the activations of the MLP
 ProjectionParams = list[Any]  # weight, bias, weight, bias, ...: tensors; a bias may be None
@@ -29,10 +30,16 @@ ProjectionParams = list[Any]  # weight, bias, weight, bias, ...: tensors; a bias
 
 def use_fused_layers(model: nn.Module) -> int:
     """Replace the forward of every layer of `model` that can be fused; returns the number of these layers."""
-    layers = [module for module in model.modules() if can_fuse_layer(module)]
-    for layer in layers:
+    names = _find_layers_to_fuse(model)
+    for name in names:
+        layer = model.get_submodule(name)
         layer.forward = FusedTrainingForward(layer)
-    return len(layers)
+    return len(names)
+
+
+@share_verdict
+def _find_layers_to_fuse(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if can_fuse_layer(module)]
 
 
 @contextmanager

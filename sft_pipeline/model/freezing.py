@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.model.module_utils import unwrap_peft, use_eval_mode
+from sft_pipeline.utils.distributed import share_verdict
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -44,25 +45,33 @@ def freeze_unreached(model: PreTrainedModel) -> None:
     none is left to train.
     """
     causal_lm = unwrap_peft(model)
+    trainable = {name: parameter for name, parameter in causal_lm.named_parameters() if parameter.requires_grad}
+    unreached = _find_unreached(model)
+    if not unreached:
+        return
+    if len(unreached) == len(trainable):
+        raise SFTError(f"nothing to train: rows of text do not reach {unreached[0]} and the other trainable parameters")
+    for name in unreached:
+        trainable[name].requires_grad = False
+    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in unreached)
+    count = sum(trainable[name].numel() for name in unreached)
+    logger.info("frozen, as rows of text do not reach them: %s parameters (%s)", f"{count:,}", ", ".join(modules))
+
+
+@share_verdict
+def _find_unreached(model: PreTrainedModel) -> list[str]:
+    """Return the names of the trainable parameters outside the text model that get no gradient from text."""
+    causal_lm = unwrap_peft(model)
     text_modules = (causal_lm.get_decoder(), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     text_parameters = {parameter for module in text_modules if module is not None for parameter in module.parameters()}
     trainable = {name: parameter for name, parameter in causal_lm.named_parameters() if parameter.requires_grad}
     others = {name: parameter for name, parameter in trainable.items() if parameter not in text_parameters}
     if not others:
-        return
+        return []
     input_ids = torch.arange(4, device=causal_lm.device)[None] % causal_lm.config.get_text_config().vocab_size
     grads: tuple[Tensor | None, ...] = ()
     with use_eval_mode(model), torch.enable_grad():
         logits = causal_lm(input_ids=input_ids, use_cache=False).logits
         if logits.requires_grad:  # else no trainable parameter is reached at all
             grads = torch.autograd.grad(logits.sum(), list(others.values()), allow_unused=True)
-    unreached = [name for name, grad in zip_longest(others, grads) if grad is None]
-    if not unreached:
-        return
-    if len(unreached) == len(trainable):
-        raise SFTError(f"nothing to train: rows of text do not reach {unreached[0]} and the other trainable parameters")
-    for name in unreached:
-        others[name].requires_grad = False
-    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in unreached)
-    count = sum(others[name].numel() for name in unreached)
-    logger.info("frozen, as rows of text do not reach them: %s parameters (%s)", f"{count:,}", ", ".join(modules))
+    return [name for name, grad in zip_longest(others, grads) if grad is None]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sft_pipeline.model.linear_cross_entropy import linear_cross_entropy
 from sft_pipeline.model.module_utils import replace_attribute, unwrap_peft, use_eval_mode
+from sft_pipeline.utils.distributed import share_verdict
 from sft_pipeline.utils.errors import SFTError
 
 # The largest relative difference of logits that split_head accepts, by the dtype of the head.
@@ -117,6 +118,7 @@ def _read_logit_scale(config: Any) -> float:
     return multiplier / (getattr(config, "logits_scaling", None) or 1.0)
 
 
+@share_verdict
 def _compare_logits(model: nn.Module, head: LMHead) -> float:
     """Return the largest difference between the model's logits and the head's on a few tokens.
 

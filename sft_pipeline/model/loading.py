@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sft_pipeline.model.lora import find_base_model, merge_adapters
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
@@ -141,6 +149,27 @@ def load_model(
                 f"{path}: cannot load the model with attn_implementation: {attn_implementation} ({format_error(error)})"
             ) from error
         raise _build_load_error(path, "model", error) from error
+
+
+def build_empty_model(
+    path: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build the model that `load_model` loads, without weights: its parameters are on the meta device, buffers real."""
+    if base := find_base_model(Path(path)):
+        revision = revision or base.revision
+        model = build_empty_model(base.name_or_path, trust_remote_code, revision, dtype, attn_implementation)
+        model.name_or_path = path
+        return model
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", **options)
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
 def _has_files(folder: Path, patterns: tuple[str, ...]) -> bool:

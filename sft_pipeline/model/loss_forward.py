@@ -30,6 +30,7 @@ from sft_pipeline.model.lm_head import LOW_PRECISION_TOLERANCE, LMHead, split_he
 from sft_pipeline.model.module_utils import adds_router_loss, unwrap_peft, use_eval_mode
 from sft_pipeline.model.packed_attention import build_packed_arguments
 from sft_pipeline.utils.constants import IGNORED
+from sft_pipeline.utils.distributed import share_verdict
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
 # The largest relative difference that the checks of a model accept in its loss and logits, by the dtype of its weights.
@@ -109,6 +110,7 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
     return reason
 
 
+@share_verdict
 def _check_own_loss(model: PreTrainedModel, head_obstacle: str | None) -> None:
     """Raise SFTError if the model's own loss of a few tokens is not the cross-entropy of its logits.
 
@@ -141,6 +143,7 @@ def _check_own_loss(model: PreTrainedModel, head_obstacle: str | None) -> None:
         )
 
 
+@share_verdict
 def _check_causality(model: PreTrainedModel) -> None:
     """Raise SFTError if the logits of a token depend on later tokens, which are its targets."""
     weight = next(model.parameters())

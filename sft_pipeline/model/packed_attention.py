@@ -37,6 +37,7 @@ from sft_pipeline.model.module_utils import (
     unwrap_peft,
     use_eval_mode,
 )
+from sft_pipeline.utils.distributed import share_verdict
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
@@ -105,6 +106,7 @@ def check_packed_attention(model: nn.Module) -> None:
         )
 
 
+@share_verdict
 def find_packing_obstacle(model: PreTrainedModel, longest: int | None = None) -> str | None:
     """Return the reason why packed rows would not be exact for `model`, in one clause, or None.
 

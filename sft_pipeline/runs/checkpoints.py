@@ -18,22 +18,43 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 
-from sft_pipeline.utils.distributed import run_on_main_process
+from sft_pipeline.utils.distributed import run_on_all_processes, run_on_main_process
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import CHECKSUMS_FILE, find_damage, sync_to_disk, write_checksums
+from sft_pipeline.utils.files import (
+    CHECKSUMS_FILE,
+    divide_files,
+    find_damage,
+    hash_files,
+    list_files,
+    sync_to_disk,
+    write_checksums,
+)
 
 logger = logging.getLogger(__name__)
 
 SAVING_DIR = ".saving"
 
 
-def publish_checkpoint(staging: Path, checkpoint: Path) -> None:
+def hash_together(training: TrainingArguments, staging: Path) -> dict[str, str]:
+    """Hash the files that the processes have written to `staging`; return their sums by name, on every process.
+
+    Each process hashes and syncs the files that it wrote itself, and a share of the others, all at the same time. With
+    `save_on_each_node` the first process of each node hashes what is on its node.
+    """
+    if training.save_on_each_node:
+        return hash_files(staging, list_files(staging)) if training.should_save else {}
+    shares = run_on_main_process(training, lambda: divide_files(list_files(staging), training.world_size))
+    parts = run_on_all_processes(training, lambda: hash_files(staging, shares[training.process_index]))
+    return dict(item for part in parts for item in part.items())
+
+
+def publish_checkpoint(staging: Path, checkpoint: Path, sums: dict[str, str] | None = None) -> None:
     """Write checksums into the folder `staging` and rename it to `checkpoint`.
 
-    An existing folder of that name is moved into SAVING_DIR. Raises OSError if the disk fails; no incomplete folder
-    then has the name `checkpoint`.
+    sums: from `hash_together`. An existing folder of that name is moved into SAVING_DIR. Raises OSError if the disk
+    fails; no incomplete folder then has the name `checkpoint`.
     """
-    write_checksums(staging)
+    write_checksums(staging, sums)
     if checkpoint.exists():
         move_aside(checkpoint)
     staging.rename(checkpoint)
@@ -77,20 +98,32 @@ def rotate_checkpoints(saved: Path, limit: int | None, best: str | None) -> None
         move_aside(path)
 
 
-def find_newest_checkpoint(folder: Path) -> str | None:
+def find_newest_checkpoint(folder: Path, training: TrainingArguments | None = None) -> str | None:
     """Return the newest undamaged checkpoint of an output folder, or None if it has no checkpoint.
 
-    Logs every damaged one that is skipped. Raises SFTError if all are damaged.
+    Logs every damaged one that is skipped. Raises SFTError if all are damaged. training: of a run whose processes all
+    call this, to read the checkpoints together.
     """
-    checkpoints = sort_checkpoints(str(folder))
+    if training is None:
+        checkpoints = sort_checkpoints(str(folder))
+    else:
+        checkpoints = run_on_main_process(training, lambda: sort_checkpoints(str(folder)))
     for checkpoint in reversed(checkpoints):
-        damage = find_damage(Path(checkpoint))
+        damage = find_damage(Path(checkpoint)) if training is None else find_damage_together(training, Path(checkpoint))
         if damage is None:
             return checkpoint
-        logger.warning("%s: damaged (%s); skipped", checkpoint, damage)
+        if training is None or training.process_index == 0:
+            logger.warning("%s: damaged (%s); skipped", checkpoint, damage)
     if checkpoints:
         raise SFTError(f"output_dir {folder}: all its checkpoints are damaged; delete them to start again")
     return None
+
+
+def find_damage_together(training: TrainingArguments, checkpoint: Path) -> str | None:
+    """Return what differs from the checksums of a checkpoint, or None. Each process of the run reads a share of it."""
+    process, processes = training.process_index, training.world_size
+    found = run_on_all_processes(training, lambda: find_damage(checkpoint, process, processes))
+    return next(filter(None, found), None)
 
 
 def find_checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | None:
@@ -101,7 +134,7 @@ def find_checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str 
     requested = str(training.resume_from_checkpoint)
     if requested.lower() not in ("true", "last", "auto"):
         return _check_named_checkpoint(training, Path(requested))
-    checkpoint = run_on_main_process(training, lambda: find_newest_checkpoint(folder))
+    checkpoint = find_newest_checkpoint(folder, training)
     if checkpoint is None and requested.lower() != "auto":
         raise SFTError(f"output_dir {folder}: no checkpoint to resume from; leave --resume_from_checkpoint out")
     return checkpoint
@@ -114,7 +147,7 @@ def _check_named_checkpoint(training: TrainingArguments, folder: Path) -> str:
         raise SFTError(f"resume_from_checkpoint {folder}: has no {TRAINER_STATE_NAME}; give a checkpoint-N folder")
     # A checkpoint that another trainer saved has no checksums.
     has_checksums = (folder / CHECKSUMS_FILE).is_file()
-    damage = run_on_main_process(training, lambda: find_damage(folder)) if has_checksums else None
+    damage = find_damage_together(training, folder) if has_checksums else None
     if damage:
         raise SFTError(f"resume_from_checkpoint {folder}: damaged ({damage}); give an older one, or true")
     return str(folder)

@@ -22,12 +22,14 @@ from sft_pipeline.config import get_output_dir
 from sft_pipeline.runs.checkpoints import (
     SAVING_DIR,
     clear_leftovers,
+    hash_together,
     publish_checkpoint,
     publish_files,
     rotate_checkpoints,
 )
 from sft_pipeline.training.fsdp import ShardedTrainer
 from sft_pipeline.training.rank_failures import is_collective_timeout
+from sft_pipeline.utils.distributed import run_on_all_processes
 from sft_pipeline.utils.errors import SFTError, format_error
 from sft_pipeline.utils.files import copy_folder_permissions, write_json
 from sft_pipeline.utils.progress import show_elapsed_time
@@ -97,14 +99,18 @@ class CheckpointingTrainer(ShardedTrainer):
                     write_json(staging_dir / RUNNING_LOSS_FILE, asdict(self.running_loss))
                 self._set_best_checkpoint(run_dir, staging_dir)
                 self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    with show_elapsed_time(f"checking {name}", bool(self.args.disable_tqdm)):
-                        publish_checkpoint(staging_dir, run_dir / name)
-                    rotate_checkpoints(run_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint)
-                    clear_leftovers(run_dir)
+                with show_elapsed_time(f"checking {name}", bool(self.args.disable_tqdm) or not self.args.should_save):
+                    sums = hash_together(self.args, staging_dir)
+                run_on_all_processes(self.args, lambda: self._publish(staging_dir, run_dir / name, sums))
         finally:
             self._is_saving_checkpoint = False
-        self.accelerator.wait_for_everyone()
+
+    def _publish(self, staging_dir: Path, checkpoint: Path, sums: dict[str, str]) -> None:
+        """Publish the checkpoint, then delete older ones; on the processes that save."""
+        if self.args.should_save:
+            publish_checkpoint(staging_dir, checkpoint, sums)
+            rotate_checkpoints(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
+            clear_leftovers(checkpoint.parent)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model without training_args.bin, a pickle of the arguments with the hub token.

@@ -24,7 +24,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import get_output_dir
@@ -48,6 +47,7 @@ from sft_pipeline.evaluation.step_results import (
 )
 from sft_pipeline.inference.answers import Answer, answer_prompts
 from sft_pipeline.runs.output_dir import EVALUATION_DIR
+from sft_pipeline.training.sharded_answers import ShardedAnswerer, is_sharded
 from sft_pipeline.training.trackers import read_last_tracked_step, send_table
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline.utils.constants import IGNORED
@@ -85,6 +85,8 @@ class EvaluationCallback(TrainerCallback):
         self.folder = get_output_dir(trainer.args) / EVALUATION_DIR
         self.evaluations: list[StepResults] = []
         self._budget = AnswerBudget(eval_answer_share)
+        # Now, before the model is sharded.
+        self._sharded = ShardedAnswerer(trainer) if self.questions and is_sharded(trainer) else None
         self._training_ended = False
         self._step_start = 0.0
 
@@ -113,6 +115,8 @@ class EvaluationCallback(TrainerCallback):
         earlier = load_earlier_results(self.folder, state.global_step) if state.is_world_process_zero else None
         [self.evaluations] = broadcast_object_list([earlier])
         self._training_ended = False
+        if self._sharded:
+            self._sharded.log_choice()
         last_tracked_step = read_last_tracked_step(args)
         for results in self.evaluations:
             self._budget.restore(results)
@@ -165,6 +169,21 @@ class EvaluationCallback(TrainerCallback):
         return count
 
     def _generate_answers(self, model: PreTrainedModel, questions: list[EvalPrompt]) -> list[Answer]:
+        """Return the answers to all questions, in order, on every process.
+
+        Each process answers a share of them; a sharded model that no process has room for answers all of them on each.
+        """
+        if self._sharded is None:
+            return self._divide_questions(model, questions)
+        if not questions:
+            return []
+        if self._sharded.fits():
+            with self._sharded.gather(model) as whole:
+                return self._divide_questions(whole, questions)
+        with self._sharded.keep_in_step(model):
+            return self._generate_local_answers(model, questions)
+
+    def _divide_questions(self, model: PreTrainedModel, questions: list[EvalPrompt]) -> list[Answer]:
         """Answer a share of the questions on each process; return all answers, in order, on every process."""
         indices = range(self.trainer.args.process_index, len(questions), self.trainer.args.world_size)
         answers = self._generate_local_answers(model, [questions[index] for index in indices])
@@ -175,8 +194,6 @@ class EvaluationCallback(TrainerCallback):
         if not questions:
             return []
         try:
-            if self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-                raise SFTError("generation is not supported with sharded parameters (FSDP, ZeRO-3)")
             prompts = [question.conversation for question in questions]
             disable_tqdm = self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero()
             return answer_prompts(model, self.template, prompts, self.max_new_tokens, disable_tqdm=disable_tqdm)

@@ -1,55 +1,62 @@
 """Shard a model with torch's FSDP2 (`fsdp: true`) where accelerate and `Trainer` do not, or not correctly.
 
 - accelerate shards on accelerators only; on CPUs it would silently train a full replica. torch shards there over gloo.
+- With `cpu_ram_efficient_loading` the first process alone loads the model (sharded_loading.py).
 - The final model is saved unsharded, also when checkpoints are sharded (`state_dict_type: SHARDED_STATE_DICT`).
-- A run without FSDP, such as one in a single process, can resume from a checkpoint saved with FSDP.
+- A run resumes from a checkpoint saved with or without FSDP, with any `state_dict_type` (checkpoint_formats.py).
 - In 16 bits, gradients are reduced in float32, and the outputs of the model (a loss, loss sums) are not cast down.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 
+from sft_pipeline.training.checkpoint_formats import (
+    FULL,
+    SHARDED,
+    detect_state_dict_type,
+    load_plain_model,
+    load_plain_optimizer,
+    load_unsharded_model,
+    load_unsharded_optimizer,
+)
+from sft_pipeline.training.parallel_sizes import check_parallel_sizes, get_data_ranks
+from sft_pipeline.training.sharded_loading import repair_sharding, uses_fsdp
 from sft_pipeline.utils.errors import SFTError
-
-FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 
 
 class ShardedTrainer(Trainer):
-    """`Trainer` that shards on CPUs, saves the model unsharded and resumes from FSDP checkpoints without FSDP."""
+    """`Trainer` that shards on CPUs, saves the model unsharded and resumes from checkpoints with and without FSDP.
+
+    data_ranks: the number of processes that get different rows, and the position of this one among them.
+    """
+
+    data_ranks: tuple[int, int]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, enable FSDP on CPUs and fix the plugin's settings.
 
-        Overridden because accelerate leaves a model unsharded on CPUs, and rounds sums of gradients in 16 bits.
+        Overridden because accelerate leaves a model unsharded on CPUs, rounds sums of gradients in 16 bits, and gives
+        optimizers of models without weights wrong parameters.
         """
+        check_parallel_sizes(self.args, getattr(self, "model", None))
         super().create_accelerator_and_postprocess()
-        # Set by accelerate when it creates the plugin, or by `accelerate launch`.
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        self.data_ranks = get_data_ranks(self.accelerator)
+        if not uses_fsdp():
             return
         if self.args.world_size == 1:
             raise SFTError("fsdp needs two or more processes and this run has one: start more, or turn fsdp off")
@@ -59,6 +66,14 @@ class ShardedTrainer(Trainer):
         _check_plugin(plugin)
         if policy := plugin.mixed_precision_policy:
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        if plugin.cpu_ram_efficient_loading:
+            prepare = self.accelerator.prepare
+
+            def prepare_and_repair(*objects: Any, **options: Any) -> Any:
+                with repair_sharding(objects):
+                    return prepare(*objects, **options)
+
+            self.accelerator.prepare = prepare_and_repair
 
     def _enable_cpu_sharding(self) -> None:
         """Do what accelerate does for several GPUs (accelerate/state.py, AcceleratorState.__init__)."""
@@ -78,50 +93,61 @@ class ShardedTrainer(Trainer):
         Overridden because with SHARDED_STATE_DICT the library writes no model file outside checkpoints.
         """
         if self.is_fsdp_enabled and self._state_dict_type == SHARDED and not _internal_call:
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.set_state_dict_type(FULL)
-            try:
+            with use_state_dict_type(self.accelerator.state.fsdp_plugin, FULL):
                 super().save_model(output_dir, _internal_call=True)
-            finally:
-                plugin.set_state_dict_type(SHARDED)
         # As for a checkpoint: else the library pushes the whole output folder to the hub.
         super().save_model(output_dir, _internal_call=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights of a checkpoint, also one saved with FSDP into a model without.
+        """Load the weights of a checkpoint, whether it and this run are with FSDP or without.
 
-        Overridden because the library loads an FSDP checkpoint only with FSDP. Raises SFTError for another
-        state_dict_type than the run's, and for adapters of an FSDP run without FSDP.
+        Overridden because the library loads an FSDP checkpoint only with FSDP, and only with its own state_dict_type.
         """
         checkpoint = Path(resume_from_checkpoint)
         state_dict_type = detect_state_dict_type(checkpoint)
-        if self.is_fsdp_enabled and state_dict_type != self._state_dict_type:
-            reason = f"has state_dict_type {state_dict_type}" if state_dict_type else "was saved without fsdp"
-            remedy = "use the one it was saved with"
-            raise SFTError(f"{checkpoint}: {reason} and this run has {self._state_dict_type}; {remedy}")
-        if self.is_fsdp_enabled or state_dict_type is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif hasattr(self.model, "peft_config"):
-            raise SFTError(f"{checkpoint}: adapters saved with fsdp are loaded with fsdp only; start more processes")
+        own_model: Any = self.model if model is None else model
+        if self.is_fsdp_enabled and state_dict_type:
+            with use_state_dict_type(self.accelerator.state.fsdp_plugin, state_dict_type):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.is_fsdp_enabled:
+            load_plain_model(self.args, own_model, checkpoint)
+        elif state_dict_type:
+            load_unsharded_model(own_model, checkpoint, state_dict_type)
         else:
-            unsharded_model: Any = self.model
-            load_unsharded_model(unsharded_model, checkpoint, state_dict_type)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint, which another start of this run may have saved with FSDP or without.
+
+        Overridden as `_load_from_checkpoint` is.
+        """
+        best: Any = self.state.best_model_checkpoint
+        state_dict_type = detect_state_dict_type(Path(best))
+        if state_dict_type == (self._state_dict_type if self.is_fsdp_enabled else None):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer and scheduler states, also from an FSDP checkpoint without FSDP.
+        """Load the optimizer and scheduler states, whether the checkpoint and this run are with FSDP or without.
 
-        Overridden because the library loads an FSDP optimizer state only with FSDP.
+        Overridden as `_load_from_checkpoint` is.
         """
-        state_dict_type = None
-        if checkpoint is not None and not self.is_fsdp_enabled:
-            state_dict_type = detect_state_dict_type(Path(checkpoint))
-        if checkpoint is None or state_dict_type is None:
+        state_dict_type = None if checkpoint is None else detect_state_dict_type(Path(checkpoint))
+        if checkpoint is None or (not self.is_fsdp_enabled and state_dict_type is None):
             super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.is_fsdp_enabled and state_dict_type:
+            with use_state_dict_type(self.accelerator.state.fsdp_plugin, state_dict_type):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         model: Any = self.model
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
-        load_unsharded_optimizer(model, optimizer, Path(checkpoint), state_dict_type)
+        if state_dict_type:
+            load_unsharded_optimizer(model, optimizer, Path(checkpoint), state_dict_type)
+        else:
+            load_plain_optimizer(self.args, model, optimizer, Path(checkpoint))
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     @property
@@ -133,52 +159,25 @@ def _check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
     """Raise SFTError for unsupported settings in `fsdp_config`."""
     if plugin.fsdp_version != 2:
         raise SFTError("fsdp_config: version 1 is not supported; set version to 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise SFTError(
-            "fsdp_config: cpu_ram_efficient_loading leaves all processes but one without weights, "
-            "which the checks of the head and of packing need in each; set it to false"
-        )
 
 
-def gather_weights(model: nn.Module) -> AbstractContextManager:
-    """Gather, inside the context, weights that DeepSpeed's ZeRO-3 sharded while it loaded them."""
+@contextmanager
+def use_state_dict_type(plugin: FullyShardedDataParallelPlugin, name: str) -> Iterator[None]:
+    """Within this block, checkpoints are saved and loaded with the state_dict_type `name`."""
+    settings = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    previous = {setting: getattr(plugin, setting) for setting in settings}
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # set to those of the type
+    plugin.set_state_dict_type(name)
+    try:
+        yield
+    finally:
+        vars(plugin).update(previous)
+
+
+def gather_weights(source: nn.Module | nn.Parameter) -> AbstractContextManager:
+    """Gather, inside the context, the weights of a model, or one, that DeepSpeed's ZeRO-3 sharded while it loaded
+    them."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     zero: Any = importlib.import_module("deepspeed.zero")
-    return zero.GatheredParameters(list(model.parameters()))
-
-
-def detect_state_dict_type(checkpoint: Path) -> str | None:
-    """Return the state_dict_type of a checkpoint saved with FSDP, or None for any other checkpoint."""
-    if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-        return FULL
-    return SHARDED if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() else None
-
-
-def load_unsharded_model(model: nn.Module, checkpoint: Path, state_dict_type: str) -> None:
-    """Load the weights of an FSDP checkpoint, saved by any number of processes, into an unsharded model."""
-    if state_dict_type == FULL:
-        state = torch.load(checkpoint / f"{FSDP_MODEL_NAME}.bin", map_location="cpu", weights_only=True)
-    else:
-        state = _load_shards(checkpoint / f"{FSDP_MODEL_NAME}_0", "model", get_model_state_dict(model))
-    set_model_state_dict(model, state)
-
-
-def load_unsharded_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, state_dict_type: str
-) -> None:
-    """Load the optimizer state of an FSDP checkpoint, which is keyed by parameter names and not by indices."""
-    if state_dict_type == FULL:
-        state = torch.load(checkpoint / f"{OPTIMIZER_NAME}.bin", map_location="cpu", weights_only=True)
-    else:
-        folder = checkpoint / f"{OPTIMIZER_NAME}_0"
-        state = _load_shards(folder, "optimizer", get_optimizer_state_dict(model, optimizer))
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
-
-
-def _load_shards(folder: Path, key: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Fill the tensors of `state` from the shards in `folder` and return it. Each process reads on its own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by no_dist
-        dcp.load({key: state}, checkpoint_id=folder, no_dist=True)
-    return state
+    return zero.GatheredParameters([source] if isinstance(source, nn.Parameter) else list(source.parameters()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.freezing import freeze_except, freeze_unreached
 from sft_pipeline.model.loading import (
+    build_empty_model,
     check_revision,
     load_model,
     load_tokenizer,
@@ -71,9 +73,16 @@ from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
+from sft_pipeline.training.parallel_sizes import check_parallel_sizes
 from sft_pipeline.training.precision import describe_precision, should_round_frozen_layers, take_model_dtype
+from sft_pipeline.training.sharded_loading import (
+    align_with_main_process,
+    load_on_main_process,
+    loads_on_main_process,
+)
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.utils.distributed import use_verdicts_of_main_process
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_json
 from sft_pipeline.utils.time_account import TimeAccount
@@ -123,6 +132,7 @@ class SFTTrainer(SupervisedTrainer):
     ) -> None:
         args = SFTConfig.from_training_arguments(args or SFTConfig())
         check_devices(args)
+        check_parallel_sizes(args, model)
         source = model or args.model_name_or_path
         if source is None:
             raise SFTError("model: missing; give a model, a folder or a hub name")
@@ -148,16 +158,16 @@ class SFTTrainer(SupervisedTrainer):
         self.data = load_training_data(args, template, train_dataset, eval_dataset, times)
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
+        on_main_process = isinstance(source, str) and loads_on_main_process(args)
         with times.measure("loading the model"):
-            if isinstance(source, str):
-                dtype = getattr(torch, args.dtype)
-                model = load_model(path, args.trust_remote_code, args.revision, dtype, args.attn_implementation)
-            else:
-                model = source
+            model = load_model_for_run(path, args, on_main_process) if isinstance(source, str) else source
             set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
             if args.use_liger_kernel:
                 set_liger_arguments(args)
-            model, collator = prepare_model(model, args, template, self.data, peft_config)
+            with use_verdicts_of_main_process(args) if on_main_process else nullcontext():
+                model, collator = prepare_model(model, args, template, self.data, peft_config)
+            if on_main_process:
+                align_with_main_process(args, model)
             if isinstance(source, str) and should_round_frozen_layers(model, args):
                 logger.info("the frozen weights of %s layers are in bfloat16", round_frozen_layers(model))
         set_training_arguments(args, collator)
@@ -336,6 +346,19 @@ def load_training_data(
         raise SFTError("train_dataset: missing; give rows, or the key train_data")
     with args.main_process_first(desc="encoding"):
         return prepare_data(args, template, train_rows, eval_rows, times)
+
+
+def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> PreTrainedModel:
+    """Load the model of a folder or hub name; with `on_main_process` only there, and without weights elsewhere."""
+    options = args.trust_remote_code, args.revision, getattr(torch, args.dtype), args.attn_implementation
+
+    def load() -> PreTrainedModel:
+        return load_model(path, *options)
+
+    def build_empty() -> PreTrainedModel:
+        return build_empty_model(path, *options)
+
+    return load_on_main_process(args, load, build_empty) if on_main_process else load()
 
 
 def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:

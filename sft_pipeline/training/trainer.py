@@ -207,10 +207,10 @@ class SupervisedTrainer(CheckpointingTrainer):
         return StepBatchSampler(
             self._row_lengths,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            rows=self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size),
+            rows=self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * self.data_ranks[0]),
             accumulation=args.gradient_accumulation_steps,
-            processes=args.world_size,
-            process=args.process_index,
+            processes=self.data_ranks[0],
+            process=self.data_ranks[1],
             tokens=self._tokens_per_batch,
             packed=isinstance(self.data_collator, PackingCollator),
             shuffle=args.train_sampling_strategy == "random",

@@ -127,7 +127,15 @@ PRIVATE_NAMES = (
         "transformers",
         lambda: Trainer._load_from_checkpoint,
         "(self, resume_from_checkpoint, model=None)",
-        "the library loads an FSDP checkpoint only with FSDP",
+        "the library loads an FSDP checkpoint only with FSDP, and only with its own state_dict_type",
+    ),
+    PrivateName(
+        "training/fsdp.py",
+        "_load_best_model",
+        "transformers",
+        lambda: Trainer._load_best_model,
+        "(self)",
+        "as _load_from_checkpoint",
     ),
     PrivateName(
         "training/fsdp.py",

@@ -88,6 +88,7 @@ def test_the_fsdp_file_sets_what_this_project_supports(read_file):
     _check_plugin(plugin)
     assert os.environ["ACCELERATE_USE_FSDP"] == "true" and plugin.state_dict_type.name == "SHARDED_STATE_DICT"
     assert plugin.reshard_after_forward is True and plugin.auto_wrap_policy is not None
+    assert plugin.cpu_ram_efficient_loading
     assert not plugin.activation_checkpointing and type(plugin.cpu_offload).__name__ == "OffloadPolicy"
 
 

@@ -268,13 +268,6 @@ def test_a_model_that_cannot_generate_is_trained(config, tmp_path, monkeypatch, 
     assert list(results["before_and_after"]) == ["nll_nats_per_token"]
 
 
-def test_sharded_parameters_do_not_generate(trainer):
-    trainer.is_fsdp_enabled = True
-    answers = trainer.evaluation._generate_local_answers(trainer.model, trainer.evaluation.questions[:2])
-    message = "generation is not supported with sharded parameters (FSDP, ZeRO-3)"
-    assert [answer.error for answer in answers] == [message] * 2
-
-
 # No effect on args.
 
 

@@ -65,8 +65,11 @@ def train_and_report(trainer, checkpoint: str | None = None) -> dict:
     }
 
 
-def run_worker(process: int, folder: str) -> None:
-    """Run all trainings in turn in one of two processes; process 0 writes the reports."""
+def run_worker(process: int, folder: str, plain: str, plain_adapters: str) -> None:
+    """Run all trainings in turn in one of two processes; process 0 writes the reports.
+
+    plain, plain_adapters: checkpoints of one process without FSDP.
+    """
     linear_cross_entropy.CHUNK_BYTES = CHUNK_BYTES
     out, reports = Path(folder), {}
     for state_dict_type in (FULL, SHARDED):
@@ -87,9 +90,18 @@ def run_worker(process: int, folder: str) -> None:
     trainer = build(out / "adapters", SHARDED, adapters=True, max_steps=CHECKPOINT_STEP)
     reports["adapters"] = train_and_report(trainer)
     trainer.save_model()
+    for state_dict_type, saved in ((FULL, SHARDED), (SHARDED, FULL)):
+        other, checkpoint = out / f"from {saved}", out / saved / f"checkpoint-{CHECKPOINT_STEP}"
+        resumed = build(other, state_dict_type)
+        reports[f"{state_dict_type} from {saved}"] = train_and_report(resumed, str(checkpoint))
+        assert resumed.accelerator.state.fsdp_plugin.state_dict_type.name == state_dict_type
+        assert detect_state_dict_type(other / f"checkpoint-{STEPS}") == state_dict_type
+    reports["plain resumed"] = train_and_report(build(out / "plain", SHARDED), plain)
+    adapters = build(out / "plain adapters", FULL, adapters=True)
+    reports["plain adapters resumed"] = train_and_report(adapters, plain_adapters)
     with pytest.raises(SFTError) as error_info:
-        train_and_report(build(out / "other", FULL), str(out / SHARDED / f"checkpoint-{CHECKPOINT_STEP}"))
-    reports["other"] = str(error_info.value)
+        train_and_report(build(out / "plain", SHARDED, adapters=True), plain)
+    reports["other weights"] = str(error_info.value)
     with pytest.raises(SFTError) as error_info:
         build(out / "other", FULL, fsdp_config={"cpu_offload": True})
     reports["offload"] = str(error_info.value)
@@ -99,17 +111,33 @@ def run_worker(process: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def plain(tmp_path_factory) -> Path:
+    """A checkpoint of one process without FSDP."""
+    return tmp_path_factory.mktemp("one") / f"checkpoint-{CHECKPOINT_STEP}"
+
+
+@pytest.fixture(scope="module")
+def plain_adapters(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("adapters") / f"checkpoint-{CHECKPOINT_STEP}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, plain, one_process, plain_adapters, one_process_with_adapters) -> Path:
     """Folder of the runs of two processes and their reports."""
     folder = tmp_path_factory.mktemp("two")
-    run_ranks(run_worker, PROCESSES, str(folder))
+    run_ranks(run_worker, PROCESSES, str(folder), str(plain), str(plain_adapters))
     return folder
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> dict:
+def one_process(plain) -> dict:
     """Report of one process without FSDP, eight rows per micro-batch."""
-    return train_and_report(build(tmp_path_factory.mktemp("one"), None))
+    return train_and_report(build(plain.parent, None))
+
+
+@pytest.fixture(scope="module")
+def one_process_with_adapters(plain_adapters) -> dict:
+    return train_and_report(build(plain_adapters.parent, None, adapters=True))
 
 
 def assert_same(report: dict, expected: dict) -> None:
@@ -125,7 +153,10 @@ def reports(folder) -> dict:
     return json.loads((folder / "reports.json").read_text())
 
 
-@pytest.mark.parametrize("name", [FULL, SHARDED, f"{FULL} resumed", f"{SHARDED} resumed"])
+RUNS = [FULL, SHARDED, f"{FULL} resumed", f"{SHARDED} resumed", f"{FULL} from {SHARDED}", f"{SHARDED} from {FULL}"]
+
+
+@pytest.mark.parametrize("name", [*RUNS, "plain resumed"])
 def test_two_processes_with_a_sharded_model_train_like_one(name, reports, one_process):
     assert_same(reports[name], one_process)
 
@@ -161,15 +192,17 @@ def test_two_processes_with_adapters_train_like_one_and_save_them_unsharded(fold
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_refused(folder, reports, tmp_path):
-    checkpoint = folder / SHARDED / f"checkpoint-{CHECKPOINT_STEP}"
-    expected = f"{checkpoint}: has state_dict_type {SHARDED} and this run has {FULL}; use the one it was saved with"
-    assert reports["other"] == expected
-    checkpoint = folder / "adapters" / f"checkpoint-{CHECKPOINT_STEP}"
-    with pytest.raises(
-        SFTError, match=f"^{checkpoint}: adapters saved with fsdp are loaded with fsdp only; start more processes$"
-    ):
-        build(tmp_path, None, adapters=True).train(resume_from_checkpoint=str(checkpoint))
+def test_adapters_are_resumed_with_and_without_fsdp(folder, reports, one_process_with_adapters, tmp_path):
+    assert_same(reports["plain adapters resumed"], one_process_with_adapters)
+    for name in ("adapters", "plain adapters"):  # sharded, and full
+        checkpoint = folder / name / f"checkpoint-{CHECKPOINT_STEP if name == 'adapters' else STEPS}"
+        resumed = build(tmp_path / name, None, adapters=True)
+        assert_same(train_and_report(resumed, str(checkpoint)), one_process_with_adapters)
+
+
+def test_a_checkpoint_of_another_model_is_refused(reports, plain):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert reports["other weights"] == f"{plain}: has no weights of {name}; resume with the model that was saved"
 
 
 def test_cpu_offload_is_refused_on_cpus(reports):
@@ -207,7 +240,6 @@ def test_fsdp_with_one_process_is_refused(reset_fsdp, tmp_path):
     ("plugin", "message"),
     [
         ({"fsdp_version": 1}, "fsdp_config: version 1 is not supported; set version to 2"),
-        ({"cpu_ram_efficient_loading": True}, "fsdp_config: cpu_ram_efficient_loading leaves all processes but one .*"),
     ],
 )
 def test_unsupported_settings_are_refused(plugin, message):

@@ -21,6 +21,7 @@ from sft_pipeline.training import launch
 
 ROOT = Path(__file__).parents[2]
 CONFIG_FILES = ROOT / "configs" / "accelerate"
+TRL_FILES = ROOT / "tests" / "support" / "accelerate"
 LAUNCHER = ["sft_pipeline.training.launch", "--nproc_per_node", "2"]
 STEPS = 5
 
@@ -126,7 +127,8 @@ def prepare_environment(folder: Path) -> dict[str, str]:
 
 def build_accelerate_options(name: str) -> list[str]:
     """Return the options for two processes with a config file, on a free port."""
-    return [f"--config_file={CONFIG_FILES / name}.yaml", "--num_processes=2", "--main_process_port=0"]
+    folder = TRL_FILES if name.startswith("trl_") else CONFIG_FILES
+    return [f"--config_file={folder / name}.yaml", "--num_processes=2", "--main_process_port=0"]
 
 
 def build_accelerate_command(name: str) -> list[str]:
@@ -167,6 +169,19 @@ def test_two_processes_with_a_sharded_model_train_like_one(config, single_proces
     wait_for_end(start_run([sys.executable, "-m", "sft_pipeline"], config, tmp_path / "alone", *resume), 0)
     for key, weight in load_weights(tmp_path / "alone").items():
         torch.testing.assert_close(weight, single_process_weights[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.real
+def test_the_file_of_trl_for_fsdp_works(config, single_process_weights, tmp_path):
+    """It loads on the first process, saves full checkpoints and trains in bf16."""
+    out = tmp_path / "out"
+    _, errors = wait_for_end(start_run(build_accelerate_command("trl_fsdp2"), config, out), 0)
+    assert "2 processes (gloo), the model sharded across them (FSDP2)" in errors
+    assert (out / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
+    results = json.loads((out / RESULTS_FILE).read_text())
+    assert results["steps"] == STEPS and results["answers"] and not any(row["error"] for row in results["answers"])
+    differences = [(weight - single_process_weights[key]).abs().max() for key, weight in load_weights(out).items()]
+    assert 0 < max(differences) < 0.05, "bf16"
 
 
 @pytest.mark.real
