@@ -16,19 +16,6 @@ class SFTArguments:
         default=None,
         metadata={"help": "Model to train: a hub name, a model folder, or smollm2-135m (from the package index)."},
     )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "Type of the weights, their gradients and AdamW's moments; in bfloat16 small updates are lost."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention as in transformers: sdpa, eager, flash_attention_2, ... Batches are then padded; "
-            "by default they are packed, with an attention of this package."
-        },
-    )
     train_data: list[str] = field(
         default_factory=list,
         metadata={"help": "Training data: files, folders or hub names of datasets with instruction rows."},
@@ -169,4 +156,17 @@ class SFTArguments:
     revision: str | None = field(
         default=None,
         metadata={"help": "Branch, tag or commit of the hub repository of model_name_or_path; by default its main."},
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Type of the weights, their gradients and AdamW's moments; in bfloat16 small updates are lost."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention as in transformers: sdpa, eager, flash_attention_2, ... Batches are then padded; "
+            "by default they are packed, with an attention of this package."
+        },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.collators import choose_collator
@@ -63,6 +64,6 @@ def _count_supervised_bytes(sequence: TokenSequence, template: Template) -> int:
 
 def _compute_row_sums(model: PreTrainedModel, batch: dict[str, Any]) -> list[list[float]]:
     """Return (rows, 3): summed nll in nats, targets, targets that are the model's most likely token."""
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with use_eval_mode(model):
         return model(**batch, return_row_losses=True).logits.tolist()

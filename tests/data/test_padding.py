@@ -39,7 +39,9 @@ def test_a_row_that_ends_in_the_pad_id_keeps_it():
 def test_labels_are_one_tensor_under_both_keys():
     batch = PaddingCollator(PAD)([build_row([5, 6]), build_row([7])])
     assert batch["labels"] is batch["shift_labels"]
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", "target_counts"}
+    assert set(batch) == {
+        "input_ids", "attention_mask", "labels", "shift_labels", "target_positions", "target_counts"
+    }  # fmt: skip
     assert {value.dtype for value in batch.values()} == {torch.int64}
     assert batch["labels"].shape == (2, 8)
 
