@@ -12,7 +12,7 @@ batches, generation) run plain `sdpa`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from sft_pipeline.kernels.cpu_attention import (
     compute_attention_grads,
     limit_segments,
 )
+from sft_pipeline.kernels.cuda_attention import FLEX_BLOCK, attend_flex, attend_varlen, can_use_varlen
 from sft_pipeline.model.module_utils import (
     adds_router_loss,
     find_configs,
@@ -41,8 +42,6 @@ from sft_pipeline.utils.distributed import share_verdict
 from sft_pipeline.utils.errors import SFTError, format_first_line
 
 ATTN_IMPLEMENTATION = "sft_packed"  # its name in transformers' attention interface
-
-FLEX_BLOCK = 128  # tokens per block of scores in FlexAttention; its default
 
 CHECKED_WINDOW = 3  # tokens of the sliding window in the comparison of short rows
 
@@ -81,11 +80,26 @@ def packed_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cuda" and not dropout:
-        return _attend_flex(query, key, value, prefix_tree, scaling, sliding_window), None
-    if _is_float32(query, key, value) and not dropout:
+    query, key, value = cast_to_one_dtype(query, key, value)
+    if dropout:
+        return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout, sliding_window), None
+    if _is_cuda(query) and query.shape[2] > FLEX_BLOCK:
+        attend = attend_varlen if can_use_varlen(query, key, value, prefix_tree) else attend_flex
+        return attend(query, key, value, prefix_tree, scaling, sliding_window), None
+    if _is_float32(query):
         return _BlockAttention.apply(query, key, value, prefix_tree, scaling, sliding_window), None
-    return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout, sliding_window), None
+    return _attend_sdpa(query, key, value, prefix_tree, scaling, 0.0, sliding_window), None
+
+
+def cast_to_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast to the dtype of autocast, or else of the values, as torch's own functions do not all do.
+
+    Under autocast queries and keys leave their rotation in float32, and values a linear layer in 16 bits.
+    """
+    device_type = query.device.type
+    is_autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if is_autocast else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -202,9 +216,12 @@ def _measure_packing_difference(backbone: Any) -> float:
     return max_difference / max_state
 
 
-def _is_float32(*tensors: Tensor) -> bool:
-    """Return whether all tensors are float32 and autocast is off."""
-    return all(t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
+def _is_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _is_float32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32
 
 
 def _attend_sdpa(
@@ -230,101 +247,12 @@ def _attend_sdpa(
             torch.cat([*(tensor[:, :, first:last] for first, last in ancestors), own], 2)
             for tensor, own in ((key, own_key), (value, own_value))
         )
-        # A plain tensor: torch's CausalBias refuses the mixed dtypes that autocast passes here.
         num_queries, num_keys = end - start, keys.shape[2]
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
         if window is not None:
             mask = mask.triu(num_keys - num_queries - window + 1)
         outputs.append(sdpa(own_query, keys, values, attn_mask=mask))
     return torch.cat(outputs, 2).transpose(1, 2)
-
-
-def _attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, tree: AttentionTree, scaling: float, window: int | None
-) -> Tensor:
-    """Compute attention on CUDA with FlexAttention, which skips blocks of scores that no token needs.
-
-    The tests, which run on the CPU, cover only its mask.
-    """
-    flex_attention = _compile_flex_attention()
-    block_mask = build_flex_mask(tree, query.device, window)
-    enable_gqa = query.shape[1] != key.shape[1]
-    output = flex_attention(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=enable_gqa)
-    return output.transpose(1, 2)
-
-
-@cache
-def _compile_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@lru_cache(maxsize=2)
-def build_flex_mask(tree: AttentionTree, device: torch.device, window: int | None = None) -> Any:
-    """Build the block mask of a batch on `device`.
-
-    Cached, so that all layers share it: one for those with a window, one for those without.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    num_tokens = len(tree.subtree_end)
-    subtree_end = copy_to_device(tree.subtree_end, device)
-
-    def is_visible(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        return (q_index >= kv_index) & (q_index < subtree_end[kv_index])
-
-    mask_mod = is_visible
-    if window is not None:
-        # A token sees depths from this one on. As a tensor, so that the kernel is the same for every window.
-        first_depth = copy_to_device(tree.depths - window + 1, device)
-        depths = copy_to_device(tree.depths, device)
-
-        def is_within_window(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-            return is_visible(batch, head, q_index, kv_index) & (depths[kv_index] >= first_depth[q_index])
-
-        mask_mod = is_within_window
-    partial_blocks, full_blocks = (
-        [copy_to_device(array[None, None], device) for array in _list_blocks(blocks)]
-        for blocks in find_flex_blocks(tree, window)
-    )
-    return BlockMask.from_kv_blocks(
-        partial_blocks[0],
-        partial_blocks[1],
-        full_blocks[0],
-        full_blocks[1],
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(num_tokens, num_tokens),
-    )
-
-
-def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array of the host to `device`, on CUDA without waiting for what runs there."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def find_flex_blocks(tree: AttentionTree, window: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return which blocks of (queries, keys) have some and which have only visible pairs: two (blocks, blocks) arrays.
-
-    Blocks with visible pairs alone are in the second array only; the last block, if it is not complete, is none, as in
-    torch's `create_block_mask`. With a window some blocks of the first array may have no visible pair.
-    """
-    starts = np.arange(0, len(tree.subtree_end), FLEX_BLOCK)
-    is_before = starts[None] < starts[:, None]  # the block of keys lies before that of queries
-    is_seen = np.maximum.reduceat(tree.subtree_end, starts)[None] > starts[:, None]
-    is_full = is_before & (np.minimum.reduceat(tree.subtree_end, starts)[None] >= starts[:, None] + FLEX_BLOCK)
-    if window is not None:
-        least, most = np.minimum.reduceat(tree.depths, starts), np.maximum.reduceat(tree.depths, starts)
-        is_seen &= least[:, None] - most[None] < window
-        is_full &= most[:, None] - least[None] < window
-    return (is_before & is_seen & ~is_full) | np.eye(len(starts), dtype=bool), is_full
-
-
-def _list_blocks(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each block of queries the number of its blocks of keys, and their indices first in a row, as int32."""
-    return blocks.sum(1, dtype=np.int32), np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
 
 
 class _BlockAttention(torch.autograd.Function):

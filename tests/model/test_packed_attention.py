@@ -2,14 +2,12 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.causal_models import tiny
 from support.trees import build_row, build_visibility, rows_of_sequences, split_ids
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     BloomConfig,
     Gemma2Config,
@@ -34,7 +32,6 @@ from sft_pipeline.model import packed_attention
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.packed_attention import (
     ATTN_IMPLEMENTATION,
-    build_flex_mask,
     build_packed_arguments,
     find_packing_obstacle,
     use_packed_attention,
@@ -199,43 +196,6 @@ def test_segments_and_their_ancestors_are_the_mask(rows, share):
             visible[start:end, first:last] = True
     assert torch.equal(visible.tril(), build_visibility(tree.subtree_end))
     assert tree.depths.tolist() == batch["position_ids"][0].tolist()
-
-
-@st.composite
-def long_trees(draw):
-    """Lengths about the size of a block of scores: shared or not, and a line that is seldom a multiple of it."""
-    trunk = np.arange(draw(st.integers(0, 400)))
-    cuts = draw(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 200)), min_size=1, max_size=6))
-    tails = [np.arange(length) + 1000 * (index + 1) for index, (_, length) in enumerate(cuts)]
-    return build_prefix_tree([np.concatenate([trunk[:cut], tail]) for (cut, _), tail in zip(cuts, tails)])
-
-
-@settings(deadline=None, max_examples=30)
-@given(long_trees(), st.sampled_from([None, 1, 100, 128, 300]))
-def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree, window):
-    """torch's own `create_block_mask` evaluates every pair; ours are computed from the tree alone.
-
-    A window leaves some blocks without a visible pair that ours have still: their bounds are those of all depths.
-    """
-    attention_tree, device = build_attention_tree(tree.subtree_end), torch.device("cpu")
-    mask = build_flex_mask(attention_tree, device, window)
-    index, num_tokens = torch.arange(len(tree.subtree_end)), len(tree.subtree_end)
-    visible = build_visibility(tree.subtree_end)
-    if window is not None:
-        depths = torch.from_numpy(tree.depths)
-        visible &= depths[:, None] - depths[None] < window
-    assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None]), visible)
-    expected = create_block_mask(mask.mask_mod, None, None, num_tokens, num_tokens, device="cpu")
-    assert mask.seq_lengths == expected.seq_lengths
-    for lists in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
-        counts, indices = (getattr(mask, name)[0, 0] for name in lists)
-        expected_counts, expected_indices = (getattr(expected, name)[0, 0] for name in lists)
-        for row, (count, expected_count) in enumerate(zip(counts, expected_counts)):
-            blocks, expected_blocks = indices[row, :count], expected_indices[row, :expected_count]
-            assert set(blocks.tolist()) >= set(expected_blocks.tolist())
-            if window is None or lists[0].startswith("full"):
-                assert torch.equal(blocks, expected_blocks)
-    assert build_flex_mask(attention_tree, device, window) is mask, "made once for all layers"
 
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
