@@ -67,7 +67,8 @@ class ShardedTrainer(Trainer):
         _check_plugin(plugin)
         if policy := plugin.mixed_precision_policy:
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-        if "sync_each_batch" not in (self.args.accelerator_config.gradient_accumulation_kwargs or {}):
+        accelerator_config: Any = self.args.accelerator_config
+        if "sync_each_batch" not in (accelerator_config.gradient_accumulation_kwargs or {}):
             # Else gradients stay whole on every process until the last micro-batch of a step.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if plugin.cpu_ram_efficient_loading:
