@@ -164,12 +164,10 @@ def build_empty_model(
         model = build_empty_model(base.name_or_path, trust_remote_code, revision, dtype, attn_implementation)
         model.name_or_path = path
         return model
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(path, revision=revision or "main", **options)
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
 
 
 def _has_files(folder: Path, patterns: tuple[str, ...]) -> bool:

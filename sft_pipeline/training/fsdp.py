@@ -4,7 +4,8 @@
 - With `cpu_ram_efficient_loading` the first process alone loads the model (sharded_loading.py).
 - The final model is saved unsharded, also when checkpoints are sharded (`state_dict_type: SHARDED_STATE_DICT`).
 - A run resumes from a checkpoint saved with or without FSDP, with any `state_dict_type` (checkpoint_formats.py).
-- In 16 bits, gradients are reduced in float32, and the outputs of the model (a loss, loss sums) are not cast down.
+- Gradients are reduced, and so sharded, after each micro-batch. In 16 bits they are reduced in float32, and the outputs
+  of the model (a loss, loss sums) are not cast down.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class ShardedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, enable FSDP on CPUs and fix the plugin's settings.
 
-        Overridden because accelerate leaves a model unsharded on CPUs, rounds sums of gradients in 16 bits, and gives
-        optimizers of models without weights wrong parameters.
+        Overridden because accelerate leaves a model unsharded on CPUs, keeps whole gradients while they accumulate,
+        rounds their sums in 16 bits, and gives optimizers of models without weights wrong parameters.
         """
         check_parallel_sizes(self.args, getattr(self, "model", None))
         super().create_accelerator_and_postprocess()
@@ -66,6 +67,10 @@ class ShardedTrainer(Trainer):
         _check_plugin(plugin)
         if policy := plugin.mixed_precision_policy:
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        accelerator_config: Any = self.args.accelerator_config
+        if "sync_each_batch" not in (accelerator_config.gradient_accumulation_kwargs or {}):
+            # Else gradients stay whole on every process until the last micro-batch of a step.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if plugin.cpu_ram_efficient_loading:
             prepare = self.accelerator.prepare
 

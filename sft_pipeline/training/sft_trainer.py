@@ -352,13 +352,13 @@ def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> Pre
     """Load the model of a folder or hub name; with `on_main_process` only there, and without weights elsewhere."""
     options = args.trust_remote_code, args.revision, getattr(torch, args.dtype), args.attn_implementation
 
-    def load() -> PreTrainedModel:
+    def build_whole() -> PreTrainedModel:
         return load_model(path, *options)
 
     def build_empty() -> PreTrainedModel:
         return build_empty_model(path, *options)
 
-    return load_on_main_process(args, load, build_empty) if on_main_process else load()
+    return load_on_main_process(args, build_whole, build_empty) if on_main_process else build_whole()
 
 
 def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:

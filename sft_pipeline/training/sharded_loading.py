@@ -5,7 +5,7 @@ needs weights (the checks of the head and of packed rows) is done by the first p
 others (`share_verdict` in utils/distributed.py). accelerate then shards the empty parameters and fills them.
 
     if loads_on_main_process(args):
-        model = load_on_main_process(args, load, build_empty)
+        model = load_on_main_process(args, build_whole, build_empty)
         with use_verdicts_of_main_process(args):
             model, collator = prepare_model(model, ...)
         align_with_main_process(args, model)
@@ -49,14 +49,14 @@ def loads_on_main_process(args: TrainingArguments) -> bool:
 
 
 def load_on_main_process(
-    args: TrainingArguments, load: Callable[[], PreTrainedModel], build_empty: Callable[[], PreTrainedModel]
+    args: TrainingArguments, build_whole: Callable[[], PreTrainedModel], build_empty: Callable[[], PreTrainedModel]
 ) -> PreTrainedModel:
-    """Return `load()` on the first process of all, and then `build_empty()` on the others.
+    """Return `build_whole()` on the first process of all, and then `build_empty()` on the others.
 
     An error of one of them is raised on all.
     """
     models: list[PreTrainedModel] = []
-    run_on_main_process(args, lambda: models.append(load()))
+    run_on_main_process(args, lambda: models.append(build_whole()))
     run_on_all_processes(args, lambda: None if models else models.append(build_empty()))
     return models[0]
 

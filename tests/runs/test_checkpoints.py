@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.checkpoints import save_checkpoint
 from support.resuming import HELD_OUT, Killed, build, cut_off, names
 from transformers import TrainerState
@@ -18,7 +20,16 @@ from sft_pipeline.runs.checkpoints import (
     rotate_checkpoints,
 )
 from sft_pipeline.utils.errors import SFTError
-from sft_pipeline.utils.files import find_damage
+from sft_pipeline.utils.files import divide_files, find_damage
+
+# The process that writes a file, by its name.
+OWNERS = {
+    "pytorch_model_fsdp_0/__0_0.distcp": 0,
+    "optimizer_0/__2_1.distcp": 2,
+    "rng_state_1.pth": 1,
+    "global_step5/bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt": 3,
+}
+FILE_NAMES = [*OWNERS, "model.safetensors", "optimizer.pt", "rng_state.pth", "pytorch_model_fsdp_0/.metadata"]
 
 # Complete or absent.
 
@@ -184,3 +195,36 @@ def test_a_named_checkpoint_is_checked(check, tmp_path):
     (checkpoint / "trainer_state.json").unlink()
     with pytest.raises(SFTError, match=rf"{checkpoint}: has no trainer_state.json; give a checkpoint-N folder$"):
         check(str(checkpoint))
+
+
+# Read by several processes.
+
+
+@given(st.dictionaries(st.sampled_from(FILE_NAMES), st.integers(0, 10**12)), st.integers(1, 9))
+def test_each_file_is_of_one_process_and_shards_are_of_the_process_that_wrote_them(sizes, count):
+    shares = divide_files(sizes, count)
+    assert sorted(name for share in shares for name in share) == sorted(sizes) and len(shares) == count
+    for process, share in enumerate(shares):
+        for name in share:
+            owner = OWNERS.get(name, count)
+            assert owner >= count or owner == process
+
+
+def test_files_of_no_process_are_divided_by_size():
+    sizes = {"a": 7, "b": 5, "c": 4, "d": 1, "pytorch_model_fsdp_0/__1_0.distcp": 6}
+    assert divide_files(sizes, 2) == [["a", "c", "d"], ["pytorch_model_fsdp_0/__1_0.distcp", "b"]]
+
+
+def test_every_damage_is_found_by_one_of_the_processes(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 1)
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS"]
+    for file in files:
+        content = file.read_text()
+        file.write_text(content + "!")
+        found = [find_damage(checkpoint, process, 2) for process in range(2)]
+        name = file.relative_to(checkpoint).as_posix()
+        assert sorted(found, key=str) == sorted([None, f"{name} differs from SHA256SUMS"], key=str)
+        file.write_text(content)
+    assert [find_damage(checkpoint, process, 5) for process in range(5)] == [None] * 5
+    files[0].unlink()
+    assert len({find_damage(checkpoint, process, 2) for process in range(2)}) == 1, "every process sees what is missing"

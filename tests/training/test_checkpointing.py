@@ -2,12 +2,16 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from support.processes import run_ranks
 from support.resuming import HELD_OUT, STEPS, assert_same_end, build, names
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from sft_pipeline.runs.checkpoints import find_newest_checkpoint
+from sft_pipeline.runs.checkpoints import find_checkpoint_to_resume, find_newest_checkpoint
+from sft_pipeline.utils import files
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import find_damage
 
@@ -92,3 +96,56 @@ def test_a_failed_save_is_one_line_and_removes_no_older_checkpoint(failure, whol
     build(tmp_path, save_total_limit=1, save_steps=STEPS).train(resume_from_checkpoint=find_newest_checkpoint(tmp_path))
     assert_same_end(whole, tmp_path)
     assert names(tmp_path) == [f"checkpoint-{STEPS}"]
+
+
+# Several processes.
+
+
+def run_saving_worker(process: int, folder: str) -> None:
+    """Save sharded checkpoints; each process notes which files it hashes. Then the second fails to hash one."""
+    out, hashed = Path(folder), []
+    hash_file = files.hash_file
+    fsdp = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "ddp_backend": "gloo"}
+
+    def note(file):
+        hashed.append(file.relative_to(next(path for path in file.parents if "checkpoint-" in path.name)).as_posix())
+        return hash_file(file)
+
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "hash_file", note)
+        build(out, max_steps=1, **fsdp).train()
+        saved = sorted(hashed)
+        hashed.clear()
+        trainer = build(out, max_steps=2, **fsdp)
+        trainer.args.resume_from_checkpoint = "auto"
+        checkpoint = find_checkpoint_to_resume(trainer.args, out)
+        read = sorted(hashed)
+        if process == 1:
+            patch.setattr(files, "hash_file", fail)
+        with pytest.raises(SFTError) as error_info:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    report = {"saved": saved, "read": read, "checkpoint": checkpoint, "error": str(error_info.value)}
+    (out / f"{process}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()
+
+
+def test_each_process_hashes_and_checks_what_it_wrote(tmp_path):
+    run_ranks(run_saving_worker, 2, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
+    checkpoint = tmp_path / "checkpoint-1"
+    listed = [line.partition("  ")[2] for line in (checkpoint / "SHA256SUMS").read_text().splitlines()]
+    assert listed == sorted(first["saved"] + second["saved"]), "each file once, by one of them"
+    assert find_damage(checkpoint) is None
+    for process, report in enumerate((first, second)):
+        own = [f"{folder}/__{process}_0.distcp" for folder in ("optimizer_0", "pytorch_model_fsdp_0")]
+        assert {*own, f"rng_state_{process}.pth"} <= set(report["saved"])
+        assert not any(f"__{1 - process}_" in name for name in report["saved"])
+        assert report["read"] == report["saved"] and report["checkpoint"] == str(checkpoint)
+    # A process that fails ends all with the same line, and leaves no checkpoint.
+    assert first["error"] == second["error"]
+    reason = "[Errno 5] Input/output error"
+    assert first["error"].startswith(f"{tmp_path / 'checkpoint-2'}: could not be saved ({reason}); older checkpoints")
+    assert not (tmp_path / "checkpoint-2").exists()

@@ -18,7 +18,7 @@ from support.trainers import VOCABULARY, make_model, make_trainer
 from support.two_processes import HELD_OUT, PROCESSES, ROWS, STEPS
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
@@ -33,6 +33,13 @@ ONE_PROCESS_SIZES, TWO_PROCESS_SIZES = (8, 1), (2, 2)  # rows per micro-batch, a
 CHUNK_BYTES = 4 * 3 * VOCABULARY  # three positions of the head per chunk
 
 
+class ShardedGradients(TrainerCallback):
+    """Between the micro-batches of a step, each process holds its shards of the gradients only."""
+
+    def on_substep_end(self, args, state, control, model, **kwargs):
+        assert all(isinstance(weight.grad, DTensor) for weight in model.parameters() if weight.requires_grad)
+
+
 def build(folder: Path, state_dict_type: str | None, tied: bool = True, adapters: bool = False, **arguments):
     """Return a trainer of eight packed rows per step with fused layers. state_dict_type: None for no FSDP."""
     size, accumulation = ONE_PROCESS_SIZES if state_dict_type is None else TWO_PROCESS_SIZES
@@ -43,7 +50,7 @@ def build(folder: Path, state_dict_type: str | None, tied: bool = True, adapters
     assert use_fused_layers(model) == (0 if adapters else 2)
     if state_dict_type:
         fsdp = {"fsdp": True, "fsdp_config": {"state_dict_type": state_dict_type}}
-        arguments = {"ddp_backend": "gloo", **fsdp, **arguments}
+        arguments = {"ddp_backend": "gloo", "callbacks": [ShardedGradients()], **fsdp, **arguments}
     steps = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT_STEP, "max_grad_norm": 1.0}
     steps["logging_steps"] = 2  # one logged mean spans the checkpoint
     adam = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-4}
