@@ -156,7 +156,7 @@ def test_workers_are_asked_in_turns_and_their_ends_are_results(tmp_path, monkeyp
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(speed, "SCRIPT", tmp_path / "stub.py")
     monkeypatch.setattr(speed, "choose_names", lambda setting: (["ours", "trainer"], ["trl: not installed"]))
-    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 1), ("rows", 2)))
+    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 20), ("rows", 40)))
     results = speed.measure(build_setting(tmp_path))
     names = [(run["tokens"], run["round"], run["name"]) for run in results["measurements"]]
     assert names == [(n, r, name) for n in (1, 2) for r in (1, 2) for name in ("ours", "trainer")]
@@ -170,7 +170,7 @@ def test_a_worker_that_takes_too_long_is_left(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(speed, "SCRIPT", tmp_path / "stub.py")
     monkeypatch.setattr(speed, "choose_names", lambda setting: (["ours", "trainer"], []))
-    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 3),))
+    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 60),))
     monkeypatch.setattr(speed, "SHORTEST", 0.5)
     results = speed.measure(build_setting(tmp_path, seconds=1.0))
     assert [run["error"] for run in results["measurements"]] == ["not finished in time"]

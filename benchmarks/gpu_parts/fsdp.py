@@ -38,7 +38,7 @@ def train(request: Run) -> Run:
 
     device = torch.device(request["device"])
     setting = Setting(device, request["shape"], request["small"])
-    rows = build_rows(ROWS * STEPS, setting.shape.vocabulary, scale=setting.choose(1.0, 0.05))
+    rows = build_rows(ROWS * STEPS, setting.shape.vocabulary, scale=setting.scale)
     keys = {"logging_strategy": "steps", "logging_steps": 1, "overwrite_output_dir": True, **request["keys"]}
     keys |= {"per_device_train_batch_size": ROWS // request["processes"], "ddp_backend": request["backend"]}
     clock = StepClock(device, 1)
