@@ -26,6 +26,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "two, whole": (2, {}),
     "two, sharded": (2, {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}),
 }
+SCRIPT = Path(__file__).resolve()
 ROWS, STEPS = 8, 4  # rows of a step, over all processes
 LOSS_LIMIT = 1e-3  # relative, in bf16: the processes round in another order
 
@@ -62,7 +63,7 @@ def run_processes(request: Run, folder: Path, seconds: float) -> Run:
         ranks = {"RANK": rank, "LOCAL_RANK": 0 if share_gpu else rank, "WORLD_SIZE": count, "MASTER_PORT": port}
         own = {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
         files.append([(folder / f"{rank}.{end}").open("w+", errors="replace") for end in ("out", "err")])
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(request)]
+        command = [sys.executable, str(SCRIPT), json.dumps(request)]
         variables = build_environment() | (own if count > 1 else {})
         processes.append(subprocess.Popen(command, env=variables, stdout=files[-1][0], stderr=files[-1][1]))
     try:
