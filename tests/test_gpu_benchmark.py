@@ -176,9 +176,13 @@ def test_a_worker_that_takes_too_long_is_left(tmp_path, monkeypatch):
     assert results["unfinished"] == "from rows, 3 tokens, round 1, trainer on"
 
 
-def test_what_cannot_run_on_a_cpu_is_said(tmp_path):
+def test_what_cannot_run_is_said(tmp_path, monkeypatch):
     names, missing = speed.choose_names(build_setting(tmp_path))
     assert names[:2] == ["ours", "trainer"] and missing[0] == "those with Liger, which needs a GPU"
+    monkeypatch.setattr(speed, "find_spec", lambda name: None if name == "trl" else name)
+    names, missing = speed.choose_names(Setting(torch.device("cuda")))
+    assert names == ["ours", "ours-compiled", "trainer", "trainer-liger"]
+    assert missing == [f"{name}: trl is not installed" for name in ("trl-liger", "trl-liger-flex")]
 
 
 # Several processes
