@@ -179,7 +179,7 @@ def write_output(output: Path | None, results: dict[str, Run]) -> None:
     for name, part in results.items():
         title = f"## {name}\n\n{part.get('gpu', {}).get('name', '')}{', small shapes' * part.get('small', False)}\n"
         tables = [table.format_markdown() for table in build_tables(name, part)]
-        texts.append("\n".join([title, *tables, *[describe_end(part)] * bool(describe_end(part))]))
+        texts.append("\n".join([title, *tables, *[f"{describe_end(part)}\n"] * bool(describe_end(part))]))
     output.with_suffix(".md").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 

@@ -39,7 +39,14 @@ SLOW_FILES = (
         "test_checkpointing",
         "test_export",
     ),
-    *("test_fault_tolerance", "test_hf_metrics", "test_resumable_jsonl", "test_train", "test_trainer"),
+    *(
+        "test_fault_tolerance",
+        "test_gpu_benchmark",
+        "test_hf_metrics",
+        "test_resumable_jsonl",
+        "test_train",
+        "test_trainer",
+    ),
 )
 
 

@@ -26,7 +26,6 @@ from gpu_parts.inputs import (
 )
 from gpu_parts.measuring import Setting, count_compilations, record_errors
 from scaling import count_flops
-from support.processes import run_ranks
 
 from sft_pipeline.utils.constants import IGNORED
 
@@ -156,7 +155,7 @@ def test_workers_are_asked_in_turns_and_their_ends_are_results(tmp_path, monkeyp
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(speed, "SCRIPT", tmp_path / "stub.py")
     monkeypatch.setattr(speed, "choose_names", lambda setting: (["ours", "trainer"], ["trl: not installed"]))
-    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 1), ("rows", 2)))
+    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 20), ("rows", 40)))
     results = speed.measure(build_setting(tmp_path))
     names = [(run["tokens"], run["round"], run["name"]) for run in results["measurements"]]
     assert names == [(n, r, name) for n in (1, 2) for r in (1, 2) for name in ("ours", "trainer")]
@@ -170,35 +169,58 @@ def test_a_worker_that_takes_too_long_is_left(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(speed, "SCRIPT", tmp_path / "stub.py")
     monkeypatch.setattr(speed, "choose_names", lambda setting: (["ours", "trainer"], []))
-    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 3),))
+    monkeypatch.setattr(speed, "SMALL_CASES", (("rows", 60),))
     monkeypatch.setattr(speed, "SHORTEST", 0.5)
     results = speed.measure(build_setting(tmp_path, seconds=1.0))
     assert [run["error"] for run in results["measurements"]] == ["not finished in time"]
     assert results["unfinished"] == "from rows, 3 tokens, round 1, trainer on"
 
 
-def test_what_cannot_run_on_a_cpu_is_said(tmp_path):
+def test_what_cannot_run_is_said(tmp_path, monkeypatch):
     names, missing = speed.choose_names(build_setting(tmp_path))
     assert names[:2] == ["ours", "trainer"] and missing[0] == "those with Liger, which needs a GPU"
+    monkeypatch.setattr(speed, "find_spec", lambda name: None if name == "trl" else name)
+    names, missing = speed.choose_names(Setting(torch.device("cuda")))
+    assert names == ["ours", "ours-compiled", "trainer", "trainer-liger"]
+    assert missing == [f"{name}: trl is not installed" for name in ("trl-liger", "trl-liger-flex")]
 
 
 # Several processes
 
 
-def run_rank(rank: int, request: dict, out: str) -> None:
-    Path(out, f"{rank}.json").write_text(json.dumps(fsdp.train(request)))
+RANKS = """
+import json, os, sys
+request = json.loads(sys.argv[1])
+rank = int(os.environ.get("RANK", 0))
+if request["keys"] and rank:
+    sys.exit("this process is lost")
+losses = [2.0, 1.0 + 1e-5 * (request["processes"] - 1)]
+assert len({"RANK", "LOCAL_RANK", "MASTER_PORT"} & set(os.environ)) == (3 if request["processes"] > 1 else 0)
+print(json.dumps({"losses": losses, "step_seconds": 1.0, "peak_gib": 1.0 + rank}))
+"""
 
 
-def test_two_processes_train_like_one(tmp_path):
+def test_processes_are_compared_and_their_errors_are_results(tmp_path, monkeypatch):
+    """The real ones are in `test_all_runs_whole`."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    monkeypatch.setattr(fsdp, "SCRIPT", tmp_path / "ranks.py")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    results = fsdp.measure(build_setting(tmp_path))
+    one, two, sharded = results["measurements"]
+    assert two["peak_gib"] == [1.0, 2.0] and two["backend"] == "gloo" and one["backend"] is None
+    assert two["is_equal"] and two["loss_error"] == pytest.approx(1e-5)
+    assert sharded["error"] == "status 1: this process is lost"
+    [table] = fsdp.build_tables(results)
+    assert [row[-1] for row in table.rows[:2]] == ["", "1.0e-05"] and table.rows[2][1] == sharded["error"]
+
+
+def test_one_process_trains(tmp_path):
     build_model(SMALL_SHAPES["qwen3"], CPU).save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
-    request = {"shape": "qwen3", "small": True, "device": "cpu", "model": str(tmp_path / "model")}
-    request["folder"] = str(tmp_path / "run")
-    one = fsdp.train(request | {"processes": 1, "backend": None, "keys": {}})
-    for _, (count, keys) in list(fsdp.CASES.items())[1:]:
-        run_ranks(run_rank, count, request | {"processes": count, "backend": "gloo", "keys": keys}, str(tmp_path))
-        two = json.loads((tmp_path / "0.json").read_text())
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and len(one["losses"]) == fsdp.STEPS
+    request = {"shape": "qwen3", "small": True, "device": "cpu", "model": str(tmp_path / "model"), "keys": {}}
+    run = fsdp.train(request | {"folder": str(tmp_path / "run"), "processes": 1, "backend": None})
+    assert len(run["losses"]) == fsdp.STEPS and run["step_seconds"] > 0
 
 
 # `all`
@@ -252,11 +274,10 @@ def test_shapes_of_a_gpu_are_refused_on_a_cpu(monkeypatch):
 
 @pytest.mark.real
 def test_all_runs_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "all"])
-    plan = {part: (part, "smollm2", 280) for part in gpu.PARTS}
-    monkeypatch.setattr(gpu, "PLAN", tuple(plan.values()))
-    results = gpu.run_all(build_args(seconds=1500.0, output=tmp_path / "all"))
-    assert set(results) == {f"{part} smollm2" for part in gpu.PARTS}
+    """Those parts that start processes; the others are measured above."""
+    monkeypatch.setattr(gpu, "PLAN", tuple((part, "smollm2", 300) for part in ("head", "speed", "fsdp")))
+    results = gpu.run_all(build_args(seconds=900.0, output=tmp_path / "all"))
+    assert list(results) == ["head smollm2", "speed smollm2", "fsdp smollm2"]
     for name, part in results.items():
         assert "ended" not in part and not [run for run in part["measurements"] if "error" in run], (name, part)
 

@@ -27,23 +27,22 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def build_cases(setting: Setting) -> dict[str, list[Row]]:
     """Build batches of about 16k tokens (few on a CPU), by what they are."""
-    vocabulary, scale = setting.shape.vocabulary, setting.choose(1.0, 0.05)
+    vocabulary, scale = setting.shape.vocabulary, setting.scale
     random = np.random.default_rng(0)
     count = setting.choose(72, 4)
     return {
         "rows of 226 tokens": build_rows(count, vocabulary, scale=scale),
         "with a shared start of 500": build_rows(count, vocabulary, shared=round(500 * scale), scale=scale),
         "8-turn conversations": build_conversations(setting.choose(4, 1), vocabulary, scale=scale),
-        "one row of 16k": [join([(draw_ids(random, setting.choose(16_384, 100), vocabulary), 1)])],
+        "one row of 16k": [join([(draw_ids(random, setting.choose(16_384, 200), vocabulary), 1)])],
     }
 
 
 def draw_heads(shape: Shape, lines: int, length: int, setting: Setting) -> list[Tensor]:
     """Draw queries, keys and values (lines, heads, length, head size)."""
-    dtype = setting.choose(torch.bfloat16, torch.float32)
     counts = (shape.heads, shape.kv_heads, shape.kv_heads)
     return [
-        torch.randn(lines, count, length, shape.head_size, device=setting.device).to(dtype).requires_grad_()
+        torch.randn(lines, count, length, shape.head_size, device=setting.device).to(setting.dtype).requires_grad_()
         for count in counts
     ]
 

@@ -46,7 +46,7 @@ def measure(setting: Setting) -> Run:
     torch.set_float32_matmul_precision("highest")
     new_tokens, scale = setting.choose((64, 1.0), (6, 0.1))
     results: Run = {"shape": shape.name, "new_tokens": new_tokens, "equality": [], "measurements": []}
-    for dtype in setting.choose((torch.float32, torch.bfloat16), (torch.float32,)):
+    for dtype in (torch.float32, torch.bfloat16) if setting.on_cuda else (torch.float32,):
         reset_peak(device)
         model = build_model(shape, device, dtype, initializer_range=0.05).eval()
         comparison = Comparison(model, stop_token_id=2)

@@ -115,8 +115,7 @@ def measure(setting: Setting) -> Run:
     device, shape = setting.device, setting.shape
     torch.set_float32_matmul_precision("highest")
     results: Run = {"shape": shape.name, "measurements": []}
-    scale, rows = setting.choose((1.0, 6), (0.05, 3))
-    for data, batches in build_batches(shape.vocabulary, scale, rows).items():
+    for data, batches in build_batches(shape.vocabulary, setting.scale, setting.choose(6, 3)).items():
         reset_peak(device)
         computations = build_computations(shape, device)
         losses, reference = run_backward(*computations["sdpa"], batches)

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "two, whole": (2, {}),
     "two, sharded": (2, {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}),
 }
+SCRIPT = Path(__file__).resolve()
 ROWS, STEPS = 8, 4  # rows of a step, over all processes
 LOSS_LIMIT = 1e-3  # relative, in bf16: the processes round in another order
 
@@ -38,7 +39,7 @@ def train(request: Run) -> Run:
 
     device = torch.device(request["device"])
     setting = Setting(device, request["shape"], request["small"])
-    rows = build_rows(ROWS * STEPS, setting.shape.vocabulary, scale=setting.choose(1.0, 0.05))
+    rows = build_rows(ROWS * STEPS, setting.shape.vocabulary, scale=setting.scale)
     keys = {"logging_strategy": "steps", "logging_steps": 1, "overwrite_output_dir": True, **request["keys"]}
     keys |= {"per_device_train_batch_size": ROWS // request["processes"], "ddp_backend": request["backend"]}
     clock = StepClock(device, 1)
@@ -62,7 +63,7 @@ def run_processes(request: Run, folder: Path, seconds: float) -> Run:
         ranks = {"RANK": rank, "LOCAL_RANK": 0 if share_gpu else rank, "WORLD_SIZE": count, "MASTER_PORT": port}
         own = {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
         files.append([(folder / f"{rank}.{end}").open("w+", errors="replace") for end in ("out", "err")])
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(request)]
+        command = [sys.executable, str(SCRIPT), json.dumps(request)]
         variables = build_environment() | (own if count > 1 else {})
         processes.append(subprocess.Popen(command, env=variables, stdout=files[-1][0], stderr=files[-1][1]))
     try:

@@ -66,11 +66,10 @@ def compute_error(actual: Tensor, expected: Tensor) -> float:
 def measure(setting: Setting) -> Run:
     device = setting.device
     results: Run = {"measurements": []}
-    dtype = setting.choose(torch.bfloat16, torch.float32)
     for outputs, hidden in setting.choose(SIZES, ((300, 32),)):
         for count in setting.choose(TARGETS, (40,)):
             torch.manual_seed(0)
-            states = torch.randn(count, hidden, device=device).to(dtype).requires_grad_()
+            states = torch.randn(count, hidden, device=device).to(setting.dtype).requires_grad_()
             weight = (0.02 * torch.randn(outputs, hidden, device=device)).requires_grad_()
             targets = torch.randint(outputs, (count,), device=device)
             reference = compute_reference(states, weight, targets)

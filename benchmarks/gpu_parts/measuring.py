@@ -47,6 +47,20 @@ class Setting:
     def seconds_left(self) -> float:
         return self.start_time + self.seconds - time.monotonic()
 
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def scale(self) -> float:
+        """The factor of all lengths of rows. Small batches on CUDA still have several blocks of 128 tokens."""
+        return 1.0 if not self.small else 0.5 if self.on_cuda else 0.05
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is compared: bf16 on CUDA, and float32 on a CPU, which may only emulate it."""
+        return torch.bfloat16 if self.on_cuda else torch.float32
+
     def choose(self, size: Any, small_size: Any) -> Any:
         return small_size if self.small else size
 

@@ -32,8 +32,8 @@ def estimate_bytes(shape: Shape, name: str, tokens: int) -> float:
 
 def measure_peak(setting: Setting, keys: dict[str, Any], tokens: int) -> Run:
     device, shape = setting.device, setting.shape
-    count = max(1, round(tokens / (MEAN_TOKENS * setting.choose(1.0, 0.05))))
-    rows = build_rows(2 * count, shape.vocabulary, scale=setting.choose(1.0, 0.05))
+    count = max(1, round(tokens / (MEAN_TOKENS * setting.scale)))
+    rows = build_rows(2 * count, shape.vocabulary, scale=setting.scale)
     keys = {"tokens_per_batch": 0, "per_device_train_batch_size": count, **keys}
     reset_peak(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def measure_peak(setting: Setting, keys: dict[str, Any], tokens: int) -> Run:
 
 def measure(setting: Setting) -> Run:
     results: Run = {"shape": setting.shape.name, "device": setting.device.type, "measurements": []}
-    for tokens in setting.choose(TOKENS, (40,)):
+    for tokens in setting.choose(TOKENS, (round(800 * setting.scale),)):
         for name, keys in CASES.items():
             run: Run = {"name": name, "tokens": tokens}
             run["estimated_gib"] = estimate_bytes(setting.shape, name, tokens) / GIB

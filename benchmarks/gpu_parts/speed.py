@@ -31,7 +31,7 @@ NAMES = ("ours", "ours-compiled", "trainer", "trainer-liger", "trl-liger", "trl-
 OTHERS = {"trainer", "trainer-liger", "trl", "trl-liger", "trl-liger-flex"}
 # What is measured, the most important first: the time may not be enough for all.
 CASES = (("rows", 16_384), ("conversations", 16_384), ("rows", 8192), ("rows", 2048))
-SMALL_CASES = (("rows", 40), ("conversations", 200))
+SMALL_CASES = (("rows", 800), ("conversations", 4000))  # times the scale
 STEPS, WARM_UP = 8, 3
 RESULT = "RESULT "
 SCRIPT = ROOT / "benchmarks" / "gpu_parts" / "trainers.py"
@@ -118,6 +118,7 @@ def measure(setting: Setting) -> Run:
     results: Run = {"shape": setting.shape.name, "missing": missing, "peak_flops": peak, "measurements": []}
     with start_workers(names, setting) as workers:
         for data, tokens in setting.choose(CASES, SMALL_CASES):
+            tokens = round(setting.choose(1.0, setting.scale) * tokens)
             for number in range(setting.rounds):
                 for name, worker in workers.items():
                     if setting.seconds_left < SHORTEST:

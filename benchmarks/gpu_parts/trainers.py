@@ -102,10 +102,9 @@ def train(name: str, setting: Setting, data: str, tokens: int, steps: int, warm_
     data: "rows" without a shared start, or "conversations" of 8 turns. Tokens are those of all sequences.
     """
     device, shape = setting.device, setting.shape
-    scale = setting.choose(1.0, 0.05)
     mean, build = (CONVERSATION_TOKENS, build_conversations) if data == "conversations" else (ROW_TOKENS, build_rows)
-    row_count = max(1, round(tokens / (mean * scale)))
-    rows = build((warm_up + steps) * row_count, shape.vocabulary, scale=scale)
+    row_count = max(1, round(tokens / (mean * setting.scale)))
+    rows = build((warm_up + steps) * row_count, shape.vocabulary, scale=setting.scale)
     reset_peak(device)
     held = torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     clock = StepClock(device, warm_up)

@@ -13,9 +13,18 @@ from gpu_parts.ours import build_our_trainer
 from sft_pipeline import SFTTrainer
 
 SHAPE = SMALL_SHAPES["qwen3"]
-ROWS = [*build_rows(9, SHAPE.vocabulary, shared=3, scale=0.1), *build_conversations(3, SHAPE.vocabulary, scale=0.1)]
+# On CUDA the batches have several blocks of FlexAttention's mask.
+SCALES = {"cpu": 0.1, "cuda": 1.0}
+ROWS = {
+    name: [
+        *build_rows(9, SHAPE.vocabulary, shared=round(30 * scale), scale=scale),
+        *build_conversations(3, SHAPE.vocabulary, scale=scale),
+    ]
+    for name, scale in SCALES.items()
+}
 STEPS = 6  # of two rows each
-EXACT = {"bf16": False}
+# Not Adam: its first steps are as large for a gradient that is all rounding.
+EXACT = {"bf16": False, "optim": "sgd", "learning_rate": 0.3}
 
 
 def build(folder: Path, device: torch.device, **keys) -> SFTTrainer:
@@ -24,7 +33,7 @@ def build(folder: Path, device: torch.device, **keys) -> SFTTrainer:
     if keys.get("bf16") is False and device.type == "cuda":
         keys["tf32"] = False
     keys = {"learning_rate": 1e-3, "max_grad_norm": 1.0, **keys}
-    return build_our_trainer(build_model(SHAPE, device), ROWS, str(folder), device.type, **keys)
+    return build_our_trainer(build_model(SHAPE, device), ROWS[device.type], str(folder), device.type, **keys)
 
 
 def run(folder: Path, device: torch.device, **keys) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -37,10 +46,10 @@ def run(folder: Path, device: torch.device, **keys) -> tuple[list[float], dict[s
 
 
 def assert_same_run(actual, expected) -> None:
-    """Equal but for the rounding of float32, which Adam's first steps enlarge."""
-    assert actual[0] == pytest.approx(expected[0], rel=1e-4)
+    """Equal but for the rounding of float32, in losses of which each is another."""
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5) and len(set(expected[0])) == STEPS
     for name, weight in expected[1].items():
-        torch.testing.assert_close(actual[1][name], weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual[1][name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("keys", [{}, {"lora": True}, {"activation_checkpointing": True}], ids=["full", "lora", "ckpt"])
