@@ -2,10 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from sft_pipeline.utils.errors import SFTError
+
 DEFAULT_PROJECT = "sft_pipeline"  # the project name in trackers; the library's default is huggingface
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """An entry of `train_data` or `eval_data`, in the words of `datasets.load_dataset`.
+
+    path: a file, a folder or the name of a hub dataset; split: of a hub dataset or a saved DatasetDict, by default
+    train. name (the configuration), revision and data_files are those of a hub dataset. weight: as in
+    `train_data_weights`.
+    """
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    weight: float | None = None
+
+    @classmethod
+    def parse(cls, entry: str | dict[str, Any], key: str = "source") -> SourceEntry:
+        """Parse a path, or an object of the fields above, which may be JSON text. Raises SFTError with `key`."""
+        if isinstance(entry, str) and not entry.lstrip().startswith("{"):
+            return cls(entry)
+        try:
+            values = json.loads(entry) if isinstance(entry, str) else dict(entry)
+        except ValueError as error:
+            raise SFTError(f"{key}: {entry!r} is not JSON ({error}); write {{path: ..., split: ...}}") from error
+        names = [member.name for member in fields(cls)]
+        for name, value in values.items():
+            if name not in names:
+                raise SFTError(f"{key}: an entry has the unknown key {name}; it may have {', '.join(names)}")
+            kind, noun = (float, "number") if name == "weight" else (str, "text")
+            members = value if name == "data_files" and isinstance(value, list) else [value]
+            if not members or not all(_is_of_kind(member, kind) for member in members):
+                raise SFTError(f"{key}: {name} of an entry is {value!r}; give a {noun}")
+        if "path" not in values:
+            raise SFTError(f"{key}: the entry {json.dumps(values, ensure_ascii=False)} has no path; add it")
+        return cls(**values)
+
+    def format(self) -> str | dict[str, Any]:
+        """Return what `parse` reads: the path alone, or an object."""
+        values = {member.name: getattr(self, member.name) for member in fields(self)}
+        values = {name: value for name, value in values.items() if value is not None}
+        return self.path if len(values) == 1 else values
+
+    @property
+    def label(self) -> str:
+        """The name of the source in logs and errors."""
+        names = ("name", "split", "revision", "data_files")
+        options = [f"{name}: {getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return f"{self.path} ({', '.join(options)})" if options else self.path
+
+
+def _is_of_kind(value: Any, kind: type) -> bool:
+    """Return whether a value is a number (`float`) or a text that is not empty (`str`)."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, str) and bool(value)
 
 
 @dataclass
@@ -18,7 +79,10 @@ class SFTArguments:
     )
     train_data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Training data: files, folders or hub names of datasets with instruction rows."},
+        metadata={
+            "help": "Training data: files, folders or hub names of datasets with instruction rows, each a name or "
+            "{path, name, split, revision, data_files, weight}."
+        },
     )
     eval_data: list[str] = field(
         default_factory=list,

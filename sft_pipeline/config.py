@@ -30,7 +30,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.utils import is_torch_tf32_available
 
-from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments
+from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments, SourceEntry
 from sft_pipeline.utils.errors import SFTError, format_error
 
 
@@ -84,6 +84,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
             # FlexAttention, as inductor still reads the older one.
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
         self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
+        self.train_data, self.eval_data = (_parse_entries(self, key) for key in ("train_data", "eval_data"))
         _check_values(self)
         _check_world_size(self)
 
@@ -225,6 +226,7 @@ def _format_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{key}={json.dumps(value)}"]
     if isinstance(value, list):
+        value = [json.dumps(item, ensure_ascii=False) if isinstance(item, dict) else item for item in value]
         if not any(typing.get_origin(member) is list for member in members):
             raise SFTError(f"{path}: {key} takes one value, not a list")
         return [f"--{key}", *map(str, value)]
@@ -253,6 +255,18 @@ def _check_known_keys(names: list[str], source: str) -> None:
         if key not in keys:
             suggestion = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
             raise SFTError(f"{source}: unknown key {key}; did you mean {suggestion}?")
+
+
+def _parse_entries(args: SFTConfig, key: str) -> list[str]:
+    """Parse the entries of train_data or eval_data; return each as a path, or as JSON text."""
+    entries: list[Any] = [SourceEntry.parse(entry, key) for entry in getattr(args, key)]
+    weighted = [entry.label for entry in entries if entry.weight is not None]
+    if weighted and key == "eval_data":
+        raise SFTError(f"eval_data: {weighted[0]} has a weight, and each held-out row counts once; remove it")
+    if weighted and args.train_data_weights:
+        raise SFTError(f"train_data: {weighted[0]} has a weight, and train_data_weights is set; remove one of them")
+    values = [entry.format() for entry in entries]
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
 
 
 def _parse_template_kwargs(value: Any) -> dict[str, Any] | None:
@@ -449,6 +463,8 @@ def build_config_record(args: SFTConfig) -> dict[str, Any]:
     default |= {"use_cpu": False, "ddp_backend": None, "bf16": False, "fp16": False}
     own_keys = [key.name for key in dataclasses.fields(SFTArguments)]
     values = args.to_dict()
+    for key in ("train_data", "eval_data"):
+        values[key] = [SourceEntry.parse(entry).format() for entry in values[key]]
     changed = [key for key in values if key in RECORDED_KEYS or values[key] != default.get(key)]
     # Exclude secrets, which only a program can have set, and the key that would make a repeated run replace this one.
     excluded = {key for key in changed if key.endswith("token")} | {"overwrite_output_dir"}

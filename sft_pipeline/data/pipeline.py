@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.arguments import SFTArguments, SourceEntry
 from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import parse_conversation
@@ -130,13 +130,12 @@ def _load_parts(
     args: SFTArguments, names: list[str], rows: Source | None, rows_name: str, unread: dict[str, dict[str, int]]
 ) -> list[Dataset]:
     """Load `rows`, or the sources that a key names; adds to `unread`."""
-    sources: dict[str, Source] = {name: name for name in names}
+    sources: list[tuple[str, Source]] = [(entry.label, entry) for entry in map(SourceEntry.parse, names)]
     if rows is not None:
-        sources = {str(rows) if isinstance(rows, (str, os.PathLike)) else rows_name: rows}
-        names = list(sources)
+        sources = [(str(rows) if isinstance(rows, (str, os.PathLike)) else rows_name, rows)]
     parts = []
-    for name in names:
-        part, unread[name] = load_source(sources[name], skip_bad_rows=args.skip_bad_rows, name=name)
+    for name, source in sources:
+        part, unread[name] = load_source(source, skip_bad_rows=args.skip_bad_rows, name=name)
         parts.append(part)
     return parts
 
@@ -144,7 +143,7 @@ def _load_parts(
 def _split_parts(
     args: SFTArguments, parts: list[Dataset], held_out_parts: list[Dataset]
 ) -> tuple[Dataset, Dataset | None]:
-    weights = args.train_data_weights or None
+    weights = args.train_data_weights or _list_entry_weights(args)
     if held_out_parts:
         train = mix_datasets(parts, weights)
         held_out = datasets.concatenate_datasets(held_out_parts)
@@ -156,6 +155,12 @@ def _split_parts(
         # The held-out rows are taken from the sources before weighting; the weights apply to the remaining rows.
         train = drop_overlap(mix_datasets(parts, weights), held_out)
     return train, held_out
+
+
+def _list_entry_weights(args: SFTArguments) -> list[float] | None:
+    """Return the weights of the entries of train_data, 1 for those without; None if none has one."""
+    weights = [SourceEntry.parse(entry).weight for entry in args.train_data]
+    return None if set(weights) <= {None} else [1.0 if weight is None else weight for weight in weights]
 
 
 def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict[str, Any], str]:

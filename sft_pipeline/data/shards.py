@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.arguments import SFTArguments, SourceEntry
 from sft_pipeline.config import SFTConfig
 from sft_pipeline.data.encode import ENCODING_FORMAT, EncodingStats, hash_texts, hash_tokenizer
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
@@ -109,12 +109,19 @@ def list_shard_inputs(args: SFTArguments, template: Template) -> dict[str, Any]:
         "format": SHARDS_FORMAT,
         "rows_format": ROWS_FORMAT,
         "encoding_format": ENCODING_FORMAT,
-        **{key: [[name, hash_source(name)] for name in getattr(args, key)] for key in SOURCES},
+        **{key: [[text, _hash_entry(text)] for text in getattr(args, key)] for key in SOURCES},
         **{key: getattr(args, key) for key in SETTINGS},
         "tokenizer": hash_tokenizer(template.tokenizer),
         "chat_template": hash_texts(template.chat_template),
         "chat_template_kwargs": template.chat_template_kwargs,
     }
+
+
+def _hash_entry(text: str) -> str | None:
+    """Return the hash of the content and weight of an entry; None if it is on the hub: its text then tells them."""
+    entry = SourceEntry.parse(text)
+    content = hash_source(entry.path, entry.split or "train")
+    return content if content is None or entry.weight is None else f"{content} {entry.weight}"
 
 
 def find_shard_mismatch(args: SFTArguments, template: Template, folder: Path) -> str | None:

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
+from sft_pipeline.arguments import SourceEntry
 from sft_pipeline.data.formats import (
     FORMATS,
     RowFormat,
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 ROWS_FORMAT = 3
 SHOWN_NAMES = 20  # most names of one source that are listed; in broken data every row may have others
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Mapping[str, Any]]
+Source: TypeAlias = str | os.PathLike[str] | SourceEntry | Dataset | Sequence[Mapping[str, Any]]
 FEATURES = Features(
     {
         "conversation": Value("string"),  # JSON text, see messages.py
@@ -70,18 +71,20 @@ def load_source(
     """Load a source as a dataset with the columns `conversation` (JSON text) and `origin`.
 
     A source is a file (.json, .jsonl, .csv, .parquet, .arrow), a folder of such files, a folder written by
-    `save_to_disk`, or a dataset on the hub; or rows in memory: a list of dictionaries or a `Dataset`. All files of a
-    folder are read, sorted by name, and must have the same row format. `split` selects a split of a hub dataset or of
-    a saved `DatasetDict`. Bad rows raise; with `skip_bad_rows` they are dropped and their number is logged. `name` is
-    what the log and the errors call the source.
+    `save_to_disk`, or a dataset on the hub, as a name or a SourceEntry; or rows in memory: a list of dictionaries or a
+    `Dataset`. All files of a folder are read, sorted by name, and must have the same row format. `split` selects a
+    split of a hub dataset or of a saved `DatasetDict`. Bad rows raise; with `skip_bad_rows` they are dropped and their
+    number is logged. `name` is what the log and the errors call the source.
 
     Also returns in how many rows each name is that nothing reads: the SHOWN_NAMES most frequent names, the largest
     number first. Raises SFTError: missing source, file that does not parse, unknown or mixed row formats, bad row, no
     rows.
     """
     if isinstance(source, (str, os.PathLike)):
-        name = name or str(source)
-        source = _resolve_source(str(source), split)
+        source = SourceEntry(str(source))
+    if isinstance(source, SourceEntry):
+        name, split = name or source.label, source.split or split
+        source = _resolve_source(source, split)
     else:
         name = name or ("dataset" if isinstance(source, Dataset) else "rows")
     unread: Counter[str] = Counter()
@@ -100,10 +103,20 @@ def load_source(
     return dataset, dict(unread.most_common(SHOWN_NAMES))
 
 
-def _resolve_source(name: str, split: str) -> Path | Dataset:
-    """Return the path of a folder or file, or the dataset of the hub."""
-    path = Path(name).expanduser()
-    return path if path.is_dir() or path.is_file() else _load_from_hub(name, split)
+def _resolve_source(entry: SourceEntry, split: str) -> Path | Dataset:
+    """Return the path of a folder or file, or the dataset of the hub.
+
+    Raises SFTError for options that a path does not have.
+    """
+    path = Path(entry.path).expanduser()
+    if not path.is_dir() and not path.is_file():
+        return _load_from_hub(entry, split)
+    for option in ("name", "revision", "data_files"):
+        if getattr(entry, option) is not None:
+            raise SFTError(f"{entry.path}: {option} is an option of a hub dataset, and this is a path; remove it")
+    if entry.split is not None and not (path / "dataset_dict.json").is_file():
+        raise SFTError(f"{entry.path}: has no splits, as a hub dataset or a saved DatasetDict; remove split")
+    return path
 
 
 def _load_path(path: Path, split: str) -> tuple[Dataset, str]:
@@ -137,7 +150,7 @@ def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRo
     elif path.is_file():
         yield from read_rows(path, format_line(path.name))
     else:
-        dataset = _load_from_hub(str(name_or_path), split)
+        dataset = _load_from_hub(SourceEntry(str(name_or_path)), split)
         row_format = detect_format(dataset.column_names, str(name_or_path), require_answer=False)
         tables = _select_arrow_columns(dataset, row_format).iter(batch_size=1000)
         rows = (row for table in tables for row in convert_to_rows(table))
@@ -303,11 +316,14 @@ def is_hub_name(name: str) -> bool:
     return Path(name).suffix.lower() not in READERS and bool(HUB_NAME.fullmatch(name)) and not name.startswith(".")
 
 
-def _load_from_hub(name: str, split: str) -> Dataset:
+def _load_from_hub(entry: SourceEntry, split: str) -> Dataset:
+    name = entry.path
     if not is_hub_name(name):
         raise SFTError(f"{name}: no such file or folder; check the path (current folder: {Path.cwd()})")
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(
+            name, entry.name, split=split, revision=entry.revision, data_files=entry.data_files
+        )
     except Exception as error:  # the hub client raises many classes: of the network, of HTTP and its own
         reason = f"{type(error).__name__}: {format_error(error)}"
         raise SFTError(

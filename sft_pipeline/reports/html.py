@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sft_pipeline.arguments import SourceEntry
 from sft_pipeline.evaluation.metrics.registry import METRICS, get_metric
 from sft_pipeline.evaluation.step_results import compute_changes
 from sft_pipeline.reports import charts, svg
@@ -139,7 +140,11 @@ def _render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": replace_control_characters, "to_text": _format_config_value}
+    environment.filters |= {
+        "visible": replace_control_characters,
+        "to_text": _format_config_value,
+        "to_labels": lambda entries: [SourceEntry.parse(entry).label for entry in entries],
+    }
     environment.globals |= {
         "get_metric": get_metric,
         "metric_names": list(METRICS),

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
+from sft_pipeline.arguments import SourceEntry
 from sft_pipeline.data.sources import is_hub_name
 from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED
 from sft_pipeline.model.loading import PACKAGED
@@ -37,7 +38,8 @@ def build_model_card(
     licence: an identifier of the Hub; None takes that of the base model. has_adapters: the model is saved as adapters.
     """
     config = results["config"]
-    base, data = config["model_name_or_path"], [*config.get("train_data", []), *config.get("eval_data", [])]
+    entries = [SourceEntry.parse(entry) for entry in (*config.get("train_data", []), *config.get("eval_data", []))]
+    base, data = config["model_name_or_path"], [entry.path for entry in entries]
     metadata = ModelCardData(
         model_name=name,
         base_model=_get_hub_model(base),

@@ -139,7 +139,7 @@ def test_csv_parquet_folders_and_saved_data_sets(tmp_path):
 
 def test_the_hub(monkeypatch):
     rows = datasets.Dataset.from_dict({"instruction": ["Hi"], "output": ["Yes?"], "other": [1]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split, **options: rows)
     assert load_prompts("some/rows") == [Prompt("some/rows row 0", {"messages": [user("Hi")]}, assistant("Yes?"))]
 
 

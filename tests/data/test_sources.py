@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.source_rows import EXPECTED, QUICK, ROWS, TEXT, fails, talk
 
+from sft_pipeline.arguments import SourceEntry
 from sft_pipeline.data import sources
 from sft_pipeline.data.formats import FORMATS, detect_format
 from sft_pipeline.data.messages import parse_conversation
@@ -596,23 +597,51 @@ def test_a_hub_name_offline():
 def test_a_hub_name_with_a_hub(monkeypatch):
     asked = []
 
-    def answer(name, split):
-        asked.append((name, split))
+    def answer(path, name, split, **options):
+        asked.append((path, name, split, options))
         return Dataset.from_list([{**row, "text": "x"} for row in [*ROWS, {"instruction": "Hi", "output": ""}]])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     dataset, _ = load_source("someone/rows", split="train[:4]", skip_bad_rows=True)
-    assert asked == [("someone/rows", "train[:4]")]
+    assert asked == [("someone/rows", None, "train[:4]", {"revision": None, "data_files": None})]
     assert dataset.column_names == ["conversation", "origin"] and dataset.format["type"] is None
     assert parse(dataset) == EXPECTED
     assert dataset["origin"][2] == "someone/rows row 2"
     fails(lambda: load_conversations("someone/rows"), "someone/rows row 3: no answer")
 
 
+def test_an_entry_has_the_options_of_load_dataset(tmp_path):
+    """`json` is the name of datasets' own builder, which needs no hub."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    entry = SourceEntry("json", split="train[1:]", data_files=str(file))
+    dataset, _ = load_source(entry)
+    assert parse(dataset) == EXPECTED[1:]
+    assert dataset["origin"][0] == f"json (split: train[1:], data_files: {file}) row 0"
+
+
+def test_an_entry_may_name_a_split_of_a_saved_dataset(tmp_path):
+    rows = Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "saved")
+    assert parse(load_source(SourceEntry(str(tmp_path / "saved"), split="test"))[0]) == [EXPECTED[1]]
+    assert len(load_source(SourceEntry(str(tmp_path / "saved")))[0]) == len(ROWS)
+
+
+def test_an_entry_of_a_path_has_no_options_of_the_hub(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n")
+    remedy = "is an option of a hub dataset, and this is a path; remove it"
+    fails(lambda: load_source(SourceEntry(str(file), name="x")), f"{file}: name {remedy}")
+    fails(lambda: load_source(SourceEntry(str(file), revision="x")), f"{file}: revision {remedy}")
+    fails(lambda: load_source(SourceEntry(str(file), data_files="x")), f"{file}: data_files {remedy}")
+    remedy = "has no splits, as a hub dataset or a saved DatasetDict; remove split"
+    fails(lambda: load_source(SourceEntry(str(file), split="test")), f"{file}: {remedy}")
+
+
 def test_paths_in_the_data_are_not_opened(monkeypatch, tmp_path):
     features = datasets.Features(instruction=datasets.Image(), output=datasets.Value("string"))
     rows = Dataset.from_dict({"instruction": [str(tmp_path / "secret.png")], "output": ["x"]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split, **options: rows)
     fails(
         lambda: load_conversations("someone/images"), "someone/images row 0: 'instruction' must be a string, got dict"
     )
