@@ -10,9 +10,11 @@ conclusions.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from report import Table
+
+from sft_pipeline.training.memory_estimate import Shape, count_activation_bytes
 
 GIB = 2**30
 # One accelerator and its links: data sheets of NVIDIA's H100 SXM and DGX H100.
@@ -24,61 +26,6 @@ PEAK_SHARE = 0.4  # reached: 38% to 43% in table 4 of "The Llama 3 Herd of Model
 # The rows of docs/speed.md, alpaca_en_demo.json.
 ROW_LENGTH, TARGET_SHARE = 245, 0.71  # tokens, and the share of them that is supervised
 LORA_RANK = 16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a decoder with Llama's architecture."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool
-    qk_norm: bool = False  # Qwen3's
-
-    @property
-    def query_size(self) -> int:
-        return self.heads * self.head_size
-
-    @property
-    def key_size(self) -> int:
-        return self.kv_heads * self.head_size
-
-    @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """Input and output sizes of a layer's matrices: query, key, value, output, gate, up, down."""
-        h, i = self.hidden, self.intermediate
-        query, key = self.query_size, self.key_size
-        return [(h, query), (h, key), (h, key), (query, h), (h, i), (h, i), (i, h)]
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of all layers' matrices, by which every token is multiplied."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.matrices)
-
-    @property
-    def head_parameters(self) -> int:
-        return self.vocabulary * self.hidden
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Parameters of the embeddings and the head."""
-        return self.head_parameters if self.tied else 2 * self.head_parameters
-
-    @property
-    def parameters(self) -> int:
-        norms = 2 * self.hidden + 2 * self.head_size * self.qk_norm
-        return self.layer_parameters + self.embedding_parameters + self.layers * norms + self.hidden
-
-    @property
-    def adapter_parameters(self) -> int:
-        """Parameters of LoRA on all matrices of the layers."""
-        return self.layers * LORA_RANK * sum(inputs + outputs for inputs, outputs in self.matrices)
 
 
 QWEN3 = Shape("Qwen3-0.6B", 28, 1024, 3072, 16, 8, 128, 151_936, tied=True, qk_norm=True)
@@ -111,21 +58,6 @@ def count_recompute_flops(shape: Shape, row_length: int = ROW_LENGTH) -> float:
 # Memory, in bytes.
 
 
-def count_layer_activation_bytes(shape: Shape) -> int:
-    """Count what a layer of the library keeps per token for the backward pass; docs/scaling.md lists the tensors."""
-    norms, casts = 2 * ((4 + 4) * shape.hidden + 4), (3 + 2) * 2 * shape.hidden
-    scores = 2 * (shape.query_size + 2 * shape.key_size) + 2 * shape.query_size + 4 * shape.heads
-    qk_norms = shape.qk_norm * ((4 + 2) * (shape.query_size + shape.key_size) + 4 * (shape.heads + shape.kv_heads))
-    return norms + casts + scores + qk_norms + 4 * 2 * shape.intermediate
-
-
-def count_activation_bytes(shape: Shape, checkpointing: bool) -> int:
-    """Count them per token for all layers; checkpointing keeps each layer's input and all of one layer."""
-    if checkpointing:
-        return shape.layers * 4 * shape.hidden + count_layer_activation_bytes(shape)
-    return shape.layers * count_layer_activation_bytes(shape)
-
-
 def count_state_bytes(shape: Shape, devices: int) -> float:
     """Count weights, gradients and AdamW's two moments in float32, and the bf16 casts of the weights; with several
     devices also DDP's buckets, which hold the gradients a second time."""
@@ -146,13 +78,13 @@ def count_lora_state_bytes(shape: Shape, devices: int) -> float:
     and optimizer state."""
     buckets = 4 if devices > 1 else 0
     casts = 2 * (shape.layer_parameters + shape.head_parameters)
-    return 4 * shape.parameters + casts + (16 + buckets) * shape.adapter_parameters
+    return 4 * shape.parameters + casts + (16 + buckets) * shape.count_adapter_parameters(LORA_RANK)
 
 
 def count_sharded_lora_state_bytes(shape: Shape, devices: int) -> float:
     """Count as `count_sharded_state_bytes`, without gradients of the unsharded weights."""
     layer = shape.layer_parameters / shape.layers
-    sharded = (4 * shape.parameters + 16 * shape.adapter_parameters) / devices
+    sharded = (4 * shape.parameters + 16 * shape.count_adapter_parameters(LORA_RANK)) / devices
     return sharded + 2 * 2 * layer + 2 * shape.embedding_parameters
 
 

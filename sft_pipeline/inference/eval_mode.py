@@ -1,5 +1,6 @@
 """Set up a model for inference: eval mode, a custom attention function and fused layers. All is restored afterwards."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import cast
@@ -35,6 +36,32 @@ def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[
         stack.enter_context(disable_fused_layers(model))
         stack.enter_context(_use_fused_layers(model, attention))
         yield
+
+
+@contextmanager
+def use_bf16_weights(model: nn.Module) -> Iterator[None]:
+    """Within this block, the float32 weights of `model` are bfloat16 copies, and autocast around its forward is off.
+
+    Autocast would round them for every token. The weights themselves stay in memory, and are there again with the same
+    bits at the end, also if the block raises; the copies are then freed.
+    """
+    forward = vars(model).pop("forward", None)
+    if forward is not None:
+        # accelerate wraps the forward in autocast; a class' own forward, which is found again without it, has no patch.
+        patched = inspect.unwrap(forward, stop=lambda function: hasattr(function, "head_obstacle"))
+        if hasattr(patched, "head_obstacle"):
+            vars(model)["forward"] = patched
+    weights = [(weight, weight.data) for weight in model.parameters() if weight.dtype == torch.float32]
+    try:
+        for weight, data in weights:
+            weight.data = data.to(torch.bfloat16)
+        yield
+    finally:
+        for weight, data in weights:
+            weight.data = data
+        vars(model).pop("forward", None)
+        if forward is not None:
+            vars(model)["forward"] = forward
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from sft_pipeline.kernels.cpu_attention import AttentionTree, compute_attention, compute_attention_grads
 from sft_pipeline.kernels.cpu_layer_inference import AnyModule, can_fuse_layer
@@ -71,9 +72,15 @@ class FusedTrainingForward:
     layer: AnyModule
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        tree = kwargs.get("prefix_tree")
-        if tree is None or not self._can_run(hidden_states):
+        if kwargs.get("prefix_tree") is None or not self._can_run(hidden_states):
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
+        if self.layer.gradient_checkpointing and self.layer.training:
+            # The library does so in the forward of the layer's class, which is not called here. Nothing is random.
+            return checkpoint(self._run, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self._run(hidden_states, **kwargs)
+
+    def _run(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        tree = kwargs["prefix_tree"]
         attention, mlp = self.layer.self_attn, self.layer.mlp
         input_norm, post_attention_norm = self.layer.input_layernorm, self.layer.post_attention_layernorm
         cos, sin = (t[0].unsqueeze(1) for t in kwargs["position_embeddings"])

@@ -191,29 +191,32 @@ def _shorten_window(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _measure_packing_difference(backbone: Any) -> float:
-    """Return the largest difference of hidden states between four short rows run one by one and packed.
+    """Return the largest difference of hidden states between short rows run one by one and packed.
 
-    It is divided by the largest hidden state. The rows are a tree of depth 2: two hang off the first, one of them has a
-    branch itself.
+    It is divided by the largest hidden state.
+    """
+    row_states, packed_states = (compute_check_states(backbone, packed) for packed in (False, True))
+    return ((packed_states - row_states).abs().max() / row_states.abs().max().clamp(min=1e-9)).item()
+
+
+def compute_check_states(backbone: Any, packed: bool) -> Tensor:
+    """Return the hidden states (24, hidden size) of four short rows, run packed or one by one, in float32.
+
+    The rows are a tree of depth 2: two hang off the first, one of them has a branch itself.
     """
     device = next(backbone.parameters()).device
     first, second, third, fourth = [*range(7)], [0, 1, 2, 7, 8, 9, 10], [0, 1, 2, 7, 8, 11], [0, 1, 12, 13]
     vocab_size = backbone.config.get_text_config().vocab_size
     input_ids = torch.tensor([[*first, *second[3:], 11, 12, 13]], device=device) % vocab_size
-    position_ids = torch.tensor([[*range(7), *range(3, 7), 5, 2, 3]], device=device)
-    subtree_end = np.array([14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14])
-    arguments = build_packed_arguments(build_attention_tree(subtree_end), device)
-    packed_states = backbone(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
-    ).last_hidden_state.float()
-    max_difference, max_state = 0.0, 1e-9
-    for row in (first, second, third, fourth):
-        positions = torch.tensor(row, device=device)
-        row_states = backbone(input_ids=input_ids[:, positions], use_cache=False).last_hidden_state.float()
-        difference = (packed_states[:, positions] - row_states).abs().max().item()
-        max_difference = max(max_difference, difference)
-        max_state = max(max_state, row_states.abs().max().item())
-    return max_difference / max_state
+    rows = [torch.tensor(row, device=device) for row in (first, second, third, fourth)]
+    if packed:
+        position_ids = torch.tensor([[*range(7), *range(3, 7), 5, 2, 3]], device=device)
+        subtree_end = np.array([14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14])
+        arguments = build_packed_arguments(build_attention_tree(subtree_end), device)
+        output = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
+        return output.last_hidden_state[0, torch.cat(rows)].float()
+    states = [backbone(input_ids=input_ids[:, row], use_cache=False).last_hidden_state[0] for row in rows]
+    return torch.cat(states).float()
 
 
 def _is_cuda(tensor: Tensor) -> bool:

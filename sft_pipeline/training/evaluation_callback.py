@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -46,6 +47,7 @@ from sft_pipeline.evaluation.step_results import (
     load_earlier_results,
 )
 from sft_pipeline.inference.answers import Answer, answer_prompts
+from sft_pipeline.inference.eval_mode import use_bf16_weights
 from sft_pipeline.runs.output_dir import EVALUATION_DIR
 from sft_pipeline.training.sharded_answers import ShardedAnswerer, is_sharded
 from sft_pipeline.training.trackers import read_last_tracked_step, send_table
@@ -174,7 +176,9 @@ class EvaluationCallback(TrainerCallback):
         Each process answers a share of them; a sharded model that no process has room for answers all of them on each.
         """
         if self._sharded is None:
-            return self._divide_questions(model, questions)
+            is_bf16 = questions and self.trainer.accelerator.mixed_precision == "bf16"
+            with use_bf16_weights(model) if is_bf16 else nullcontext():
+                return self._divide_questions(model, questions)
         if not questions:
             return []
         if self._sharded.fits():

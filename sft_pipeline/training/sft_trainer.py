@@ -10,6 +10,7 @@ It encodes the rows, prepares the model and answers held-out prompts at each eva
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -73,6 +74,7 @@ from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
+from sft_pipeline.training.memory_estimate import check_memory
 from sft_pipeline.training.parallel_sizes import check_parallel_sizes
 from sft_pipeline.training.precision import describe_precision, should_round_frozen_layers, take_model_dtype
 from sft_pipeline.training.sharded_loading import (
@@ -160,6 +162,8 @@ class SFTTrainer(SupervisedTrainer):
         set_seed(args.seed)
         on_main_process = isinstance(source, str) and loads_on_main_process(args)
         with times.measure("loading the model"):
+            if isinstance(source, str):
+                estimate_step(path, args, self.data, peft_config)
             model = load_model_for_run(path, args, on_main_process) if isinstance(source, str) else source
             set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
             if args.use_liger_kernel:
@@ -359,6 +363,27 @@ def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> Pre
         return build_empty_model(path, *options)
 
     return load_on_main_process(args, build_whole, build_empty) if on_main_process else build_whole()
+
+
+def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: PeftConfig | None) -> None:
+    """Log the memory of a step before the weights are loaded; raises SFTError where they are known not to fit.
+
+    Not for DeepSpeed, whose stages and offloading are its own.
+    """
+    if args.deepspeed_plugin is not None:
+        return
+    try:
+        model = build_empty_model(path, args.trust_remote_code, args.revision)
+    except (OSError, ValueError):
+        return  # loading it will say why
+    with torch.device("meta"):
+        if args.lora or peft_config:
+            model = add_adapters(model, copy.deepcopy(peft_config) or build_lora_config(args))
+        if args.trainable_modules:
+            freeze_except(model, args.trainable_modules)
+    packed = args.packing and args.attn_implementation is None
+    budget = choose_token_budget(args) if args.tokens_per_batch is None else args.tokens_per_batch
+    check_memory(model, args, data.train_stats, budget if packed else 0, packed)
 
 
 def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:

@@ -44,6 +44,7 @@ from sft_pipeline.model.loss_forward import check_loss_forward
 from sft_pipeline.model.packed_attention import check_packed_attention
 from sft_pipeline.runs.checkpoints import clear_leftovers
 from sft_pipeline.training.checkpointing import CheckpointingTrainer, RunningLoss
+from sft_pipeline.training.device_check import check_on_device
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence, write_diverged_rows
 from sft_pipeline.training.memory import (
     describe_batch_remedy,
@@ -192,6 +193,7 @@ class SupervisedTrainer(CheckpointingTrainer):
     def rehearse(self) -> None:
         """Check the model, run the heaviest batch once, and start the clock."""
         self.check_forwards()
+        check_on_device(self, packed=isinstance(self.data_collator, PackingCollator))
         batches, step = self.build_batch_sampler(), self._run_micro_batch
         rehearse_heaviest_batch(self, self.model_wrapped, batches, step, self._memory_remedy)
         self._start_time = time.perf_counter()

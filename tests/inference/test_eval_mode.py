@@ -1,13 +1,19 @@
 """The model set up for generation: what it was is put back, whatever happens in between."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from accelerate import Accelerator
 from support.generation import GREEDY, LLAMA, PROMPTS, make_model
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_pipeline.inference.engine import generate
+from sft_pipeline.inference.eval_mode import use_bf16_weights
 from sft_pipeline.inference.sampling import SamplingParams
+from sft_pipeline.model.loss_forward import patch_loss_forward
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -69,3 +75,37 @@ def test_a_model_class_without_source_can_generate():
     namespace = {"__module__": "notebook", "_can_set_attn_implementation_cached_value": None}
     model.__class__ = type("NotebookModel", (type(model),), namespace)
     assert generate(model, PROMPTS, [], GREEDY) == completions
+
+
+def test_bf16_copies_of_the_weights_decode_without_autocast_and_are_freed():
+    model = make_model("llama").train()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate wraps it
+    wrapped, weights = model.forward, {name: weight.data for name, weight in model.named_parameters()}
+    bits = {name: weight.clone() for name, weight in weights.items()}
+    is_autocast = []
+    hook = model.lm_head.register_forward_hook(lambda *call: is_autocast.append(torch.is_autocast_enabled("cpu")))
+    with pytest.raises(KeyboardInterrupt), use_bf16_weights(model):
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        copies = [weakref.ref(weight.data.untyped_storage()) for weight in model.parameters()]
+        assert len(generate(model, PROMPTS, [], GREEDY)) == len(PROMPTS)
+        raise KeyboardInterrupt
+    hook.remove()
+    assert is_autocast and not any(is_autocast)
+    assert model.forward is wrapped and all(weight.requires_grad for weight in model.parameters())
+    for name, weight in model.named_parameters():
+        assert weight.data_ptr() == weights[name].data_ptr() and torch.equal(weight, bits[name])
+    gc.collect()
+    assert not any(copy() for copy in copies)
+    model(torch.tensor([PROMPTS[3]]), labels=torch.tensor([PROMPTS[3]])).loss.backward()
+
+
+def test_bf16_copies_keep_the_patched_forward_below_autocast():
+    """accelerate's wrapper is around it; the class' own forward would take no losses."""
+    model = make_model("llama")
+    patch_loss_forward(model)
+    patched = model.forward
+    Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    assert model.forward is not patched
+    with use_bf16_weights(model):
+        assert model.forward is patched
+    assert model.forward is not patched and model.forward.__wrapped__

@@ -158,6 +158,29 @@ def test_checkpointed_layers_have_the_same_gradients():
     assert_same(run(fused, 2, [5, 3]), run(plain, 2, [5, 3]))
 
 
+def test_a_checkpointed_layer_keeps_only_its_input():
+    """The library checkpoints in the forward of the layer's class, which is not called here."""
+    tokens, kept = 37, set()
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        if tokens in tensor.shape:
+            kept.add((tensor.untyped_storage().data_ptr(), tuple(tensor.shape)))
+        return tensor
+
+    for is_checkpointed in (False, True):
+        kept.clear()
+        fused = copy.deepcopy(PAIRS["llama"][1]).train()
+        if is_checkpointed:
+            fused.activation_checkpointing_enable()
+        states = torch.randn(1, tokens, 32, requires_grad=True)
+        arguments = build_packed_arguments(build_tree(5, [20, 12]), torch.device("cpu"))
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            fused.model.layers[0](
+                states, position_embeddings=fused.model.rotary_emb(states, torch.arange(37)[None]), **arguments
+            )
+        assert {shape for _, shape in kept} == {(1, tokens, 32)} if is_checkpointed else len(kept) > 5
+
+
 def test_generation_sets_the_layers_aside_and_puts_them_back():
     plain, fused = PAIRS["qwen3"]
     forwards = [vars(layer)["forward"] for layer in fused.base_model.layers]

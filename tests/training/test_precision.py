@@ -1,5 +1,6 @@
 """bf16 on the CPU from end to end, weights in bfloat16, frozen weights under LoRA, and a given attention."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sft_pipeline.config import SFTConfig, parse_config
+from sft_pipeline.model import linear_cross_entropy, packed_attention
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.runs.output_dir import RUN_FILE
-from sft_pipeline.training import sft_trainer
+from sft_pipeline.training import evaluation_callback, sft_trainer
+from sft_pipeline.training.device_check import check_on_device
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import SFTError
 
@@ -204,3 +207,55 @@ def test_adapters_are_merged_into_the_weights_that_were_loaded(config, tmp_path,
     merged, adapted = load_model(str(tmp_path / "merged")), load_model(str(tmp_path / "adapters"))
     for (name, weight), expected in zip(merged.named_parameters(), adapted.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_run_in_bf16_decodes_with_bfloat16_weights(config, tmp_path, monkeypatch):
+    seen = []
+
+    def answer(model, *args, **kwargs):
+        seen.append(dtypes(model))
+        return answer_prompts(model, *args, **kwargs)
+
+    answer_prompts = evaluation_callback.answer_prompts
+    monkeypatch.setattr(evaluation_callback, "answer_prompts", answer)
+    run(config, tmp_path / "bf16", bf16=True, lora=True, max_steps=2)
+    run(config, tmp_path / "fp32", max_steps=2)
+    assert seen == [{torch.bfloat16}] * 2 + [{torch.float32}] * 2
+
+
+# The check of packing and the head on the device
+
+
+def build_trainer(config: Path, folder: Path, **keys: object) -> SFTTrainer:
+    words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
+    return SFTTrainer(args=parse_config(str(config), ["--output_dir", str(folder), "--eval_strategy=no", *words]))
+
+
+@pytest.mark.parametrize("keys", [{"bf16": True}, {"dtype": "bfloat16"}, {"bf16": True, "lora": True}])
+def test_an_attention_that_is_wrong_under_autocast_alone_is_found_before_the_first_step(
+    keys, config, tmp_path, monkeypatch
+):
+    attend = packed_attention._attend_sdpa  # used for packed rows, in other dtypes than float32
+    trainer = build_trainer(config, tmp_path / "right", **keys)
+    check_on_device(trainer, packed=True)
+    monkeypatch.setattr(packed_attention, "_attend_sdpa", lambda *args: attend(*args).roll(1, dims=1))
+    with pytest.raises(SFTError) as error:
+        trainer.train()
+    message = r"packing changes what LlamaForCausalLM computes on cpu in 16 bits: its hidden states have an error of "
+    assert re.fullmatch(
+        message + r"[\d.e-]+, at most [\d.e-]+ is due to rounding; set packing: false", str(error.value)
+    )
+    assert trainer.state.global_step == 0
+
+
+def test_a_head_that_is_wrong_under_autocast_alone_is_found(config, tmp_path, monkeypatch):
+    trainer = build_trainer(config, tmp_path, bf16=True, packing=False)
+    compute = linear_cross_entropy._compute_chunk
+
+    def compute_wrongly(*args):
+        losses, grads = compute(*args)
+        return (losses * 1.2, grads) if args[0].dtype == torch.bfloat16 else (losses, grads)
+
+    monkeypatch.setattr(linear_cross_entropy, "_compute_chunk", compute_wrongly)
+    with pytest.raises(SFTError, match="^the loss on cpu in 16 bits is not the cross-entropy of the logits of Llama"):
+        check_on_device(trainer, packed=False)

@@ -1,0 +1,80 @@
+"""Check once more that packing and the head change nothing: on the run's device and in its precision.
+
+The checks of the model when it is loaded run on the CPU without autocast, and so not through the kernels that train.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from sft_pipeline.model.module_utils import unwrap_peft, use_eval_mode
+from sft_pipeline.model.packed_attention import compute_check_states
+from sft_pipeline.utils.constants import IGNORED
+from sft_pipeline.utils.errors import SFTError
+
+ERROR_RATIO = 1.5  # the largest error of packed rows, in multiples of that of single rows
+# The largest relative differences where there is no exact reference, and below which none is looked at: of products in
+# 16 bits, in TF32 and in float32.
+TOLERANCES = {"16 bits": 5e-2, "TF32": 5e-3, "float32": 1e-4}
+
+
+def check_on_device(trainer: Trainer, packed: bool) -> None:
+    """Raise SFTError if packed rows or the head give other results than the model itself, up to rounding.
+
+    The reference are single rows through the model's own forward. Where the weights are float32, both are compared with
+    that forward without autocast: packing may add half of the error that the precision makes anyway. Not for a sharded
+    model, and not in float32 on the CPU, where this was checked when the model was loaded.
+    """
+    args: Any = trainer.args
+    model: Any = unwrap_peft(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    is_float32 = all(weight.dtype == torch.float32 for weight in model.parameters())
+    is_autocast = trainer.accelerator.mixed_precision != "no"
+    is_checked = args.device.type == "cpu" and is_float32 and not is_autocast
+    if is_checked or trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        return
+    precision = "16 bits" if is_autocast or not is_float32 else "TF32" if args.tf32 else "float32"
+    where = f"on {args.device.type} in {precision}"
+    with use_eval_mode(model):
+        exact = compute_check_states(model.base_model, packed=False) if is_float32 and is_autocast else None
+        with trainer.accelerator.autocast():
+            if packed:
+                states = [compute_check_states(model.base_model, is_packed) for is_packed in (False, True)]
+                _check_states(states[0], states[1], exact, where, TOLERANCES[precision], type(model).__name__)
+            _check_loss(model, where, TOLERANCES[precision])
+
+
+def _check_states(rows: Tensor, packed: Tensor, exact: Tensor | None, where: str, tolerance: float, name: str) -> None:
+    """Compare the hidden states of packed rows with those of single rows, by root mean squares."""
+    reference = rows if exact is None else exact
+    error = _measure_error(packed, reference)
+    allowed = tolerance if exact is None else max(ERROR_RATIO * _measure_error(rows, exact), TOLERANCES["TF32"])
+    if not error <= allowed:
+        raise SFTError(
+            f"packing changes what {name} computes {where}: its hidden states have an error of {error:.1g}, at most "
+            f"{allowed:.1g} is due to rounding; set packing: false"
+        )
+
+
+def _check_loss(model: Any, where: str, tolerance: float) -> None:
+    """Compare the loss of the patched forward on a short row with the cross-entropy of the model's own logits."""
+    input_ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
+    mask = torch.ones_like(input_ids)
+    loss = model(input_ids=input_ids, attention_mask=mask, shift_labels=labels, num_items_in_batch=7).loss
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:])
+    difference = (loss - expected).abs().item() / expected.clamp(min=1).item()
+    if not difference <= tolerance:
+        raise SFTError(
+            f"the loss {where} is not the cross-entropy of the logits of {type(model).__name__} (they differ by "
+            f"{difference:.1g}); this is an error of this package: please report it with the model's name"
+        )
+
+
+def _measure_error(states: Tensor, reference: Tensor) -> float:
+    return ((states - reference).square().mean().sqrt() / reference.square().mean().sqrt().clamp(min=1e-9)).item()
