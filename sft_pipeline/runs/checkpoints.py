@@ -35,15 +35,18 @@ logger = logging.getLogger(__name__)
 SAVING_DIR = ".saving"
 
 
-def hash_together(training: TrainingArguments, staging: Path) -> dict[str, str]:
+def hash_together(training: TrainingArguments, staging: Path, local_processes: int) -> dict[str, str]:
     """Hash the files that the processes have written to `staging`; return their sums by name, on every process.
 
-    Each process hashes and syncs the files that it wrote itself, and a share of the others, all at the same time. With
+    Each process hashes and syncs the files that it wrote itself, all at the same time. What the first process wrote
+    for all is divided among those of its machine (`local_processes`), as others may not see its disk. With
     `save_on_each_node` the first process of each node hashes what is on its node.
     """
     if training.save_on_each_node:
         return hash_files(staging, list_files(staging)) if training.should_save else {}
-    shares = run_on_main_process(training, lambda: divide_files(list_files(staging), training.world_size))
+    shares = run_on_main_process(
+        training, lambda: divide_files(list_files(staging), training.world_size, local_processes)
+    )
     parts = run_on_all_processes(training, lambda: hash_files(staging, shares[training.process_index]))
     return dict(item for part in parts for item in part.items())
 

@@ -27,6 +27,7 @@ from sft_pipeline.runs.checkpoints import (
     publish_files,
     rotate_checkpoints,
 )
+from sft_pipeline.training.devices import count_local_processes
 from sft_pipeline.training.fsdp import ShardedTrainer
 from sft_pipeline.training.rank_failures import is_collective_timeout
 from sft_pipeline.utils.distributed import run_on_all_processes
@@ -100,7 +101,7 @@ class CheckpointingTrainer(ShardedTrainer):
                 self._set_best_checkpoint(run_dir, staging_dir)
                 self.accelerator.wait_for_everyone()
                 with show_elapsed_time(f"checking {name}", bool(self.args.disable_tqdm) or not self.args.should_save):
-                    sums = hash_together(self.args, staging_dir)
+                    sums = hash_together(self.args, staging_dir, count_local_processes(self.args) or 1)
                 run_on_all_processes(self.args, lambda: self._publish(staging_dir, run_dir / name, sums))
         finally:
             self._is_saving_checkpoint = False

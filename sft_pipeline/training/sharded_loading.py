@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
 
 from sft_pipeline.utils.distributed import run_on_all_processes, run_on_main_process
@@ -113,12 +114,12 @@ def _set_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:
 def repair_sharding(objects: tuple[Any, ...]) -> Iterator[None]:
     """Repair, when the block ends, what accelerate 1.15 breaks in the block while it shards an empty model.
 
-    objects: what `Accelerator.prepare` gets; a block without a model is left alone. accelerate finds the new parameters
-    of the optimizer by the addresses of the old ones, which are all 0 on the meta device: the optimizer would get the
-    same one again and again. It takes every entry of the state dict for a sharded parameter: a buffer that is saved is
-    an error, so within the block no buffer is.
+    objects: what `Accelerator.prepare` gets; without a model that is not sharded yet nothing is done. accelerate finds
+    the new parameters of the optimizer by the addresses of the old ones, which are all 0 on the meta device: the
+    optimizer would get the same one again and again. It takes every entry of the state dict for a sharded parameter: a
+    buffer that is saved is an error, so within the block no buffer is.
     """
-    models = [value for value in objects if isinstance(value, nn.Module)]
+    models = [value for value in objects if isinstance(value, nn.Module) and not isinstance(value, FSDPModule)]
     optimizers = [value for value in objects if isinstance(value, torch.optim.Optimizer)]
     groups = [_list_group_names(optimizer, models[0]) for optimizer in optimizers] if models else []
     saved_buffers = [_list_saved_buffers(model) for model in models]

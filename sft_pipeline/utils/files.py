@@ -50,18 +50,18 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return sums
 
 
-def divide_files(sizes: dict[str, int], count: int) -> list[list[str]]:
+def divide_files(sizes: dict[str, int], count: int, local: int | None = None) -> list[list[str]]:
     """Divide files among `count` processes.
 
     A file that has the number of a process in its name (FILES_OF_PROCESSES) goes to this one, which wrote it. The
-    others go, largest first, to the process with the fewest bytes.
+    others go, largest first, to the one with the fewest bytes of the first `local` processes (default: of all).
     """
     shares: list[list[str]] = [[] for _ in range(count)]
     totals = [0] * count
     owners = {name: _read_owner(name, count) for name in sizes}
     for name in sorted(sizes, key=lambda name: (owners[name] is None, -sizes[name], name)):
         owner = owners[name]
-        index = totals.index(min(totals)) if owner is None else owner
+        index = totals.index(min(totals[:local])) if owner is None else owner
         shares[index].append(name)
         totals[index] += sizes[name]
     return shares

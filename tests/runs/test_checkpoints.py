@@ -213,6 +213,7 @@ def test_each_file_is_of_one_process_and_shards_are_of_the_process_that_wrote_th
 def test_files_of_no_process_are_divided_by_size():
     sizes = {"a": 7, "b": 5, "c": 4, "d": 1, "pytorch_model_fsdp_0/__1_0.distcp": 6}
     assert divide_files(sizes, 2) == [["a", "c", "d"], ["pytorch_model_fsdp_0/__1_0.distcp", "b"]]
+    assert divide_files(sizes, 3, local=1) == [["a", "b", "c", "d"], ["pytorch_model_fsdp_0/__1_0.distcp"], []]
 
 
 def test_every_damage_is_found_by_one_of_the_processes(tmp_path):
