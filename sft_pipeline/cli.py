@@ -94,9 +94,10 @@ def _run_train(args: argparse.Namespace, extra_args: list[str]) -> None:
     from rich.console import Console
 
     from sft_pipeline.config import parse_config
-    from sft_pipeline.train import train
+    from sft_pipeline.train import rehearse_run, train
 
-    train(parse_config(*_split_config_path(extra_args)), Console())
+    run = rehearse_run if args.dry_run else train
+    run(parse_config(*_split_config_path(extra_args)), Console())
 
 
 def _run_preview(args: argparse.Namespace, extra_args: list[str]) -> None:

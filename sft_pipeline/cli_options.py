@@ -68,10 +68,12 @@ class _HelpAction(argparse.Action):
 
 
 def _add_train(subparsers: Subparsers) -> None:
-    usage = "[CONFIG] [--key value ...]"
+    usage = "[CONFIG] [--dry_run] [--key value ...]"
     parser = _add_command(subparsers, "train", "fine-tune a model as a config says", usage, add_help=False)
     help = "list the keys that people set, or all keys"
     parser.add_argument("-h", "--help", action=_HelpAction, nargs="?", choices=["all"], metavar="all", help=help)
+    help = "do all but the steps: report rows, memory and time of the run, or its error"
+    parser.add_argument("--dry_run", action="store_true", help=help)
 
 
 def _add_preview(subparsers: Subparsers) -> None:

@@ -28,6 +28,25 @@ from sft_pipeline.utils.progress import show_elapsed_time
 
 
 @report_lost_ranks()
+def rehearse_run(args: SFTConfig, console: Console) -> None:
+    """Do everything of a run but its steps, and print what it would do. Writes nothing to the output folder.
+
+    Raises what the run would raise before its first step.
+    """
+    check_output_dir(args)
+    folder = get_output_dir(args)
+    has_folder = folder.exists()
+    trainer = SFTTrainer(args=args)
+    if trainer.is_world_process_zero():
+        print_row(trainer.data.train[0], trainer.template.tokenizer, "first training row", console)
+    plan = trainer.dry_run()
+    if trainer.is_world_process_zero():
+        print_line(console, f"dry run: {plan}")
+        if not has_folder:
+            folder.rmdir()  # the library creates it with the trainer
+
+
+@report_lost_ranks()
 def train(args: SFTConfig, console: Console) -> dict[str, Any]:
     """Fine-tune a model as the config says, save it and write the report; return what is written to results.json.
 

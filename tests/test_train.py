@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from support.training_runs import run_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_pipeline.cli import main
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.messages import add_system_prompt, parse_conversation, split_answer
@@ -223,6 +224,21 @@ def test_the_best_model_is_saved_and_training_stops_early(config, tmp_path):
     losses = [e["eval_loss"] for e in results["loss_curve"] if "eval_loss" in e and e["step"]]
     assert results["steps"] < 8
     assert results["eval_loss"]["after"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_a_dry_run_reports_and_writes_nothing(config, tmp_path, capsys):
+    main(["train", str(config), "--dry_run", "--output_dir", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"dry run: 34 rows, {STEPS} steps, ") for line in lines)
+    assert any("first training row" in line for line in lines) and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_ends_with_the_error_of_the_run(config, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", str(config), "--dry_run", "--output_dir", str(tmp_path / "out")])
+    assert exit_info.value.code == 2 and f"output_dir {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 # Resuming.

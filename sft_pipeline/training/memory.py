@@ -8,6 +8,7 @@ import math
 import random
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,16 +120,21 @@ def set_malloc_options() -> bool:
 
 
 def rehearse_heaviest_batch(
-    trainer: Trainer, model: nn.Module, batches: StepBatchSampler, step: Callable[..., Tensor], remedy: str
-) -> None:
+    trainer: Trainer,
+    model: nn.Module,
+    batches: StepBatchSampler,
+    step: Callable[..., Tensor],
+    remedy: str,
+    repeats: int = 1,
+) -> float | None:
     """Run forward and backward on the micro-batch that needs the most memory, and log the peak.
 
-    Every process runs `step(model, inputs, num_targets)` on the same micro-batch. Weights, gradients, mode and random
-    states are afterwards as before. Raises SFTError with `remedy` if memory runs out. Does nothing if a backward pass
-    would change weights.
+    Every process runs `step(model, inputs, num_targets)` on the same micro-batch, `repeats` times. Returns the computed
+    tokens per second of the last time. Weights, gradients, mode and random states are afterwards as before. Raises
+    SFTError with `remedy` if memory runs out. Does nothing and returns None if a backward pass would change weights.
     """
     if _has_step_in_backward(trainer):
-        return
+        return None
     args = trainer.args
     longest_together = args.train_sampling_strategy == "group_by_length"
     rows = find_heaviest_batch(batches, math.ceil(args.num_train_epochs), args.max_steps, longest_together)
@@ -138,10 +144,14 @@ def rehearse_heaviest_batch(
     num_targets, was_training = inputs["labels"].ne(IGNORED).sum().clamp(min=1).to(device), model.training
     with handle_out_of_memory(f"the heaviest batch ({size})", remedy, trainer.args), restore_random_states(device):
         optimizer_state = _create_optimizer_state(trainer)
-        step(model, inputs, num_targets)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step(model, inputs, num_targets).item()  # waits for the device
+    tokens_per_second = batches.lengths[rows].sum() / (time.perf_counter() - start)
     model.zero_grad()
     model.train(was_training)
     _log_peak_memory(size, sum(map(_count_local_bytes, optimizer_state)) / GIB, device)
+    return float(tokens_per_second)
 
 
 def find_heaviest_batch(

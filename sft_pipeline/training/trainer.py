@@ -94,6 +94,32 @@ class StepCheck(PreemptionCallback):
         super().on_epoch_end(args, state, control, **kwargs)
 
 
+class RunRehearsed(Exception):
+    """Raised in place of the first step of a dry run."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would do. tokens: computed, of all its steps; tokens_per_second: of all processes in the heaviest
+    batch, or None where it was not run."""
+
+    rows: int
+    steps: int
+    tokens: int
+    tokens_per_second: float | None
+
+    def __str__(self) -> str:
+        text = f"{self.rows:,} rows, {self.steps:,} steps, {self.tokens:,} tokens"
+        if self.tokens_per_second is None:
+            return text
+        seconds = self.tokens / self.tokens_per_second
+        amount = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+        return (
+            f"{text}: about {amount} at {self.tokens_per_second:,.0f} tokens/s, as in the heaviest batch, without "
+            "optimizer, evaluations and saving"
+        )
+
+
 @dataclass(frozen=True)
 class StepSums:
     """What is known of a step when it ends, still on its way to the host.
@@ -146,6 +172,8 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._sigterm = SigtermHandler()
         self._step_loss: Tensor | float = 0.0  # this process' part of the loss of the current step
         self._pending: StepSums | None = None  # of a step that is not checked yet
+        self._is_dry_run = False
+        self._rehearsed_tokens_per_second: float | None = None  # of one process
         # First, so that nothing else is started before the heaviest batch is known to fit.
         self.callback_handler.callbacks.insert(0, Rehearsal(self))
         self.add_callback(StepCheck(self))
@@ -190,12 +218,36 @@ class SupervisedTrainer(CheckpointingTrainer):
                 "replace it before the trainer is built"
             )
 
+    def dry_run(self) -> RunPlan:
+        """Prepare model and optimizer as for training, and run the heaviest batch, but no step.
+
+        Raises what `train` would raise before its first step.
+        """
+        self._is_dry_run = True
+        try:
+            super().train()
+        except RunRehearsed:
+            pass
+        finally:
+            self._is_dry_run = False
+        steps, rate = self.state.max_steps, self._rehearsed_tokens_per_second
+        num_rows = steps * self.get_total_train_batch_size(self.args)
+        if self.args.max_steps <= 0:
+            num_rows = round(len(self.train_dataset) * self.args.num_train_epochs)  # the last step of an epoch is short
+        tokens = round(num_rows * float(self._row_lengths.mean()))
+        return RunPlan(len(self.train_dataset), steps, tokens, rate and rate * self.data_ranks[0])
+
     def rehearse(self) -> None:
         """Check the model, run the heaviest batch once, and start the clock."""
         self.check_forwards()
         check_on_device(self, packed=isinstance(self.data_collator, PackingCollator))
         batches, step = self.build_batch_sampler(), self._run_micro_batch
-        rehearse_heaviest_batch(self, self.model_wrapped, batches, step, self._memory_remedy)
+        # The first run of a batch takes longer: memory is allocated and kernels are compiled.
+        self._rehearsed_tokens_per_second = rehearse_heaviest_batch(
+            self, self.model_wrapped, batches, step, self._memory_remedy, repeats=2 if self._is_dry_run else 1
+        )
+        if self._is_dry_run:
+            raise RunRehearsed
         self._start_time = time.perf_counter()
 
     @cached_property

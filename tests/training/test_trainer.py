@@ -15,7 +15,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from sft_pipeline.training.memory import measure_peak_memory_gib
-from sft_pipeline.training.trainer import compute_eval_metrics, count_tokens
+from sft_pipeline.training.trainer import RunPlan, compute_eval_metrics, count_tokens
 from sft_pipeline.utils.progress import TrainingProgress
 
 
@@ -201,3 +201,30 @@ def test_no_progress_bar_with_disable_tqdm(tmp_path, capsys):
     assert not any(isinstance(c, TrainingProgress) for c in trainer.callback_handler.callbacks)
     trainer.train()
     assert "tokens/s" not in "".join(capsys.readouterr())
+
+
+def test_a_dry_run_plans_the_steps_and_leaves_the_model_as_it_was(tmp_path):
+    rows = make_rows([(3, 4), (2, 5), (5, 2), (1, 6), (3, 4)])
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    trainer = make_trainer(tmp_path / "out", "packed", rows, max_steps=-1, num_train_epochs=3, **keys)
+    weights = [weight.clone() for weight in trainer.model.parameters()]
+    plan = trainer.dry_run()
+    assert (plan.rows, plan.steps, plan.tokens) == (5, 6, 3 * 45) and plan.tokens_per_second > 0
+    assert all(map(torch.equal, trainer.model.parameters(), weights))
+    assert trainer.state.global_step == 0 and not trainer.state.log_history and not any((tmp_path / "out").iterdir())
+    expected = make_trainer(tmp_path / "a", "packed", rows, max_steps=-1, num_train_epochs=3, **keys)
+    expected.train()
+    trainer.train()  # a dry run before it changes nothing
+    assert all(map(torch.equal, trainer.model.parameters(), expected.model.parameters()))
+
+
+def test_a_dry_run_of_max_steps_counts_the_rows_of_these_steps(tmp_path):
+    rows = make_rows([(3, 4)] * 5)
+    plan = make_trainer(tmp_path, "padded", rows, max_steps=7, per_device_train_batch_size=2).dry_run()
+    assert (plan.steps, plan.tokens) == (7, 7 * 2 * 9)
+
+
+def test_a_plan_tells_hours_or_minutes_or_that_it_does_not_know():
+    assert str(RunPlan(10, 20, 7200, None)) == "10 rows, 20 steps, 7,200 tokens"
+    assert "7,200 tokens: about 2.0 hours at 1 tokens/s" in str(RunPlan(10, 20, 7200, 1.0))
+    assert "about 1.2 minutes at 100 tokens/s" in str(RunPlan(10, 20, 7200, 100.0))
