@@ -50,7 +50,7 @@ class StepBatchSampler:
     `lengths` (rows,) are the tokens of each row. They and one permutation are all that is stored: 12 bytes per row.
 
     Micro-batches have similar numbers of tokens if `packed`, else of rows. A micro-batch is empty only if a step has
-    fewer rows than micro-batches. The collators turn it into one token without a target, which adds nothing to the
+    fewer rows than micro-batches. The collators turn it into two tokens without a target, which add nothing to the
     loss, so that all processes run the same number of forward passes.
     """
 

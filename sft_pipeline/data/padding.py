@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sft_pipeline.utils.constants import IGNORED
 
-# Stands for the rows of an empty micro-batch (see batch_sampler.py): one token without a target adds nothing to a loss.
-DUMMY_ROW: dict[str, Any] = {"input_ids": [0], "labels": [IGNORED]}
+# Stands for the rows of an empty micro-batch (see batch_sampler.py): tokens without a target add nothing to a loss.
+# They are two because torch.compile makes other code for a length of one.
+DUMMY_ROW: dict[str, Any] = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}
 
 
 def split_sequences(row: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,6 +17,7 @@ from sft_pipeline.kernels.cpu_layer_inference import (
     can_fuse_linear,
 )
 from sft_pipeline.kernels.cpu_layer_training import disable_fused_layers
+from sft_pipeline.model.compiled_layers import run_layers_eagerly
 from sft_pipeline.model.module_utils import restore_configs, use_eval_mode
 
 ATTENTION = "sft_generation"
@@ -34,6 +35,7 @@ def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[
         stack.enter_context(use_eval_mode(model))
         stack.enter_context(_use_attention(model, attention))
         stack.enter_context(disable_fused_layers(model))
+        stack.enter_context(run_layers_eagerly())
         stack.enter_context(_use_fused_layers(model, attention))
         yield
 

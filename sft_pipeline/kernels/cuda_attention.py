@@ -73,15 +73,18 @@ def build_flex_mask(tree: AttentionTree, device: torch.device, window: int | Non
         mask_mod = is_within_window
 
     partial_blocks, full_blocks = find_flex_blocks(tree, window)
-    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    names += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
-    lists = [array for blocks in (partial_blocks, full_blocks) for array in _list_blocks(blocks)]
-    lists += [array for blocks in (partial_blocks.T, full_blocks.T) for array in _list_blocks(blocks)]
+    lists: dict[str, Any] = {}
+    for name, blocks in (
+        ("kv", partial_blocks),
+        ("full_kv", full_blocks),
+        ("q", partial_blocks.T),
+        ("full_q", full_blocks.T),
+    ):
+        counts, indices = _list_blocks(blocks)
+        lists[f"{name}_num_blocks"] = copy_to_device(counts[None, None], device)
+        lists[f"{name}_indices"] = copy_to_device(indices[None, None], device)
     return BlockMask(
-        seq_lengths=(num_tokens, num_tokens),
-        BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
-        mask_mod=mask_mod,
-        **{name: copy_to_device(array[None, None], device) for name, array in zip(names, lists, strict=True)},
+        seq_lengths=(num_tokens, num_tokens), BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=mask_mod, **lists
     )
 
 
@@ -140,7 +143,7 @@ def build_varlen_lengths(tree: AttentionTree, device: torch.device) -> tuple[Ten
 
 
 @cache
-def find_varlen_attention(device: torch.device) -> Callable[..., Tensor] | None:
+def find_varlen_attention(device: torch.device) -> Callable[..., Any] | None:
     """Return torch's variable-length attention, or None where the device or the release of torch does not have it.
 
     It runs FlashAttention, which needs compute capability 8. Earlier releases have no scale and no window, later ones

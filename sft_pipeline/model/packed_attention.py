@@ -57,6 +57,7 @@ def build_packed_arguments(tree: AttentionTree, device: torch.device) -> dict[st
     return {"prefix_tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
 
 
+@torch.compiler.disable  # called from compiled layers (compiled_layers.py), not compiled with them
 def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -81,9 +82,10 @@ def packed_attention_forward(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = cast_to_one_dtype(query, key, value)
-    if dropout:
+    # A block or less is no work for a GPU, and FlexAttention would compile other kernels for it.
+    if dropout or (_is_cuda(query) and query.shape[2] <= FLEX_BLOCK):
         return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout, sliding_window), None
-    if _is_cuda(query) and query.shape[2] > FLEX_BLOCK:
+    if _is_cuda(query):
         attend = attend_varlen if can_use_varlen(query, key, value, prefix_tree) else attend_flex
         return attend(query, key, value, prefix_tree, scaling, sliding_window), None
     if _is_float32(query):

@@ -159,13 +159,13 @@ def test_computed_tokens_are_those_of_the_rows_tree():
 
 @pytest.mark.parametrize("collate", [PaddingCollator(0), pack_rows], ids=["padded", "packed"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_reads_an_empty_batch_as_one_token_without_a_target(collate, workers):
+def test_the_loader_reads_an_empty_batch_as_two_tokens_without_a_target(collate, workers):
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[2, 3, IGNORED]]})
     sampler = StepBatchSampler([3], seed=0, rows=1, processes=2, process=1)
     [batch] = EpochDataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
     assert (batch["shift_labels"] == IGNORED).all()
-    assert batch.get("attention_mask", batch["input_ids"].new_ones(1)).sum() == 1
-    assert batch["target_counts"].tolist() == [0] and batch.get("token_counts", torch.tensor([1])).tolist() == [1]
+    assert batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() == 2
+    assert batch["target_counts"].tolist() == [0] and batch.get("token_counts", torch.tensor([2])).tolist() == [2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -81,9 +81,9 @@ def test_a_position_may_have_several_targets():
     assert batch["target_positions"].tolist() == [4, 4] and batch["labels"].tolist() == [[8, 9]]
 
 
-def test_an_empty_micro_batch_is_one_token_without_a_target():
+def test_an_empty_micro_batch_is_two_tokens_without_a_target():
     batch = pack_rows([])
-    assert batch["input_ids"].shape == (1, 1) and batch["labels"].shape == (1, 0)
+    assert batch["input_ids"].shape == (1, 2) and batch["labels"].shape == (1, 0)
     assert batch["target_counts"].tolist() == [0]
 
 

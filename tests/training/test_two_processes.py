@@ -139,8 +139,8 @@ def test_two_processes_train_conversations_of_several_sequences_like_one(two_pro
 
 
 def test_tokens_of_all_processes_are_counted(two_processes, one_process):
-    """An empty micro-batch counts one token; there is one in each of three complete epochs."""
-    assert two_processes["packed 4 x 1"]["tokens"] == one_process["tokens"] + 3
+    """An empty micro-batch counts two tokens; there is one in each of three complete epochs."""
+    assert two_processes["packed 4 x 1"]["tokens"] == one_process["tokens"] + 6
 
 
 @pytest.mark.parametrize("where", ["one process", "two processes"])
