@@ -185,9 +185,8 @@ def estimate_memory(
     if shards_model(args):
         layer_weights = (trained + frozen - shape.embedding_parameters) / shape.layers
         weights, grads, optimizer = (part / args.world_size for part in (weights, grads, optimizer))
-        weights += (
-            2 * compute_size * layer_weights + compute_size * shape.embedding_parameters
-        )  # one in use, one gathered
+        gathered = 2 * layer_weights + shape.embedding_parameters  # one layer in use, one on its way
+        weights += compute_size * gathered
         if not has_adapters:
             grads += (compute_size + 4) * (layer_weights + shape.embedding_parameters)
     else:
