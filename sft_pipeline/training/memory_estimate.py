@@ -142,7 +142,7 @@ class MemoryEstimate:
     optimizer: float
     activations: float  # of one micro-batch
     tokens: int  # of this micro-batch
-    head: float  # gradient and logits of the chunk in which the loss is computed
+    head: float  # the head's gradient, and what the loss and then a layer's backward pass compute with
     accumulates: bool  # whether a step has several micro-batches, so that the gradients of one stay for the next
 
     @property
@@ -183,25 +183,30 @@ def estimate_memory(
     matrices = shape.layer_parameters + shape.head_parameters
     compute_size = 2 if is_autocast or size == 2 else 4
     if shards_model(args):
-        layer = (trained + frozen - shape.embedding_parameters) / shape.layers
+        layer_weights = (trained + frozen - shape.embedding_parameters) / shape.layers
         weights, grads, optimizer = (part / args.world_size for part in (weights, grads, optimizer))
-        weights += 2 * compute_size * layer + compute_size * shape.embedding_parameters  # one in use, one gathered
+        gathered = 2 * layer_weights + shape.embedding_parameters  # one layer in use, one on its way
+        weights += compute_size * gathered
         if not has_adapters:
-            grads += (compute_size + 4) * (layer + shape.embedding_parameters)
+            grads += (compute_size + 4) * (layer_weights + shape.embedding_parameters)
     else:
         weights += 2 * matrices if is_autocast and size == 4 and not rounded else 0
         weights += 4 * trained if args.world_size > 1 else 0  # DDP's buckets
     kind = _choose_kind(model, args, packed, is_autocast)
     step_size = {"autocast": 2, "bfloat16": 2}.get(kind, 4)
-    activations = count_activation_bytes(shape, bool(args.activation_checkpointing), kind)
-    activations += 5 * 4 * shape.hidden  # the last norm, the states of the head and their gradient
+    is_checkpointed = bool(args.activation_checkpointing)
+    activations = tokens * count_activation_bytes(shape, is_checkpointed, kind)
+    # First the last norm, the states at the targets and the logits of a chunk of the loss; then what the backward pass
+    # of a layer computes. What a checkpointed layer keeps is there for the latter alone.
     chunk = CUDA_CHUNK_BYTES if args.device.type == "cuda" else CHUNK_BYTES
-    # The logits of a chunk of the loss, or what the backward pass of a layer computes: one after the other.
     logits = (2 if compute_size == 4 else 3) * min(chunk, 4 * shape.vocabulary * tokens * supervised_share)
+    states = tokens * 5 * 4 * shape.hidden
     layer_grads = tokens * step_size * (3 * shape.intermediate + 4 * shape.hidden)
+    layer = tokens * count_layer_activation_bytes(shape, kind)
+    work = max(states + logits - layer, layer_grads) if is_checkpointed else states + max(logits, layer_grads)
     head_grad = 0 if has_adapters or not causal_lm.get_output_embeddings().weight.requires_grad else 4
-    head = head_grad * shape.head_parameters + max(logits, layer_grads)
-    return MemoryEstimate(weights, grads, optimizer, tokens * activations, tokens, head, accumulates)
+    head = head_grad * shape.head_parameters + work
+    return MemoryEstimate(weights, grads, optimizer, activations, tokens, head, accumulates)
 
 
 def _count_optimizer_bytes(optimizer: str, size: int) -> int:
