@@ -1,5 +1,8 @@
 """Attention over packed rows and trees against sdpa over the padded sequences: milliseconds and error.
 
+`packed` is the attention that this project chooses for rows side by side (torch's variable-length attention where it
+can), `packed, flex` FlexAttention over the same rows, which it takes for every tree.
+
 One layer's queries, keys and values in bf16 (float32 on a CPU), forward and backward. The error is that of the output
 against sdpa in float32 over each sequence by itself, next to the error of sdpa in the same precision.
 """
@@ -20,6 +23,7 @@ from gpu_parts.inputs import Row, build_conversations, build_rows, draw_ids, ite
 from gpu_parts.measuring import Setting, record_errors, time_call
 from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.data.prefix_tree import build_prefix_tree
+from sft_pipeline.kernels.cuda_attention import attend_flex
 from sft_pipeline.model.packed_attention import packed_attention_forward
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,13 +51,15 @@ def draw_heads(shape: Shape, lines: int, length: int, setting: Setting) -> list[
     ]
 
 
-def build_packed(rows: Sequence[Row], share: bool) -> tuple[Attend, int]:
-    """Return the attention of a packed batch and its number of tokens."""
-    tree: Any = pack_rows(list(rows), share)["prefix_tree"]
+def build_packed(rows: Sequence[Row], name: str) -> tuple[Attend, int]:
+    """Return the attention `name` of a packed batch and its number of tokens."""
+    tree: Any = pack_rows(list(rows), name == "tree")["prefix_tree"]
     module = torch.nn.Module()
     module.is_causal = True  # type: ignore[assignment]  # as the attention layers of transformers have it
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if name == "packed, flex":
+            return attend_flex(query, key, value, tree, query.shape[-1] ** -0.5, None).transpose(1, 2)
         return packed_attention_forward(module, query, key, value, None, prefix_tree=tree)[0].transpose(1, 2)
 
     return attend, len(tree.subtree_end)
@@ -108,7 +114,8 @@ def measure(setting: Setting) -> Run:
     results: Run = {"shape": shape.name, "measurements": []}
     for data, rows in build_cases(setting).items():
         lengths = [len(ids) for ids, _ in iterate_sequences(rows)]
-        for name in ("tree", "packed", "padded"):
+        # FlexAttention has no backward pass on a CPU.
+        for name in ("tree", "packed", *["packed, flex"] * setting.on_cuda, "padded"):
             run: Run = {"data": data, "name": name, "tokens": sum(lengths)}
             torch.manual_seed(0)
             with record_errors(run):
@@ -117,7 +124,7 @@ def measure(setting: Setting) -> Run:
                     heads = draw_heads(shape, len(lengths), max(lengths), setting)
                     run |= time_attention(attend_padded, heads, setting)
                 else:
-                    attend, run["computed_tokens"] = build_packed(rows, name == "tree")
+                    attend, run["computed_tokens"] = build_packed(rows, name)
                     heads = draw_heads(shape, 1, run["computed_tokens"], setting)
                     run["max_error"], run["sdpa_error"] = compute_packed_error(rows, name == "tree", attend, heads)
                     run |= time_attention(attend, heads, setting)
