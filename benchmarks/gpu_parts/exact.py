@@ -1,9 +1,10 @@
-"""Loss and gradients of padded, packed and tree batches against the plain computation with sdpa.
+"""Loss and gradients of padded, packed and tree batches, also with compiled layers, against the plain computation.
 
-The reference is the model's own forward over a padded batch in float32 without TF32, with torch's cross-entropy of all
-logits. In float32 the largest error of a gradient, relative to its largest element, must be at most 1e-4. In bf16
-(autocast over float32 weights) the error of all gradients (the norm of the difference over the norm) must be at most
-1.5 times the one of the reference's own computation in bf16, and likewise that of the loss of single batches.
+The reference is the model's own forward with sdpa over a padded batch in float32 without TF32, with torch's
+cross-entropy of all logits. In float32 the largest error of a gradient, relative to its largest element, must be at
+most 1e-4. In bf16 (autocast over float32 weights) the error of all gradients (the norm of the difference over the norm)
+must be at most 1.5 times the one of the reference's own computation in bf16, and likewise that of the loss of single
+batches.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gpu_parts.inputs import Row, build_conversations, build_model, build_rows
 from gpu_parts.measuring import Setting, record_errors, reset_peak
 from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.data.padding import PaddingCollator
+from sft_pipeline.model.compiled_layers import compile_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.utils.constants import IGNORED
 
@@ -54,11 +56,15 @@ def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def build_computations(shape: Any, device: torch.device, **keys: Any) -> dict[str, tuple[nn.Module, Compute]]:
     """Build the same model once for each computation: its parameters, and the loss of rows."""
     plain = build_model(shape, device, initializer_range=INITIAL_RANGE, **keys)
-    models = {name: deepcopy(plain) for name in ("padded", "packed", "tree")}
+    # Compiling takes too long on a CPU.
+    packed_names = ("packed", "tree", *["compiled tree"] * (device.type == "cuda"))
+    models = {name: deepcopy(plain) for name in ("padded", *packed_names)}
     patch_loss_forward(models["padded"])
     collators: dict[str, Any] = {"padded": PaddingCollator(0)}
-    for name in ("packed", "tree"):
-        collators[name] = PackingCollator(models[name], share_prefixes=name == "tree")
+    for name in packed_names:
+        collators[name] = PackingCollator(models[name], share_prefixes=name != "packed")
+        if name == "compiled tree":
+            compile_layers(models[name])
 
     def bind(name: str) -> Compute:
         return lambda rows: compute_loss(models[name], collators[name], rows, device)
