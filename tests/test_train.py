@@ -213,7 +213,7 @@ def test_a_budget_of_tokens_changes_no_loss(run, config, tmp_path, caplog):
     with caplog.at_level("INFO", logger="sft_pipeline"):
         results = run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
     for expected, step in zip(curve(run[1]), curve(results), strict=True):
-        assert [x for x in expected if x is not None] == pytest.approx([x for x in step if x is not None], rel=1e-5)
+        assert [x for x in expected if x is not None] == pytest.approx([x for x in step if x is not None], rel=5e-5)
     assert "packed rows: no padding" in caplog.text
 
 
