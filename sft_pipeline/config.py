@@ -72,16 +72,19 @@ class SFTConfig(SFTArguments, TrainingArguments):
             self.dataloader_num_workers = int(_uses_cuda(self))
         refuses_bf16 = self.bf16 is False
         self.bf16 = _choose_bf16(self) if self.bf16 is None else self.bf16
+        # Not for the library, which would set TF32 in a way that breaks compilation, and compile the whole model.
         tf32, self.tf32 = _choose_tf32(self), None
+        compile_keys = {key: getattr(self, key) for key in COMPILE_KEYS}
+        vars(self).update(dict.fromkeys(COMPILE_KEYS), torch_compile=False)
         super().__post_init__()
-        self.tf32 = tf32
+        vars(self).update(compile_keys, tf32=tf32, torch_compile=any(compile_keys.values()))
         if self.mixed_precision == "bf16" and refuses_bf16:
             self.mixed_precision = "no"  # the config overrides accelerate's file
         if self.mixed_precision in ("bf16", "fp16"):
             setattr(self, self.mixed_precision, True)  # maybe of accelerate's file
         if tf32 is not None and self.device.type == "cuda":
-            # Not by the library, which would use torch's newer setting: after it torch 2.13 cannot compile
-            # FlexAttention, as inductor still reads the older one.
+            # The library uses torch's newer setting: after it torch 2.13 cannot compile FlexAttention, as inductor
+            # still reads the older one.
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
         self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
         self.train_data, self.eval_data = (_parse_entries(self, key) for key in ("train_data", "eval_data"))
@@ -104,6 +107,8 @@ class SFTConfig(SFTArguments, TrainingArguments):
         return min(1, super().n_gpu)
 
 
+# Of torch.compile, which model/compiled_layers.py calls; a backend or a mode turn it on, as in the library.
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Recorded even if they have the default value, which may differ in another version of this package.
 RECORDED_KEYS = (
     *("output_dir", "learning_rate", "seed", "num_train_epochs", "per_device_train_batch_size", "tf32"),
@@ -328,7 +333,6 @@ REFUSED_KEYS = {
     "label_smoothing_factor": "needs logits that are not computed here; set it to 0",
     "bf16_full_eval": "would cast the weights that are saved; set bf16: true, which evaluates in bf16 too",
     "fp16_full_eval": "would cast the weights that are saved; set fp16: true, which evaluates in fp16 too",
-    "torch_compile": "was not run with packed batches and fused layers; remove it",
     "average_tokens_across_devices": "has to be true, as each token of a step counts alike; remove it",
     "batch_eval_metrics": "does not fit an evaluation weighted by tokens; remove it",
     "eval_do_concat_batches": "has to be true, as the metrics are sums over all batches; remove it",

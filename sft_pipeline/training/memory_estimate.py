@@ -107,8 +107,11 @@ class Shape:
 # Activations, in bytes per token.
 
 
-def count_layer_activation_bytes(shape: Shape, kind: Kind = "autocast") -> int:
-    """Count what a layer keeps per token for the backward pass; docs/scaling.md lists the tensors of "autocast"."""
+def count_layer_activation_bytes(shape: Shape, kind: Kind = "autocast", lora_rank: int = 0) -> int:
+    """Count what a layer keeps per token for the backward pass; docs/scaling.md lists the tensors of "autocast".
+
+    lora_rank: of adapters on all matrices, or 0; under autocast their few bytes are not counted.
+    """
     h, q, k, i = shape.hidden, shape.query_size, shape.key_size, shape.intermediate
     if kind == "fused":  # the inputs of its matrix products
         return 4 * (2 * (h + 1) + (q + 2 * k) + q + 2 * i)
@@ -119,15 +122,18 @@ def count_layer_activation_bytes(shape: Shape, kind: Kind = "autocast") -> int:
     scores = size * (q + 2 * k) + size * q + 4 * shape.heads
     kept_by_qk_norm = {"autocast": 4 + 2, "float32": 4 + 4, "bfloat16": 4 + 2}[kind]
     qk_norms = shape.qk_norm * (kept_by_qk_norm * (q + k) + 4 * (shape.heads + shape.kv_heads))
+    if lora_rank and kind == "float32":
+        norms += 4 * 7 * lora_rank - 2 * 4 * h  # the inputs of the second factors; frozen norms keep their inputs alone
+        qk_norms -= shape.qk_norm * 4 * (q + k)
     return norms + outputs + scores + qk_norms + 4 * size * i
 
 
-def count_activation_bytes(shape: Shape, checkpointing: bool, kind: Kind = "autocast") -> int:
+def count_activation_bytes(shape: Shape, checkpointing: bool, kind: Kind = "autocast", lora_rank: int = 0) -> int:
     """Count them per token for all layers; checkpointing keeps each layer's input and all of one layer."""
     if checkpointing:
         size = 2 if kind == "bfloat16" else 4
-        return shape.layers * size * shape.hidden + count_layer_activation_bytes(shape, kind)
-    return shape.layers * count_layer_activation_bytes(shape, kind)
+        return shape.layers * size * shape.hidden + count_layer_activation_bytes(shape, kind, lora_rank)
+    return shape.layers * count_layer_activation_bytes(shape, kind, lora_rank)
 
 
 # The memory of a step.
@@ -194,15 +200,16 @@ def estimate_memory(
         weights += 4 * trained if args.world_size > 1 else 0  # DDP's buckets
     kind = _choose_kind(model, args, packed, is_autocast)
     step_size = {"autocast": 2, "bfloat16": 2}.get(kind, 4)
+    rank = args.lora_rank if has_adapters else 0
     is_checkpointed = bool(args.activation_checkpointing)
-    activations = tokens * count_activation_bytes(shape, is_checkpointed, kind)
+    activations = tokens * count_activation_bytes(shape, is_checkpointed, kind, rank)
     # First the last norm, the states at the targets and the logits of a chunk of the loss; then what the backward pass
     # of a layer computes. What a checkpointed layer keeps is there for the latter alone.
     chunk = CUDA_CHUNK_BYTES if args.device.type == "cuda" else CHUNK_BYTES
     logits = (2 if compute_size == 4 else 3) * min(chunk, 4 * shape.vocabulary * tokens * supervised_share)
     states = tokens * 5 * 4 * shape.hidden
     layer_grads = tokens * step_size * (3 * shape.intermediate + 4 * shape.hidden)
-    layer = tokens * count_layer_activation_bytes(shape, kind)
+    layer = tokens * count_layer_activation_bytes(shape, kind, rank)
     work = max(states + logits - layer, layer_grads) if is_checkpointed else states + max(logits, layer_grads)
     head_grad = 0 if has_adapters or not causal_lm.get_output_embeddings().weight.requires_grad else 4
     head = head_grad * shape.head_parameters + work

@@ -47,6 +47,7 @@ from sft_pipeline.data.sources import Source
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
+from sft_pipeline.model.compiled_layers import compile_layers
 from sft_pipeline.model.freezing import freeze_except, freeze_unreached
 from sft_pipeline.model.loading import (
     build_empty_model,
@@ -431,7 +432,10 @@ def prepare_model(
     with gather_weights(model):
         freeze_unreached(model)
     # A fused layer does not call its submodules: not Liger's, and not those whose weights ZeRO-3 gathers at their call.
-    if isinstance(collator, PackingCollator) and not is_deepspeed_zero3_enabled() and not args.use_liger_kernel:
+    if args.torch_compile:
+        options = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+        logger.info("%s layers are compiled when they first run", compile_layers(model, **options))
+    elif isinstance(collator, PackingCollator) and not is_deepspeed_zero3_enabled() and not args.use_liger_kernel:
         logger.info("forward and backward are fused in %s layers", use_fused_layers(model))
     return model, collator
 
@@ -440,6 +444,8 @@ def set_training_arguments(args: SFTConfig, collator: PackingCollator | PaddingC
     """Set in place the arguments that follow from our model and data; on a CPU also configure malloc."""
     if args.tokens_per_batch is None:
         args.tokens_per_batch = choose_token_budget(args) if isinstance(collator, PackingCollator) else 0
+    # The layers are compiled: Trainer must not compile the model around them.
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     # All columns are inputs of the patched forward; the library would drop those not in the signature of the original.
     args.remove_unused_columns = False
     # Every forward pass uses every trained parameter (freeze_unreached), also for a batch without targets, so DDP need

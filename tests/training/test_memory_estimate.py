@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import SFTConfig, parse_config
 from sft_pipeline.data.encode import EncodingStats
 from sft_pipeline.kernels.cpu_attention import build_attention_tree
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
+from sft_pipeline.model.lora import add_adapters, build_lora_config
 from sft_pipeline.model.packed_attention import build_packed_arguments, use_packed_attention
 from sft_pipeline.training import memory_estimate
 from sft_pipeline.training.memory_estimate import (
@@ -28,7 +30,7 @@ from sft_pipeline.training.memory_estimate import (
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import SFTError
 
-TOKENS = 96
+TOKENS, RANK = 96, 8
 LARGE = {
     "hidden_size": 4096,
     "intermediate_size": 14_336,
@@ -52,6 +54,9 @@ def count_kept_bytes(family: str, kind: str, layers: int) -> int:
     """Count what a forward pass keeps for the backward pass, apart from weights."""
     model = build(family, num_hidden_layers=layers).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
     storages, arguments = {}, {}
+    backbone = model.model
+    if kind == "lora":
+        add_adapters(model, build_lora_config(SFTArguments(lora_rank=RANK)))
     if kind == "fused":
         use_packed_attention(model)
         use_fused_layers(model)
@@ -66,7 +71,7 @@ def count_kept_bytes(family: str, kind: str, layers: int) -> int:
     states = torch.randn(1, TOKENS, 32, dtype=model.dtype, requires_grad=True)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast")
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), autocast:
-        model.model(inputs_embeds=states, use_cache=False, **arguments)
+        backbone(inputs_embeds=states, use_cache=False, **arguments)
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -78,6 +83,15 @@ def test_activations_are_those_that_a_layer_keeps(kind, family):
     assert kept[1] - kept[0] == TOKENS * count_layer_activation_bytes(shape, kind)
     assert count_activation_bytes(shape, False, kind) == 2 * count_layer_activation_bytes(shape, kind)
     assert count_activation_bytes(shape, True, kind) < count_activation_bytes(shape, False, kind)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_activations_are_those_that_a_layer_with_adapters_keeps(family):
+    pytest.importorskip("peft")
+    kept = [count_kept_bytes(family, "lora", layers) for layers in (2, 3)]
+    shape = Shape.from_model(build(family, num_hidden_layers=2))
+    assert kept[1] - kept[0] == TOKENS * count_layer_activation_bytes(shape, "float32", RANK)
 
 
 def test_a_shape_is_read_from_other_configs_too():
@@ -161,7 +175,7 @@ def test_a_run_logs_its_estimate_before_the_model_is_loaded(write_config, tmp_pa
 
 
 PEAK_SCRIPT = Path(__file__).parents[1] / "support" / "peak_memory.py"
-KEYS = [{}, {"activation_checkpointing": True}, {"lora": True}, {"bf16": True}]
+KEYS = [{}, {"activation_checkpointing": True}, {"lora": True}]
 
 
 @pytest.mark.real
