@@ -55,6 +55,7 @@ def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree, window):
     assert mask.seq_lengths == expected.seq_lengths
     for name in ("kv", "full_kv", "q", "full_q"):
         lists = f"{name}_num_blocks", f"{name}_indices"
+        assert all(getattr(mask, name).is_contiguous() and getattr(mask, name).dtype == torch.int32 for name in lists)
         counts, indices = (getattr(mask, name)[0, 0] for name in lists)
         expected_counts, expected_indices = (getattr(expected, name)[0, 0] for name in lists)
         for row, (count, expected_count) in enumerate(zip(counts, expected_counts)):
