@@ -77,8 +77,8 @@ def build_flex_mask(tree: AttentionTree, device: torch.device, window: int | Non
     for name, blocks in (
         ("kv", partial_blocks),
         ("full_kv", full_blocks),
-        ("q", partial_blocks.T),
-        ("full_q", full_blocks.T),
+        ("q", np.ascontiguousarray(partial_blocks.T)),
+        ("full_q", np.ascontiguousarray(full_blocks.T)),
     ):
         counts, indices = _list_blocks(blocks)
         lists[f"{name}_num_blocks"] = copy_to_device(counts[None, None], device)

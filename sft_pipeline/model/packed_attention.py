@@ -83,9 +83,9 @@ def packed_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = cast_to_one_dtype(query, key, value)
     # A block or less is no work for a GPU, and FlexAttention would compile other kernels for it.
-    if dropout or (_is_cuda(query) and query.shape[2] <= FLEX_BLOCK):
+    if dropout or (runs_on_cuda(query.device) and query.shape[2] <= FLEX_BLOCK):
         return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout, sliding_window), None
-    if _is_cuda(query):
+    if runs_on_cuda(query.device):
         attend = attend_varlen if can_use_varlen(query, key, value, prefix_tree) else attend_flex
         return attend(query, key, value, prefix_tree, scaling, sliding_window), None
     if _is_float32(query):
@@ -201,28 +201,35 @@ def _measure_packing_difference(backbone: Any) -> float:
     return ((packed_states - row_states).abs().max() / row_states.abs().max().clamp(min=1e-9)).item()
 
 
-def compute_check_states(backbone: Any, packed: bool) -> Tensor:
+def compute_check_states(backbone: Any, packed: bool, share: bool = True) -> Tensor:
     """Return the hidden states (24, hidden size) of four short rows, run packed or one by one, in float32.
 
-    The rows are a tree of depth 2: two hang off the first, one of them has a branch itself.
+    The rows are a tree of depth 2: two hang off the first, one of them has a branch itself; without `share` they lie
+    side by side. On CUDA the packed line has as many copies of them as reach the kernels that train, and the states
+    are those of the last copy.
     """
     device = next(backbone.parameters()).device
-    first, second, third, fourth = [*range(7)], [0, 1, 2, 7, 8, 9, 10], [0, 1, 2, 7, 8, 11], [0, 1, 12, 13]
-    vocab_size = backbone.config.get_text_config().vocab_size
-    input_ids = torch.tensor([[*first, *second[3:], 11, 12, 13]], device=device) % vocab_size
-    rows = [torch.tensor(row, device=device) for row in (first, second, third, fourth)]
-    if packed:
-        position_ids = torch.tensor([[*range(7), *range(3, 7), 5, 2, 3]], device=device)
-        subtree_end = np.array([14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14])
-        arguments = build_packed_arguments(build_attention_tree(subtree_end), device)
-        output = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
-        return output.last_hidden_state[0, torch.cat(rows)].float()
-    states = [backbone(input_ids=input_ids[:, row], use_cache=False).last_hidden_state[0] for row in rows]
-    return torch.cat(states).float()
+    rows = [[*range(7)], [0, 1, 2, 7, 8, 9, 10], [0, 1, 2, 7, 8, 11], [0, 1, 12, 13]]  # positions in the tree's line
+    ids = np.array([*range(7), *range(3, 7), 11, 12, 13]) % backbone.config.get_text_config().vocab_size
+    if not packed:
+        inputs = [torch.from_numpy(ids[row])[None].to(device) for row in rows]
+        return torch.cat([backbone(input_ids=row, use_cache=False).last_hidden_state[0] for row in inputs]).float()
+    depths, positions = np.array([*range(7), *range(3, 7), 5, 2, 3]), np.concatenate(rows)
+    subtree_end = np.array([14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14])
+    if not share:
+        ids, depths, lengths = ids[positions], depths[positions], [len(row) for row in rows]
+        subtree_end, positions = np.cumsum(lengths).repeat(lengths), np.arange(sum(lengths))
+    copies = FLEX_BLOCK // len(ids) + 1 if runs_on_cuda(device) else 1
+    subtree_end = np.concatenate([subtree_end + copy * len(ids) for copy in range(copies)])
+    positions = positions + (copies - 1) * len(ids)
+    input_ids, position_ids = (torch.from_numpy(np.tile(array, copies))[None].to(device) for array in (ids, depths))
+    arguments = build_packed_arguments(build_attention_tree(subtree_end), device)
+    output = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
+    return output.last_hidden_state[0, torch.from_numpy(positions).to(device)].float()
 
 
-def _is_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
+def runs_on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _is_float32(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from sft_pipeline.kernels.cpu_attention import build_attention_tree, compute_att
 from sft_pipeline.kernels.cuda_attention import attend_flex, attend_varlen, build_flex_mask, can_use_varlen
 from sft_pipeline.model import packed_attention
 from sft_pipeline.model.loss_forward import patch_loss_forward
-from sft_pipeline.model.packed_attention import use_packed_attention
+from sft_pipeline.model.packed_attention import compute_check_states, use_packed_attention
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,7 @@ def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree, window):
     assert mask.seq_lengths == expected.seq_lengths
     for name in ("kv", "full_kv", "q", "full_q"):
         lists = f"{name}_num_blocks", f"{name}_indices"
+        assert all(getattr(mask, name).is_contiguous() and getattr(mask, name).dtype == torch.int32 for name in lists)
         counts, indices = (getattr(mask, name)[0, 0] for name in lists)
         expected_counts, expected_indices = (getattr(expected, name)[0, 0] for name in lists)
         for row, (count, expected_count) in enumerate(zip(counts, expected_counts)):
@@ -90,7 +91,7 @@ def backend(monkeypatch):
 @pytest.fixture
 def cuda(monkeypatch):
     """The dispatch of CUDA, for batches of any size."""
-    monkeypatch.setattr(packed_attention, "_is_cuda", lambda tensor: True)
+    monkeypatch.setattr(packed_attention, "runs_on_cuda", lambda device: True)
     monkeypatch.setattr(packed_attention, "FLEX_BLOCK", 1)
     monkeypatch.setattr(cuda_attention, "find_varlen_attention", lambda device: None)
 
@@ -142,6 +143,26 @@ def test_a_model_through_flex_attention_has_the_losses_of_the_padded_batch(confi
         actual = model(**packed, return_row_losses=True).logits
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert 1 <= backend.num_graphs <= 4
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_check_of_a_model_reaches_the_kernels_that_train(share, cuda, monkeypatch):
+    """Packed lines of few tokens do not: so there are copies of its rows, and the last one is compared."""
+    model, lengths = tiny(LlamaConfig), []
+    use_packed_attention(model)
+
+    def record(query, key, value, tree, *options):
+        assert any(segment.ancestors for segment in tree.segments) == share
+        lengths.append(query.shape[2])
+        return compute_attention(query, key, value, tree, *options)
+
+    monkeypatch.setattr(packed_attention, "FLEX_BLOCK", 128)
+    monkeypatch.setattr(packed_attention, "attend_flex", record)
+    with torch.no_grad():
+        packed = compute_check_states(model.base_model, packed=True, share=share)
+        expected = compute_check_states(model.base_model, packed=False)
+    assert lengths == [140 if share else 144] * 2
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
 
 
 def emulate_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):

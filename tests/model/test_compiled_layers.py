@@ -119,7 +119,7 @@ def test_sliding_and_full_layers_are_compiled_once_each(backend):
 
 def test_the_attention_of_cuda_is_compiled_once_beside_the_layers(backend, monkeypatch):
     """Its forward pass; on the CPU FlexAttention has no other. A batch of one block has another function's output."""
-    monkeypatch.setattr(packed_attention, "_is_cuda", lambda tensor: True)
+    monkeypatch.setattr(packed_attention, "runs_on_cuda", lambda device: True)
     for module in (packed_attention, cuda_attention):
         monkeypatch.setattr(module, "FLEX_BLOCK", 4)  # as many batches have several blocks as on CUDA
     monkeypatch.setattr(cuda_attention, "find_varlen_attention", lambda device: None)
