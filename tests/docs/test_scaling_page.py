@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sft_pipeline.data.packing import pack_rows
+from sft_pipeline.training.memory_estimate import count_layer_activation_bytes
 from sft_pipeline.utils.constants import IGNORED
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,7 @@ def test_activations_are_those_that_the_librarys_layers_keep(scaling, small):
     tokens = 96
     more = scaling.replace(small, layers=3)
     sizes = [count_saved_bytes(build_model(shape).model, shape, tokens) for shape in (small, more)]
-    assert sizes[1] - sizes[0] == tokens * scaling.count_layer_activation_bytes(small)
+    assert sizes[1] - sizes[0] == tokens * count_layer_activation_bytes(small)
 
 
 def test_communication_and_memory_depend_on_the_number_of_devices(scaling):
