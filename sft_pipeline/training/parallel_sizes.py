@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from sft_pipeline.utils.errors import SFTError
 
 SHARD_REMEDY = "shard the model with fsdp (configs/accelerate/fsdp2.yaml)"
-SHORTEN_REMEDY = "shard the model with fsdp, and use its activation_checkpointing or a lower max_length for long rows"
+SHORTEN_REMEDY = "for long rows use fsdp with its activation_checkpointing, or a lower max_length"
 REMEDIES = {
     "tp_size": ("tensor parallelism", SHARD_REMEDY),
     "cp_size": ("context parallelism", SHORTEN_REMEDY),
@@ -45,7 +45,7 @@ def check_parallel_sizes(args: TrainingArguments, model: Any = None) -> None:
     for name, (size, source) in sizes.items():
         if (size or 1) > 1:
             kind, remedy = REMEDIES[name]
-            raise SFTError(f"{source} is {size}: {kind} is not supported; leave it at 1, and {remedy}")
+            raise SFTError(f"{source} is {size}: {kind} is not supported; set it to 1 and {remedy}")
     if any((getattr(model, name, None) or 1) > 1 for name in ("tp_size", "fsdp_size")):
         raise SFTError(
             f"{type(model).__name__} was loaded with a tp_plan or distributed_config, in parts; load it whole, and "

@@ -16,12 +16,12 @@ from transformers import TrainingArguments
 from sft_pipeline.training.parallel_sizes import check_parallel_sizes
 from sft_pipeline.utils.errors import SFTError
 
-SHORTEN = "shard the model with fsdp, and use its activation_checkpointing or a lower max_length for long rows"
+SHORTEN = "for long rows use fsdp with its activation_checkpointing, or a lower max_length"
 SHARD = "shard the model with fsdp (configs/accelerate/fsdp2.yaml)"
 REFUSED = {
-    "tp_size": f"parallelism_config_tp_size is 2: tensor parallelism is not supported; leave it at 1, and {SHARD}",
-    "cp_size": f"parallelism_config_cp_size is 2: context parallelism is not supported; leave it at 1, and {SHORTEN}",
-    "sp_size": f"parallelism_config_sp_size is 2: sequence parallelism is not supported; leave it at 1, and {SHORTEN}",
+    "tp_size": f"parallelism_config_tp_size is 2: tensor parallelism is not supported; set it to 1 and {SHARD}",
+    "cp_size": f"parallelism_config_cp_size is 2: context parallelism is not supported; set it to 1 and {SHORTEN}",
+    "sp_size": f"parallelism_config_sp_size is 2: sequence parallelism is not supported; set it to 1 and {SHORTEN}",
 }
 
 
@@ -50,7 +50,7 @@ def test_sizes_of_accelerates_variables_and_of_the_config_are_refused(name, tmp_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"tensor_parallel": {"autotp_size": 2}}, f"deepspeed: autotp_size is 2: tensor .* and {SHARD[:20]}.*"),
+        ({"tensor_parallel": {"autotp_size": 2}}, f"deepspeed: autotp_size is 2: tensor .* 1 and {SHARD[:20]}.*"),
         ({"sequence_parallel_size": 4}, "deepspeed: sequence_parallel_size is 4: sequence parallelism is not .*"),
         ({"zero_optimization": {"stage": 3}}, None),
     ],
