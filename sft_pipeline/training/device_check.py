@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sft_pipeline.model.compiled_layers import run_layers_eagerly
 from sft_pipeline.model.module_utils import unwrap_peft, use_eval_mode
 from sft_pipeline.model.packed_attention import compute_check_states
 from sft_pipeline.utils.constants import IGNORED
@@ -39,14 +40,18 @@ def check_on_device(trainer: Trainer, packed: bool) -> None:
         return
     precision = "16 bits" if is_autocast or not is_float32 else "TF32" if args.tf32 else "float32"
     where = f"on {args.device.type} in {precision}"
+    autocast = trainer.accelerator.autocast
     with use_eval_mode(model):
-        exact = compute_check_states(model.base_model, packed=False) if is_float32 and is_autocast else None
-        with trainer.accelerator.autocast():
-            if packed:
-                rows = compute_check_states(model.base_model, packed=False)
-                for share in (True, False):  # on CUDA in 16 bits, rows that share nothing have a kernel of their own
+        if packed:
+            with run_layers_eagerly():  # nothing is compiled for the reference
+                exact = compute_check_states(model.base_model, packed=False) if is_float32 and is_autocast else None
+                with autocast():
+                    rows = compute_check_states(model.base_model, packed=False)
+            for share in (True, False):  # on CUDA in 16 bits, rows that share nothing have a kernel of their own
+                with autocast():
                     states = compute_check_states(model.base_model, packed=True, share=share)
-                    _check_states(rows, states, exact, where, TOLERANCES[precision], type(model).__name__)
+                _check_states(rows, states, exact, where, TOLERANCES[precision], type(model).__name__)
+        with autocast(), run_layers_eagerly():
             _check_loss(model, where, TOLERANCES[precision])
 
 

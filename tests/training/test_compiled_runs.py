@@ -7,6 +7,11 @@ from sft_pipeline.config import SFTConfig, build_config_record, parse_config
 from sft_pipeline.training import sft_trainer
 from sft_pipeline.training.sft_trainer import SFTTrainer
 
+pytestmark = [  # by torch
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
 
 @pytest.fixture
 def config(write_config, tmp_path):
