@@ -71,14 +71,15 @@ class ShardedTrainer(Trainer):
         if "sync_each_batch" not in (accelerator_config.gradient_accumulation_kwargs or {}):
             # Else gradients stay whole on every process until the last micro-batch of a step.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        if plugin.cpu_ram_efficient_loading:
-            prepare = self.accelerator.prepare
+        prepare = self.accelerator.prepare
 
-            def prepare_and_repair(*objects: Any, **options: Any) -> Any:
-                with repair_sharding(objects):
-                    return prepare(*objects, **options)
+        def prepare_and_repair(*objects: Any, **options: Any) -> Any:
+            if len(objects) == 1 and isinstance(objects[0], nn.Module):  # accelerate wants the optimizer as well
+                raise SFTError("evaluate: fsdp shards the model when training starts; call train first")
+            with repair_sharding(objects) if plugin.cpu_ram_efficient_loading else nullcontext():
+                return prepare(*objects, **options)
 
-            self.accelerator.prepare = prepare_and_repair
+        self.accelerator.prepare = prepare_and_repair
 
     def _enable_cpu_sharding(self) -> None:
         """Do what accelerate does for several GPUs (accelerate/state.py, AcceleratorState.__init__)."""

@@ -93,6 +93,7 @@ def run_worker(process: int, folder: str, config: str, broken: str) -> None:
     reports["no answers"] = train_and_report(
         build(file, out / "no answers", "--num_answers", "0", "--num_instructions", "0", on_main=True)
     )
+    reports["evaluate"] = read_error(build(file, out / "evaluate", on_main=True).evaluate)
     # Both processes end with the same error, also where only the first one can find it.
     with pytest.MonkeyPatch.context() as patch:
         if process == 0:
@@ -182,6 +183,10 @@ def test_an_error_of_the_process_that_has_the_weights_is_raised_on_all(reports, 
         "fsdp_config: cpu_ram_efficient_loading: the first process loaded another model.embed_tokens.weight than the "
         "model's config describes; set it to false"
     )
+
+
+def test_an_evaluation_before_training_is_refused(reports):
+    assert reports["evaluate"] == "evaluate: fsdp shards the model when training starts; call train first"
 
 
 def test_an_empty_model_has_the_shapes_and_buffers_of_the_loaded_one(model_folder):
