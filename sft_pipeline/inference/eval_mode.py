@@ -50,7 +50,7 @@ def use_bf16_weights(model: nn.Module) -> Iterator[None]:
     forward = vars(model).pop("forward", None)
     if forward is not None:
         # accelerate wraps the forward in autocast; a class' own forward, which is found again without it, has no patch.
-        patched = inspect.unwrap(forward, stop=lambda function: hasattr(function, "head_obstacle"))
+        patched = inspect.unwrap(forward)  # wrappers have the attributes of what they wrap
         if hasattr(patched, "head_obstacle"):
             vars(model)["forward"] = patched
     weights = [(weight, weight.data) for weight in model.parameters() if weight.dtype == torch.float32]
