@@ -10,10 +10,8 @@ It encodes the rows, prepares the model and answers held-out prompts at each eva
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +29,10 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
-from transformers.utils import is_liger_kernel_available
 
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir
 from sft_pipeline.data.batch_sampler import count_row_tokens
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.collators import choose_collator
 from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.packing import PackingCollator, describe_savings
 from sft_pipeline.data.padding import PaddingCollator
@@ -46,20 +42,11 @@ from sft_pipeline.data.shards import map_shards
 from sft_pipeline.data.sources import Source
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
-from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
-from sft_pipeline.model.compiled_layers import compile_layers
-from sft_pipeline.model.freezing import freeze_except, freeze_unreached
 from sft_pipeline.model.loading import (
-    build_empty_model,
     check_revision,
-    load_model,
     load_tokenizer,
     resolve_model,
-    set_special_tokens,
 )
-from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
-from sft_pipeline.model.loss_forward import patch_loss_forward
-from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
 from sft_pipeline.runs.checkpoints import needs_evaluation
 from sft_pipeline.runs.output_dir import (
     PREVIEW_FILE,
@@ -72,20 +59,13 @@ from sft_pipeline.runs.trained_model import save_template_settings
 from sft_pipeline.training.devices import check_devices
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.final_results import count_rows
-from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
-from sft_pipeline.training.memory_estimate import check_memory
+from sft_pipeline.training.model_setup import choose_token_budget, set_up_model
 from sft_pipeline.training.parallel_sizes import check_parallel_sizes
-from sft_pipeline.training.precision import describe_precision, should_round_frozen_layers, take_model_dtype
-from sft_pipeline.training.sharded_loading import (
-    align_with_main_process,
-    load_on_main_process,
-    loads_on_main_process,
-)
+from sft_pipeline.training.precision import describe_precision, take_model_dtype
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
-from sft_pipeline.utils.distributed import use_verdicts_of_main_process
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_json
 from sft_pipeline.utils.time_account import TimeAccount
@@ -95,9 +75,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-LIGER_DEVICES = ("cuda", "xpu", "npu")
-TOKENS_PER_BATCH = 16_384  # of a micro-batch on CUDA
 SAMPLE_ROWS = 1000  # about as many rows are packed to measure what packing saves
 
 
@@ -161,20 +138,8 @@ class SFTTrainer(SupervisedTrainer):
         self.data = load_training_data(args, template, train_dataset, eval_dataset, times)
         set_evaluation_arguments(args, has_held_out_rows=self.data.held_out is not None)
         set_seed(args.seed)
-        on_main_process = isinstance(source, str) and loads_on_main_process(args)
         with times.measure("loading the model"):
-            if isinstance(source, str):
-                estimate_step(path, args, self.data, peft_config)
-            model = load_model_for_run(path, args, on_main_process) if isinstance(source, str) else source
-            set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
-            if args.use_liger_kernel:
-                set_liger_arguments(args)
-            with use_verdicts_of_main_process(args) if on_main_process else nullcontext():
-                model, collator = prepare_model(model, args, template, self.data, peft_config)
-            if on_main_process:
-                align_with_main_process(args, model)
-            if isinstance(source, str) and should_round_frozen_layers(model, args):
-                logger.info("the frozen weights of %s layers are in bfloat16", round_frozen_layers(model))
+            model, collator = set_up_model(source, path, args, template, self.data, peft_config)
         set_training_arguments(args, collator)
         self.trainable_parameters = count_trainable_parameters(model)
         parameters = f"{self.trainable_parameters:,} of {model.num_parameters():,} parameters"
@@ -353,40 +318,6 @@ def load_training_data(
         return prepare_data(args, template, train_rows, eval_rows, times)
 
 
-def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> PreTrainedModel:
-    """Load the model of a folder or hub name; with `on_main_process` only there, and without weights elsewhere."""
-    options = args.trust_remote_code, args.revision, getattr(torch, args.dtype), args.attn_implementation
-
-    def build_whole() -> PreTrainedModel:
-        return load_model(path, *options)
-
-    def build_empty() -> PreTrainedModel:
-        return build_empty_model(path, *options)
-
-    return load_on_main_process(args, build_whole, build_empty) if on_main_process else build_whole()
-
-
-def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: PeftConfig | None) -> None:
-    """Log the memory of a step before the weights are loaded; raises SFTError where they are known not to fit.
-
-    Not for DeepSpeed, whose stages and offloading are its own.
-    """
-    if args.deepspeed_plugin is not None:
-        return
-    try:
-        model = build_empty_model(path, args.trust_remote_code, args.revision)
-    except (OSError, ValueError):
-        return  # loading it will say why
-    with torch.device("meta"):
-        if args.lora or peft_config:
-            model = add_adapters(model, copy.deepcopy(peft_config) or build_lora_config(args))
-        if args.trainable_modules:
-            freeze_except(model, args.trainable_modules)
-    packed = args.packing and args.attn_implementation is None
-    budget = choose_token_budget(args) if args.tokens_per_batch is None else args.tokens_per_batch
-    check_memory(model, args, data.train_stats, budget if packed else 0, packed)
-
-
 def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:
     """Turn evaluation off, also at step 0, if there are no held-out rows.
 
@@ -397,47 +328,6 @@ def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:
     if args.load_best_model_at_end:
         raise SFTError("load_best_model_at_end needs held-out rows: set held_out, eval_data or eval_dataset")
     args.eval_on_start, args.eval_strategy = False, IntervalStrategy.NO
-
-
-def prepare_model(
-    model: PreTrainedModel, args: SFTConfig, template: Template, data: PreparedData, peft_config: PeftConfig | None
-) -> tuple[PreTrainedModel, PackingCollator | PaddingCollator]:
-    """Patch the model's loss, attention and layers in place, add adapters, freeze; return the model and its collator.
-
-    The packing collator is chosen if `packing` is on and the model supports it, else the padding one; logs why not.
-    Raises SFTError for `tokens_per_batch` where rows cannot be packed.
-    """
-    longest = max(stats.length_quantiles["most"] for stats in (data.train_stats, data.held_out_stats) if stats)
-    pad_token_id: Any = template.tokenizer.pad_token_id
-    packing = args.packing and args.attn_implementation is None
-    with gather_weights(model), use_portable_attention(model, args.attn_implementation):
-        reason = patch_loss_forward(model)
-        if reason:
-            logger.info("logits are computed at every position: %s", reason)
-        collator, reason = choose_collator(
-            model, longest, pad_token_id, args.pad_to_multiple_of, packing, args.share_prefixes
-        )
-    if args.packing and not packing:
-        reason = f"attn_implementation is {args.attn_implementation}, and packed rows have an attention of their own"
-    if reason and args.tokens_per_batch:
-        raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
-    if reason:
-        logger.info("batches are padded: %s", reason)
-    if args.lora and peft_config:
-        raise SFTError("lora and peft_config both describe adapters; remove one of them")
-    if args.lora or peft_config:
-        model = add_adapters(model, peft_config or build_lora_config(args))
-    if args.trainable_modules:
-        freeze_except(model, args.trainable_modules)
-    with gather_weights(model):
-        freeze_unreached(model)
-    # A fused layer does not call its submodules: not Liger's, and not those whose weights ZeRO-3 gathers at their call.
-    if args.torch_compile:
-        options = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-        logger.info("%s layers are compiled when they first run", compile_layers(model, **options))
-    elif isinstance(collator, PackingCollator) and not is_deepspeed_zero3_enabled() and not args.use_liger_kernel:
-        logger.info("forward and backward are fused in %s layers", use_fused_layers(model))
-    return model, collator
 
 
 def set_training_arguments(args: SFTConfig, collator: PackingCollator | PaddingCollator) -> None:
@@ -457,32 +347,6 @@ def set_training_arguments(args: SFTConfig, collator: PackingCollator | PaddingC
         args.trackio_static_space_id = False
     if args.device.type == "cpu":
         set_malloc_options()
-
-
-def choose_token_budget(args: SFTConfig) -> int:
-    """Return the default of `tokens_per_batch` for packed rows: enough tokens to keep a CUDA device busy, else 0.
-
-    It needs steps that this project divides into micro-batches.
-    """
-    has_own_steps = str(args.train_sampling_strategy) in ("random", "sequential") and args.deepspeed_plugin is None
-    if args.device.type != "cuda" or args.auto_find_batch_size or not has_own_steps:
-        return 0
-    return max(TOKENS_PER_BATCH, args.max_length)
-
-
-def set_liger_arguments(args: SFTConfig) -> None:
-    """Take Liger's norms, activations and rotary positions without its losses, as the loss is ours.
-
-    Raises SFTError for a config that asks for them, and where Liger is missing or cannot run.
-    """
-    kernels = args.liger_kernel_config or {}
-    if losses := [name for name in LIGER_LOSSES if kernels.get(name)]:
-        raise SFTError(f"liger_kernel_config: {losses[0]} would replace our loss; set it to false, or leave it out")
-    if not is_liger_kernel_available():
-        raise SFTError("use_liger_kernel: liger-kernel is not installed; `pip install liger-kernel`, or remove the key")
-    if args.device.type not in LIGER_DEVICES:
-        raise SFTError(f"use_liger_kernel: its kernels do not run on the device {args.device.type}; remove the key")
-    args.liger_kernel_config = kernels | dict.fromkeys(LIGER_LOSSES, False)
 
 
 def sort_by_length(dataset: Dataset) -> Dataset:

@@ -4,7 +4,7 @@ import pytest
 from support.training_runs import run_train
 
 from sft_pipeline.config import SFTConfig, build_config_record, parse_config
-from sft_pipeline.training import sft_trainer
+from sft_pipeline.training import model_setup
 from sft_pipeline.training.sft_trainer import SFTTrainer
 
 pytestmark = [  # by torch
@@ -26,9 +26,9 @@ def losses(results: dict) -> list[float]:
 def test_a_run_with_compiled_layers_is_the_run_without(config, tmp_path, monkeypatch):
     """By the backend that runs the traced operations as they are; benchmarks/gpu.py has inductor's."""
     models = []
-    compile_layers = sft_trainer.compile_layers
+    compile_layers = model_setup.compile_layers
     monkeypatch.setattr(
-        sft_trainer,
+        model_setup,
         "compile_layers",
         lambda *args, **options: (models.append(options), compile_layers(*args, **options))[1],
     )
@@ -56,7 +56,7 @@ def test_trainer_and_accelerate_compile_nothing(config, tmp_path):
 )
 def test_the_options_are_those_of_torch_compile(keys, options, config, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(sft_trainer, "compile_layers", lambda model, **options: calls.append(options) or 2)
+    monkeypatch.setattr(model_setup, "compile_layers", lambda model, **options: calls.append(options) or 2)
     words = [f"--{key}={value}" for key, value in keys.items()]
     SFTTrainer(args=parse_config(str(config), [*words, "--output_dir", str(tmp_path)]))
     assert calls == [{"backend": "inductor", "mode": None} | options]

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from sft_pipeline import SFTTrainer
 from sft_pipeline.kernels.cpu_layer_training import FusedTrainingForward
-from sft_pipeline.training import sft_trainer
+from sft_pipeline.training import model_setup
 from sft_pipeline.utils.errors import SFTError
 
 own_rotary = modeling_llama.apply_rotary_pos_emb
@@ -60,9 +60,9 @@ def liger(monkeypatch) -> Liger:
     stub = Liger()
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stub)
-    for module in (sft_trainer, sys.modules["transformers.integrations.liger"]):
+    for module in (model_setup, sys.modules["transformers.integrations.liger"]):
         monkeypatch.setattr(module, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(sft_trainer, "LIGER_DEVICES", ("cpu",))
+    monkeypatch.setattr(model_setup, "LIGER_DEVICES", ("cpu",))
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own_rotary)  # restored after the test
     return stub
 
@@ -113,10 +113,10 @@ def test_its_losses_are_refused(name, liger, model_folder, tmp_path):
 
 
 def test_a_device_that_it_does_not_run_on_is_refused(liger, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft_trainer, "LIGER_DEVICES", ("cuda",))
+    monkeypatch.setattr(model_setup, "LIGER_DEVICES", ("cuda",))
     refuse("^use_liger_kernel: its kernels do not run on the device cpu; remove the key$", tmp_path, model_folder)
 
 
 def test_without_liger_the_error_says_what_to_install(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft_trainer, "is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(model_setup, "is_liger_kernel_available", lambda: False)
     refuse("^use_liger_kernel: liger-kernel is not installed; `pip install liger-kernel`", tmp_path, model_folder)

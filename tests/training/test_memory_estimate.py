@@ -169,7 +169,7 @@ def test_a_run_logs_its_estimate_before_the_model_is_loaded(write_config, tmp_pa
         raise SFTError("too large")
 
     monkeypatch.setattr(memory_estimate, "measure_memory_gib", refuse)
-    monkeypatch.setattr("sft_pipeline.training.sft_trainer.load_model", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("sft_pipeline.training.model_setup.load_model", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SFTError, match="^too large$"):
         SFTTrainer(args=parse_config(str(config)))
 
