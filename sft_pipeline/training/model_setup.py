@@ -62,6 +62,8 @@ def set_up_model(
     path: of the model, or ""; data: the rows that it will be trained on. Before the weights are loaded, the memory of
     a step is estimated. Raises SFTError for a model or settings that cannot be trained.
     """
+    if args.lora and peft_config:
+        raise SFTError("lora and peft_config both describe adapters; remove one of them")
     is_named = isinstance(source, str)
     on_main_process = is_named and loads_on_main_process(args)
     if is_named:
@@ -137,8 +139,6 @@ def prepare_model(
         raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
     if reason:
         logger.info("batches are padded: %s", reason)
-    if args.lora and peft_config:
-        raise SFTError("lora and peft_config both describe adapters; remove one of them")
     if args.lora or peft_config:
         model = add_adapters(model, peft_config or build_lora_config(args))
     if args.trainable_modules:

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from support.generation import GREEDY, LLAMA, PROMPTS, make_model
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -100,12 +100,11 @@ def test_bf16_copies_of_the_weights_decode_without_autocast_and_are_freed():
 
 
 def test_bf16_copies_keep_the_patched_forward_below_autocast():
-    """accelerate's wrapper is around it; the class' own forward would take no losses."""
+    """accelerate wraps it so in `prepare_model`; the class' own forward would take no losses."""
     model = make_model("llama")
     patch_loss_forward(model)
     patched = model.forward
-    Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
-    assert model.forward is not patched
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(patched))
     with use_bf16_weights(model):
         assert model.forward is patched
     assert model.forward is not patched and model.forward.__wrapped__

@@ -45,7 +45,7 @@ def add_random_embedding(trainer, num_bytes: int = SMALL):
 
 def test_the_rehearsal_does_not_change_training(tmp_path, monkeypatch):
     add_random_embedding(build(tmp_path / "with", save_steps=STEPS, logging_steps=1)).train()
-    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *args: None)
+    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *args, **options: None)
     add_random_embedding(build(tmp_path / "without", save_steps=STEPS, logging_steps=1)).train()
     checkpoints = [tmp_path / name / f"checkpoint-{STEPS}" for name in ("with", "without")]
     num_compared, differences = compare_checkpoints(*checkpoints)
@@ -68,7 +68,7 @@ def test_an_evaluation_does_not_change_random_states(tmp_path):
 def test_the_rehearsal_restores_all_state(tmp_path, monkeypatch):
     step_calls = []
 
-    def check_rehearsal(trainer, model, batches, step, size):
+    def check_rehearsal(trainer, model, batches, step, size, repeats):
         model.eval()
         previous = get_state_bytes(trainer, model)
         rehearse(trainer, model, batches, lambda *args: step_calls.append(args) or step(*args), size)

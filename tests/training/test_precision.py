@@ -16,7 +16,7 @@ from sft_pipeline.config import SFTConfig, parse_config
 from sft_pipeline.model import linear_cross_entropy, packed_attention
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.runs.output_dir import RUN_FILE
-from sft_pipeline.training import evaluation_callback, sft_trainer
+from sft_pipeline.training import evaluation_callback, model_setup
 from sft_pipeline.training.device_check import check_on_device
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import SFTError
@@ -168,7 +168,7 @@ def test_frozen_layers_under_lora_are_in_bfloat16_and_change_no_bit(config, tmp_
     pytest.importorskip("peft")
     rounded, lines = read_lines(config, tmp_path / "rounded", caplog, bf16=True, lora=True)
     assert "the frozen weights of 15 layers are in bfloat16" in lines  # 7 in each of two layers, and the head
-    monkeypatch.setattr(sft_trainer, "should_round_frozen_layers", lambda *args: False)
+    monkeypatch.setattr(model_setup, "should_round_frozen_layers", lambda *args: False)
     whole = run(config, tmp_path / "whole", bf16=True, lora=True, max_steps=2)
     assert losses(rounded) == losses(whole)
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("rounded", "whole")]

@@ -21,7 +21,7 @@ from sft_pipeline.config import parse_config
 from sft_pipeline.model import loss_forward
 from sft_pipeline.model.loading import build_empty_model, load_model
 from sft_pipeline.runs.output_dir import EVALUATION_DIR
-from sft_pipeline.training import sft_trainer
+from sft_pipeline.training import model_setup, sft_trainer
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.training.sharded_answers import ShardedAnswerer
 from sft_pipeline.utils.errors import SFTError
@@ -102,7 +102,7 @@ def run_worker(process: int, folder: str, config: str, broken: str) -> None:
     model = ["--model_name_or_path", broken]
     reports["load"] = read_error(build, file, out / "load", *model, on_main=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft_trainer, "build_empty_model", lambda *arguments: build_model(50))
+        patch.setattr(model_setup, "build_empty_model", lambda *arguments: build_model(50))
         reports["other model"] = read_error(build, file, out / "other", on_main=True)
     (out / f"reports{process}.json").write_text(json.dumps(reports))
     torch.distributed.destroy_process_group()

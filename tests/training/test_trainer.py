@@ -74,7 +74,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
 def test_activation_checkpointing_does_not_change_gradients(collator, reference_gradients, tmp_path, monkeypatch):
     """Each layer runs twice, in the forward and in the backward pass."""
     # The rehearsal computes the layers as well.
-    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *_: None)
+    monkeypatch.setattr("sft_pipeline.training.trainer.rehearse_heaviest_batch", lambda *_, **__: None)
     recorder, calls = GradientRecorder(), []
     options = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
     trainer = make_trainer(tmp_path, collator, callbacks=[recorder], **options)
