@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gpu_parts.inputs import Row, build_conversations, build_rows, draw_ids, iterate_sequences, join
-from gpu_parts.measuring import Setting, record_errors, time_call
+from gpu_parts.measuring import Setting, build_table, record_errors, time_call
 from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.data.prefix_tree import build_prefix_tree
 from sft_pipeline.kernels.cuda_attention import attend_flex
@@ -134,15 +134,10 @@ def measure(setting: Setting) -> Run:
 
 
 def build_tables(results: Run) -> list[Table]:
-    rows = []
-    for run in results["measurements"]:
-        title = f"{run['data']}, {run['name']}"
-        if "error" in run:
-            rows.append([title, run["error"], "", "", "", ""])
-            continue
-        errors = [f"{run[key]:.1e}" if key in run else "" for key in ("max_error", "sdpa_error")]
-        rows.append(
-            [title, f"{run['computed_tokens']:,}", f"{run['forward_ms']:.2f}", f"{run['both_ms']:.2f}", *errors]
-        )
     header = [f"a layer of {results['shape']}", "tokens", "forward, ms", "with backward", "error", "sdpa's"]
-    return [Table(header, rows)]
+    return [build_table(header, results["measurements"], "{data}, {name}", format_cells)]
+
+
+def format_cells(run: Run) -> list[str]:
+    errors = [f"{run[key]:.1e}" if key in run else "" for key in ("max_error", "sdpa_error")]
+    return [f"{run['computed_tokens']:,}", f"{run['forward_ms']:.2f}", f"{run['both_ms']:.2f}", *errors]

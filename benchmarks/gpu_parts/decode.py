@@ -15,7 +15,7 @@ from generate import Comparison, Ids, time_rounds
 from report import Run, Table
 
 from gpu_parts.inputs import ROW_SIZES, build_model, draw_ids
-from gpu_parts.measuring import Setting, record_errors, reset_peak
+from gpu_parts.measuring import Setting, build_table, record_errors, reset_peak
 
 TIE = 1e-4
 BATCH_SIZES = (1, 16, 64)
@@ -82,22 +82,18 @@ def time_batches(comparison: Comparison, prompts: Ids, new_tokens: int, setting:
 
 
 def build_tables(results: Run) -> list[Table]:
-    speeds, equality = [], []
-    for run in results["measurements"]:
-        title = f"{run['dtype']}, {run['batch']} prompts"
-        if "error" in run:
-            speeds.append([title, run["error"], "", ""])
-            continue
-        speed = run["tokens_per_second"]
-        speeds.append([title, f"{speed['ours']:,.1f}", f"{speed['theirs']:,.1f}", f"{run['ratio']:.2f}x"])
-    for run in results["equality"]:
-        if "error" in run:
-            equality.append([run["dtype"], run["error"], "", "", ""])
-            continue
-        counts = [str(run[key]) for key in ("answers", "equal", "differ_at_a_tie", "differ_elsewhere")]
-        equality.append([run["dtype"], *counts])
-    title = f"{results['shape']}, {results['new_tokens']} tokens each"
+    speeds = [f"{results['shape']}, {results['new_tokens']} tokens each", "ours, tokens/s", "transformers", "ratio"]
+    equality = ["answers against transformers'", "answers", "equal", "differ at a tie", "elsewhere"]
     return [
-        Table([title, "ours, tokens/s", "transformers", "ratio"], speeds),
-        Table(["answers against transformers'", "answers", "equal", "differ at a tie", "elsewhere"], equality),
+        build_table(speeds, results["measurements"], "{dtype}, {batch} prompts", format_speed),
+        build_table(equality, results["equality"], "{dtype}", format_equality),
     ]
+
+
+def format_speed(run: Run) -> list[str]:
+    speed = run["tokens_per_second"]
+    return [f"{speed['ours']:,.1f}", f"{speed['theirs']:,.1f}", f"{run['ratio']:.2f}x"]
+
+
+def format_equality(run: Run) -> list[str]:
+    return [str(run[key]) for key in ("answers", "equal", "differ_at_a_tie", "differ_elsewhere")]

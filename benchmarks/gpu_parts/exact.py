@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_parts.inputs import Row, build_conversations, build_model, build_rows
-from gpu_parts.measuring import Setting, record_errors, reset_peak
+from gpu_parts.measuring import Setting, build_table, record_errors, reset_peak
 from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.data.padding import PaddingCollator
 from sft_pipeline.model.compiled_layers import compile_layers
@@ -172,14 +172,10 @@ def judge(errors: Run, baseline: Run, precision: str) -> Run:
 
 
 def build_tables(results: Run) -> list[Table]:
-    rows = []
-    for run in results["measurements"]:
-        title = f"{run['data']}, {run['precision']}, {run['name']}"
-        if "error" in run:
-            rows.append([title, run["error"], "", "", "", ""])
-            continue
-        cells = [f"{run[key]:.1e}" for key in ("loss_error", "grad_error", "largest_grad_error")]
-        ratio = f"{run['ratio']:.2f}x" if "ratio" in run else ""
-        rows.append([title, *cells, ratio, "yes" if run["is_exact"] else "NO"])
     header = [results["shape"], "loss", "gradients", "largest", "of sdpa's in bf16", "within bounds"]
-    return [Table(header, rows)]
+    return [build_table(header, results["measurements"], "{data}, {precision}, {name}", format_cells)]
+
+
+def format_cells(run: Run) -> list[str]:
+    errors = [f"{run[key]:.1e}" for key in ("loss_error", "grad_error", "largest_grad_error")]
+    return [*errors, f"{run['ratio']:.2f}x" if "ratio" in run else "", "yes" if run["is_exact"] else "NO"]

@@ -113,15 +113,16 @@ def measure(setting: Any) -> Run:
 
 
 def build_tables(results: Run) -> list[Table]:
-    rows = []
-    for run in results["measurements"]:
-        if "error" in run:
-            rows.append([run["name"], run["error"], "", "", ""])
-            continue
-        peaks = ", ".join(f"{peak:.2f}" for peak in run["peak_gib"])
-        error = f"{run['loss_error']:.1e}" if "loss_error" in run else ""
-        rows.append([run["name"], run["backend"] or "", f"{run['step_seconds']:.3f}", peaks, error])
-    return [Table([results["shape"], "backend", "s/step", "peak GiB", "difference of losses"], rows)]
+    from gpu_parts.measuring import build_table
+
+    header = [results["shape"], "backend", "s/step", "peak GiB", "difference of losses"]
+    return [build_table(header, results["measurements"], "{name}", format_cells)]
+
+
+def format_cells(run: Run) -> list[str]:
+    peaks = ", ".join(f"{peak:.2f}" for peak in run["peak_gib"])
+    error = f"{run['loss_error']:.1e}" if "loss_error" in run else ""
+    return [run["backend"] or "", f"{run['step_seconds']:.3f}", peaks, error]
 
 
 if __name__ == "__main__":

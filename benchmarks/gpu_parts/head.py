@@ -16,7 +16,7 @@ import torch
 from report import Run, Table
 from torch import Tensor, nn
 
-from gpu_parts.measuring import GIB, Setting, get_peak_gib, record_errors, reset_peak, time_call
+from gpu_parts.measuring import GIB, Setting, build_table, get_peak_gib, record_errors, reset_peak, time_call
 from sft_pipeline.model.linear_cross_entropy import linear_cross_entropy
 
 SIZES = ((151_936, 1024), (128_256, 4096))  # outputs and hidden size: Qwen3-0.6B, Llama-3.1-8B
@@ -118,12 +118,11 @@ def measure_loss(
 
 
 def build_tables(results: Run) -> list[Table]:
-    rows = []
-    for run in results["measurements"]:
-        title = f"{run['outputs']:,} x {run['hidden']:,}, {run['targets']:,} targets, {run['name']}"
-        if "error" in run:
-            rows.append([title, run["error"], "", "", "", ""])
-            continue
-        errors = [f"{run[key]:.1e}" for key in ("loss_error", "states_error", "weight_error")]
-        rows.append([title, f"{run['ms']:.2f}", f"{run['gib']:.2f}", *errors])
-    return [Table(["error against float64", "ms", "GiB", "loss", "states", "weight"], rows)]
+    header = ["error against float64", "ms", "GiB", "loss", "states", "weight"]
+    title = "{outputs:,} x {hidden:,}, {targets:,} targets, {name}"
+    return [build_table(header, results["measurements"], title, format_cells)]
+
+
+def format_cells(run: Run) -> list[str]:
+    errors = [f"{run[key]:.1e}" for key in ("loss_error", "states_error", "weight_error")]
+    return [f"{run['ms']:.2f}", f"{run['gib']:.2f}", *errors]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Run
+from report import Run, Table
 from scaling import PEAK, Shape
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
@@ -169,3 +169,12 @@ def describe_device(device: torch.device) -> Run:
         "cuda": torch.version.cuda,
         "devices": torch.cuda.device_count(),
     }
+
+
+def build_table(header: list[str], runs: list[Run], title: str, format_cells: Callable[[Run], list[str]]) -> Table:
+    """Build a table with a row for each run: its title, a format string over it, and its cells, or else its error."""
+    rows = []
+    for run in runs:
+        cells = [run["error"]] if "error" in run else format_cells(run)
+        rows.append([title.format(**run), *cells, *[""] * (len(header) - 1 - len(cells))])
+    return Table(header, rows)

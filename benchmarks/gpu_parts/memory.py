@@ -13,7 +13,7 @@ from typing import Any
 from report import Run, Table
 
 from gpu_parts.inputs import build_model, build_rows, build_tokenizer
-from gpu_parts.measuring import GIB, Setting, get_peak_gib, record_errors, reset_peak
+from gpu_parts.measuring import GIB, Setting, build_table, get_peak_gib, record_errors, reset_peak
 from gpu_parts.ours import build_our_trainer
 from sft_pipeline.training.memory_estimate import estimate_memory
 
@@ -61,13 +61,11 @@ def measure(setting: Setting) -> Run:
 
 
 def build_tables(results: Run) -> list[Table]:
-    rows = []
-    for run in results["measurements"]:
-        title = f"{run['name']}, {run['tokens']:,} tokens"
-        if "error" in run:
-            rows.append([title, run["error"], "", ""])
-            continue
-        estimate, peak = run["estimated_gib"], run["gib"]
-        rows.append([title, f"{estimate:.2f}", f"{peak:.2f}", f"{estimate / peak:.2f}x"])
     measured = "peak GiB" if results["device"] == "cuda" else "peak GiB of the process"
-    return [Table([results["shape"], "estimated GiB", measured, "estimate over peak"], rows)]
+    header = [results["shape"], "estimated GiB", measured, "estimate over peak"]
+    return [build_table(header, results["measurements"], "{name}, {tokens:,} tokens", format_cells)]
+
+
+def format_cells(run: Run) -> list[str]:
+    estimate, peak = run["estimated_gib"], run["gib"]
+    return [f"{estimate:.2f}", f"{peak:.2f}", f"{estimate / peak:.2f}x"]

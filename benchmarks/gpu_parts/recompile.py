@@ -15,7 +15,14 @@ from report import Run, Table
 from transformers import TrainerCallback
 
 from gpu_parts.inputs import Row, build_conversations, build_model, build_rows
-from gpu_parts.measuring import Setting, count_compilations, count_synchronizations, record_errors, reset_peak
+from gpu_parts.measuring import (
+    Setting,
+    build_table,
+    count_compilations,
+    count_synchronizations,
+    record_errors,
+    reset_peak,
+)
 from gpu_parts.ours import build_our_trainer
 
 BATCH_ROWS = 4
@@ -86,12 +93,9 @@ def measure(setting: Setting) -> Run:
 
 
 def build_tables(results: Run) -> list[Table]:
-    rows = []
-    for run in results["measurements"]:
-        if "error" in run:
-            rows.append([run["name"], run["error"], "", "", ""])
-            continue
+    def format_cells(run: Run) -> list[str]:
         syncs = str(run["synchronizations"]) if results["device"] == "cuda" else ""
-        counts = [str(run[key]) for key in ("steps", "compilations", "late_compilations")]
-        rows.append([run["name"], *counts, syncs])
-    return [Table([results["shape"], "layouts", "compilations", "late", "most syncs a step"], rows)]
+        return [*(str(run[key]) for key in ("steps", "compilations", "late_compilations")), syncs]
+
+    header = [results["shape"], "layouts", "compilations", "late", "most syncs a step"]
+    return [build_table(header, results["measurements"], "{name}", format_cells)]

@@ -9,7 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from gpu_parts.inputs import build_config
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.training.memory_estimate import count_layer_activation_bytes
@@ -30,19 +31,6 @@ def benchmarks() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def scaling(benchmarks) -> ModuleType:
     return importlib.import_module("scaling")
-
-
-def build_config(shape) -> PretrainedConfig:
-    return (Qwen3Config if shape.qk_norm else LlamaConfig)(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        tie_word_embeddings=shape.tied,
-    )
 
 
 def build_model(shape, device: str = "cpu") -> PreTrainedModel:

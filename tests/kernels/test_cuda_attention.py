@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.causal_models import tiny
+from support.compiling import CountingBackend
 from support.trees import build_row, build_visibility, rows_of_sequences
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import Gemma3TextConfig, LlamaConfig
@@ -64,17 +65,6 @@ def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(tree, window):
             if window is None or name.startswith("full"):
                 assert torch.equal(blocks, expected_blocks)
     assert build_flex_mask(attention_tree, device, window) is mask, "made once for all layers"
-
-
-class CountingBackend:
-    """A backend of torch.compile that runs graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.num_graphs = 0
-
-    def __call__(self, graph, example_inputs):
-        self.num_graphs += 1
-        return graph.forward
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from support.causal_models import tiny
+from support.compiling import CountingBackend
 from support.trees import build_row
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
@@ -30,17 +31,6 @@ pytestmark = [
 ]
 
 KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 7}
-
-
-class CountingBackend:
-    """A backend of torch.compile that runs graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.num_graphs = 0
-
-    def __call__(self, graph, example_inputs):
-        self.num_graphs += 1
-        return graph.forward
 
 
 @pytest.fixture
