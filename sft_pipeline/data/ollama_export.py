@@ -112,7 +112,8 @@ def build_modelfile(tokenizer: PreTrainedTokenizerBase, stop_tokens: list[str]) 
 def find_message_texts(tokenizer: PreTrainedTokenizerBase) -> MessageTexts:
     """Find the texts that the tokenizer's chat template puts around messages.
 
-    Without the bos token, which Ollama adds by itself. Raises SFTError if they do not give what the template renders.
+    Without the bos token where the tokenizer adds it to a text, as Ollama does then too. Raises SFTError if they do not
+    give what the template renders.
     """
     one_turn: list[Message] = [{"role": "user", "content": USER}]
     with_system: list[Message] = [{"role": "system", "content": SYSTEM}, *one_turn]
@@ -148,14 +149,18 @@ def find_message_texts(tokenizer: PreTrainedTokenizerBase) -> MessageTexts:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    """Render with the tokenizer's chat template, without the bos token. Raises SFTError if the template does."""
+    """Render with the tokenizer's chat template, without a bos token that the tokenizer adds.
+
+    Raises SFTError if the template raises an error.
+    """
     conversation: Any = messages
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template raises what it likes
         roles = ", ".join(message["role"] for message in messages)
         raise _build_error(f"it does not render a conversation of {roles}") from error
-    return str(text).removeprefix(tokenizer.bos_token or "")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(text).removeprefix(str(tokenizer.bos_token)) if adds_bos else str(text)
 
 
 def _split(text: str, content: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import tiny
+from tokenizers.processors import TemplateProcessing
 
 from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.ollama_export import build_modelfile, find_message_texts
@@ -83,8 +84,7 @@ def write_conversations(count: int) -> list[list[dict[str, str]]]:
 
 
 def render(tokenizer, messages) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token or "")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def test_the_texts_around_messages_give_what_the_template_renders(tokenizer):
@@ -112,6 +112,20 @@ def read_modelfile(text: str) -> tuple[str, str | None]:
     template = re.search(r'^TEMPLATE """(.*?)"""', text, re.DOTALL | re.MULTILINE)
     system = re.search(r'^SYSTEM """(.*?)"""', text, re.DOTALL | re.MULTILINE)
     return template[1], system and system[1]
+
+
+def test_a_bos_token_is_left_out_only_where_the_tokenizer_adds_it():
+    """SmolLM2's bos token is `<|im_start|>`, which its template writes before every message."""
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = CHATML
+    assert find_message_texts(tokenizer).user_start == "<|im_start|>user\n"
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    assert find_message_texts(tokenizer).opening == "<|im_start|>"
+    backend = tokenizer.backend_tokenizer
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    backend.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    assert find_message_texts(tokenizer).opening == ""
 
 
 def test_a_modelfile_has_system_prompt_stop_tokens_and_greedy_decoding():
