@@ -21,6 +21,7 @@ from sft_pipeline.kernels.cpu_layer_inference import LAYER_CLASSES
 from sft_pipeline.model.linear_cross_entropy import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from sft_pipeline.model.module_utils import unwrap_peft
 from sft_pipeline.training.memory import GIB, measure_memory_gib
+from sft_pipeline.training.precision import should_round_frozen_layers
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def estimate_memory(
     """
     causal_lm = unwrap_peft(model)
     shape, has_adapters = Shape.from_model(causal_lm), causal_lm is not model
-    rounded = has_adapters and bool(args.bf16) and not args.lora_merge and not shards_model(args)
+    rounded = should_round_frozen_layers(model, args)
     size = 2 if args.dtype == "bfloat16" else 4
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
