@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from sft_pipeline.data.messages import Conversation, Message
 from sft_pipeline.data.packing import pack_rows
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.model.loading import load_tokenizer, resolve_model
+from sft_pipeline.training.memory import GIB, measure_peak_rss
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.files import get_cache_dir
 
@@ -200,4 +199,4 @@ def record_losses(trainer: Trainer) -> list[float]:
 
 def get_peak_memory_gib() -> float:
     """Return this process's peak resident memory in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return measure_peak_rss() / GIB

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,8 +20,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from gpu_parts.inputs import SHAPES, SMALL_SHAPES
-
-GIB = 2**30
+from sft_pipeline.training.memory import GIB, measure_peak_rss
 
 
 @dataclass
@@ -106,7 +103,7 @@ def get_peak_gib(device: torch.device) -> float:
     """Return the peak allocated on the device since `reset_peak`; on a CPU the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
+    return measure_peak_rss() / GIB
 
 
 @contextmanager

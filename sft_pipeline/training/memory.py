@@ -62,12 +62,23 @@ def measure_memory_gib(device: torch.device) -> tuple[float, float]:
     return psutil.Process().memory_info().rss / GIB, min(psutil.virtual_memory().available, *read_cgroup_limits()) / GIB
 
 
+def measure_peak_rss(status_file: Path = Path("/proc/self/status")) -> int:
+    """Return the peak resident memory of this process in bytes.
+
+    On Linux this is VmHWM: `ru_maxrss` also counts the process that started this one, as it survives an exec.
+    """
+    lines = status_file.read_text().splitlines() if status_file.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def measure_peak_memory_gib() -> float:
     """Return the peak GiB allocated on the current GPU, or without one the peak resident memory of the process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / GIB, 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (GIB if sys.platform == "darwin" else 2**20), 2)
+    return round(measure_peak_rss() / GIB, 2)
 
 
 # Out-of-memory errors

@@ -4,7 +4,6 @@ KEYS: keys of SFTConfig as JSON. A first run of a tiny model loads what every ru
 """
 
 import json
-import resource
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
+from sft_pipeline.training.memory import measure_peak_rss
 from sft_pipeline.training.memory_estimate import MemoryEstimate, estimate_memory
 from sft_pipeline.training.precision import should_round_frozen_layers
 from sft_pipeline.training.trainer import SupervisedTrainer
@@ -56,5 +56,5 @@ if __name__ == "__main__":
     run(keys, folder, TINY)
     start = psutil.Process().memory_info().rss
     estimate = run(keys, folder, SHAPE)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+    peak = measure_peak_rss() - start
     print(json.dumps({"peak": peak, "estimate": estimate.total, "parts": str(estimate)}))

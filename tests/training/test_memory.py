@@ -3,6 +3,9 @@
 import logging
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from sft_pipeline.commands.verify_resume import compare_checkpoints
 from sft_pipeline.data.batch_sampler import StepBatchSampler
 from sft_pipeline.runs.checkpoints import find_newest_checkpoint, needs_evaluation
 from sft_pipeline.training import memory
-from sft_pipeline.training.memory import find_heaviest_batch, measure_peak_memory_gib
+from sft_pipeline.training.memory import find_heaviest_batch, measure_peak_memory_gib, measure_peak_rss
 from sft_pipeline.utils.errors import SFTError
 
 SMALL, HUGE = 2**20, 2**44  # bytes
@@ -208,6 +211,19 @@ def test_optimizers_that_step_in_the_backward_pass(optim, tmp_path):
     trainer = build(tmp_path)
     trainer.args.optim = optim
     assert memory._has_step_in_backward(trainer) == (optim != "adamw_torch")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_peak_memory_leaves_out_the_process_that_started_this_one():
+    large = np.ones(600 * 2**20, dtype=np.uint8)
+    assert measure_peak_rss() > large.nbytes
+    code = "from sft_pipeline.training.memory import measure_peak_rss; print(measure_peak_rss())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output) < large.nbytes
+
+
+def test_peak_memory_is_read_without_proc(tmp_path):
+    assert measure_peak_rss(tmp_path / "none") >= 0.9 * measure_peak_rss()
 
 
 def test_peak_memory_is_of_the_gpu_if_there_is_one(monkeypatch):
