@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft_pipeline.kernels.cpu_layer_inference import (
@@ -31,7 +32,8 @@ def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[
     fastest for few tokens. Training mode, configuration and layers are restored at the end, also if the block raises.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        # ZeRO-3 keeps small weights that it gathered within the block; as inference tensors they could not be trained.
+        stack.enter_context(torch.no_grad() if is_deepspeed_zero3_enabled() else torch.inference_mode())
         stack.enter_context(use_eval_mode(model))
         stack.enter_context(_use_attention(model, attention))
         stack.enter_context(disable_fused_layers(model))

@@ -53,6 +53,8 @@ def can_fuse_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
         return False
+    if layer.weight.dim() != 2:  # DeepSpeed's ZeRO-3 leaves an empty vector on a process between two uses
+        return False
     is_fp32_on_cpu = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
     return is_fp32_on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -185,5 +185,5 @@ def gather_weights(source: nn.Module | nn.Parameter) -> AbstractContextManager:
     them."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    zero: Any = importlib.import_module("deepspeed.zero")
+    zero: Any = importlib.import_module("deepspeed").zero  # an attribute, not a module
     return zero.GatheredParameters([source] if isinstance(source, nn.Parameter) else list(source.parameters()))

@@ -1,6 +1,6 @@
 """The config files of accelerate in configs/accelerate: what they start and set, and errors in such files.
 
-Whole runs started with them: test_launch.py. deepspeed is not installed: of its file, only the settings are tested.
+Whole runs started with them: test_launch.py. Of DeepSpeed's file, only the settings are tested.
 """
 
 import json

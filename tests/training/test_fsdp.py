@@ -218,12 +218,11 @@ def test_cpu_offload_is_refused_on_cpus(reports):
 
 
 def test_weights_sharded_by_zero3_are_gathered(monkeypatch):
-    """With a stand-in for deepspeed, which is not installed."""
+    """With a stand-in for deepspeed, which need not be installed; with it: test_deepspeed.py."""
     gathered, model = [], torch.nn.Linear(2, 2)
     with gather_weights(model):
         assert not gathered
     zero = SimpleNamespace(GatheredParameters=lambda weights: gathered.append(weights) or nullcontext())
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
     monkeypatch.setattr("sft_pipeline.training.fsdp.is_deepspeed_zero3_enabled", lambda: True)
     with gather_weights(model):

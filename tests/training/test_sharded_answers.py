@@ -82,10 +82,9 @@ def test_the_weights_are_gathered_where_they_fit(free_share, tmp_path, monkeypat
 
 
 def test_weights_sharded_by_zero3_are_gathered_one_by_one(tmp_path, monkeypatch):
-    """With a stand-in for deepspeed, which is not installed."""
+    """With a stand-in for deepspeed, which need not be installed; with it: test_deepspeed.py."""
     trainer, gathered = make_trainer(tmp_path), []
     zero = SimpleNamespace(GatheredParameters=lambda weights: gathered.append(weights) or nullcontext())
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
     monkeypatch.setattr("sft_pipeline.training.fsdp.is_deepspeed_zero3_enabled", lambda: True)
     weights = list(trainer.model.parameters())
