@@ -10,6 +10,7 @@ import torch
 from support.causal_models import tiny
 from support.compiling import CountingBackend
 from support.trees import build_row
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 
@@ -167,8 +168,17 @@ def test_fused_layers_are_left_alone():
 
 
 @pytest.mark.real
-def test_inductor_trains_the_same_steps(backend):
-    """The backend of a run, which generates code: here C++, with g++."""
-    plain, compiled = build_pair(LlamaConfig, num_hidden_layers=1)
+def test_inductor_compiles_a_dozen_layouts_in_the_first_steps(backend):
+    """The backend of a run, which generates code: here C++, with g++. Forward and backward are compiled apart."""
+    counters.clear()
+    plain, compiled = build_pair(LlamaConfig, num_hidden_layers=2)
     compile_layers(compiled)
-    assert_same_steps(plain, compiled, build_batches()[:5])
+    batches = build_batches()
+    assert_same_steps(plain, compiled, batches[:2])
+    num_compilations = count_compilations()
+    assert_same_steps(plain, compiled, batches[2:])
+    assert 3 <= num_compilations == count_compilations() <= 8
+
+
+def count_compilations() -> int:
+    return sum(counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss", "bypass"))
