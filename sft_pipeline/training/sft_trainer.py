@@ -10,6 +10,7 @@ It encodes the rows, prepares the model and answers held-out prompts at each eva
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -110,7 +111,8 @@ class SFTTrainer(SupervisedTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        args = SFTConfig.from_training_arguments(args or SFTConfig())
+        # A copy, as what follows from model and rows is set in it: the caller's may serve for another trainer.
+        args = copy.copy(SFTConfig.from_training_arguments(args or SFTConfig()))
         check_devices(args)
         check_parallel_sizes(args, model)
         source = model or args.model_name_or_path

@@ -1,5 +1,7 @@
 """`torch_compile`: which layers are compiled, by what, and that a run is the same."""
 
+from dataclasses import replace
+
 import pytest
 from support.training_runs import run_train
 
@@ -62,3 +64,16 @@ def test_the_options_are_those_of_torch_compile(keys, options, config, tmp_path,
     assert calls == [{"backend": "inductor", "mode": None} | options]
     record = build_config_record(SFTConfig(str(tmp_path), use_cpu=True, **keys))
     assert record["torch_compile"] is True and record.items() >= keys.items()
+
+
+def test_arguments_serve_for_a_second_trainer(config, tmp_path, monkeypatch):
+    """What follows from rows and model is set in the trainer's own copy."""
+    calls = []
+    monkeypatch.setattr(model_setup, "compile_layers", lambda model, **options: calls.append(options) or 2)
+    args = parse_config(str(config), ["--torch_compile", "--eval_strategy=steps", "--output_dir", str(tmp_path)])
+    given = vars(args).copy()
+    rows = [{"instruction": "Say one.", "output": "one"}] * 4
+    without = SFTTrainer(args=replace(args, held_out=0.0), train_dataset=rows)
+    first, second = SFTTrainer(args=args), SFTTrainer(args=args)
+    assert len(calls) == 3 and vars(args) == given
+    assert without.args.eval_strategy == "no" and first.args.eval_strategy == second.args.eval_strategy == "steps"
