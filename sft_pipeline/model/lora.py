@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.peft_config import check_peft
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,6 @@ class BaseModel:
     revision: str | None
 
 
-def build_lora_config(args: SFTArguments) -> LoraConfig:
-    """Build the adapters' config of the keys `lora*`. Raises SFTError if `peft` is missing."""
-    _check_peft("lora: true")
-    from peft import LoraConfig
-
-    names = args.lora_target_modules
-    targets = names[0] if names == ["all-linear"] else names
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        revision=args.revision,
-    )
-
-
 def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
     """Freeze `model` and add trainable adapters. Raises SFTError for a config that does not fit, as if no layer has
     one of its names."""
@@ -53,10 +36,9 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
     try:
         # A PeftModel is no PreTrainedModel, but passes attributes through to it.
         return cast(PreTrainedModel, get_peft_model(model, config))
-    except ValueError as error:
-        names = getattr(config, "target_modules", None)
-        targets = sorted(names) if isinstance(names, set) else names
-        raise SFTError(f"lora_target_modules {targets}: {format_first_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
+        # of a value that is wrong, or a model that this kind of adapters does not fit
+        raise SFTError(f"peft: {format_first_line(error)}") from error
 
 
 def round_frozen_layers(model: PreTrainedModel) -> int:
@@ -84,7 +66,7 @@ def find_base_model(folder: Path) -> BaseModel | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
-    _check_peft(f"{folder}: holds adapters and")
+    check_peft(f"{folder}: holds adapters and")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
@@ -110,8 +92,3 @@ def merge_adapters(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({format_error(error)})") from error
     model.name_or_path = str(folder)
     return model.requires_grad_(True)
-
-
-def _check_peft(feature: str) -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise SFTError(f"{feature} needs peft; install it with `pip install 'sft_pipeline[lora]'`")

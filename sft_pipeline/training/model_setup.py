@@ -25,9 +25,10 @@ from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.compiled_layers import compile_layers
 from sft_pipeline.model.freezing import freeze_except, freeze_unreached
 from sft_pipeline.model.loading import build_empty_model, load_model, set_special_tokens
-from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
+from sft_pipeline.model.lora import add_adapters, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
+from sft_pipeline.model.peft_config import build_peft_config, check_peft_config
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory_estimate import check_memory
 from sft_pipeline.training.precision import should_round_frozen_layers
@@ -62,8 +63,7 @@ def set_up_model(
     path: of the model, or ""; data: the rows that it will be trained on. Before the weights are loaded, the memory of
     a step is estimated. Raises SFTError for a model or settings that cannot be trained.
     """
-    if args.lora and peft_config:
-        raise SFTError("lora and peft_config both describe adapters; remove one of them")
+    peft_config = choose_peft_config(args, peft_config)
     is_named = isinstance(source, str)
     on_main_process = is_named and loads_on_main_process(args)
     if is_named:
@@ -81,6 +81,18 @@ def set_up_model(
     return model, collator
 
 
+def choose_peft_config(args: SFTConfig, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """Return the config of the adapters: the one that is given, that of the keys, or None.
+
+    Raises SFTError if both describe adapters, and for adapters that cannot be trained.
+    """
+    if args.has_adapters and peft_config:
+        raise SFTError(f"{'peft' if args.peft else 'lora'} and peft_config both describe adapters; remove one of them")
+    if peft_config:
+        check_peft_config(peft_config)
+    return build_peft_config(args) if args.has_adapters else peft_config
+
+
 def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: PeftConfig | None) -> None:
     """Log the memory of a step before the weights are loaded; raises SFTError where they are known not to fit.
 
@@ -93,8 +105,13 @@ def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: P
     except (OSError, ValueError):
         return  # loading it will say why
     with torch.device("meta"):
-        if args.lora or peft_config:
-            model = add_adapters(model, copy.deepcopy(peft_config) or build_lora_config(args))
+        if peft_config:
+            try:
+                model = add_adapters(model, copy.deepcopy(peft_config))
+            except SFTError as error:
+                if isinstance(error.__cause__, RuntimeError):
+                    return  # some kinds cannot be added to a model without weights
+                raise
         if args.trainable_modules:
             freeze_except(model, args.trainable_modules)
     packed = args.packing and args.attn_implementation is None
@@ -118,13 +135,15 @@ def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> Pre
 def prepare_model(
     model: PreTrainedModel, args: SFTConfig, template: Template, data: PreparedData, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel, PackingCollator | PaddingCollator]:
-    """Patch the model's loss, attention and layers in place, add adapters, freeze; return the model and its collator.
+    """Add adapters, patch the model's loss, attention and layers in place, freeze; return the model and its collator.
 
     The packing collator is chosen if `packing` is on and the model supports it, else the padding one; logs why not.
     Raises SFTError for `tokens_per_batch` where rows cannot be packed.
     """
     longest = max(stats.length_quantiles["most"] for stats in (data.train_stats, data.held_out_stats) if stats)
     pad_token_id: Any = template.tokenizer.pad_token_id
+    if peft_config:
+        model = add_adapters(model, peft_config)  # first: the head may be one of the modules that they replace
     packing = args.packing and args.attn_implementation is None
     with gather_weights(model), use_portable_attention(model, args.attn_implementation):
         reason = patch_loss_forward(model)
@@ -139,8 +158,6 @@ def prepare_model(
         raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
     if reason:
         logger.info("batches are padded: %s", reason)
-    if args.lora or peft_config:
-        model = add_adapters(model, peft_config or build_lora_config(args))
     if args.trainable_modules:
         freeze_except(model, args.trainable_modules)
     with gather_weights(model):

@@ -88,7 +88,7 @@ class SFTTrainer(SupervisedTrainer):
         `held_out` of `args`.
     processing_class: the tokenizer; by default the model's.
     template: a name, or a Template with its tokenizer; by default `template` of `args`.
-    peft_config: the adapters to train, in place of the keys `lora*` of `args`.
+    peft_config: the adapters to train, in place of the keys `lora*` and `peft` of `args`.
     callbacks: as for `transformers.Trainer`.
 
     Attributes: `data`, the encoded rows with their statistics; `template`; `evaluation`, with the results of all
