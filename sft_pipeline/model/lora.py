@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.moved_base import moves_base, save_as_lora
 from sft_pipeline.model.peft_config import check_peft
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
@@ -35,10 +36,13 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
 
     try:
         # A PeftModel is no PreTrainedModel, but passes attributes through to it.
-        return cast(PreTrainedModel, get_peft_model(model, config))
+        adapted = cast(PreTrainedModel, get_peft_model(model, config))
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
         # of a value that is wrong, or a model that this kind of adapters does not fit
         raise SFTError(f"peft: {format_first_line(error)}") from error
+    if moves_base(config) and adapted.device.type != "meta":
+        save_as_lora(adapted)
+    return adapted
 
 
 def round_frozen_layers(model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
-from sft_pipeline.config import SFTConfig
+from sft_pipeline.config import SFTConfig, shards_model
 from sft_pipeline.data.collators import choose_collator
 from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.data.padding import PaddingCollator
@@ -28,6 +28,7 @@ from sft_pipeline.model.loading import build_empty_model, load_model, set_specia
 from sft_pipeline.model.lora import add_adapters, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
+from sft_pipeline.model.moved_base import moves_base
 from sft_pipeline.model.peft_config import build_peft_config, check_peft_config
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory_estimate import check_memory
@@ -64,6 +65,10 @@ def set_up_model(
     a step is estimated. Raises SFTError for a model or settings that cannot be trained.
     """
     peft_config = choose_peft_config(args, peft_config)
+    for config in getattr(source, "peft_config", {}).values():
+        check_peft_config(config)
+        if moves_base(config):
+            raise SFTError("init_lora_weights: pissa and olora: give the base model, and the adapters as peft_config")
     is_named = isinstance(source, str)
     on_main_process = is_named and loads_on_main_process(args)
     if is_named:
@@ -90,7 +95,10 @@ def choose_peft_config(args: SFTConfig, peft_config: PeftConfig | None) -> PeftC
         raise SFTError(f"{'peft' if args.peft else 'lora'} and peft_config both describe adapters; remove one of them")
     if peft_config:
         check_peft_config(peft_config)
-    return build_peft_config(args) if args.has_adapters else peft_config
+    config = build_peft_config(args) if args.has_adapters else peft_config
+    if config and moves_base(config) and shards_model(args):
+        raise SFTError("peft: init_lora_weights: pissa and olora change the base, which is sharded; use true")
+    return config
 
 
 def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: PeftConfig | None) -> None:
