@@ -241,6 +241,10 @@ class SFTArguments:
             "peft_type."
         },
     )
+    add_tokens: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tokens to add to the tokenizer and the model; their embeddings are trained, also by LoRA."},
+    )
 
     @property
     def has_adapters(self) -> bool:

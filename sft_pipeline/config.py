@@ -328,6 +328,9 @@ def _check_values(args: SFTConfig) -> None:
         raise SFTError(f"{key} and trainable_modules both select what is trained; remove one of them")
     if args.peft == {}:
         raise SFTError("peft: {} has no field; write lora: true for adapters by default, or remove it")
+    for token in args.add_tokens:
+        if not token or args.add_tokens.count(token) > 1:
+            raise SFTError(f"add_tokens: {token!r} is {'there twice' if token else 'empty'}; remove it")
     if args.early_stopping_patience and not args.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
     for key, reason in REFUSED_KEYS.items():

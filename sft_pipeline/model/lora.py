@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sft_pipeline.model.module_utils import unwrap_peft
 from sft_pipeline.model.moved_base import moves_base, save_as_lora
+from sft_pipeline.model.new_tokens import count_saved_rows, resize_embeddings
 from sft_pipeline.model.peft_config import check_peft
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
@@ -52,10 +53,14 @@ def round_frozen_layers(model: PreTrainedModel) -> int:
     are the head's, and norms stay float32: they set the precision of the hidden states.
     """
     embedding = unwrap_peft(model).get_input_embeddings()
+    exact: set[Any] = {getattr(embedding, "original_module", embedding).weight}
+    # A head of which single tokens are trained is rounded at each call, with these tokens in it.
+    wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "trainable_tokens_delta")]
+    exact |= {module.base_layer.weight for module in wrapped}
     layers = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and not module.weight.requires_grad and module.weight is not embedding.weight
+        if type(module) is nn.Linear and not module.weight.requires_grad and module.weight not in exact
     ]
     for layer in layers:
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
@@ -91,6 +96,7 @@ def merge_adapters(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
+        resize_embeddings(base, count_saved_rows(base, folder))
         model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({format_error(error)})") from error

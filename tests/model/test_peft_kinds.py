@@ -56,6 +56,8 @@ LORA_FIELDS = [
     {"init_lora_weights": "orthogonal"},
     {"init_lora_weights": "mica"},
     {"init_lora_weights": False},
+    {"trainable_token_indices": [5, 6]},
+    {"trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 6]}},
 ]
 
 
@@ -134,6 +136,18 @@ def test_packed_rows_train_each_kind_as_peft_does(kind, tmp_path):
 @pytest.mark.parametrize("fields", LORA_FIELDS, ids=str)
 def test_packed_rows_train_each_field_of_lora_as_peft_does(fields, tmp_path):
     check_exactness(make_llama, SFTArguments(peft=fields), tmp_path)
+
+
+def make_tied() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TOKENS, **SIZES, initializer_range=0.2, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": [5, 6]}], ids=str)
+def test_tied_embeddings(fields, tmp_path):
+    """The head is trained with the embeddings, and applied where there is a target alone."""
+    model = check_exactness(make_tied, SFTArguments(lora=True, peft=fields), tmp_path)
+    assert model.get_base_model().forward.head_obstacle is None
 
 
 EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
