@@ -116,6 +116,12 @@ def test_packed_and_padded_runs_agree(parse):
     assert packed["eval_loss"]["after"] == pytest.approx(padded["eval_loss"]["after"], abs=1e-4)
 
 
+def test_answers_have_the_new_tokens(parse):
+    results = run(parse(**LORA, max_steps=60, save_strategy="no", eval_strategy="no"))
+    for answer in results["answers"]:
+        assert "<tool>" in answer["after"], answer["after"]
+
+
 def test_a_model_is_trained_on_from_there(parse, base, tokenizer, tmp_path, caplog):
     run(parse(**LORA))
     caplog.clear()
