@@ -234,3 +234,19 @@ class SFTArguments:
             "by default they are packed, with an attention of this package."
         },
     )
+    peft: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters: the fields of peft's LoraConfig, such as {use_dora: true}, or of the config of another "
+            "peft_type."
+        },
+    )
+    add_tokens: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tokens to add to the tokenizer and the model; their embeddings are trained, also by LoRA."},
+    )
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, by the keys."""
+        return self.lora or bool(self.peft)

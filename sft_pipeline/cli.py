@@ -80,6 +80,7 @@ def _load_config_and_template(extra_args: list[str]) -> tuple[Any, Any]:
     from sft_pipeline.config import parse_config
     from sft_pipeline.data.chat_templates import build_template
     from sft_pipeline.model.loading import check_revision, load_tokenizer, resolve_model
+    from sft_pipeline.model.new_tokens import add_tokens
     from sft_pipeline.utils.files import get_cache_dir
 
     config = parse_config(*_split_config_path(extra_args))
@@ -87,7 +88,9 @@ def _load_config_and_template(extra_args: list[str]) -> tuple[Any, Any]:
     check_revision(path, config.revision)
     tokenizer = load_tokenizer(path, config.trust_remote_code, config.revision)
     kwargs: Any = config.chat_template_kwargs
-    return config, build_template(config.template, tokenizer, config.chat_template, kwargs)
+    template = build_template(config.template, tokenizer, config.chat_template, kwargs)
+    add_tokens(tokenizer, config.add_tokens)
+    return config, template
 
 
 def _run_train(args: argparse.Namespace, extra_args: list[str]) -> None:

@@ -87,6 +87,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
             # still reads the older one.
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
         self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
+        self.peft = _parse_mapping("peft", self.peft)
         self.train_data, self.eval_data = (_parse_entries(self, key) for key in ("train_data", "eval_data"))
         _check_values(self)
         _check_world_size(self)
@@ -274,14 +275,20 @@ def _parse_entries(args: SFTConfig, key: str) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
 
 
-def _parse_template_kwargs(value: Any) -> dict[str, Any] | None:
-    """Parse chat_template_kwargs, which may be JSON text: their names must be those of variables in a template."""
+def _parse_mapping(key: str, value: Any) -> dict[str, Any] | None:
+    """Parse the value of a key that is a mapping, which may be JSON text."""
     try:
-        kwargs = json.loads(value) if isinstance(value, str) else value
+        mapping = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise SFTError(f'chat_template_kwargs is not JSON ({error}); write {{"name": value}}') from error
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise SFTError(f"chat_template_kwargs is {kwargs!r}; it has to be {{name: value}}")
+        raise SFTError(f'{key} is not JSON ({error}); write {{"name": value}}') from error
+    if mapping is not None and not isinstance(mapping, dict):
+        raise SFTError(f"{key} is {mapping!r}; it has to be {{name: value}}")
+    return mapping
+
+
+def _parse_template_kwargs(value: Any) -> dict[str, Any] | None:
+    """Parse chat_template_kwargs: their names must be those of variables in a template."""
+    kwargs = _parse_mapping("chat_template_kwargs", value)
     for name in kwargs or ():
         is_name = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
         if not is_name or name.lower() in ("true", "false", "none"):
@@ -316,8 +323,14 @@ def _check_values(args: SFTConfig) -> None:
         raise SFTError("dtype: bfloat16 and fp16 exclude each other; set bf16: true, or dtype: float32")
     if args.dtype == "bfloat16" and args.bf16 and shards_model(args):
         raise SFTError("dtype: bfloat16 would become float32 under bf16 and fsdp or deepspeed; set bf16: false")
-    if args.lora and args.trainable_modules:
-        raise SFTError("lora and trainable_modules both select what is trained; remove one of them")
+    if args.has_adapters and args.trainable_modules:
+        key = "peft" if args.peft else "lora"
+        raise SFTError(f"{key} and trainable_modules both select what is trained; remove one of them")
+    if args.peft == {}:
+        raise SFTError("peft: {} has no field; write lora: true for adapters by default, or remove it")
+    for token in args.add_tokens:
+        if not token or args.add_tokens.count(token) > 1:
+            raise SFTError(f"add_tokens: {token!r} is {'there twice' if token else 'empty'}; remove it")
     if args.early_stopping_patience and not args.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
     for key, reason in REFUSED_KEYS.items():

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -319,7 +319,8 @@ def _get_max_length(model: PreTrainedModel, max_length: int | None) -> int | Non
 
 def _find_prompt_error(prompt: list[int], max_new_tokens: int, limit: int | None, model: PreTrainedModel) -> str | None:
     """Return why the prompt can't be answered, or None."""
-    vocabulary = _get_embedding(model).num_embeddings
+    embedding: Any = _get_embedding(model)
+    vocabulary = getattr(embedding, "original_module", embedding).num_embeddings  # below a wrapper of peft
     if not prompt:
         return "the prompt is empty: give at least one token"
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:

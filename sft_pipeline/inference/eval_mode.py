@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[
     fastest for few tokens. Training mode, configuration and layers are restored at the end, also if the block raises.
     """
     with ExitStack() as stack:
+        stack.enter_context(_merge_tokens(model))
         # ZeRO-3 keeps small weights that it gathered within the block; as inference tensors they could not be trained.
         stack.enter_context(torch.no_grad() if is_deepspeed_zero3_enabled() else torch.inference_mode())
         stack.enter_context(use_eval_mode(model))
@@ -40,6 +41,22 @@ def use_inference_mode(model: PreTrainedModel, attention: Callable) -> Iterator[
         stack.enter_context(run_layers_eagerly())
         stack.enter_context(_use_fused_layers(model, attention))
         yield
+
+
+@contextmanager
+def _merge_tokens(model: nn.Module) -> Iterator[None]:
+    """Within this block, tokens that adapters train are rows of the embeddings and of the head.
+
+    Elsewhere peft copies both matrices in every forward pass to put them there.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "trainable_tokens_delta")]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 @contextmanager

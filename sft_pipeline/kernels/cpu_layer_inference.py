@@ -65,6 +65,9 @@ def can_fuse_layer(layer: AnyModule) -> bool:
         return False
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules()):
         return False
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if not all("variance_epsilon" in vars(norm) for norm in norms):
+        return False  # adapters of a norm
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     if not all(map(can_fuse_linear, [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj])):

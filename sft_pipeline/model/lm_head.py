@@ -34,9 +34,13 @@ class LMHead:
     """
 
     backbone: PreTrainedModel
-    linear: nn.Linear
+    linear: Any  # nn.Linear, or peft's wrapper of one of which single tokens are trained
     scale: float
     softcap: float | None
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.linear, "bias", None)
 
     def compute_hidden_states(self, **inputs: Any) -> Tensor:
         """Return the last hidden states (lines, length, hidden size) of the backbone.
@@ -53,7 +57,7 @@ class LMHead:
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Return all logits (..., vocabulary) as the model itself computes them; meant for few positions."""
-        logits = torch.nn.functional.linear(hidden_states, self.linear.weight, self.linear.bias) * self.scale
+        logits = torch.nn.functional.linear(hidden_states, self.linear.weight, self.bias) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def compute_loss(self, hidden_states: Tensor, targets: Tensor, num_items: float | Tensor) -> Tensor:
@@ -64,7 +68,7 @@ class LMHead:
                 hidden_states,
                 targets,
                 self.linear.weight,
-                self.linear.bias,
+                self.bias,
                 num_items=num_items,
                 scale=self.scale,
                 softcap=self.softcap,
@@ -87,7 +91,8 @@ def split_head(model: nn.Module) -> LMHead:
     Scale and soft-capping of the logits are read from the config, then checked against the model's own logits on a
     few tokens: a model that changes its logits in another way raises SFTError. Call it before the model is wrapped
     or sharded. `peft`: LoRA layers inside the backbone need nothing; of a head in `modules_to_save` the trained copy is
-    used; a head with LoRA on it, and prompt learning, which changes the inputs, raise SFTError.
+    used, and where single tokens are trained the weights with these; a head with LoRA on it, and prompt learning, which
+    changes the inputs, raise SFTError.
     """
     model = unwrap_peft(model)
     linear = _get_plain_linear(model.get_output_embeddings())
@@ -105,8 +110,13 @@ def split_head(model: nn.Module) -> LMHead:
     return head
 
 
-def _get_plain_linear(layer: Any) -> nn.Linear | None:
-    """Return the linear layer that computes the logits; None if `layer` is anything else (LoRA, two layers)."""
+def _get_plain_linear(layer: Any) -> Any:
+    """Return the linear layer that computes the logits; None if `layer` is anything else (LoRA, two layers).
+
+    peft's wrapper of a layer of which single tokens are trained is one, too: its `weight` has these rows in it.
+    """
+    if hasattr(layer, "token_adapter"):
+        return layer if type(layer.token_adapter.base_layer) is nn.Linear else None
     if hasattr(layer, "modules_to_save"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     return layer if type(layer) is nn.Linear else None

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from sft_pipeline.model.lora import find_base_model, merge_adapters
+from sft_pipeline.model.new_tokens import count_saved_rows, resize_embeddings
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 from sft_pipeline.utils.files import write_aside
 from sft_pipeline.utils.progress import show_elapsed_time
@@ -162,6 +163,7 @@ def build_empty_model(
     if base := find_base_model(Path(path)):
         revision = revision or base.revision
         model = build_empty_model(base.name_or_path, trust_remote_code, revision, dtype, attn_implementation)
+        resize_embeddings(model, count_saved_rows(model, Path(path)))
         model.name_or_path = path
         return model
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision or "main")

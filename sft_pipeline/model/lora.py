@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.moved_base import moves_base, save_as_lora
+from sft_pipeline.model.new_tokens import count_saved_rows, resize_embeddings
+from sft_pipeline.model.peft_config import check_peft
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,6 @@ class BaseModel:
     revision: str | None
 
 
-def build_lora_config(args: SFTArguments) -> LoraConfig:
-    """Build the adapters' config of the keys `lora*`. Raises SFTError if `peft` is missing."""
-    _check_peft("lora: true")
-    from peft import LoraConfig
-
-    names = args.lora_target_modules
-    targets = names[0] if names == ["all-linear"] else names
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        revision=args.revision,
-    )
-
-
 def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
     """Freeze `model` and add trainable adapters. Raises SFTError for a config that does not fit, as if no layer has
     one of its names."""
@@ -52,11 +37,13 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
 
     try:
         # A PeftModel is no PreTrainedModel, but passes attributes through to it.
-        return cast(PreTrainedModel, get_peft_model(model, config))
-    except ValueError as error:
-        names = getattr(config, "target_modules", None)
-        targets = sorted(names) if isinstance(names, set) else names
-        raise SFTError(f"lora_target_modules {targets}: {format_first_line(error)}") from error
+        adapted = cast(PreTrainedModel, get_peft_model(model, config))
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
+        # of a value that is wrong, or a model that this kind of adapters does not fit
+        raise SFTError(f"peft: {format_first_line(error)}") from error
+    if moves_base(config) and adapted.device.type != "meta":
+        save_as_lora(adapted)
+    return adapted
 
 
 def round_frozen_layers(model: PreTrainedModel) -> int:
@@ -66,10 +53,14 @@ def round_frozen_layers(model: PreTrainedModel) -> int:
     are the head's, and norms stay float32: they set the precision of the hidden states.
     """
     embedding = unwrap_peft(model).get_input_embeddings()
+    exact: set[Any] = {getattr(embedding, "original_module", embedding).weight}
+    # A head of which single tokens are trained is rounded at each call, with these tokens in it.
+    wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "trainable_tokens_delta")]
+    exact |= {module.base_layer.weight for module in wrapped}
     layers = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and not module.weight.requires_grad and module.weight is not embedding.weight
+        if type(module) is nn.Linear and not module.weight.requires_grad and module.weight not in exact
     ]
     for layer in layers:
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
@@ -84,7 +75,7 @@ def find_base_model(folder: Path) -> BaseModel | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
-    _check_peft(f"{folder}: holds adapters and")
+    check_peft(f"{folder}: holds adapters and")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
@@ -105,13 +96,9 @@ def merge_adapters(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
+        resize_embeddings(base, count_saved_rows(base, folder))
         model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SFTError(f"{folder}: its adapters do not fit {base.name_or_path} ({format_error(error)})") from error
     model.name_or_path = str(folder)
     return model.requires_grad_(True)
-
-
-def _check_peft(feature: str) -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise SFTError(f"{feature} needs peft; install it with `pip install 'sft_pipeline[lora]'`")

@@ -24,7 +24,8 @@ CARD_METRICS = (
 )  # fmt: skip
 SETTINGS = (
     "template", "system_prompt", "train_on", "max_length", "overlong", "packing", "tokens_per_batch",
-    "lora", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "num_train_epochs", "max_steps",
+    "lora", "lora_rank", "lora_alpha", "lora_target_modules", "peft", "trainable_modules", "num_train_epochs",
+    "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "weight_decay", "optim", "bf16", "fp16", "seed",
 )  # fmt: skip
@@ -50,6 +51,8 @@ def build_model_card(
         tags=["sft", "sft_pipeline"],
         eval_results=_build_eval_results(results, data) or None,
     )
+    peft = config.get("peft")
+    has_lora_keys = config["lora"] or (peft and peft.get("peft_type", "LORA") == "LORA")
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -61,7 +64,7 @@ def build_model_card(
         results=results,
         has_adapters=has_adapters,
         changes=[format_change(metric, change) for metric, change in results["before_and_after"].items()],
-        settings={key: config[key] for key in SETTINGS if config.get(key) and (config["lora"] or "lora" not in key)},
+        settings={key: config[key] for key in SETTINGS if config.get(key) and (has_lora_keys or "lora" not in key)},
     )
 
 

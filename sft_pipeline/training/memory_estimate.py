@@ -201,7 +201,7 @@ def estimate_memory(
         weights += 4 * trained if args.world_size > 1 else 0  # DDP's buckets
     kind = _choose_kind(model, args, packed, is_autocast)
     step_size = {"autocast": 2, "bfloat16": 2}.get(kind, 4)
-    rank = args.lora_rank if has_adapters else 0
+    rank = max((getattr(config, "r", 0) for config in getattr(model, "peft_config", {}).values()), default=0)
     is_checkpointed = bool(args.activation_checkpointing)
     activations = tokens * count_activation_bytes(shape, is_checkpointed, kind, rank)
     # First the last norm, the states at the targets and the logits of a chunk of the loss; then what the backward pass
@@ -264,7 +264,7 @@ def describe_remedies(args: SFTConfig) -> str:
     remedies = {
         "bf16: true": args.mixed_precision == "no" and args.dtype == "float32",
         "activation_checkpointing: true": not args.activation_checkpointing,
-        "lora: true": not args.lora,
+        "lora: true": not args.has_adapters,
         "fsdp: true on several devices": not shards_model(args),
         "more devices": shards_model(args),
     }

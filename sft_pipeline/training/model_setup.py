@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
-from sft_pipeline.config import SFTConfig
+from sft_pipeline.config import SFTConfig, shards_model
 from sft_pipeline.data.collators import choose_collator
 from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.data.padding import PaddingCollator
@@ -25,9 +25,12 @@ from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model.compiled_layers import compile_layers
 from sft_pipeline.model.freezing import freeze_except, freeze_unreached
 from sft_pipeline.model.loading import build_empty_model, load_model, set_special_tokens
-from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
+from sft_pipeline.model.lora import add_adapters, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
+from sft_pipeline.model.moved_base import moves_base
+from sft_pipeline.model.new_tokens import resize_embeddings, save_without_embeddings, train_tokens
+from sft_pipeline.model.peft_config import build_peft_config, check_peft_config
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory_estimate import check_memory
 from sft_pipeline.training.precision import should_round_frozen_layers
@@ -62,13 +65,19 @@ def set_up_model(
     path: of the model, or ""; data: the rows that it will be trained on. Before the weights are loaded, the memory of
     a step is estimated. Raises SFTError for a model or settings that cannot be trained.
     """
-    if args.lora and peft_config:
-        raise SFTError("lora and peft_config both describe adapters; remove one of them")
+    peft_config = choose_peft_config(args, peft_config)
+    check_new_tokens(source, args, peft_config)
+    for config in getattr(source, "peft_config", {}).values():
+        check_peft_config(config)
+        if moves_base(config):
+            raise SFTError("init_lora_weights: pissa and olora: give the base model, and the adapters as peft_config")
     is_named = isinstance(source, str)
     on_main_process = is_named and loads_on_main_process(args)
     if is_named:
-        estimate_step(path, args, data, peft_config)
-    model = load_model_for_run(path, args, on_main_process) if isinstance(source, str) else source
+        estimate_step(path, args, template, data, peft_config)
+    model = load_model_for_run(path, args, template, on_main_process) if isinstance(source, str) else source
+    if not is_named:
+        resize_for_tokens(model, args, template)
     set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
     if args.use_liger_kernel:
         set_liger_arguments(args)
@@ -81,7 +90,55 @@ def set_up_model(
     return model, collator
 
 
-def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: PeftConfig | None) -> None:
+def choose_peft_config(args: SFTConfig, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """Return the config of the adapters: the one that is given, that of the keys, or None.
+
+    Raises SFTError if both describe adapters, and for adapters that cannot be trained.
+    """
+    if args.has_adapters and peft_config:
+        raise SFTError(f"{'peft' if args.peft else 'lora'} and peft_config both describe adapters; remove one of them")
+    if peft_config:
+        check_peft_config(peft_config)
+    config = build_peft_config(args) if args.has_adapters else peft_config
+    if config and moves_base(config) and shards_model(args):
+        raise SFTError("peft: init_lora_weights: pissa and olora change the base, which is sharded; use true")
+    return config
+
+
+def check_new_tokens(source: str | PreTrainedModel, args: SFTConfig, peft_config: PeftConfig | None) -> None:
+    """Raise SFTError for `add_tokens` where the new embeddings would not be trained."""
+    if not args.add_tokens:
+        return
+    if hasattr(source, "peft_config"):
+        raise SFTError("add_tokens: the model has adapters already; give the base model, and peft_config")
+    if args.deepspeed_plugin is not None or (peft_config and shards_model(args)):
+        raise SFTError("add_tokens was not tried with deepspeed, nor with adapters under fsdp; train without them")
+    if args.trainable_modules:
+        logger.warning("add_tokens: the new embeddings are trained only if trainable_modules matches them")
+
+
+def resize_for_tokens(model: PreTrainedModel, args: SFTConfig, template: Template) -> PreTrainedModel:
+    """Return `model` with rows for the tokens of `add_tokens`."""
+    if args.add_tokens:
+        resize_embeddings(model, len(template.tokenizer), args.seed)
+    return model
+
+
+def add_adapters_for_tokens(
+    model: PreTrainedModel, peft_config: PeftConfig, args: SFTConfig, template: Template
+) -> PreTrainedModel:
+    """Add adapters, which also train the tokens of `add_tokens`."""
+    if not args.add_tokens:
+        return add_adapters(model, copy.deepcopy(peft_config))
+    ids: Any = template.tokenizer.convert_tokens_to_ids(args.add_tokens)
+    model = add_adapters(model, train_tokens(peft_config, model, ids))
+    save_without_embeddings(model)
+    return model
+
+
+def estimate_step(
+    path: str, args: SFTConfig, template: Template, data: PreparedData, peft_config: PeftConfig | None
+) -> None:
     """Log the memory of a step before the weights are loaded; raises SFTError where they are known not to fit.
 
     Not for DeepSpeed, whose stages and offloading are its own.
@@ -89,12 +146,17 @@ def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: P
     if args.deepspeed_plugin is not None:
         return
     try:
-        model = build_empty_model(path, args.trust_remote_code, args.revision)
+        model = resize_for_tokens(build_empty_model(path, args.trust_remote_code, args.revision), args, template)
     except (OSError, ValueError):
         return  # loading it will say why
     with torch.device("meta"):
-        if args.lora or peft_config:
-            model = add_adapters(model, copy.deepcopy(peft_config) or build_lora_config(args))
+        if peft_config:
+            try:
+                model = add_adapters_for_tokens(model, peft_config, args, template)
+            except SFTError as error:
+                if isinstance(error.__cause__, RuntimeError):
+                    return  # some kinds cannot be added to a model without weights
+                raise
         if args.trainable_modules:
             freeze_except(model, args.trainable_modules)
     packed = args.packing and args.attn_implementation is None
@@ -102,15 +164,15 @@ def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: P
     check_memory(model, args, data.train_stats, budget if packed else 0, packed)
 
 
-def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> PreTrainedModel:
+def load_model_for_run(path: str, args: SFTConfig, template: Template, on_main_process: bool) -> PreTrainedModel:
     """Load the model of a folder or hub name; with `on_main_process` only there, and without weights elsewhere."""
     options = args.trust_remote_code, args.revision, getattr(torch, args.dtype), args.attn_implementation
 
     def build_whole() -> PreTrainedModel:
-        return load_model(path, *options)
+        return resize_for_tokens(load_model(path, *options), args, template)
 
     def build_empty() -> PreTrainedModel:
-        return build_empty_model(path, *options)
+        return resize_for_tokens(build_empty_model(path, *options), args, template)
 
     return load_on_main_process(args, build_whole, build_empty) if on_main_process else build_whole()
 
@@ -118,13 +180,16 @@ def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> Pre
 def prepare_model(
     model: PreTrainedModel, args: SFTConfig, template: Template, data: PreparedData, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel, PackingCollator | PaddingCollator]:
-    """Patch the model's loss, attention and layers in place, add adapters, freeze; return the model and its collator.
+    """Add adapters, patch the model's loss, attention and layers in place, freeze; return the model and its collator.
 
     The packing collator is chosen if `packing` is on and the model supports it, else the padding one; logs why not.
     Raises SFTError for `tokens_per_batch` where rows cannot be packed.
     """
     longest = max(stats.length_quantiles["most"] for stats in (data.train_stats, data.held_out_stats) if stats)
     pad_token_id: Any = template.tokenizer.pad_token_id
+    if peft_config:
+        # First: the head may be one of the modules that they replace.
+        model = add_adapters_for_tokens(model, peft_config, args, template)
     packing = args.packing and args.attn_implementation is None
     with gather_weights(model), use_portable_attention(model, args.attn_implementation):
         reason = patch_loss_forward(model)
@@ -139,8 +204,6 @@ def prepare_model(
         raise SFTError(f"tokens_per_batch: {args.tokens_per_batch} needs packing, which is off ({reason}); set it to 0")
     if reason:
         logger.info("batches are padded: %s", reason)
-    if args.lora or peft_config:
-        model = add_adapters(model, peft_config or build_lora_config(args))
     if args.trainable_modules:
         freeze_except(model, args.trainable_modules)
     with gather_weights(model):

@@ -48,6 +48,7 @@ from sft_pipeline.model.loading import (
     load_tokenizer,
     resolve_model,
 )
+from sft_pipeline.model.new_tokens import add_tokens
 from sft_pipeline.runs.checkpoints import needs_evaluation
 from sft_pipeline.runs.output_dir import (
     PREVIEW_FILE,
@@ -89,7 +90,7 @@ class SFTTrainer(SupervisedTrainer):
         `held_out` of `args`.
     processing_class: the tokenizer; by default the model's.
     template: a name, or a Template with its tokenizer; by default `template` of `args`.
-    peft_config: the adapters to train, in place of the keys `lora*` of `args`.
+    peft_config: the adapters to train, in place of the keys `lora*` and `peft` of `args`.
     callbacks: as for `transformers.Trainer`.
 
     Attributes: `data`, the encoded rows with their statistics; `template`; `evaluation`, with the results of all
@@ -132,6 +133,7 @@ class SFTTrainer(SupervisedTrainer):
             template = build_template(template or args.template, tokenizer, args.chat_template, kwargs)
         elif processing_class is not None:
             raise SFTError("processing_class: the Template given as template has its tokenizer; leave it out")
+        add_tokens(template.tokenizer, args.add_tokens)
         self.template, args.template = template, template.name
         self.config_record = build_config_record(args)  # before the steps below change `args`
         drop_missing_trackers(args)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.cli import main
 from sft_pipeline.model.loading import load_model
-from sft_pipeline.model.lora import build_lora_config
+from sft_pipeline.model.peft_config import build_peft_config
 
 # peft 0.21 still asks transformers 5.23 under the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -143,7 +143,7 @@ def test_adapters_keep_the_revision_of_their_base_model(model_folder, write_conf
     main(["train", str(write_config(tmp_path, 8, lora=True, lora_rank=2, output_dir=str(folder), **KEYS))])
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
-    assert config["revision"] is None and build_lora_config(SFTArguments(revision="v1.5")).revision == "v1.5"
+    assert config["revision"] is None and build_peft_config(SFTArguments(revision="v1.5")).revision == "v1.5"
     file.write_text(json.dumps(config | {"base_model_name_or_path": "org/model", "revision": "v1.5"}))
     seen = []
     load = AutoModelForCausalLM.from_pretrained

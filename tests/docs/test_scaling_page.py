@@ -59,9 +59,10 @@ def test_parameter_counts_are_those_of_the_models(scaling):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapter_counts_are_those_of_peft(scaling, small):
     from sft_pipeline.arguments import SFTArguments
-    from sft_pipeline.model.lora import add_adapters, build_lora_config
+    from sft_pipeline.model.lora import add_adapters
+    from sft_pipeline.model.peft_config import build_peft_config
 
-    model = add_adapters(build_model(small), build_lora_config(SFTArguments(lora_rank=scaling.LORA_RANK)))
+    model = add_adapters(build_model(small), build_peft_config(SFTArguments(lora_rank=scaling.LORA_RANK)))
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert small.count_adapter_parameters(scaling.LORA_RANK) == trained
 

@@ -37,7 +37,8 @@ from sft_pipeline.data.tokenizer_export import build_saved_chat_template
 from sft_pipeline.evaluation.judge import Judge
 from sft_pipeline.evaluation.prompt_set import add_examples
 from sft_pipeline.model.loading import load_model, load_tokenizer
-from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.lora import add_adapters
+from sft_pipeline.model.peft_config import build_peft_config
 from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.runs.output_dir import TEMPLATE_FILE
 from sft_pipeline.runs.trained_model import load_template
@@ -120,7 +121,7 @@ def test_weights_that_are_pickles_are_refused_with_the_way_to_convert_them(adapt
     folder = Path(shutil.copytree(model_folder, tmp_path / "copied"))
     if adapters:
         pytest.importorskip("peft")
-        model = add_adapters(load_model(str(folder)), build_lora_config(SFTArguments(lora_rank=2, lora_alpha=4)))
+        model = add_adapters(load_model(str(folder)), build_peft_config(SFTArguments(lora_rank=2, lora_alpha=4)))
         folder = tmp_path / "adapters"
         model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):

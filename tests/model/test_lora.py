@@ -13,7 +13,8 @@ from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import parse_config
 from sft_pipeline.inference.answers import answer_prompts
 from sft_pipeline.model.loading import load_model
-from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.lora import add_adapters
+from sft_pipeline.model.peft_config import build_peft_config
 from sft_pipeline.runs.trained_model import load_trained
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
@@ -89,15 +90,47 @@ def test_checkpointing_changes_nothing(config, tmp_path):
     assert checkpointed["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
 
 
+def read_bits(folder):
+    return {name: weight.numpy().tobytes() for name, weight in load_file(folder / "adapter_model.safetensors").items()}
+
+
+IA3 = {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+FIELDS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "modules_to_save": ["lm_head", "embed_tokens"]},
+    "ia3": IA3,
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_the_fields_of_peft_are_trained_saved_resumed_and_merged(fields, config, tmp_path):
+    """From a YAML file or JSON; a resumed run ends with the bits of an uninterrupted one."""
+    keys = yaml.safe_load(config.read_text())
+    for key in ("lora", *(["lora_rank", "lora_alpha"] if "peft_type" in fields else [])):
+        del keys[key]
+    config.write_text(yaml.safe_dump(keys | {"peft": fields, "save_steps": 3, "save_strategy": "steps"}))
+    results = run(config)
+    assert results["eval_loss"]["after"] < results["eval_loss"]["before"] and results["config"]["peft"] == fields
+    record = json.loads((tmp_path / "out" / ADAPTERS).read_text())
+    assert all(record[name] == value or set(record[name]) == set(value) for name, value in fields.items())
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    over = ["--output_dir", str(tmp_path / "second"), "--resume_from_checkpoint", checkpoint]
+    run(config, f"--peft={json.dumps(fields)}", *over)
+    assert read_bits(tmp_path / "second") == read_bits(tmp_path / "out")
+    run(config, "--lora_merge", "true", "--output_dir", str(tmp_path / "merged"))
+    adapted = logits(load_model(str(tmp_path / "out")))
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "merged"))), adapted, atol=1e-5, rtol=1e-4)
+
+
 def test_unknown_layers_are_named(tiny_model):
-    with pytest.raises(SFTError, match=r"lora_target_modules \['nowhere'\]: .*not found"):
-        add_adapters(tiny_model, build_lora_config(SFTArguments(lora_target_modules=["nowhere"])))
+    with pytest.raises(SFTError, match=r"peft: Target modules \{'nowhere'\} not found in the base model"):
+        add_adapters(tiny_model, build_peft_config(SFTArguments(lora_target_modules=["nowhere"])))
 
 
 def test_missing_peft_is_reported(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SFTError, match="lora: true needs peft"):
-        build_lora_config(SFTArguments())
+        build_peft_config(SFTArguments())
 
 
 def test_adapters_are_merged_into_their_base(config, tmp_path):

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sft_pipeline.config import SFTConfig
 from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
-from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
+from sft_pipeline.model.lora import add_adapters, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
+from sft_pipeline.model.peft_config import build_peft_config
 from sft_pipeline.training.memory import measure_peak_rss
 from sft_pipeline.training.memory_estimate import MemoryEstimate, estimate_memory
 from sft_pipeline.training.precision import should_round_frozen_layers
@@ -40,7 +41,7 @@ def run(keys: dict, folder: Path, shape: dict) -> MemoryEstimate:
     patch_loss_forward(model)
     collator = PackingCollator(model)
     if args.lora:
-        model = add_adapters(model, build_lora_config(args))
+        model = add_adapters(model, build_peft_config(args))
     if should_round_frozen_layers(model, args):
         round_frozen_layers(model)
     use_fused_layers(model)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
 from sft_pipeline.model import linear_cross_entropy
-from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.lora import add_adapters
+from sft_pipeline.model.peft_config import build_peft_config
 from sft_pipeline.training.fsdp import FULL, SHARDED, _check_plugin, detect_state_dict_type, gather_weights
 from sft_pipeline.utils.errors import SFTError
 
@@ -46,7 +47,7 @@ def build(folder: Path, state_dict_type: str | None, tied: bool = True, adapters
     model = make_model(tie_word_embeddings=tied)
     if adapters:
         torch.manual_seed(1)
-        model = add_adapters(model, build_lora_config(SFTArguments(lora_rank=4, lora_alpha=8)))
+        model = add_adapters(model, build_peft_config(SFTArguments(lora_rank=4, lora_alpha=8)))
     assert use_fused_layers(model) == (0 if adapters else 2)
     if state_dict_type:
         fsdp = {"fsdp": True, "fsdp_config": {"state_dict_type": state_dict_type}}

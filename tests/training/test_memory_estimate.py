@@ -16,8 +16,9 @@ from sft_pipeline.config import SFTConfig, parse_config
 from sft_pipeline.data.encode import EncodingStats
 from sft_pipeline.kernels.cpu_attention import build_attention_tree
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
-from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.lora import add_adapters
 from sft_pipeline.model.packed_attention import build_packed_arguments, use_packed_attention
+from sft_pipeline.model.peft_config import build_peft_config
 from sft_pipeline.training import memory_estimate
 from sft_pipeline.training.memory_estimate import (
     GIB,
@@ -56,7 +57,7 @@ def count_kept_bytes(family: str, kind: str, layers: int) -> int:
     storages, arguments = {}, {}
     backbone = model.model
     if kind == "lora":
-        add_adapters(model, build_lora_config(SFTArguments(lora_rank=RANK)))
+        add_adapters(model, build_peft_config(SFTArguments(lora_rank=RANK)))
     if kind == "fused":
         use_packed_attention(model)
         use_fused_layers(model)

@@ -11,7 +11,8 @@ from support.trainers import make_model, make_trainer
 
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
-from sft_pipeline.model.lora import add_adapters, build_lora_config
+from sft_pipeline.model.lora import add_adapters
+from sft_pipeline.model.peft_config import build_peft_config
 from sft_pipeline.training import sharded_answers
 from sft_pipeline.training.memory import GIB
 from sft_pipeline.training.sharded_answers import ShardedAnswerer
@@ -23,7 +24,7 @@ IDS = torch.tensor([[1, 2, 3, 4, 5, 6]])
 def trainer(request, tmp_path):
     model = make_model()
     if request.param == "lora":
-        model = add_adapters(model, build_lora_config(SFTArguments(lora_rank=4, lora_alpha=8)))
+        model = add_adapters(model, build_peft_config(SFTArguments(lora_rank=4, lora_alpha=8)))
     use_fused_layers(model)
     return make_trainer(tmp_path, "packed", model=model)
 
