@@ -234,3 +234,10 @@ class SFTArguments:
             "by default they are packed, with an attention of this package."
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Train adapters on a base with weights in 4 bits (nf4, QLoRA, with bitsandbytes)."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Train adapters on a base with weights in 8 bits, with bitsandbytes."}
+    )

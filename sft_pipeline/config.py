@@ -316,6 +316,11 @@ def _check_values(args: SFTConfig) -> None:
         raise SFTError("dtype: bfloat16 and fp16 exclude each other; set bf16: true, or dtype: float32")
     if args.dtype == "bfloat16" and args.bf16 and shards_model(args):
         raise SFTError("dtype: bfloat16 would become float32 under bf16 and fsdp or deepspeed; set bf16: false")
+    if args.load_in_4bit and args.load_in_8bit:
+        raise SFTError("load_in_4bit and load_in_8bit are both set; remove one of them")
+    if (args.load_in_4bit or args.load_in_8bit) and shards_model(args):
+        key = "load_in_4bit" if args.load_in_4bit else "load_in_8bit"
+        raise SFTError(f"{key}: fsdp and deepspeed do not shard quantized weights here; turn one of them off")
     if args.lora and args.trainable_modules:
         raise SFTError("lora and trainable_modules both select what is trained; remove one of them")
     if args.early_stopping_patience and not args.load_best_model_at_end:

@@ -20,6 +20,7 @@ from sft_pipeline.data.encode import EncodingStats
 from sft_pipeline.kernels.cpu_layer_inference import LAYER_CLASSES
 from sft_pipeline.model.linear_cross_entropy import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.quantization import get_quantization_key
 from sft_pipeline.training.memory import GIB, measure_memory_gib
 from sft_pipeline.training.precision import should_round_frozen_layers
 from sft_pipeline.utils.errors import SFTError
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # How layers compute: those of the library under bf16 autocast, in float32 and in bfloat16, or ours on the CPU.
 Kind = Literal["autocast", "float32", "bfloat16", "fused"]
+# Of a weight, by `load_in_4bit`: 4 bits, 8 per block of 64 weights and 32 per 256 blocks; or 8 bits.
+QUANTIZED_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 1.0}
 CERTAIN_SHARE = 0.9  # of an estimate: a run that needs more than what is there by this much is not started
 
 
@@ -184,7 +187,10 @@ def estimate_memory(
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     adapter_size = 4 if has_adapters else size
-    weights, grads = frozen * (2 if rounded else size) + trained * adapter_size, trained * adapter_size
+    quantized = _list_quantized_sizes(causal_lm, args)
+    frozen_bytes = sum(quantized) * QUANTIZED_BYTES[args.load_in_4bit] + (frozen - sum(quantized)) * size
+    weights = (frozen_bytes if quantized or not rounded else 2 * frozen) + trained * adapter_size
+    grads = trained * adapter_size
     optimizer = trained * _count_optimizer_bytes(str(getattr(args.optim, "value", args.optim)), adapter_size)
     is_autocast = args.mixed_precision in ("bf16", "fp16")
     matrices = shape.layer_parameters + shape.head_parameters
@@ -197,7 +203,8 @@ def estimate_memory(
         if not has_adapters:
             grads += (compute_size + 4) * (layer_weights + shape.embedding_parameters)
     else:
-        weights += 2 * matrices if is_autocast and size == 4 and not rounded else 0
+        weights += 2 * (matrices - sum(quantized)) if is_autocast and size == 4 and not rounded else 0
+        weights += size * max(quantized, default=0)  # of the layer that computes, dequantized
         weights += 4 * trained if args.world_size > 1 else 0  # DDP's buckets
     kind = _choose_kind(model, args, packed, is_autocast)
     step_size = {"autocast": 2, "bfloat16": 2}.get(kind, 4)
@@ -215,6 +222,15 @@ def estimate_memory(
     head_grad = 0 if has_adapters or not causal_lm.get_output_embeddings().weight.requires_grad else 4
     head = head_grad * shape.head_parameters + work
     return MemoryEstimate(weights, grads, optimizer, activations, tokens, head, accumulates)
+
+
+def _list_quantized_sizes(causal_lm: PreTrainedModel, args: SFTConfig) -> list[int]:
+    """Return the number of weights of each layer that is quantized: linear ones but the head, without adapters."""
+    if get_quantization_key(args) is None:
+        return []
+    head = causal_lm.get_output_embeddings()
+    layers = [module for module in causal_lm.modules() if type(module) is nn.Linear and module is not head]
+    return [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
 
 
 def _count_optimizer_bytes(optimizer: str, size: int) -> int:
@@ -261,11 +277,14 @@ def check_memory(model: PreTrainedModel, args: SFTConfig, stats: EncodingStats, 
 
 def describe_remedies(args: SFTConfig) -> str:
     """Return what makes a run need less memory, of what it does not do yet."""
+    is_quantized = get_quantization_key(args) is not None
     remedies = {
         "bf16: true": args.mixed_precision == "no" and args.dtype == "float32",
         "activation_checkpointing: true": not args.activation_checkpointing,
         "lora: true": not args.lora,
-        "fsdp: true on several devices": not shards_model(args),
+        "load_in_4bit: true": args.lora and not args.load_in_4bit and not shards_model(args),
+        "fsdp: true on several devices": not is_quantized and not shards_model(args),
         "more devices": shards_model(args),
     }
-    return f"use {', '.join(name for name, helps in remedies.items() if helps)}, or a smaller model"
+    names = [name for name, helps in remedies.items() if helps]
+    return f"use {', '.join(names)}, or a smaller model" if names else "use a smaller model"

@@ -28,6 +28,13 @@ from sft_pipeline.model.loading import build_empty_model, load_model, set_specia
 from sft_pipeline.model.lora import add_adapters, build_lora_config, round_frozen_layers
 from sft_pipeline.model.loss_forward import patch_loss_forward
 from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
+from sft_pipeline.model.quantization import (
+    build_quantization_config,
+    find_quantization_method,
+    get_quantization_key,
+    is_quantized,
+    set_up_quantized_layers,
+)
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory_estimate import check_memory
 from sft_pipeline.training.precision import should_round_frozen_layers
@@ -69,6 +76,7 @@ def set_up_model(
     if is_named:
         estimate_step(path, args, data, peft_config)
     model = load_model_for_run(path, args, on_main_process) if isinstance(source, str) else source
+    set_up_quantized_layers(model)
     set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
     if args.use_liger_kernel:
         set_liger_arguments(args)
@@ -79,6 +87,26 @@ def set_up_model(
     if is_named and should_round_frozen_layers(model, args):
         logger.info("the frozen weights of %s layers are in bfloat16", round_frozen_layers(model))
     return model, collator
+
+
+def check_quantization(
+    source: str | PreTrainedModel, path: str, args: SFTConfig, peft_config: PeftConfig | None
+) -> None:
+    """Raise SFTError for quantized weights without adapters, weights that are saved quantized, and a model given as an
+    object that the keys are to quantize."""
+    key = get_quantization_key(args)
+    if key and not isinstance(source, str):
+        raise SFTError(
+            f"{key}: the model is given as an object; load it with its quantization_config, or give its name"
+        )
+    quantizes = build_quantization_config(args) or (not isinstance(source, str) and is_quantized(source))
+    if quantizes and not (args.lora or peft_config):
+        raise SFTError(
+            f"{key or 'the model'}: quantized weights are not trained, only adapters on them; set lora: true"
+        )
+    if isinstance(source, str) and (method := find_quantization_method(path, args.trust_remote_code, args.revision)):
+        remedy = "give the unquantized model, with load_in_4bit: true and lora: true for adapters on weights in 4 bits"
+        raise SFTError(f"{path}: its weights are saved quantized ({method}); {remedy}")
 
 
 def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: PeftConfig | None) -> None:
@@ -105,9 +133,10 @@ def estimate_step(path: str, args: SFTConfig, data: PreparedData, peft_config: P
 def load_model_for_run(path: str, args: SFTConfig, on_main_process: bool) -> PreTrainedModel:
     """Load the model of a folder or hub name; with `on_main_process` only there, and without weights elsewhere."""
     options = args.trust_remote_code, args.revision, getattr(torch, args.dtype), args.attn_implementation
+    quantization_config = build_quantization_config(args)
 
     def build_whole() -> PreTrainedModel:
-        return load_model(path, *options)
+        return load_model(path, *options, quantization_config, args.device)
 
     def build_empty() -> PreTrainedModel:
         return build_empty_model(path, *options)

@@ -172,6 +172,8 @@ _TESTS = {
     "share_prefixes": "tests/test_train.py::test_packed_and_padded_runs_are_the_same_run",
     "tokens_per_batch": "tests/test_train.py::test_a_budget_of_tokens_changes_no_loss",
     "pad_to_multiple_of": "tests/data/test_padding.py::test_padding_is_right_and_by_length",
+    "load_in_4bit": "tests/model/test_quantization.py::test_a_run_resumes_bit_by_bit_and_every_way_to_load_it_agrees",
+    "load_in_8bit": "tests/model/test_quantization.py::test_a_run_resumes_bit_by_bit_and_every_way_to_load_it_agrees",
     "lora_merge": "tests/model/test_lora.py::test_the_merged_model_computes_what_the_adapters_do",
     "prepared_data": "tests/data/test_shards.py::test_a_run_from_shards_is_the_run_without",
     "num_proc": "tests/data/test_encode.py::test_two_processes_give_the_rows_of_one",
