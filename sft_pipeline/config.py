@@ -347,7 +347,7 @@ REFUSED_KEYS = {
     "dataloader_drop_last": "would skip rows; remove it, as every epoch trains on each row once",
     "length_column_name": "names a column that encoded rows do not have; remove it, as tokens are counted",
 }
-PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")  # they read no optim_args
+PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # they read no optim_args
 
 
 def _check_library_values(args: SFTConfig) -> None:

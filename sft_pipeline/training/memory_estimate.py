@@ -22,6 +22,7 @@ from sft_pipeline.model.linear_cross_entropy import CHUNK_BYTES, CUDA_CHUNK_BYTE
 from sft_pipeline.model.module_utils import unwrap_peft
 from sft_pipeline.model.quantization import get_quantization_key
 from sft_pipeline.training.memory import GIB, measure_memory_gib
+from sft_pipeline.training.optimizers import LOW_RANK, get_optimizer_name
 from sft_pipeline.training.precision import should_round_frozen_layers
 from sft_pipeline.utils.errors import SFTError
 
@@ -31,6 +32,13 @@ logger = logging.getLogger(__name__)
 Kind = Literal["autocast", "float32", "bfloat16", "fused"]
 # Of a weight, by `load_in_4bit`: 4 bits, 8 per block of 64 weights and 32 per 256 blocks; or 8 bits.
 QUANTIZED_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 1.0}
+STATE_VALUES = {
+    "grokadamw": 3,
+    "adamw": 2,
+    "ademamix": 3,
+    "lion": 1,
+    "rmsprop": 1,
+}  # per weight, of optimizers of this kind
 CERTAIN_SHARE = 0.9  # of an estimate: a run that needs more than what is there by this much is not started
 
 
@@ -191,7 +199,7 @@ def estimate_memory(
     frozen_bytes = sum(quantized) * QUANTIZED_BYTES[args.load_in_4bit] + (frozen - sum(quantized)) * size
     weights = (frozen_bytes if quantized or not rounded else 2 * frozen) + trained * adapter_size
     grads = trained * adapter_size
-    optimizer = trained * _count_optimizer_bytes(str(getattr(args.optim, "value", args.optim)), adapter_size)
+    optimizer = trained * count_optimizer_bytes(get_optimizer_name(args), adapter_size)
     is_autocast = args.mixed_precision in ("bf16", "fp16")
     matrices = shape.layer_parameters + shape.head_parameters
     compute_size = 2 if is_autocast or size == 2 else 4
@@ -233,11 +241,12 @@ def _list_quantized_sizes(causal_lm: PreTrainedModel, args: SFTConfig) -> list[i
     return [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
 
 
-def _count_optimizer_bytes(optimizer: str, size: int) -> int:
-    """Count the bytes of an optimizer's state per weight of `size` bytes; none for optimizers that are not known."""
-    if "8bit" in optimizer:
-        return 2
-    return 2 * size if "adamw" in optimizer else 0
+def count_optimizer_bytes(name: str, size: int) -> float:
+    """Count the bytes of an optimizer's state per weight of `size` bytes, from its name; 0 if it is not known."""
+    values = next((count for kind, count in STATE_VALUES.items() if kind in name), 0)
+    if name.startswith(LOW_RANK):
+        return 0  # it depends on the rank
+    return values * (0.5 if "4bit" in name else 1 if "8bit" in name else size)
 
 
 def _choose_kind(model: nn.Module, args: SFTConfig, packed: bool, is_autocast: bool) -> Kind:

@@ -63,6 +63,7 @@ from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
 from sft_pipeline.training.model_setup import check_quantization, choose_token_budget, set_up_model
+from sft_pipeline.training.optimizers import check_optimizer
 from sft_pipeline.training.parallel_sizes import check_parallel_sizes
 from sft_pipeline.training.precision import describe_precision, take_model_dtype
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
@@ -113,6 +114,7 @@ class SFTTrainer(SupervisedTrainer):
     ) -> None:
         args = SFTConfig.from_training_arguments(args or SFTConfig())
         check_devices(args)
+        check_optimizer(args)
         check_parallel_sizes(args, model)
         source = model or args.model_name_or_path
         if source is None:
