@@ -1,12 +1,12 @@
 """Measure what each option of a run costs: seconds, memory and held-out loss, through the real `train`.
 
-    pip install -e ".[lora,bench]"
+    pip install -e ".[lora,qlora,bench]"
     python benchmarks/options.py smollm2-135m alpaca_en_demo.json --output docs/options
 
-Each option changes one or two config keys of the first. Every run has a process of its own; all run once, then all
+Each option changes one to three config keys of the first. Every run has a process of its own; all run once, then all
 again. LoRA gets ten times the learning rate, as is usual for adapters; all else is the same. Seconds and tokens/s are
 those of training, without evaluation and saving; memory is the process's peak. The picture of --output needs the extra
-`bench` (matplotlib), the option `lora` the extra `lora` (peft).
+`bench` (matplotlib), the options `lora` and `load_in_*` the extras `lora` and `qlora`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ FULL = "full"
 OPTIONS: dict[str, dict[str, Any]] = {
     FULL: {},
     "lora": {"lora": True, "learning_rate": 1e-3},
+    "load_in_4bit": {"lora": True, "learning_rate": 1e-3, "load_in_4bit": True},
+    "load_in_8bit": {"lora": True, "learning_rate": 1e-3, "load_in_8bit": True},
     "checkpointing": {"activation_checkpointing": True},
     "packing: false": {"packing": False},
     "share_prefixes: false": {"share_prefixes": False},

@@ -245,6 +245,13 @@ class SFTArguments:
         default_factory=list,
         metadata={"help": "Tokens to add to the tokenizer and the model; their embeddings are trained, also by LoRA."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Train adapters on a base with weights in 4 bits (nf4, QLoRA, with bitsandbytes)."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Train adapters on a base with weights in 8 bits, with bitsandbytes."}
+    )
 
     @property
     def has_adapters(self) -> bool:

@@ -331,6 +331,11 @@ def _check_values(args: SFTConfig) -> None:
     for token in args.add_tokens:
         if not token or args.add_tokens.count(token) > 1:
             raise SFTError(f"add_tokens: {token!r} is {'there twice' if token else 'empty'}; remove it")
+    if args.load_in_4bit and args.load_in_8bit:
+        raise SFTError("load_in_4bit and load_in_8bit are both set; remove one of them")
+    if (args.load_in_4bit or args.load_in_8bit) and shards_model(args):
+        key = "load_in_4bit" if args.load_in_4bit else "load_in_8bit"
+        raise SFTError(f"{key}: fsdp and deepspeed do not shard quantized weights here; turn one of them off")
     if args.early_stopping_patience and not args.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
     for key, reason in REFUSED_KEYS.items():
@@ -355,7 +360,7 @@ REFUSED_KEYS = {
     "dataloader_drop_last": "would skip rows; remove it, as every epoch trains on each row once",
     "length_column_name": "names a column that encoded rows do not have; remove it, as tokens are counted",
 }
-PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")  # they read no optim_args
+PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # they read no optim_args
 
 
 def _check_library_values(args: SFTConfig) -> None:

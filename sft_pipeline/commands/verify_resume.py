@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
 from sft_pipeline.config import build_config_record, get_output_dir, parse_config
+from sft_pipeline.training.optimizers import check_optimizer
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import CHECKSUMS_FILE
 
@@ -43,6 +44,7 @@ def verify_resume(config: str, steps: int, overrides: list[str]) -> list[str]:
     steps: N, the steps before the kill and after it.
     """
     args = parse_config(config, overrides)
+    check_optimizer(args)
     folder = Path(f"{get_output_dir(args)}-verify-resume")
     uninterrupted, resumed = folder / "whole", folder / "stopped"
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,6 +120,10 @@ def _read_file(file: Path) -> Any:
 
 def _flatten_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dictionaries and lists with their names, without those under a key of MEASURED."""
+    if hasattr(value, "ortho_matrix"):  # a projector in the state of GaLore or APOLLO
+        value = vars(value)
+    if hasattr(value, "__tensor_flatten__"):  # a tensor of several, in the state of torchao's optimizers
+        value = {part: getattr(value, part) for part in value.__tensor_flatten__()[0]}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
     if items is None:
         yield name, value

@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +35,7 @@ from transformers import (
 
 from sft_pipeline.model.lora import find_base_model, merge_adapters
 from sft_pipeline.model.new_tokens import count_saved_rows, resize_embeddings
+from sft_pipeline.model.quantization import dequantize_base, read_quantization
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 from sft_pipeline.utils.files import write_aside
 from sft_pipeline.utils.progress import show_elapsed_time
@@ -118,23 +120,31 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a model with weights of `dtype`, whatever it was saved in: in 16 bits small optimizer steps are lost.
 
-    Adapters in a folder are merged into their base model, at `revision` or else the revision that they name. Only
-    safetensors are read, because a pickle can run code. attn_implementation: as in transformers; default: the model's.
-    Raises SFTError for a folder without weights and for a model that transformers cannot load, or not with that
-    attention.
+    Adapters in a folder are merged into their base model, at `revision` or else the revision that they name; if they
+    were trained on quantized weights, into these, dequantized. Only safetensors are read, because a pickle can run
+    code. attn_implementation: as in transformers; default: the model's. quantization_config: of the linear layers,
+    which are then on `device`, by default the accelerator if there is one. Raises SFTError for a folder without weights
+    and for a model that transformers cannot load, or not with that attention.
     """
     folder = Path(path)
     base = find_base_model(folder)
     if folder.is_dir() and not _has_files(folder, ("adapter_model.safetensors",) if base else WEIGHTS):
         raise _build_missing_weights_error(folder)
     if base:
-        revision = revision or base.revision
-        base_model = load_model(base.name_or_path, trust_remote_code, revision, dtype, attn_implementation)
-        return merge_adapters(base_model, folder)
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        if quantization_config is not None:
+            raise SFTError(f"{path}: holds adapters, and they are not merged into quantized weights; `export` it first")
+        options = trust_remote_code, revision or base.revision, dtype, attn_implementation
+        quantization_config = read_quantization(folder)
+        base_model = load_model(base.name_or_path, *options, quantization_config)
+        return merge_adapters(dequantize_base(base_model, dtype) if quantization_config else base_model, folder)
+    more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization_config is not None:
+        more |= {"quantization_config": quantization_config, "device_map": device and {"": device}}
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -142,7 +152,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             revision=revision or "main",
             use_safetensors=True,
-            **attention,
+            **more,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if attn_implementation and not isinstance(error, (OSError, SafetensorError)):

@@ -7,6 +7,7 @@
     report.html         all of this as one page (reports/html.py)
     trackers.json       the run's name in wandb and trackio (training/trackers.py)
     sft_template.json   template and system prompt, read by `chat`, `generate` and `evaluate` (runs/trained_model.py)
+    quantization_config.json  beside adapters that were trained on quantized weights (model/quantization.py)
     README.md           model card of a run that was pushed to the hub (training/hub.py)
 
 Beside these are the model's files as transformers saves them, and the checkpoints (runs/checkpoints.py).

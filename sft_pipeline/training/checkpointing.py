@@ -29,6 +29,7 @@ from sft_pipeline.runs.checkpoints import (
 )
 from sft_pipeline.training.devices import count_local_processes
 from sft_pipeline.training.fsdp import ShardedTrainer
+from sft_pipeline.training.optimizers import use_evaluated_weights
 from sft_pipeline.training.rank_failures import is_collective_timeout
 from sft_pipeline.utils.distributed import run_on_all_processes
 from sft_pipeline.utils.errors import SFTError, format_error
@@ -119,6 +120,7 @@ class CheckpointingTrainer(ShardedTrainer):
         Without `output_dir` it is saved to a staging folder first, then into the run's output folder: the library
         overwrites the old files in place, and a kill or a full disk would destroy them.
         """
+        use_evaluated_weights(self.optimizer)
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:

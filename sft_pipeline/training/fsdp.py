@@ -35,6 +35,7 @@ from sft_pipeline.training.checkpoint_formats import (
     load_unsharded_model,
     load_unsharded_optimizer,
 )
+from sft_pipeline.training.optimizers import use_evaluated_weights
 from sft_pipeline.training.parallel_sizes import check_parallel_sizes, get_data_ranks
 from sft_pipeline.training.sharded_loading import repair_sharding, uses_fsdp
 from sft_pipeline.utils.errors import SFTError
@@ -125,8 +126,9 @@ class ShardedTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint, which another start of this run may have saved with FSDP or without.
 
-        Overridden as `_load_from_checkpoint` is.
+        Overridden as `_load_from_checkpoint` is, and so that the optimizer does not change the loaded weights again.
         """
+        use_evaluated_weights(self.optimizer)
         best: Any = self.state.best_model_checkpoint
         state_dict_type = detect_state_dict_type(Path(best))
         if state_dict_type == (self._state_dict_type if self.is_fsdp_enabled else None):

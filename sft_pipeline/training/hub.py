@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sft_pipeline.config import get_output_dir
 from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.quantization import QUANTIZATION_FILE
 from sft_pipeline.reports.model_card import build_model_card
 from sft_pipeline.runs.output_dir import (
     EVALUATION_DIR,
@@ -41,7 +42,7 @@ CARD_FILE = "README.md"
 # Patterns of paths in the output folder; the files of the tokenizer's vocabulary are added to them.
 MODEL_FILES = (
     *(CARD_FILE, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("adapter_config.json", "*.py"),  # the code of a model that needs `trust_remote_code`
+    *("adapter_config.json", QUANTIZATION_FILE, "*.py"),  # the code of a model that needs `trust_remote_code`
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", TEMPLATE_FILE),
 )

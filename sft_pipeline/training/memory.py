@@ -142,9 +142,10 @@ def rehearse_heaviest_batch(
 
     Every process runs `step(model, inputs, num_targets)` on the same micro-batch, `repeats` times. Returns the computed
     tokens per second of the last time. Weights, gradients, mode and random states are afterwards as before. Raises
-    SFTError with `remedy` if memory runs out. Does nothing and returns None if a backward pass would change weights.
+    SFTError with `remedy` if memory runs out. Does nothing and returns None under DeepSpeed, whose backward pass may
+    change weights.
     """
-    if _has_step_in_backward(trainer):
+    if trainer.is_deepspeed_enabled:
         return None
     args = trainer.args
     longest_together = args.train_sampling_strategy == "group_by_length"
@@ -189,12 +190,6 @@ def find_heaviest_batch(
     if batches.packed:
         steps = [max(steps, key=estimate_tokens)]
     return max([rows for step in steps for rows in batches.split_step(step) if rows], key=count_tokens)
-
-
-def _has_step_in_backward(trainer: Trainer) -> bool:
-    """Whether a backward pass alone changes weights: DeepSpeed's engine, and optimizers that step layer by layer."""
-    optimizer = str(trainer.args.optim)
-    return trainer.is_deepspeed_enabled or "lomo" in optimizer or "layerwise" in optimizer
 
 
 def _create_optimizer_state(trainer: Trainer) -> list[Tensor]:

@@ -20,7 +20,9 @@ from sft_pipeline.data.encode import EncodingStats
 from sft_pipeline.kernels.cpu_layer_inference import LAYER_CLASSES
 from sft_pipeline.model.linear_cross_entropy import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.quantization import get_quantization_key
 from sft_pipeline.training.memory import GIB, measure_memory_gib
+from sft_pipeline.training.optimizers import LOW_RANK, get_optimizer_name
 from sft_pipeline.training.precision import should_round_frozen_layers
 from sft_pipeline.utils.errors import SFTError
 
@@ -28,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 # How layers compute: those of the library under bf16 autocast, in float32 and in bfloat16, or ours on the CPU.
 Kind = Literal["autocast", "float32", "bfloat16", "fused"]
+# Of a weight, by `load_in_4bit`: 4 bits, 8 per block of 64 weights and 32 per 256 blocks; or 8 bits.
+QUANTIZED_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 1.0}
+STATE_VALUES = {
+    "grokadamw": 3,
+    "adamw": 2,
+    "ademamix": 3,
+    "lion": 1,
+    "rmsprop": 1,
+}  # per weight, of optimizers of this kind
 CERTAIN_SHARE = 0.9  # of an estimate: a run that needs more than what is there by this much is not started
 
 
@@ -184,8 +195,11 @@ def estimate_memory(
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     adapter_size = 4 if has_adapters else size
-    weights, grads = frozen * (2 if rounded else size) + trained * adapter_size, trained * adapter_size
-    optimizer = trained * _count_optimizer_bytes(str(getattr(args.optim, "value", args.optim)), adapter_size)
+    quantized = _list_quantized_sizes(causal_lm, args)
+    frozen_bytes = sum(quantized) * QUANTIZED_BYTES[args.load_in_4bit] + (frozen - sum(quantized)) * size
+    weights = (frozen_bytes if quantized or not rounded else 2 * frozen) + trained * adapter_size
+    grads = trained * adapter_size
+    optimizer = trained * count_optimizer_bytes(get_optimizer_name(args), adapter_size)
     is_autocast = args.mixed_precision in ("bf16", "fp16")
     matrices = shape.layer_parameters + shape.head_parameters
     compute_size = 2 if is_autocast or size == 2 else 4
@@ -197,7 +211,8 @@ def estimate_memory(
         if not has_adapters:
             grads += (compute_size + 4) * (layer_weights + shape.embedding_parameters)
     else:
-        weights += 2 * matrices if is_autocast and size == 4 and not rounded else 0
+        weights += 2 * (matrices - sum(quantized)) if is_autocast and size == 4 and not rounded else 0
+        weights += size * max(quantized, default=0)  # of the layer that computes, dequantized
         weights += 4 * trained if args.world_size > 1 else 0  # DDP's buckets
     kind = _choose_kind(model, args, packed, is_autocast)
     step_size = {"autocast": 2, "bfloat16": 2}.get(kind, 4)
@@ -217,11 +232,21 @@ def estimate_memory(
     return MemoryEstimate(weights, grads, optimizer, activations, tokens, head, accumulates)
 
 
-def _count_optimizer_bytes(optimizer: str, size: int) -> int:
-    """Count the bytes of an optimizer's state per weight of `size` bytes; none for optimizers that are not known."""
-    if "8bit" in optimizer:
-        return 2
-    return 2 * size if "adamw" in optimizer else 0
+def _list_quantized_sizes(causal_lm: PreTrainedModel, args: SFTConfig) -> list[int]:
+    """Return the number of weights of each layer that is quantized: linear ones but the head, without adapters."""
+    if get_quantization_key(args) is None:
+        return []
+    head = causal_lm.get_output_embeddings()
+    layers = [module for module in causal_lm.modules() if type(module) is nn.Linear and module is not head]
+    return [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
+
+
+def count_optimizer_bytes(name: str, size: int) -> float:
+    """Count the bytes of an optimizer's state per weight of `size` bytes, from its name; 0 if it is not known."""
+    values = next((count for kind, count in STATE_VALUES.items() if kind in name), 0)
+    if name.startswith(LOW_RANK):
+        return 0  # it depends on the rank
+    return values * (0.5 if "4bit" in name else 1 if "8bit" in name else size)
 
 
 def _choose_kind(model: nn.Module, args: SFTConfig, packed: bool, is_autocast: bool) -> Kind:
@@ -261,11 +286,14 @@ def check_memory(model: PreTrainedModel, args: SFTConfig, stats: EncodingStats, 
 
 def describe_remedies(args: SFTConfig) -> str:
     """Return what makes a run need less memory, of what it does not do yet."""
+    is_quantized = get_quantization_key(args) is not None
     remedies = {
         "bf16: true": args.mixed_precision == "no" and args.dtype == "float32",
         "activation_checkpointing: true": not args.activation_checkpointing,
         "lora: true": not args.has_adapters,
-        "fsdp: true on several devices": not shards_model(args),
+        "load_in_4bit: true": args.has_adapters and not args.load_in_4bit and not shards_model(args),
+        "fsdp: true on several devices": not is_quantized and not shards_model(args),
         "more devices": shards_model(args),
     }
-    return f"use {', '.join(name for name, helps in remedies.items() if helps)}, or a smaller model"
+    names = [name for name, helps in remedies.items() if helps]
+    return f"use {', '.join(names)}, or a smaller model" if names else "use a smaller model"

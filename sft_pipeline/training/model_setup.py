@@ -31,6 +31,13 @@ from sft_pipeline.model.module_utils import unwrap_peft, use_portable_attention
 from sft_pipeline.model.moved_base import moves_base
 from sft_pipeline.model.new_tokens import resize_embeddings, save_without_embeddings, train_tokens
 from sft_pipeline.model.peft_config import build_peft_config, check_peft_config
+from sft_pipeline.model.quantization import (
+    build_quantization_config,
+    find_quantization_method,
+    get_quantization_key,
+    is_quantized,
+    set_up_quantized_layers,
+)
 from sft_pipeline.training.fsdp import gather_weights
 from sft_pipeline.training.memory_estimate import check_memory
 from sft_pipeline.training.precision import should_round_frozen_layers
@@ -78,6 +85,7 @@ def set_up_model(
     model = load_model_for_run(path, args, template, on_main_process) if isinstance(source, str) else source
     if not is_named:
         resize_for_tokens(model, args, template)
+    set_up_quantized_layers(model)
     set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
     if args.use_liger_kernel:
         set_liger_arguments(args)
@@ -136,6 +144,26 @@ def add_adapters_for_tokens(
     return model
 
 
+def check_quantization(
+    source: str | PreTrainedModel, path: str, args: SFTConfig, peft_config: PeftConfig | None
+) -> None:
+    """Raise SFTError for quantized weights without adapters, weights that are saved quantized, and a model given as an
+    object that the keys are to quantize."""
+    key = get_quantization_key(args)
+    if key and not isinstance(source, str):
+        raise SFTError(
+            f"{key}: the model is given as an object; load it with its quantization_config, or give its name"
+        )
+    quantizes = build_quantization_config(args) or (not isinstance(source, str) and is_quantized(source))
+    if quantizes and not (args.has_adapters or peft_config):
+        raise SFTError(
+            f"{key or 'the model'}: quantized weights are not trained, only adapters on them; set lora: true"
+        )
+    if isinstance(source, str) and (method := find_quantization_method(path, args.trust_remote_code, args.revision)):
+        remedy = "give the unquantized model, with load_in_4bit: true and lora: true for adapters on weights in 4 bits"
+        raise SFTError(f"{path}: its weights are saved quantized ({method}); {remedy}")
+
+
 def estimate_step(
     path: str, args: SFTConfig, template: Template, data: PreparedData, peft_config: PeftConfig | None
 ) -> None:
@@ -167,9 +195,11 @@ def estimate_step(
 def load_model_for_run(path: str, args: SFTConfig, template: Template, on_main_process: bool) -> PreTrainedModel:
     """Load the model of a folder or hub name; with `on_main_process` only there, and without weights elsewhere."""
     options = args.trust_remote_code, args.revision, getattr(torch, args.dtype), args.attn_implementation
+    quantization_config = build_quantization_config(args)
 
     def build_whole() -> PreTrainedModel:
-        return resize_for_tokens(load_model(path, *options), args, template)
+        model = load_model(path, *options, quantization_config, args.device)
+        return resize_for_tokens(model, args, template)
 
     def build_empty() -> PreTrainedModel:
         return resize_for_tokens(build_empty_model(path, *options), args, template)

@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sft_pipeline.config import SFTConfig, shards_model
+from sft_pipeline.model.module_utils import unwrap_peft
+from sft_pipeline.model.quantization import is_quantized
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -30,7 +32,13 @@ def should_round_frozen_layers(model: PreTrainedModel, args: SFTConfig) -> bool:
 
 
 def describe_precision(model: PreTrainedModel, args: SFTConfig) -> str:
-    """Return the dtype of the trained weights, and that of autocast: "float32 (bf16 autocast)"."""
+    """Return the dtype of the trained weights, that of autocast, and the bits of a quantized base.
+
+    Example: "float32 (bf16 autocast), on weights in 4 bits".
+    """
     dtype = next(weight.dtype for weight in model.parameters() if weight.requires_grad)
     autocast = "" if args.mixed_precision == "no" else f" ({args.mixed_precision} autocast)"
-    return f"{str(dtype).removeprefix('torch.')}{autocast}"
+    base = ""
+    if is_quantized(model):
+        base = f", on weights in {4 if unwrap_peft(model).config.quantization_config.load_in_4bit else 8} bits"
+    return f"{str(dtype).removeprefix('torch.')}{autocast}{base}"

@@ -49,6 +49,7 @@ from sft_pipeline.model.loading import (
     resolve_model,
 )
 from sft_pipeline.model.new_tokens import add_tokens
+from sft_pipeline.model.quantization import dequantize_base, is_quantized, save_quantization
 from sft_pipeline.runs.checkpoints import needs_evaluation
 from sft_pipeline.runs.output_dir import (
     PREVIEW_FILE,
@@ -63,7 +64,8 @@ from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.final_results import count_rows
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
-from sft_pipeline.training.model_setup import choose_token_budget, set_up_model
+from sft_pipeline.training.model_setup import check_quantization, choose_token_budget, set_up_model
+from sft_pipeline.training.optimizers import check_optimizer
 from sft_pipeline.training.parallel_sizes import check_parallel_sizes
 from sft_pipeline.training.precision import describe_precision, take_model_dtype
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
@@ -115,6 +117,7 @@ class SFTTrainer(SupervisedTrainer):
         # A copy, as what follows from model and rows is set in it: the caller's may serve for another trainer.
         args = copy.copy(SFTConfig.from_training_arguments(args or SFTConfig()))
         check_devices(args)
+        check_optimizer(args)
         check_parallel_sizes(args, model)
         source = model or args.model_name_or_path
         if source is None:
@@ -125,6 +128,7 @@ class SFTTrainer(SupervisedTrainer):
             check_revision(path, args.revision)
         else:
             take_model_dtype(args, source)
+        check_quantization(source, path, args, peft_config)
         if not isinstance(template, Template):
             if processing_class is None and not path:
                 raise SFTError("processing_class: missing; the model does not name the folder of its tokenizer")
@@ -220,9 +224,12 @@ class SFTTrainer(SupervisedTrainer):
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         if self.args.lora_merge and not _internal_call and hasattr(model, "merge_and_unload"):
+            if is_quantized(model):
+                model = dequantize_base(model, getattr(torch, self.args.dtype))
             self.model = model.merge_and_unload()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and output_dir is not None:
+            save_quantization(self.accelerator.unwrap_model(self.model), Path(output_dir))
             save_template_settings(Path(output_dir), self.template, self.args.system_prompt)
         if self.args.push_to_hub and push and not _internal_call and output_dir in (None, self.args.output_dir):
             upload_model(self, "Model save")

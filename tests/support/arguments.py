@@ -174,6 +174,8 @@ _TESTS = {
     "pad_to_multiple_of": "tests/data/test_padding.py::test_padding_is_right_and_by_length",
     "peft": "tests/model/test_lora.py::test_the_fields_of_peft_are_trained_saved_resumed_and_merged",
     "add_tokens": "tests/model/test_new_tokens.py::test_new_tokens_under_lora",
+    "load_in_4bit": "tests/model/test_quantization.py::test_a_run_resumes_bit_by_bit_and_every_way_to_load_it_agrees",
+    "load_in_8bit": "tests/model/test_quantization.py::test_a_run_resumes_bit_by_bit_and_every_way_to_load_it_agrees",
     "lora_merge": "tests/model/test_lora.py::test_the_merged_model_computes_what_the_adapters_do",
     "prepared_data": "tests/data/test_shards.py::test_a_run_from_shards_is_the_run_without",
     "num_proc": "tests/data/test_encode.py::test_two_processes_give_the_rows_of_one",

@@ -206,13 +206,6 @@ def test_cgroup_limits(tmp_path):
     assert 0.01 < taken < 100 and free > 0
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "lomo", "galore_adamw_layerwise"])
-def test_optimizers_that_step_in_the_backward_pass(optim, tmp_path):
-    trainer = build(tmp_path)
-    trainer.args.optim = optim
-    assert memory._has_step_in_backward(trainer) == (optim != "adamw_torch")
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_peak_memory_leaves_out_the_process_that_started_this_one():
     large = np.ones(600 * 2**20, dtype=np.uint8)

@@ -140,7 +140,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_weights_are_loaded(gpu):
         "fsdp: true on several devices, or a smaller model"
     )
     keys = {"bf16": True, "activation_checkpointing": True, "lora": True}
-    with pytest.raises(SFTError, match=": use fsdp: true on several devices, or a smaller model$"):
+    with pytest.raises(SFTError, match=": use load_in_4bit: true, fsdp: true on several devices, or a smaller"):
         check_memory(model, gpu(40.0, **keys), STATS, budget=0, packed=True)
 
 
