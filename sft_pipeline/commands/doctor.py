@@ -29,7 +29,7 @@ from sft_pipeline.utils.files import get_cache_dir
 
 PACKAGE = "sft_pipeline"
 INSTALL = "pip install -c constraints.txt -e"
-EXTRAS = {"lora": ["peft"], "judge": ["openai"], "track": ["trackio"], "plot": ["matplotlib"]}
+EXTRAS = {"lora": ["peft"], "judge": ["openai"], "track": ["trackio"], "plot": ["matplotlib"], "harness": ["lm_eval"]}
 MIN_DISK_GIB = 2.0  # weights and optimizer state of the smallest model take 1.5
 HUB_TIMEOUT = 5.0  # seconds
 
