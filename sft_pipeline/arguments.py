@@ -234,3 +234,9 @@ class SFTArguments:
             "by default they are packed, with an attention of this package."
         },
     )
+    eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness asked at the end: names such as gsm8k, YAML files, or folders."
+        },
+    )

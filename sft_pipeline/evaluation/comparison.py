@@ -50,9 +50,8 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         content = asdict(self)
-        for entry in content["entries"]:
-            for score in entry["tasks"].values():
-                del score["values"]  # of which a task may have thousands
+        for entry, model in zip(content["entries"], self.entries):
+            entry["tasks"] = {name: score.as_json() for name, score in model.tasks.items()}
         return content
 
 

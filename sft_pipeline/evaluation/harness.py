@@ -15,8 +15,8 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class TaskScore:
     def name(self) -> str:
         return f"{self.task} {self.metric}" + (f", {self.filter}" if self.filter != NO_FILTER else "")
 
+    def as_json(self) -> dict[str, Any]:
+        """Return all but the values, of which a task may have thousands."""
+        return {name: value for name, value in asdict(self).items() if name != "values"}
+
     def as_metric(self) -> Metric:
         """Return the title and format of this score for tables."""
         return Metric(name=self.name, title=self.name, decimals=3)
@@ -140,10 +144,12 @@ def run_tasks(
     template: Template,
     system_prompt: str | None,
     disable_tqdm: bool = False,
+    collate: Callable[..., dict[str, Any]] | None = None,
 ) -> tuple[list[TaskScore], list[dict[str, Any]]]:
     """Ask a model all questions; return its scores, and a record of each question and answer.
 
-    `model` must have been through `patch_loss_forward`. Raises SFTError for a task that the model cannot be asked.
+    `model` must have been through `patch_loss_forward`. collate: as for `HarnessLM`. Raises SFTError for a task that
+    the model cannot be asked.
     """
     import lm_eval
 
@@ -153,7 +159,7 @@ def run_tasks(
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # every model gets the same examples
     with _keep_quiet(disable_tqdm):
         results: Any = lm_eval.evaluate(
-            HarnessLM(model, template, system_prompt, disable_tqdm=disable_tqdm),
+            HarnessLM(model, template, system_prompt, disable_tqdm=disable_tqdm, collate=collate),
             tasks.tasks,
             limit=tasks.limit,
             bootstrap_iters=BOOTSTRAP_ITERS,

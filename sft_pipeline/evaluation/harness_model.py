@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from sft_pipeline.data.collators import choose_collator
 from sft_pipeline.data.encode import build_input_ids_and_labels
 from sft_pipeline.data.messages import Conversation, add_system_prompt, replace_messages
-from sft_pipeline.data.packing import PackingCollator
 from sft_pipeline.data.prefix_tree import count_common_prefix
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.text_encoder import encode_as_text
@@ -49,7 +48,8 @@ class HarnessLM(LM):
     """`model` with its template and the system prompt of conversations without one, as an `LM` of the harness.
 
     `model` must have been through `patch_loss_forward`. count_stop_token: whether a log-likelihood includes the stop
-    token after the answer, as the held-out loss does. The harness' own models do not count it.
+    token after the answer, as the held-out loss does. The harness' own models do not count it. collate: makes batches
+    of rows; by default the one that `choose_collator` chooses for the model.
     """
 
     def __init__(
@@ -61,10 +61,12 @@ class HarnessLM(LM):
         batch_size: int = 8,
         count_stop_token: bool = False,
         disable_tqdm: bool = False,
+        collate: Callable[..., dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.template, self.system_prompt = model, template, system_prompt
         self.batch_size, self.count_stop_token, self.disable_tqdm = batch_size, count_stop_token, disable_tqdm
+        self.collate = collate
         # Rendered prompt -> its conversation, and the beginning of the answer that the task gives.
         self._prompts: dict[str, tuple[Conversation, str]] = {}
         self._max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -155,11 +157,13 @@ class HarnessLM(LM):
     def _compute_sums(self, rows: list[EncodedRow], description: str) -> list[list[float]]:
         """Return for each row the summed nll in nats, its targets, and those that are the model's most likely token."""
         rows = self._cut_beginnings(rows)
-        longest = max((len(row["input_ids"]) for row in rows), default=1)
-        collate, _ = choose_collator(self.model, longest, self.template.stop_token_id)
+        collate = self.collate
+        if collate is None:
+            longest = max((len(row["input_ids"]) for row in rows), default=1)
+            collate, _ = choose_collator(self.model, longest, self.template.stop_token_id)
         sums = [[0.0, 0.0, 0.0]] * len(rows)
         with tqdm(total=len(rows), desc=description, leave=False, delay=0, disable=self.disable_tqdm) as bar:
-            for batch in batch_rows(rows, packed=isinstance(collate, PackingCollator)):
+            for batch in batch_rows(rows, packed=getattr(collate, "share_prefixes", False)):
                 row_sums = compute_row_sums(self.model, collate([rows[index] for index in batch]))
                 for index, values in zip(batch, row_sums):
                     sums[index] = values
