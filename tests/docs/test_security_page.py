@@ -348,7 +348,7 @@ def test_rows_and_answers_steer_no_terminal(tokenizer, capsys):
         "error": None,
     }
     results = {"answers": [answer, {**answer, "error": ESCAPES}], "before_and_after": {}, "steps": 1, "seconds": 1.0}
-    results |= {"seconds_by_part": {}, "tokens_per_second": 1.0, "peak_memory_gib": 1.0}
+    results |= {"seconds_by_part": {}, "tasks": {}, "tokens_per_second": 1.0, "peak_memory_gib": 1.0}
     outputs += [shown(lambda console: print_results(results, "out[/x]", console))]
     assert "saved in out[/x]" in outputs[2] and outputs[2].count(SEEN) == 6 and SEEN in outputs[0]
     streamer = AnswerStreamer(tokenizer)
