@@ -84,7 +84,8 @@ def test_every_call_that_loads_is_a_safe_one():
     for file, call in [*calls("load"), *calls("safe_load")]:
         source = ast.unparse(call)
         # docs/security.md says what torch's own reader of sharded checkpoints unpickles.
-        safe = source.startswith(("yaml.safe_load(", "_MetadataUnpickler(", "dcp.load("))
+        # Tasks of the harness (its TaskManager is `manager`) may run code, as the page says.
+        safe = source.startswith(("yaml.safe_load(", "_MetadataUnpickler(", "dcp.load(", "manager.load("))
         assert safe or "weights_only=True" in source or "_Loader" in source, file
     for forbidden in ("eval", "exec", "compile_restricted", "system", "popen", "read_pickle", "load_from_disk"):
         hits = [hit for hit in calls(forbidden) if not ast.unparse(hit[1].func).endswith((".eval", "re.compile"))]
