@@ -116,6 +116,7 @@ if [[ $verb == lint ]]; then
 fi
 extras=lora,plot,judge
 if [[ $verb == dashboard || " $* " == *" --report_to"*trackio* ]]; then extras+=,track; fi
+if [[ " $* " == *" --tasks"* ]]; then extras+=,harness; fi
 install "$extras"
 if [[ $verb == train ]]; then
     # In the script of a Slurm job, not in a step of it, which srun has already started.

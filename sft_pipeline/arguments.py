@@ -252,6 +252,12 @@ class SFTArguments:
     load_in_8bit: bool = field(
         default=False, metadata={"help": "Train adapters on a base with weights in 8 bits, with bitsandbytes."}
     )
+    eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness asked at the end: names such as gsm8k, YAML files, or folders."
+        },
+    )
 
     @property
     def has_adapters(self) -> bool:

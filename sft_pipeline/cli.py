@@ -156,9 +156,11 @@ def _run_evaluate(args: argparse.Namespace, extra_args: list[str]) -> None:
     from rich.console import Console
 
     from sft_pipeline.commands.evaluate import EvaluateOptions, build_judge, evaluate_models
+    from sft_pipeline.evaluation.harness import TaskOptions
 
-    names = [field.name for field in dataclasses.fields(EvaluateOptions)]
-    options = EvaluateOptions(**{name: getattr(args, name) for name in names})
+    names = [field.name for field in dataclasses.fields(EvaluateOptions) if field.name != "tasks"]
+    tasks = TaskOptions.parse(args.tasks, args.include_path, args.limit, args.num_fewshot)
+    options = EvaluateOptions(**{name: getattr(args, name) for name in names}, tasks=tasks)
     judge = build_judge(args.judge_base_url, args.judge_model)
     evaluate_models(args.models, options, args.output and Path(args.output), args.json, Console(), judge)
 

@@ -142,6 +142,12 @@ def _add_evaluate(subparsers: Subparsers) -> None:
         help="evaluate each model also with this many rows as examples in the prompt (0)",
     )
     parser.add_argument(
+        "--tasks", help="tasks of lm-evaluation-harness besides: names with commas between, YAML files or folders"
+    )
+    parser.add_argument("--include_path", help="a folder of task files, whose tasks --tasks then knows by name")
+    parser.add_argument("--limit", type=float, help="questions of each task (all); below 1 a share of them")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompts of tasks (as each task says)")
+    parser.add_argument(
         "--template", choices=("role", "chat"), default="chat", help="for models that no run has saved (chat)"
     )
     parser.add_argument("--system_prompt", help="for models that no run has saved")

@@ -50,7 +50,7 @@ GROUPS = {
     "evaluation": (
         *("eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "num_answers"),
         *("num_instructions", "eval_answer_share", "max_new_tokens", "load_best_model_at_end"),
-        *("metric_for_best_model", "early_stopping_patience"),
+        *("metric_for_best_model", "early_stopping_patience", "eval_tasks"),
     ),
     "saving and resuming": (
         *("output_dir", "overwrite_output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model"),

@@ -58,7 +58,8 @@ def train(args: SFTConfig, console: Console) -> dict[str, Any]:
         print_row(trainer.data.train[0], trainer.template.tokenizer, "first training row", console)
     output = trainer.train()
     with trainer.times.measure("saving"), show_elapsed_time(f"saving {args.output_dir}", bool(args.disable_tqdm)):
-        trainer.save_model(push=False)
+        if not args.eval_tasks:  # before these, `train` has saved it
+            trainer.save_model(push=False)
         trainer.save_state()
     results = build_results(trainer, output)
     if trainer.is_world_process_zero():

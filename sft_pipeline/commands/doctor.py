@@ -35,6 +35,7 @@ EXTRAS = {
     "judge": ["openai"],
     "track": ["trackio"],
     "plot": ["matplotlib"],
+    "harness": ["lm_eval"],
 }
 MIN_DISK_GIB = 2.0  # weights and optimizer state of the smallest model take 1.5
 HUB_TIMEOUT = 5.0  # seconds

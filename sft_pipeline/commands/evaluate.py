@@ -1,6 +1,7 @@
 """Evaluate models on the same held-out prompts and checkable instructions, and compare them.
 
     sft-pipeline evaluate smollm2-135m outputs/quickstart --data outputs/quickstart --output outputs/compared
+    sft-pipeline evaluate smollm2-135m outputs/quickstart --tasks gsm8k,ifeval
 
 The first model is the baseline. `--data` is a run's output folder, whose held-out rows are used, or a file, folder or
 hub name of rows in any supported format.
@@ -13,8 +14,8 @@ import json
 import logging
 import os
 import reprlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import Comparison, compare_models
+from sft_pipeline.evaluation.harness import LoadedTasks, TaskOptions, load_tasks, run_tasks
 from sft_pipeline.evaluation.judge import Judge, JudgeResults, judge_pairs
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.model_results import EvaluatedModel, ModelResults, check_context_length, run_prompt_set
@@ -45,14 +47,17 @@ logger = logging.getLogger(__name__)
 
 COMPARISON_FILE = "evaluation.json"
 ANSWERS_FILE = "answers.jsonl"
+TASK_SAMPLES_FILE = "task_samples.jsonl"
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """The evaluation of every model. `template` and `system_prompt` are for models that no run saved.
 
-    data: a run's output folder, or a file, folder or hub name of rows; None evaluates on instructions alone.
+    data: a run's output folder, or a file, folder or hub name of rows; None evaluates on instructions alone, or with
+    tasks on these alone.
     few_shot: examples in each prompt of a second evaluation of every model; 0 leaves that out.
+    tasks: of lm-evaluation-harness.
     trust_remote_code, revision: as for `load_trained`; the revision is that of the models that are on the hub.
     Raises SFTError for a number outside its range.
     """
@@ -65,6 +70,7 @@ class EvaluateOptions:
     system_prompt: str | None = None
     trust_remote_code: bool = False
     revision: str | None = None
+    tasks: TaskOptions | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("num_prompts", 1), ("max_new_tokens", 1), ("few_shot", 0)):
@@ -72,6 +78,8 @@ class EvaluateOptions:
                 raise SFTError(f"{name} is {getattr(self, name)}; it has to be {minimum} or more")
         if self.few_shot and self.data is None:
             raise SFTError("few_shot needs rows to take the examples from; add --data")
+        if self.few_shot and self.tasks:
+            raise SFTError("few_shot is not for tasks; give num_fewshot for them, or evaluate in two commands")
 
 
 def evaluate_models(
@@ -90,6 +98,8 @@ def evaluate_models(
     check_output_folder(output)
     if judge and len(models) < 2 and not options.few_shot:
         raise SFTError("a judge compares answers of two models; name another model or give --few_shot")
+    if judge and options.tasks and not options.data:
+        raise SFTError("a judge compares answers to held-out prompts, not to tasks; add --data")
     # Check all names now: the evaluation of the first model takes minutes.
     paths = [resolve_model(name, get_cache_dir()) for name in models]
     if not any(map(takes_revision, paths)):
@@ -99,9 +109,10 @@ def evaluate_models(
         for path in paths
     ]
     prompt_set = load_prompt_set(options)
+    tasks = load_tasks(options.tasks) if options.tasks else None
     for name, (template, system_prompt) in zip(models, loaded):
         check_rows(name, template, system_prompt, prompt_set)
-    results = [result for name in models for result in run_model(name, name, prompt_set, options)]
+    results = [result for name in models for result in run_model(name, name, prompt_set, options, tasks)]
     comparison = compare_models(results, prompt_set)
     if output:
         # Before the judge, whose server may fail.
@@ -170,7 +181,9 @@ def load_eval_conversations(data: str) -> list[Conversation]:
     return [parse_conversation(text) for text in held_out["conversation"]]
 
 
-def run_model(path: str, name: str, prompt_set: PromptSet, options: EvaluateOptions) -> Iterator[ModelResults]:
+def run_model(
+    path: str, name: str, prompt_set: PromptSet, options: EvaluateOptions, tasks: LoadedTasks | None = None
+) -> Iterator[ModelResults]:
     """Load a model and yield its results, then, with `few_shot`, those with examples in its prompts.
 
     The model's memory is freed when the iterator is exhausted.
@@ -183,7 +196,14 @@ def run_model(path: str, name: str, prompt_set: PromptSet, options: EvaluateOpti
     evaluated = EvaluatedModel(name, model, template, system_prompt)
     if options.few_shot:
         check_context_length(evaluated, prompt_set, options.max_new_tokens)
-    yield run_prompt_set(evaluated, prompt_set, options.max_new_tokens)
+    results = ModelResults(name, [], [], [], [])
+    if options.data or not tasks:
+        results = run_prompt_set(evaluated, prompt_set, options.max_new_tokens)
+    if tasks:
+        logger.info("%s: tasks", name)
+        scores, samples = run_tasks(tasks, model, template, system_prompt)
+        results = replace(results, task_scores=scores, task_samples=samples)
+    yield results
     if options.few_shot:
         yield run_prompt_set(evaluated, prompt_set, options.max_new_tokens, few_shot=True)
     del model, evaluated
@@ -202,12 +222,19 @@ def write_comparison(
     """Write NAME.md (the table), NAME.png and all answers; without matplotlib log a warning instead of the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(table, encoding="utf-8")
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in list_answers(results, prompt_set))
-    (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
+    _write_lines(folder / ANSWERS_FILE, list_answers(results, prompt_set))
+    samples = [{"model": result.name, **sample} for result in results for sample in result.task_samples]
+    if samples:
+        _write_lines(folder / TASK_SAMPLES_FILE, samples)
     try:
         draw_comparison(comparison, folder / f"{name}.png")
     except SFTError as error:
         logger.warning(error)
+
+
+def _write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    file.write_text(text, encoding="utf-8", errors="replace")
 
 
 def list_answers(results: list[ModelResults], prompt_set: PromptSet) -> Iterator[dict[str, Any]]:
@@ -219,7 +246,7 @@ def list_answers(results: list[ModelResults], prompt_set: PromptSet) -> Iterator
         ]
         tools = {"tools": prompt["tools"]} if "tools" in prompt else {}
         yield {"prompt": prompt["messages"], **tools, "reference": reference, "answers": answers}
-    for index, instruction in enumerate(load_instructions()):
+    for index, instruction in enumerate(results[0].instructions):
         answers = [{"model": result.name, **asdict(result.instruction_answers[index])} for result in results]
         messages = [{"role": "user", "content": instruction.prompt}]
         yield {"prompt": messages, "instruction": instruction.id, "answers": answers}

@@ -7,12 +7,13 @@ is excluded for all.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from sft_pipeline.evaluation.bootstrap import PairedDifference, estimate_difference
+from sft_pipeline.evaluation.harness import TaskScore
 from sft_pipeline.evaluation.metrics.hf_metrics import compute_metrics
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.metrics.registry import NUMBER_COLUMNS, Columns, build_answer_columns, select_metrics
@@ -26,11 +27,15 @@ RowValues = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """The metrics of a model, and for each metric with a value per row the difference from the first model."""
+    """The metrics of a model, and for each metric with a value per row the difference from the first model.
+
+    tasks: the scores of lm-evaluation-harness by their names, which `metrics` and `differences` have too.
+    """
 
     name: str
     metrics: dict[str, float]
     differences: dict[str, PairedDifference]
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,15 @@ class Comparison:
     left_out: int
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        for entry, model in zip(content["entries"], self.entries):
+            entry["tasks"] = {name: score.as_json() for name, score in model.tasks.items()}
+        return content
 
 
 def compare_models(models: list[ModelResults], prompts: PromptSet) -> Comparison:
     """Compute the metrics of all models and their differences from the first. `prompts` is what they have answered."""
-    instructions = load_instructions()
+    instructions = models[0].instructions
     rows = [i for i in range(len(prompts.rows)) if all(_has_row(results, i) for results in models)]
     tasks = [i for i in range(len(instructions)) if not any(results.instruction_answers[i].error for results in models)]
     entries = []
@@ -61,9 +69,18 @@ def compare_models(models: list[ModelResults], prompts: PromptSet) -> Comparison
             metrics |= compute_metrics(columns)
             row_metrics = [metric for metric in select_metrics(columns) if metric.compute_row]
             values |= {metric.name: metric.compute_rows(columns) for metric in row_metrics}
-        differences = {name: compute_difference(baseline[name], values[name]) for name in baseline}
+        scores = {score.name: score for score in results.task_scores}
+        metrics |= {name: score.value for name, score in scores.items()}
+        values |= {
+            name: (np.array(score.values), np.ones(len(score.values))) for name, score in scores.items() if score.values
+        }
+        differences = {
+            name: compute_difference(baseline[name], values[name])
+            for name in baseline
+            if name in values and len(baseline[name][0]) == len(values[name][0])
+        }
         defined = {name: difference for name, difference in differences.items() if difference is not None}
-        entries.append(ComparedModel(results.name, metrics, defined))
+        entries.append(ComparedModel(results.name, metrics, defined, scores))
         baseline = baseline or values
     excluded = len(prompts.rows) - len(rows) + len(instructions) - len(tasks)
     return Comparison(entries, len(rows), len(tasks), excluded)

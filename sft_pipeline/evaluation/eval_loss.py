@@ -50,7 +50,7 @@ def compute_reference_losses(
     collate, _ = choose_collator(model, longest, template.stop_token_id)
     for start in range(0, len(fitting), batch_size):
         indices = fitting[start : start + batch_size]
-        sums = _compute_row_sums(model, collate([rows[i] for i in indices]))
+        sums = compute_row_sums(model, collate([rows[i] for i in indices]))
         for i, (nll_nats, tokens, correct) in zip(indices, sums):
             losses[i] = RowLoss(nll_nats, int(tokens), int(correct), _count_supervised_bytes(sequences[i], template))
     return losses
@@ -62,8 +62,11 @@ def _count_supervised_bytes(sequence: TokenSequence, template: Template) -> int:
     return count_utf8_bytes(str(template.tokenizer.decode(ids, skip_special_tokens=True)))
 
 
-def _compute_row_sums(model: PreTrainedModel, batch: dict[str, Any]) -> list[list[float]]:
-    """Return (rows, 3): summed nll in nats, targets, targets that are the model's most likely token."""
+def compute_row_sums(model: PreTrainedModel, batch: dict[str, Any]) -> list[list[float]]:
+    """Return (rows, 3): summed nll in nats, targets, targets that are the model's most likely token.
+
+    `model` must have been through `patch_loss_forward`.
+    """
     batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with use_eval_mode(model):
         return model(**batch, return_row_losses=True).logits.tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 from sft_pipeline.data.messages import Conversation, Message, add_system_prompt
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation.eval_loss import RowLoss, compute_reference_losses
-from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
+from sft_pipeline.evaluation.harness import TaskScore
+from sft_pipeline.evaluation.metrics.instruction_following import Instruction, load_instructions
 from sft_pipeline.evaluation.metrics.tool_calls import match_tool_calls
 from sft_pipeline.evaluation.prompt_set import PromptSet, add_examples
 from sft_pipeline.inference.answers import Answer, answer_prompts
@@ -24,7 +26,8 @@ logger = logging.getLogger(__name__)
 class ModelResults:
     """losses, answers, calls_match: one per row of the prompt set. instruction_answers: one per checkable instruction.
 
-    calls_match: of `match_tool_calls`; None also for a row without an answer.
+    calls_match: of `match_tool_calls`; None also for a row without an answer. instruction_answers: none if instructions
+    were not asked. task_scores, task_samples: of `run_tasks`.
     """
 
     name: str
@@ -32,9 +35,16 @@ class ModelResults:
     answers: list[Answer]
     calls_match: list[bool | None]
     instruction_answers: list[Answer]
+    task_scores: list[TaskScore] = field(default_factory=list)
+    task_samples: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def instructions(self) -> Sequence[Instruction]:
+        """The checkable instructions that were asked."""
+        return load_instructions() if self.instruction_answers else []
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ModelResults:
@@ -44,6 +54,8 @@ class ModelResults:
             [Answer(**answer) for answer in content["answers"]],
             content["calls_match"],
             [Answer(**answer) for answer in content["instruction_answers"]],
+            [TaskScore(**score) for score in content["task_scores"]],
+            content["task_samples"],
         )
 
 

@@ -31,6 +31,7 @@ def draw_comparison(comparison: Comparison, file: Path) -> None:
     from matplotlib.figure import Figure
 
     metrics = [METRICS[name] for name in PLOTTED_METRICS if name in comparison.entries[0].metrics]
+    metrics += [score.as_metric() for score in comparison.entries[0].tasks.values()]
     columns = min(COLUMNS, len(metrics))
     rows = -(-len(metrics) // columns)
     row_height = 0.75 + 0.3 * len(comparison.entries)

@@ -51,7 +51,7 @@ def format_markdown(comparison: Comparison, extra_rows: Mapping[str, Sequence[st
         cells = []
         for model in comparison.entries:
             interval = _format_interval(metric, model.differences.get(metric.name))
-            cells.append(f"{metric.format_number(model.metrics[metric.name])} {interval}".strip())
+            cells.append(f"{_format_value(metric, model)} {interval}".strip())
         lines.append(f"| {metric.heading} | " + " | ".join(cells) + " |")
     lines += [f"| {title} | " + " | ".join(cells) + " |" for title, cells in (extra_rows or {}).items()]
     return "\n".join([*lines, "", f"{_describe_counts(comparison)}, 95%.", ""])
@@ -65,7 +65,7 @@ def _build_value_table(model: ComparedModel) -> Table:
     table = Table("metric", title=Text(model.name), title_justify="left", box=None, header_style="bold")
     table.add_column("value", justify="right")
     for metric in _select_present(model):
-        table.add_row(metric.heading, metric.format_number(model.metrics[metric.name]))
+        table.add_row(metric.heading, _format_value(metric, model))
     return table
 
 
@@ -78,8 +78,8 @@ def _build_difference_table(baseline: ComparedModel, model: ComparedModel) -> Re
         difference = model.differences.get(metric.name)
         table.add_row(
             metric.heading,
-            metric.format_number(first),
-            metric.format_number(this),
+            _format_value(metric, baseline),
+            _format_value(metric, model),
             metric.format_number(this - first, "+"),
             _format_interval(metric, difference),
             style=_choose_style(difference),
@@ -88,7 +88,16 @@ def _build_difference_table(baseline: ComparedModel, model: ComparedModel) -> Re
 
 
 def _select_present(model: ComparedModel) -> list[Metric]:
-    return [metric for metric in METRICS.values() if metric.name in model.metrics]
+    """Return the metrics that a model has, then the scores of its tasks, as rows of a table."""
+    present = [metric for metric in METRICS.values() if metric.name in model.metrics]
+    return [*present, *(score.as_metric() for score in model.tasks.values())]
+
+
+def _format_value(metric: Metric, model: ComparedModel) -> str:
+    """Return the model's value, with the standard error of a task's score."""
+    value, score = metric.format_number(model.metrics[metric.name]), model.tasks.get(metric.name)
+    error = score.standard_error if score else None
+    return value if error is None else f"{value} ± {metric.format_number(error)}"
 
 
 def _format_interval(metric: Metric, difference: PairedDifference | None) -> str:
@@ -103,5 +112,9 @@ def _choose_style(difference: PairedDifference | None) -> str:
 
 def _describe_counts(comparison: Comparison) -> str:
     excluded = f", {comparison.left_out} excluded that not every model could answer" if comparison.left_out else ""
-    counts = f"{comparison.rows} held-out rows, {comparison.instructions} instructions{excluded}"
-    return f"{counts}; intervals are of the difference, paired bootstrap"
+    questions = {score.task: score.questions for score in comparison.entries[0].tasks.values()}
+    counts = [f"{count} questions of {task}" for task, count in questions.items()]
+    if comparison.rows or comparison.instructions or not questions:
+        counts.insert(0, f"{comparison.rows} held-out rows, {comparison.instructions} instructions{excluded}")
+    errors = "; ± is the standard error" if questions else ""
+    return f"{', '.join(counts)}; intervals are of the difference, paired bootstrap{errors}"

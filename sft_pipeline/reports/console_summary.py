@@ -30,6 +30,8 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         console.print()
     if results["before_and_after"]:
         console.print(build_metrics_table(results["before_and_after"]))
+    for name, score in results["tasks"].items():
+        console.print(f"task {name}: {format_score(score)}", highlight=False, markup=False)
     parts = (f"{part} {seconds:.0f} s" for part, seconds in results["seconds_by_part"].items() if seconds >= 0.5)
     console.print(f"time: {', '.join(parts)}", highlight=False)
     console.print(
@@ -65,6 +67,12 @@ def format_change(name: str, change: dict[str, Any]) -> list[str]:
         interval,
         str(change["items"]),
     ]
+
+
+def format_score(score: dict[str, Any]) -> str:
+    """Return the value of a task's score, ± its standard error, and the number of questions."""
+    error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
+    return f"{score['value']:.3f}{error} of {score['questions']:,} questions"
 
 
 def _format_answer(answer: str, stopped: bool, error: str | None) -> str:

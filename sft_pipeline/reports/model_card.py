@@ -1,20 +1,23 @@
-"""The model card of a run that is exported or pushed: base model and data with licences, settings, changes of metrics.
+"""The model card of a run that is exported or pushed: base model and data with revisions and licences, changes of
+metrics with their intervals, the config and command that repeat the run.
 
-The front matter is for the Hub: base model, licence, data sets, and the metrics as its `model-index`.
+The front matter is for the Hub: base model, licence, data sets, languages, and the metrics as its `model-index`.
 """
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
-from sft_pipeline.arguments import SourceEntry
+from sft_pipeline.arguments import SFTArguments, SourceEntry
 from sft_pipeline.data.sources import is_hub_name
 from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED
 from sft_pipeline.model.loading import PACKAGED
-from sft_pipeline.reports.console_summary import format_change
+from sft_pipeline.reports.console_summary import format_change, format_score
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 # The metrics of the model-index.
@@ -41,10 +44,12 @@ def build_model_card(
     config = results["config"]
     entries = [SourceEntry.parse(entry) for entry in (*config.get("train_data", []), *config.get("eval_data", []))]
     base, data = config["model_name_or_path"], [entry.path for entry in entries]
+    languages = [language for source in data for language in find_languages(source)]
     metadata = ModelCardData(
         model_name=name,
         base_model=_get_hub_model(base),
         license=licence or find_licence(base, "model"),
+        language=list(dict.fromkeys(languages)) or None,
         datasets=[source for source in data if _is_on_hub(source)] or None,
         library_name="peft" if has_adapters else "transformers",
         pipeline_tag="text-generation",
@@ -60,11 +65,14 @@ def build_model_card(
         dtype=dtype,
         base=_get_hub_model(base) or _hide_folders(base) or "a model without a name",
         base_licence=find_licence(base, "model"),
-        data=[(_hide_folders(source), find_licence(source, "dataset")) for source in data],
+        base_revision=config.get("revision"),
+        data=[(_describe_source(entry), find_licence(entry.path, "dataset")) for entry in entries],
         results=results,
         has_adapters=has_adapters,
         changes=[format_change(metric, change) for metric, change in results["before_and_after"].items()],
         settings={key: config[key] for key in SETTINGS if config.get(key) and (has_lora_keys or "lora" not in key)},
+        tasks={name: format_score(score) for name, score in results["tasks"].items()},
+        run_config=_format_config(config),
     )
 
 
@@ -74,18 +82,55 @@ def find_licence(name: str, kind: str) -> str | None:
 
     kind: "model" or "dataset".
     """
-    if not name:
-        return None  # a model or rows from a program, without a name
     if name in PACKAGED:
         return PACKAGED[name].licence
+    licence = _read_card(name, kind).get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def find_languages(name: str) -> list[str]:
+    """Return the languages in the card of a data set, as `find_licence` finds it."""
+    languages = _read_card(name, "dataset").get("language") or []
+    languages = [languages] if isinstance(languages, str) else languages
+    return [language for language in languages if isinstance(language, str)]
+
+
+def _read_card(name: str, kind: str) -> dict[str, Any]:
+    """Return the front matter of a model's or data set's card; nothing where there is none."""
+    if not name:
+        return {}  # a model or rows from a program, without a name
     path = Path(name).expanduser()
     card = (path if path.is_dir() else path.parent) / "README.md" if path.exists() else None
     if card is None and _is_on_hub(name):
         cached = try_to_load_from_cache(name, "README.md", repo_type=kind)
         card = Path(cached) if isinstance(cached, str) else None
-    metadata = metadata_load(card) if card and card.is_file() else None
-    licence = (metadata or {}).get("license")
-    return licence if isinstance(licence, str) else None
+    return (metadata_load(card) if card and card.is_file() else None) or {}
+
+
+def _describe_source(entry: SourceEntry) -> str:
+    """Return the name of a source, with its split and revision; one of the Hub without a revision may have changed."""
+    label = replace(entry, path=_hide_folders(entry.path)).label
+    return f"{label}, revision not pinned" if _is_on_hub(entry.path) and entry.revision is None else label
+
+
+def _format_config(config: dict[str, Any]) -> str:
+    """Return the config of a run as YAML, without folders of this machine and keys that have their default."""
+    defaults = {
+        key.name: key.default if key.default_factory is MISSING else key.default_factory()
+        for key in fields(SFTArguments)
+    }
+    shown = {}
+    for key, value in config.items():
+        if key in defaults and value == defaults[key]:
+            continue
+        if key in ("train_data", "eval_data"):
+            entries = [SourceEntry.parse(entry) for entry in value]
+            value = [replace(entry, path=_hide_folders(entry.path)).format() for entry in entries]
+        elif isinstance(value, str) and key not in ("system_prompt", "chat_template"):
+            value = _hide_folders(value)
+        if key not in ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint"):
+            shown[key] = value
+    return yaml.safe_dump(shown, allow_unicode=True, sort_keys=False).strip()
 
 
 def _build_eval_results(results: dict[str, Any], data: list[str]) -> list[EvalResult]:
@@ -105,6 +150,17 @@ def _build_eval_results(results: dict[str, Any], data: list[str]) -> list[EvalRe
                 metric_type=METRICS[name].hub_type or name,
                 metric_name=METRICS[name].label,
                 metric_value=round(values[name], 4),
+            )
+        )
+    for score in results["tasks"].values():
+        eval_results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=score["task"],
+                dataset_name=score["task"],
+                metric_type=score["metric"],
+                metric_name=f"{score['metric']} ({score['filter']})",
+                metric_value=round(score["value"], 4),
             )
         )
     return eval_results

@@ -15,7 +15,7 @@ from sft_pipeline.utils.errors import SFTError
 
 REQUIRED_KEYS = (
     "eval_loss", "train_loss", "trainable_parameters", "steps", "tokens_per_second", "peak_memory_gib", "seconds",
-    "seconds_by_part", "metrics", "before_and_after", "answers", "rows", "loss_curve", "versions", "config",
+    "seconds_by_part", "metrics", "before_and_after", "answers", "tasks", "rows", "loss_curve", "versions", "config",
 )  # fmt: skip
 ABSENT = "–"
 

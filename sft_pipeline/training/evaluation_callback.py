@@ -67,7 +67,7 @@ class EvaluationCallback(TrainerCallback):
     are asked, and `num_instructions` of the built-in instructions. system_prompt: for conversations without one.
     eval_answer_share: see AnswerBudget.
 
-    `evaluations` holds the results so far, in order and on every process.
+    `evaluations` holds the results so far, in order and on every process; `sharded` answers for a sharded model.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class EvaluationCallback(TrainerCallback):
         self.evaluations: list[StepResults] = []
         self._budget = AnswerBudget(eval_answer_share)
         # Now, before the model is sharded.
-        self._sharded = ShardedAnswerer(trainer) if self.questions and is_sharded(trainer) else None
+        answers = bool(self.questions or getattr(trainer.args, "eval_tasks", ()))
+        self.sharded = ShardedAnswerer(trainer) if answers and is_sharded(trainer) else None
         self._training_ended = False
         self._step_start = 0.0
 
@@ -117,8 +118,8 @@ class EvaluationCallback(TrainerCallback):
         earlier = load_earlier_results(self.folder, state.global_step) if state.is_world_process_zero else None
         [self.evaluations] = broadcast_object_list([earlier])
         self._training_ended = False
-        if self._sharded:
-            self._sharded.log_choice()
+        if self.sharded:
+            self.sharded.log_choice()
         last_tracked_step = read_last_tracked_step(args)
         for results in self.evaluations:
             self._budget.restore(results)
@@ -175,16 +176,16 @@ class EvaluationCallback(TrainerCallback):
 
         Each process answers a share of them; a sharded model that no process has room for answers all of them on each.
         """
-        if self._sharded is None:
+        if self.sharded is None:
             is_bf16 = questions and self.trainer.accelerator.mixed_precision == "bf16"
             with use_bf16_weights(model) if is_bf16 else nullcontext():
                 return self._divide_questions(model, questions)
         if not questions:
             return []
-        if self._sharded.fits():
-            with self._sharded.gather(model) as whole:
+        if self.sharded.fits():
+            with self.sharded.gather(model) as whole:
                 return self._divide_questions(whole, questions)
-        with self._sharded.keep_in_step(model):
+        with self.sharded.keep_in_step(model):
             return self._generate_local_answers(model, questions)
 
     def _divide_questions(self, model: PreTrainedModel, questions: list[EvalPrompt]) -> list[Answer]:

@@ -31,6 +31,7 @@ def build_results(trainer: SFTTrainer, output: TrainOutput) -> dict[str, Any]:
         "seconds": round(output.metrics["train_runtime"], 1),
         "seconds_by_part": trainer.times.as_dict(),
         **trainer.evaluation.compare_with_start(),
+        "tasks": trainer.task_scores,
         "rows": count_rows(trainer.data),
         "unread": trainer.data.unread,
         "loss_curve": [entry for entry in history if "loss" in entry or "eval_loss" in entry],

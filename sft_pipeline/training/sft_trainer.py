@@ -62,6 +62,7 @@ from sft_pipeline.runs.trained_model import save_template_settings
 from sft_pipeline.training.devices import check_devices
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.final_results import count_rows
+from sft_pipeline.training.final_tasks import evaluate_tasks, load_eval_tasks
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
 from sft_pipeline.training.model_setup import check_quantization, choose_token_budget, set_up_model
@@ -119,6 +120,7 @@ class SFTTrainer(SupervisedTrainer):
         check_devices(args)
         check_optimizer(args)
         check_parallel_sizes(args, model)
+        tasks = load_eval_tasks(args)  # an unknown name ends the run here
         source = model or args.model_name_or_path
         if source is None:
             raise SFTError("model: missing; give a model, a folder or a hub name")
@@ -179,6 +181,8 @@ class SFTTrainer(SupervisedTrainer):
             eval_answer_share=args.eval_answer_share,
         )
         self.add_callback(self.evaluation)
+        self._tasks = tasks
+        self.task_scores: dict[str, dict[str, Any]] = {}  # of `eval_tasks`
         self.train_output: TrainOutput | None = None  # of the last call of `train`
         self._has_output_dir = False
         log_devices(self)
@@ -187,6 +191,8 @@ class SFTTrainer(SupervisedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train and evaluate the final model, with the trackers of `report_to`.
+
+        With `eval_tasks` the model is saved here, and then asked the tasks.
 
         resume_from_checkpoint: a checkpoint folder, True (the newest one) or "auto" (the newest one if there is one);
         by default the key of `args`. The output folder is created here, and gets the files that runs/output_dir.py
@@ -203,6 +209,12 @@ class SFTTrainer(SupervisedTrainer):
                 self.train_output = output = super().train(checkpoint, *args, **kwargs)
             if self.data.held_out is not None:
                 self._evaluate_final_model()
+            if self._tasks:
+                # First, so that nothing that happens in a task loses the model.
+                with self.times.measure("saving"):
+                    self.save_model(push=False)
+                with self.times.measure("tasks"):
+                    self.task_scores = evaluate_tasks(self, self._tasks)
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

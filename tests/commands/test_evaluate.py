@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 from rich.console import Console
 from support.agent import (
@@ -107,6 +109,46 @@ def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp
         load_eval_conversations(str(tmp_path))
 
 
+def test_tasks_of_two_models(model_folder, other_folder, tmp_path, capsys):
+    """Scores with standard errors and paired differences, in the tables, the JSON and the files."""
+    folders, out = [str(model_folder), str(other_folder)], tmp_path / "out"
+    words = ["evaluate", *folders, "--tasks", "configs/tasks/facts_choice.yaml,facts_answer", "--include_path"]
+    words += ["configs/tasks", "--num_fewshot", "1", "--limit", "12"]
+    main([*words, "--output", str(out), "--json"])
+    output = json.loads(capsys.readouterr().out)
+    assert (output["rows"], output["instructions"], output["left_out"]) == (0, 0, 0)  # without data, tasks alone
+    first, second = output["entries"]
+    score = second["tasks"]["facts_choice acc"]
+    assert second["metrics"]["facts_choice acc"] == score["value"] and "values" not in score
+    assert (score["questions"], score["num_fewshot"], score["version"]) == (12, 1, "1")
+    lines = [json.loads(line) for line in (out / "task_samples.jsonl").read_text().splitlines()]
+    values = {name: [] for name in folders}
+    for line in lines:
+        if line["task"] == "facts_choice":
+            likelihoods = [likelihood for [[likelihood, _]] in line["resps"]]
+            assert line["metrics"]["acc"] == (likelihoods.index(max(likelihoods)) == line["target"])
+            values[line["model"]].append(line["metrics"]["acc"])
+    difference = second["differences"]["facts_choice acc"]
+    for name, mean in zip(folders, ("mean_a", "mean_b")):
+        assert difference[mean] == pytest.approx(np.mean(values[name])) and len(values[name]) == 12
+    assert score["standard_error"] == pytest.approx(np.std(values[folders[1]], ddof=1) / 12**0.5)
+    table = (out / "evaluation.md").read_text()
+    cells = [f"{entry['tasks']['facts_choice acc']['value']:.3f} ± " for entry in (first, second)]
+    assert re.search(rf"\| facts_choice acc \| {cells[0]}\S+ \| {cells[1]}\S+ \[[-+.0-9]+, [-+.0-9]+\] \|", table)
+    assert "12 questions of facts_choice, 12 questions of facts_answer; intervals are of the difference" in table
+    main(words[:2] + words[3:])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "facts_choice acc" in line]
+    assert cells[0] in line
+
+
+def test_tasks_beside_held_out_rows(data, model_folder, capsys):
+    words = ["evaluate", str(model_folder), "--data", data, "--num_prompts", "1", "--max_new_tokens", "2"]
+    main([*words, "--tasks", "configs/tasks/facts_choice.yaml", "--limit", "2", "--json"])
+    output = json.loads(capsys.readouterr().out)
+    assert (output["rows"], output["instructions"]) == (1, 6)
+    assert {"facts_choice acc", "nll_nats_per_token", "stop_rate"} <= output["entries"][0]["metrics"].keys()
+
+
 def test_prompts_with_tools(model_folder, tokenizer, tmp_path, monkeypatch, capsys, caplog):
     """A call of the reference is compared as a call; its row counts in no overlap of texts. Texts are not asked."""
     folder = str(save_agent(model_folder, tmp_path / "agent"))
@@ -190,6 +232,20 @@ def test_error_messages(data, model_folder, tmp_path, capsys):
         (model, "--max_new_tokens", "0"): "max_new_tokens is 0; it has to be 1 or more",
         (model, "--few_shot", "-1"): "few_shot is -1; it has to be 0 or more",
         (model, "--output", str(tmp_path / "file")): f"output {tmp_path / 'file'}: is a file; choose a folder",
+        (model, "--tasks", "configs/no"): "tasks: no task is named configs/no; ",
+        (model, "--limit", "2"): "limit is for tasks; add --tasks",
+        (
+            model,
+            "--tasks",
+            "configs/tasks",
+            "--data",
+            data,
+            "--few_shot",
+            "2",
+        ): "few_shot is not for tasks; ",
+        (model, model, "--tasks", "configs/tasks", "--judge_base_url", "http://x", "--judge_model", "m"): (
+            "a judge compares answers to held-out prompts, not to tasks; add --data"
+        ),
         (model, "--shots", "2"): "evaluate: unknown option --shots; `evaluate --help` lists them",
     }
     for words, message in cases.items():

@@ -86,7 +86,9 @@ def test_a_base_with_sampling_settings_is_greedy_after_training(model_folder, tr
 
 
 @pytest.mark.parametrize("keys", [{}, {"lora": True, "lora_rank": 4}], ids=["all parameters", "LoRA"])
-def test_an_export_answers_as_the_folder_does(trained, tmp_path, keys):
+def test_answers_are_not_worse_after_export(trained, tmp_path, keys):
+    """LLaMA-Factory 6320. The folder's, the merged export's and transformers' greedy answers have the same ids; the
+    Ollama template renders the same text (tests/data/test_ollama_export.py)."""
     folder, exported = trained(**keys), tmp_path / "exported"
     export_model(str(folder), exported)
     expected = answer_with_engine(*load_trained(str(folder)))

@@ -129,6 +129,7 @@ _REFUSED_VALUES = {
 
 _TESTS = {
     "dtype": "tests/training/test_precision.py::test_a_run_in_bf16_trains_evaluates_and_answers_like_one_in_float32",
+    "eval_tasks": "tests/training/test_final_tasks.py::test_a_run_ends_with_its_tasks",
     "attn_implementation": "tests/training/test_precision.py::"
     "test_the_given_attention_is_the_one_that_trains_and_not_the_one_of_the_checks",
     "output_dir": "tests/test_train.py::test_results_are_complete_and_on_disk",

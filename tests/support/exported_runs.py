@@ -21,7 +21,9 @@ def remember_runs(model_folder: Path, runs_folder: Path) -> Callable[..., Path]:
         {"prompt": f"Say text {n % 3} times, {n}.", "completion": " ".join(["text"] * (n % 3 + 1))} for n in range(24)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (data.parent / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nRows.\n", encoding="utf-8")
+    (data.parent / "README.md").write_text(
+        "---\nlicense: cc-by-4.0\nlanguage: [en, zh]\n---\nRows.\n", encoding="utf-8"
+    )
 
     def run(**keys) -> Path:
         folder = runs_folder / f"run-{len(runs)}"

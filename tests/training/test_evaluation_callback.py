@@ -488,6 +488,7 @@ def test_the_printed_table_fits_80_columns(capsys):
         "steps": 9,
         "seconds": 9,
         "seconds_by_part": {"reading rows": 0.2, "training": 8.4, "saving": 0.7},
+        "tasks": {},
         "tokens_per_second": 9.0,
         "peak_memory_gib": 3,
     }
