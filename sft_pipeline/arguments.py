@@ -234,3 +234,9 @@ class SFTArguments:
             "by default they are packed, with an attention of this package."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode the rows of train_data as they come, for data larger than the disk; needs max_steps."
+        },
+    )

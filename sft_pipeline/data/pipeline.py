@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -14,8 +15,10 @@ from sft_pipeline.arguments import SFTArguments, SourceEntry
 from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import parse_conversation
+from sft_pipeline.data.row_stream import RowStream
 from sft_pipeline.data.sources import Source, load_source
-from sft_pipeline.data.splits import drop_overlap, mix_datasets, select_rows, split_held_out
+from sft_pipeline.data.splits import drop_overlap, hash_rows, mix_datasets, select_rows, split_held_out
+from sft_pipeline.data.streamed_sources import SourceMix, open_stream
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import count_id_differences
 from sft_pipeline.utils.errors import SFTError
@@ -30,7 +33,8 @@ COMPARED_ROWS = 100  # rows on which the saved chat template is compared with th
 class PreparedData:
     """Encoded training and held-out rows with their statistics, and the held-out conversations as JSON text.
 
-    unread: for each source, in how many rows each column or key is that nothing reads.
+    unread: for each source, in how many rows each column or key is that nothing reads. stream: of a run with
+    `streaming`; `train` and `train_stats` are then those of its first rows, and after training what was read.
     """
 
     train: Dataset
@@ -39,6 +43,7 @@ class PreparedData:
     held_out_stats: EncodingStats | None
     held_out_conversations: Dataset | None
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    stream: RowStream | None = None
 
 
 def build_encoder(args: SFTArguments, template: Template) -> Encoder:
@@ -83,6 +88,72 @@ def _encode_splits(
     held_out, held_out_stats = encode_dataset(held_out_conversations, encoder, args.num_proc)
     logger.info("held-out rows: %s", held_out_stats)
     return PreparedData(train, train_stats, held_out, held_out_stats, held_out_conversations, unread)
+
+
+def prepare_held_out(
+    args: SFTArguments, template: Template, eval_rows: Source | None, times: TimeAccount
+) -> tuple[Dataset, Dataset, EncodingStats] | None:
+    """Load and encode the held-out rows of a run with `streaming`.
+
+    Returns conversations, encoded rows and statistics, or None if there are none.
+    """
+    with times.measure("reading rows"):
+        conversations = load_eval_data(args, eval_rows)
+    if conversations is None:
+        return None
+    with times.measure("encoding rows"):
+        held_out, stats = encode_dataset(conversations, build_encoder(args, template), args.num_proc)
+    logger.info("held-out rows: %s", stats)
+    return conversations, held_out, stats
+
+
+def prepare_stream(
+    args: SFTArguments,
+    template: Template,
+    train_rows: Any,
+    held_out: tuple[Dataset, Dataset, EncodingStats] | None,
+    seed: int,
+    shuffle: bool,
+) -> PreparedData:
+    """Open the sources of training rows and encode the first rows.
+
+    train_rows: a name or an IterableDataset, in place of train_data. seed, shuffle: of the order of the rows.
+    """
+    hashes = frozenset() if held_out is None else frozenset(hash_rows(held_out[0]).tolist())
+    stream = RowStream(
+        open_mix(args, train_rows), build_encoder(args, template), seed, shuffle, hashes, args.skip_bad_rows
+    )
+    sample = stream.read_sample()
+    logger.info("the first %s training rows: %s", f"{sample.stats.rows:,}", sample.stats)
+    _log_template_differences(sample.conversations[:COMPARED_ROWS], template, args)
+    # A later row may be as long as any.
+    stats = replace(sample.stats, length_quantiles=sample.stats.length_quantiles | {"most": args.max_length})
+    conversations, rows, held_out_stats = held_out or (None, None, None)
+    return PreparedData(sample.rows, stats, rows, held_out_stats, conversations, stream=stream)
+
+
+def open_mix(args: SFTArguments, train_rows: Any = None) -> SourceMix:
+    """Open the sources of train_data as streams, or `train_rows`."""
+    if train_rows is None:
+        entries = [SourceEntry.parse(entry) for entry in args.train_data]
+        return SourceMix(
+            [open_stream(entry) for entry in entries], args.train_data_weights or _list_entry_weights(args)
+        )
+    if isinstance(train_rows, (str, os.PathLike)):
+        train_rows = SourceEntry(str(train_rows))
+    if not isinstance(train_rows, (SourceEntry, datasets.IterableDataset)):
+        raise SFTError(
+            "train_dataset: rows in memory are not streamed; set streaming: false, or give an IterableDataset"
+        )
+    return SourceMix([open_stream(train_rows)])
+
+
+def load_eval_data(args: SFTArguments, eval_rows: Source | None = None) -> Dataset | None:
+    """Load the conversations of eval_rows or of the key eval_data; None if there are none."""
+    if is_encoded(eval_rows):
+        raise SFTError("eval_dataset: encoded already, and streamed rows are not; give rows, or set streaming: false")
+    parts = _load_parts(args, args.eval_data, eval_rows, "eval_dataset", {})
+    return datasets.concatenate_datasets(parts) if parts else None
 
 
 def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
@@ -166,12 +237,30 @@ def _list_entry_weights(args: SFTArguments) -> list[float] | None:
 def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict[str, Any], str]:
     """Load row `row` of train_data (from 0, in file order) as it is trained; returns its columns and its location.
 
-    Raises SFTError for a row that does not exist or that the length policy drops.
+    With `streaming` in the order in which they are read. Raises SFTError for a row that does not exist or that the
+    length policy drops.
     """
+    if args.streaming:
+        return _encode_one_row(args, template, _read_streamed_row(args, row))
     rows = datasets.concatenate_datasets(_load_parts(args, args.train_data, None, "", {}))
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
-    batch = rows[row : row + 1]
+    return _encode_one_row(args, template, rows[row : row + 1])
+
+
+def _read_streamed_row(args: SFTArguments, row: int) -> dict[str, Any]:
+    """Read row `row` of a stream as a batch of one."""
+    mix = open_mix(args)
+    read = next(islice(iter(mix.read_row, None), row, None), None) if row >= 0 else None
+    if read is None:
+        raise SFTError(f"row {row}: out of range; the rows of train_data have numbers from 0, and end before it")
+    _, values = read
+    if values["problem"] is not None:
+        raise SFTError(f"{values['origin']}: {values['problem']}; fix the data")
+    return {name: [values[name]] for name in ("conversation", "origin")}
+
+
+def _encode_one_row(args: SFTArguments, template: Template, batch: dict[str, Any]) -> tuple[dict[str, Any], str]:
     columns = {name: column[0] for name, column in build_encoder(args, template)(batch).items()}
     if not columns["input_ids"]:
         reason, remedy = columns["outcome"], "raise max_length or change overlong"
