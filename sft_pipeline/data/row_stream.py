@@ -18,7 +18,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -98,7 +98,9 @@ class StreamAccount:
         )
 
     def state_dict(self) -> State:
-        return asdict(self) | {"lengths": {str(length): count for length, count in sorted(self.lengths.items())}}
+        lengths = {str(length): count for length, count in sorted(self.lengths.items())}
+        unread = {source: dict(counts) for source, counts in self.unread.items()}
+        return vars(self) | {"dropped": dict(self.dropped), "lengths": lengths, "unread": unread}
 
     @classmethod
     def from_state(cls, state: State) -> StreamAccount:

@@ -127,26 +127,29 @@ class DatasetStream:
         if first is None:
             raise SFTError(f"{name}: no rows")
         self.row_format, self.columns = detect_format(first.column_names, name), first.column_names
-        self._start = dataset.with_format("arrow").state_dict()
-        self._rows = 0
-        self.load_state_dict({"rows": 0, "dataset": self._start})
+        self._start = {"rows": 0, "dataset": dataset.with_format("arrow").state_dict()}
+        self._loaded: State | None = None  # the state that was loaded, until a row is read
+        self.load_state_dict(self._start)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for table in self._dataset:
             location = f"{self.name} row {self._rows}"
             self._rows += 1
+            self._loaded = None
             read = self.row_format.select_columns(table.column_names)
             row = convert_source_row(convert_to_rows(table.select(read))[0], location, self.row_format, True)
             unread = [column for column in table.column_names if column not in read]
             row["unread"] += [format_line(column) for column in unread if not table.column(column).null_count]
             yield row
-        self.load_state_dict({"rows": 0, "dataset": self._start})
+        self.load_state_dict(self._start)
 
     def state_dict(self) -> State:
-        return {"rows": self._rows, "dataset": self._dataset.state_dict()}
+        # The dataset returns its state of before until its next row is read.
+        return self._loaded or {"rows": self._rows, "dataset": self._dataset.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
-        self._rows = state["rows"]
+        self._rows: int = state["rows"]
+        self._loaded = state
         self._dataset.load_state_dict(state["dataset"])
 
 
