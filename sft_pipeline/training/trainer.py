@@ -48,6 +48,7 @@ from sft_pipeline.data.row_stream import (
     StreamAccount,
     build_stream_loader,
 )
+from sft_pipeline.data.streamed_sources import State
 from sft_pipeline.kernels.cpu_layer_training import find_unused_forward
 from sft_pipeline.model.loss_forward import check_loss_forward
 from sft_pipeline.model.packed_attention import check_packed_attention
@@ -184,6 +185,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._sigterm = SigtermHandler()
         self._step_loss: Tensor | float = 0.0  # this process' part of the loss of the current step
         self._pending: StepSums | None = None  # of a step that is not checked yet
+        self._first_stream_state: State | None = None  # where a run that is resumed begins
         self._step_rows: list[list[str]] = []  # where the rows of the last two steps of a stream are from
         self._is_dry_run = False
         self._rehearsed_tokens_per_second: float | None = None  # of one process
