@@ -22,7 +22,7 @@ from rich.console import Console
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.messages import Conversation, add_system_prompt, parse_conversation, split_answer
-from sft_pipeline.data.pipeline import load_eval_data, load_splits
+from sft_pipeline.data.pipeline import load_held_out
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation import tables
@@ -164,8 +164,7 @@ def load_eval_conversations(data: str) -> list[Conversation]:
     run_file = Path(data).expanduser() / RUN_FILE
     if not run_file.is_file():
         return load_conversations(data)
-    config = parse_config(str(run_file))
-    held_out = load_eval_data(config) if config.streaming else load_splits(config)[1]
+    held_out = load_held_out(parse_config(str(run_file)))
     if held_out is None:
         raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
     return [parse_conversation(text) for text in held_out["conversation"]]

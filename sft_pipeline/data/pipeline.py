@@ -124,7 +124,8 @@ def prepare_stream(
         open_mix(args, train_rows), build_encoder(args, template), seed, shuffle, hashes, args.skip_bad_rows
     )
     sample = stream.read_sample()
-    logger.info("the first %s training rows: %s", f"{sample.stats.rows:,}", sample.stats)
+    rows_read = f"{sample.stats.rows:,}"
+    logger.info("the first %s training rows, of which all estimates are made: %s", rows_read, sample.stats)
     _log_template_differences(sample.conversations[:COMPARED_ROWS], template, args)
     # A later row may be as long as any.
     stats = replace(sample.stats, length_quantiles=sample.stats.length_quantiles | {"most": args.max_length})
@@ -182,6 +183,11 @@ def load_splits(
     `max_train_rows` limits the training rows and does not change the held-out rows.
     """
     return load_splits_and_unread(args, train_rows, eval_rows)[:2]
+
+
+def load_held_out(args: SFTArguments) -> Dataset | None:
+    """Load the held-out conversations of the keys; of a run with `streaming` no training rows are read for them."""
+    return load_eval_data(args) if args.streaming else load_splits(args)[1]
 
 
 def load_splits_and_unread(

@@ -349,6 +349,8 @@ def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:
     Raises SFTError for keys that need them.
     """
     if has_held_out_rows:
+        if args.streaming and args.eval_strategy == IntervalStrategy.EPOCH:
+            logger.info("eval_strategy: epoch evaluates a stream before and after training; set steps for more")
         return
     if args.load_best_model_at_end:
         raise SFTError("load_best_model_at_end needs held-out rows: set held_out, eval_data or eval_dataset")

@@ -111,15 +111,18 @@ class RunRehearsed(Exception):
 @dataclass(frozen=True)
 class RunPlan:
     """What a run would do. tokens: computed, of all its steps; tokens_per_second: of all processes in the heaviest
-    batch, or None where it was not run."""
+    batch, or None where it was not run; sample_rows: of a stream, how many rows the tokens are estimated from."""
 
     rows: int
     steps: int
     tokens: int
     tokens_per_second: float | None
+    sample_rows: int = 0
 
     def __str__(self) -> str:
         text = f"{self.rows:,} rows, {self.steps:,} steps, {self.tokens:,} tokens"
+        if self.sample_rows:
+            text += f" (estimated from the first {self.sample_rows:,} rows)"
         if self.tokens_per_second is None:
             return text
         seconds = self.tokens / self.tokens_per_second
@@ -253,7 +256,8 @@ class SupervisedTrainer(CheckpointingTrainer):
         if self.args.max_steps <= 0:
             num_rows = round(len(self.train_dataset) * self.args.num_train_epochs)  # the last step of an epoch is short
         tokens = round(num_rows * float(self._row_lengths.mean()))
-        return RunPlan(num_available, steps, tokens, rate and rate * self.data_ranks[0])
+        sample_rows = len(self.train_dataset) if self.stream is not None else 0
+        return RunPlan(num_available, steps, tokens, rate and rate * self.data_ranks[0], sample_rows)
 
     def rehearse(self) -> None:
         """Check the model, run the heaviest batch once, and start the clock."""

@@ -12,9 +12,11 @@ from support.processes import run_ranks
 from support.training_runs import run_train
 
 from sft_pipeline import cli
+from sft_pipeline.commands.evaluate import load_eval_conversations
 from sft_pipeline.config import SFTConfig, parse_config
-from sft_pipeline.data import row_stream
+from sft_pipeline.data import pipeline, row_stream
 from sft_pipeline.data.pipeline import load_one_row
+from sft_pipeline.data.shards import write_shards
 from sft_pipeline.data.streamed_sources import SourceMix
 from sft_pipeline.train import rehearse_run
 from sft_pipeline.training.sft_trainer import SFTTrainer
@@ -175,6 +177,17 @@ def test_held_out_rows_are_evaluated_and_not_trained(config, tmp_path):
     assert [entry["step"] for entry in results["loss_curve"] if "eval_loss" in entry] == [0, 5, 10]
 
 
+def test_held_out_rows_are_loaded_without_the_training_rows(config, tmp_path, monkeypatch, caplog):
+    (tmp_path / "held.json").write_text(json.dumps([{"instruction": "Who?", "output": "I."}]))
+    words = ["--eval_data", str(tmp_path / "held.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    caplog.set_level("INFO")
+    run_train(config, *words)
+    assert "eval_strategy: epoch evaluates a stream before and after training; set steps for more" in caplog.messages
+    monkeypatch.setattr(pipeline, "load_splits", None)
+    [conversation] = load_eval_conversations(str(tmp_path / "out"))
+    assert conversation["messages"][0]["content"] == "Who?"
+
+
 def test_a_diverging_step_names_its_rows(config, tmp_path):
     with pytest.raises(SFTError, match=r"^step \d+: the loss .*, in training rows rows.json row \d+, rows.json row"):
         run_train(config, "--learning_rate", "1e9", "--max_grad_norm", "1e9", "--output_dir", str(tmp_path / "out"))
@@ -183,7 +196,8 @@ def test_a_diverging_step_names_its_rows(config, tmp_path):
 
 def test_a_dry_run_tells_what_the_first_rows_tell(config, tmp_path, capsys):
     rehearse_run(parse_config(str(config), ["--output_dir", str(tmp_path / "out")]), Console())
-    assert f"dry run: {4 * STEPS} rows, {STEPS} steps, " in capsys.readouterr().out
+    line = " ".join(capsys.readouterr().out.split()).partition("dry run: ")[2]
+    assert line.startswith(f"{4 * STEPS} rows, {STEPS} steps, ") and f" (estimated from the first {ROWS} rows)" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -238,6 +252,11 @@ def test_what_a_stream_cannot_do_is_refused(keys, message):
     with pytest.raises(SFTError) as error:
         SFTConfig(use_cpu=True, **({"streaming": True, "max_steps": 5} | keys))
     assert str(error.value) == f"streaming: {message}"
+
+
+def test_nothing_is_prepared(config, tmp_path):
+    with pytest.raises(SFTError, match="^streaming: rows are encoded as they come, and nothing is prepared; set"):
+        write_shards(parse_config(str(config)), None, tmp_path / "shards")
 
 
 def test_rows_in_memory_and_encoded_rows_are_refused(config, model_folder, tmp_path):
