@@ -91,8 +91,8 @@ class SFTArguments:
     train_data_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Times that each source of train_data is used per epoch: 2 is twice, 0.5 uses half of its rows. With "
-            "streaming, the proportions of their rows."
+            "help": "Times that each source of train_data is used per epoch: 2 is twice, 0.5 uses half of its rows. "
+            "With streaming, the proportions of their rows."
         },
     )
     held_out: float = field(

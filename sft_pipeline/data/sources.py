@@ -130,7 +130,9 @@ def _load_path(path: Path, split: str) -> tuple[Dataset, str]:
 def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
     """Convert rows in memory; the columns of the first decide the row format."""
     if not isinstance(rows, Sequence):
-        remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split, not streamed)"
+        remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split)"
+        if isinstance(rows, datasets.IterableDataset):
+            remedy = "set streaming: true, which reads training rows from it"
         raise SFTError(f"{name}: cannot be read, it is of type {type(rows).__name__}; {remedy}")
     if not rows:
         raise SFTError(f"{name}: no rows")

@@ -272,6 +272,7 @@ def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     others = {"model_name_or_path", "prepared_data", "packing", "tokens_per_batch", "pad_to_multiple_of", "num_proc"}
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
     others |= {"early_stopping_patience", "overwrite_output_dir", "push_evaluation", "trust_remote_code", "revision"}
+    others |= {"streaming"}
     others |= {"share_prefixes", "dtype", "attn_implementation"}
     names = {key.name for key in dataclasses.fields(SFTArguments)}
     ours = {name for name in names if name not in others and not name.startswith("lora")}
