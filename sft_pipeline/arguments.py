@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sft_pipeline.utils.errors import SFTError
 
 DEFAULT_PROJECT = "sft_pipeline"  # the project name in trackers; the library's default is huggingface
+
+
+SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,55 @@ class SourceEntry:
         return f"{self.path} ({', '.join(options)})" if options else self.path
 
 
+def parse_eval_data(value: Any) -> dict[str | None, list[SourceEntry]]:
+    """Parse `eval_data` into the entries of each held-out set.
+
+    value: a list of entries, which are one set without a name (None); or a mapping of names to an entry or a list of
+    entries, also as the only text of a list, in JSON. An object with a key of an entry is an entry. Raises SFTError.
+    """
+    entries = [value] if isinstance(value, (str, dict)) else list(value)
+    mappings = [mapping for mapping in map(_parse_mapping, entries) if mapping]
+    if not mappings:
+        return {None: [SourceEntry.parse(entry, "eval_data") for entry in entries]} if entries else {}
+    if len(entries) > 1:
+        raise SFTError("eval_data: a mapping of names to sources stands alone; write every source in it, with a name")
+    sets: dict[str | None, list[SourceEntry]] = {}
+    for name, sources in mappings[0].items():
+        check_set_name(name, "eval_data")
+        sources = sources if isinstance(sources, list) else [sources]
+        if not sources or not all(isinstance(source, (str, dict)) and source for source in sources):
+            raise SFTError(f"eval_data: the set {name} has no source; give a path, or {{path: ..., split: ...}}")
+        sets[name] = [SourceEntry.parse(source, f"eval_data {name}") for source in sources]
+    return sets
+
+
+def check_set_name(name: Any, key: str) -> None:
+    """Raise SFTError if a held-out set cannot have this name, which becomes a part of the names of its metrics."""
+    if not isinstance(name, str) or not SET_NAME.fullmatch(name):
+        raise SFTError(f"{key}: {name!r} cannot be the name of a held-out set; use letters, digits, _ and -")
+
+
+def _parse_mapping(entry: Any) -> dict[str, Any] | None:
+    """Return the mapping of names to sources that an item of eval_data is; None for an entry."""
+    if isinstance(entry, str) and entry.lstrip().startswith("{"):
+        try:
+            entry = json.loads(entry, object_pairs_hook=_build_mapping)
+        except json.JSONDecodeError:
+            return None  # SourceEntry.parse says why
+    if not isinstance(entry, dict) or any(member.name in entry for member in fields(SourceEntry)):
+        return None
+    return entry
+
+
+def _build_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON, which may name a key twice: all but the last value would be lost."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise SFTError(f"eval_data: {name} is given twice; give each set a name of its own")
+    return dict(pairs)
+
+
 def _is_of_kind(value: Any, kind: type) -> bool:
     """Return whether a value is a number (`float`) or a text that is not empty (`str`)."""
     if kind is float:
@@ -86,7 +139,10 @@ class SFTArguments:
     )
     eval_data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Held-out data, given like train_data; without it, `held_out` splits rows off train_data."},
+        metadata={
+            "help": "Held-out data, given like train_data, or {name: data} for sets with metrics of their own; without "
+            "it, `held_out` splits rows off train_data."
+        },
     )
     train_data_weights: list[float] = field(
         default_factory=list,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import keyword
 import os
@@ -30,7 +31,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.utils import is_torch_tf32_available
 
-from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments, SourceEntry
+from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments, SourceEntry, parse_eval_data
 from sft_pipeline.utils.errors import SFTError, format_error
 
 
@@ -76,6 +77,8 @@ class SFTConfig(SFTArguments, TrainingArguments):
         tf32, self.tf32 = _choose_tf32(self), None
         compile_keys = {key: getattr(self, key) for key in COMPILE_KEYS}
         vars(self).update(dict.fromkeys(COMPILE_KEYS), torch_compile=False)
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("perplexity"):
+            self.greater_is_better = False  # the library takes everything but a loss for better where it is greater
         super().__post_init__()
         vars(self).update(compile_keys, tf32=tf32, torch_compile=any(compile_keys.values()))
         if self.mixed_precision == "bf16" and refuses_bf16:
@@ -87,7 +90,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
             # still reads the older one.
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
         self.chat_template_kwargs = _parse_template_kwargs(self.chat_template_kwargs)
-        self.train_data, self.eval_data = (_parse_entries(self, key) for key in ("train_data", "eval_data"))
+        self.train_data, self.eval_data = _parse_train_data(self), _parse_eval_data(self.eval_data)
         _check_values(self)
         _check_world_size(self)
 
@@ -262,16 +265,40 @@ def _check_known_keys(names: list[str], source: str) -> None:
             raise SFTError(f"{source}: unknown key {key}; did you mean {suggestion}?")
 
 
-def _parse_entries(args: SFTConfig, key: str) -> list[str]:
-    """Parse the entries of train_data or eval_data; return each as a path, or as JSON text."""
-    entries: list[Any] = [SourceEntry.parse(entry, key) for entry in getattr(args, key)]
+def _parse_train_data(args: SFTConfig) -> list[str]:
+    """Parse the entries of train_data; return each as a path, or as JSON text."""
+    entries: list[Any] = [SourceEntry.parse(entry, "train_data") for entry in args.train_data]
     weighted = [entry.label for entry in entries if entry.weight is not None]
-    if weighted and key == "eval_data":
-        raise SFTError(f"eval_data: {weighted[0]} has a weight, and each held-out row counts once; remove it")
     if weighted and args.train_data_weights:
         raise SFTError(f"train_data: {weighted[0]} has a weight, and train_data_weights is set; remove one of them")
+    return _format_entries(entries)
+
+
+def _parse_eval_data(value: Any) -> list[str]:
+    """Parse eval_data; return its entries, each as a path or as JSON text, or a mapping of names as one JSON text."""
+    sets = parse_eval_data(value)
+    for entry in itertools.chain(*sets.values()):
+        if entry.weight is not None:
+            raise SFTError(f"eval_data: {entry.label} has a weight, and each held-out row counts once; remove it")
+    formatted = _format_sets(sets)
+    return (
+        [json.dumps(formatted, ensure_ascii=False)]
+        if isinstance(formatted, dict)
+        else _format_entries(sets.get(None, []))
+    )
+
+
+def _format_entries(entries: list[SourceEntry]) -> list[str]:
     values = [entry.format() for entry in entries]
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+
+
+def _format_sets(sets: dict[str | None, list[SourceEntry]]) -> Any:
+    """Return eval_data as a config has it: a list of entries, or a mapping of names to an entry or a list of them."""
+    lists = {name: [entry.format() for entry in entries] for name, entries in sets.items()}
+    if None in lists or not lists:
+        return lists.get(None, [])
+    return {name: entries[0] if len(entries) == 1 else entries for name, entries in lists.items()}
 
 
 def _parse_template_kwargs(value: Any) -> dict[str, Any] | None:
@@ -344,6 +371,7 @@ REFUSED_KEYS = {
     "dataloader_drop_last": "would skip rows; remove it, as every epoch trains on each row once",
     "length_column_name": "names a column that encoded rows do not have; remove it, as tokens are counted",
 }
+BEST_METRICS = ("loss", "perplexity", "token_accuracy")  # of all held-out rows, and of each held-out set
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")  # they read no optim_args
 
 
@@ -352,9 +380,10 @@ def _check_library_values(args: SFTConfig) -> None:
     for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(args, key) and not args.dataloader_num_workers:
             raise SFTError(f"{key} needs dataloader_num_workers: 1 or more")
-    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in ("loss", "perplexity", "token_accuracy"):
-        raise SFTError(f"metric_for_best_model is {metric}; choose loss, perplexity or token_accuracy")
+    names = [name for name in parse_eval_data(args.eval_data) if name is not None]
+    metric = str(args.metric_for_best_model)
+    if args.eval_data or args.held_out or not metric.endswith(tuple(f"_{name}" for name in BEST_METRICS)):
+        check_best_metric(args, names)  # else SFTTrainer does, which knows the sets of its eval_dataset
     if args.debug:
         raise SFTError(
             "debug: its hooks are on modules that fused layers do not call; remove it, a diverging loss stops the run "
@@ -380,6 +409,15 @@ def _check_library_values(args: SFTConfig) -> None:
     if unknown and not takes_any:
         name = SchedulerType(args.lr_scheduler_type).value
         raise SFTError(f"lr_scheduler_kwargs: {unknown[0]} is not one of {name}'s: {', '.join(known) or 'none'}")
+
+
+def check_best_metric(args: SFTConfig, set_names: Sequence[str]) -> None:
+    """Raise SFTError if metric_for_best_model is not a metric of all held-out rows or of a held-out set."""
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    choices = [*BEST_METRICS, *(f"{set_name}_{name}" for set_name in set_names for name in BEST_METRICS)]
+    if metric not in choices:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise SFTError(f"metric_for_best_model is {metric}; choose {listed}")
 
 
 def _check_world_size(args: TrainingArguments) -> None:
@@ -494,8 +532,8 @@ def build_config_record(args: SFTConfig) -> dict[str, Any]:
     default |= {"use_cpu": False, "ddp_backend": None, "bf16": False, "fp16": False}
     own_keys = [key.name for key in dataclasses.fields(SFTArguments)]
     values = args.to_dict()
-    for key in ("train_data", "eval_data"):
-        values[key] = [SourceEntry.parse(entry).format() for entry in values[key]]
+    values["train_data"] = [SourceEntry.parse(entry).format() for entry in values["train_data"]]
+    values["eval_data"] = _format_sets(parse_eval_data(values["eval_data"]))
     changed = [key for key in values if key in RECORDED_KEYS or values[key] != default.get(key)]
     # Exclude secrets, which only a program can have set, and the key that would make a repeated run replace this one.
     excluded = {key for key in changed if key.endswith("token")} | {"overwrite_output_dir"}

@@ -50,13 +50,13 @@ RUNS = [path for path in CONFIGS if not path.stem.startswith("study_")]
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_parses(path):
     args = parse_config(str(path), [])
-    assert args.train_data and args.held_out > 0
+    assert args.train_data and (args.held_out > 0 or args.eval_data)
     assert args.eval_on_start and args.eval_strategy != IntervalStrategy.NO
     assert args.output_dir == f"outputs/{path.stem}"
 
 
 def test_the_project_has_configs():
-    assert {path.stem for path in CONFIGS} >= {"quickstart", "alpaca_qwen3", "alpaca_smollm2"}
+    assert {path.stem for path in CONFIGS} >= {"quickstart", "alpaca_qwen3", "alpaca_smollm2", "two_languages"}
 
 
 def test_the_reference_run():

@@ -21,9 +21,10 @@ from typing import Any
 from rich.console import Console
 
 from sft_pipeline.config import parse_config
-from sft_pipeline.data.messages import Conversation, add_system_prompt, parse_conversation, split_answer
+from sft_pipeline.data.messages import Conversation, add_system_prompt, split_answer
 from sft_pipeline.data.pipeline import load_held_out
 from sft_pipeline.data.sources import load_conversations
+from sft_pipeline.data.splits import alternate, parse_sets
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import Comparison, compare_models
@@ -167,7 +168,7 @@ def load_eval_conversations(data: str) -> list[Conversation]:
     held_out = load_held_out(parse_config(str(run_file)))
     if held_out is None:
         raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
-    return [parse_conversation(text) for text in held_out["conversation"]]
+    return list(alternate(parse_sets(held_out).values()))
 
 
 def run_model(path: str, name: str, prompt_set: PromptSet, options: EvaluateOptions) -> Iterator[ModelResults]:

@@ -29,8 +29,8 @@ from rich.console import Console
 
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model, write_comparison
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir, parse_keys, read_keys
-from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.pipeline import load_held_out
+from sft_pipeline.data.splits import alternate, parse_sets
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import compare_models
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
@@ -134,8 +134,9 @@ def load_study_prompts(plan: StudyPlan) -> PromptSet:
     held_out = load_held_out(plan.base)
     if held_out is None or not plan.base.num_answers:
         raise SFTError("a study needs held-out prompts: set held_out (or eval_data) and num_answers")
-    rows = [parse_conversation(text) for text in held_out["conversation"]]
-    return select_prompts(drop_texts(rows, "held-out rows"), plan.base.num_answers, plan.few_shot)
+    sets = parse_sets(held_out)
+    rows = drop_texts(list(alternate(sets.values())), "held-out rows")
+    return select_prompts(rows, plan.base.num_answers * len(sets), plan.few_shot)
 
 
 def train_variant(variant: StudyVariant) -> None:

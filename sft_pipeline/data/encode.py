@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,20 @@ class EncodingStats:
             )
         lines.append(f"{self.tokens:,} tokens, {supervised_share:.0%} supervised; tokens per sequence: {lengths}")
         return "\n".join(lines)
+
+
+def sum_stats(parts: Sequence[EncodingStats], rows: Dataset) -> EncodingStats:
+    """Return the statistics of several encoded data sets together. rows: the kept rows of all of them."""
+    counts = (
+        *("rows", "kept", "truncated", "sequences", "dropped_sequences"),
+        *("tokens", "computed_tokens", "supervised_tokens"),
+    )
+    return EncodingStats(
+        **{name: sum(getattr(part, name) for part in parts) for name in counts},
+        dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
+        length_quantiles=compute_length_quantiles(count_sequence_tokens(rows)),
+        cached=all(part.cached for part in parts),
+    )
 
 
 def encode_dataset(

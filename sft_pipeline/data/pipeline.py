@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset
 
-from sft_pipeline.arguments import SFTArguments, SourceEntry
-from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset
+from sft_pipeline.arguments import SFTArguments, SourceEntry, check_set_name, parse_eval_data
+from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset, sum_stats
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.row_stream import RowStream
 from sft_pipeline.data.sources import Source, load_source
-from sft_pipeline.data.splits import drop_overlap, hash_rows, mix_datasets, select_rows, split_held_out
+from sft_pipeline.data.splits import (
+    drop_overlap,
+    hash_rows,
+    join_sets,
+    mix_datasets,
+    select_rows,
+    split_held_out,
+    split_sets,
+)
 from sft_pipeline.data.streamed_sources import SourceMix, open_stream
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import count_id_differences
@@ -26,6 +35,8 @@ from sft_pipeline.utils.time_account import TimeAccount
 
 logger = logging.getLogger(__name__)
 
+# Held-out rows from a program: one set, or several by their names.
+EvalSource: TypeAlias = Source | Mapping[str, Source]
 COMPARED_ROWS = 100  # rows on which the saved chat template is compared with the training ids
 
 
@@ -33,6 +44,9 @@ COMPARED_ROWS = 100  # rows on which the saved chat template is compared with th
 class PreparedData:
     """Encoded training and held-out rows with their statistics, and the held-out conversations as JSON text.
 
+    Of several held-out sets, the rows of all are in `held_out` and `held_out_conversations`, with the name of their set
+    (`split_sets`). held_out_sets: the statistics of each of them, in the order of the config; of one set without a
+    name none.
     unread: for each source, in how many rows each column or key is that nothing reads. stream: of a run with
     `streaming`; `train` and `train_stats` are then those of its first rows, and after training what was read.
     """
@@ -43,6 +57,7 @@ class PreparedData:
     held_out_stats: EncodingStats | None
     held_out_conversations: Dataset | None
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    held_out_sets: dict[str, EncodingStats] = field(default_factory=dict)
     stream: RowStream | None = None
 
 
@@ -54,7 +69,7 @@ def prepare_data(
     args: SFTArguments,
     template: Template,
     train_rows: Source | None = None,
-    eval_rows: Source | None = None,
+    eval_rows: EvalSource | None = None,
     times: TimeAccount | None = None,
 ) -> PreparedData:
     """Load and encode the training and held-out rows, and log how many were read, truncated and dropped.
@@ -65,7 +80,7 @@ def prepare_data(
     """
     times = times or TimeAccount()
     with times.measure("reading rows"):
-        if is_encoded(train_rows) or is_encoded(eval_rows):
+        if is_encoded(train_rows) or any(map(is_encoded, _list_eval_rows(eval_rows).values())):
             return _use_encoded_rows(args, train_rows, eval_rows)
         conversations = load_splits_and_unread(args, train_rows, eval_rows)
     with times.measure("encoding rows"):
@@ -85,33 +100,58 @@ def _encode_splits(
     _log_template_differences(train_conversations[:COMPARED_ROWS]["conversation"], template, args)
     if held_out_conversations is None:
         return PreparedData(train, train_stats, None, None, None, unread)
-    held_out, held_out_stats = encode_dataset(held_out_conversations, encoder, args.num_proc)
-    logger.info("held-out rows: %s", held_out_stats)
-    return PreparedData(train, train_stats, held_out, held_out_stats, held_out_conversations, unread)
+    encoded = _encode_sets(held_out_conversations, encoder, args.num_proc)
+    return _build_prepared_data(train, train_stats, encoded, "held-out rows", held_out_conversations, unread)
+
+
+EncodedSets: TypeAlias = dict[str | None, tuple[Dataset, EncodingStats]]  # held-out sets by name; None is one without
+
+
+def _encode_sets(conversations: Dataset, encoder: Encoder, num_proc: int) -> EncodedSets:
+    return {name: _encode_set(name, rows, encoder, num_proc) for name, rows in split_sets(conversations).items()}
+
+
+def _encode_set(name: str | None, rows: Dataset, encoder: Encoder, num_proc: int) -> tuple[Dataset, EncodingStats]:
+    try:
+        return encode_dataset(rows, encoder, num_proc)
+    except SFTError as error:
+        raise error if name is None else SFTError(f"eval_data {name}: {error}") from error
+
+
+def _build_prepared_data(
+    train: Dataset,
+    train_stats: EncodingStats,
+    encoded: dict[str | None, tuple[Dataset, EncodingStats]],
+    title: str,
+    conversations: Dataset | None = None,
+    unread: dict[str, dict[str, int]] | None = None,
+) -> PreparedData:
+    """Join the encoded held-out sets, and log the statistics of each. title: what the log calls their rows."""
+    held_out = join_sets({name: rows for name, (rows, _) in encoded.items()})
+    sets = {name: stats for name, (_, stats) in encoded.items() if name is not None}
+    for name, (_, stats) in encoded.items():
+        logger.info("%s: %s", title if name is None else f"{title} of {name}", stats)
+    stats = sum_stats(list(sets.values()), held_out) if sets else encoded[None][1]
+    return PreparedData(train, train_stats, held_out, stats, conversations, unread or {}, sets)
 
 
 def prepare_held_out(
-    args: SFTArguments, template: Template, eval_rows: Source | None, times: TimeAccount
-) -> tuple[Dataset, Dataset, EncodingStats] | None:
-    """Load and encode the held-out rows of a run with `streaming`.
-
-    Returns conversations, encoded rows and statistics, or None if there are none.
-    """
+    args: SFTArguments, template: Template, eval_rows: EvalSource | None, times: TimeAccount
+) -> tuple[Dataset, EncodedSets] | None:
+    """Load and encode the held-out rows of a run with `streaming`; returns None if there are none."""
     with times.measure("reading rows"):
         conversations = load_eval_data(args, eval_rows)
     if conversations is None:
         return None
     with times.measure("encoding rows"):
-        held_out, stats = encode_dataset(conversations, build_encoder(args, template), args.num_proc)
-    logger.info("held-out rows: %s", stats)
-    return conversations, held_out, stats
+        return conversations, _encode_sets(conversations, build_encoder(args, template), args.num_proc)
 
 
 def prepare_stream(
     args: SFTArguments,
     template: Template,
     train_rows: Any,
-    held_out: tuple[Dataset, Dataset, EncodingStats] | None,
+    held_out: tuple[Dataset, EncodedSets] | None,
     seed: int,
     shuffle: bool,
 ) -> PreparedData:
@@ -129,8 +169,10 @@ def prepare_stream(
     _log_template_differences(sample.conversations[:COMPARED_ROWS], template, args)
     # A later row may be as long as any.
     stats = replace(sample.stats, length_quantiles=sample.stats.length_quantiles | {"most": args.max_length})
-    conversations, rows, held_out_stats = held_out or (None, None, None)
-    return PreparedData(sample.rows, stats, rows, held_out_stats, conversations, stream=stream)
+    if held_out is None:
+        return PreparedData(sample.rows, stats, None, None, None, stream=stream)
+    conversations, encoded = held_out
+    return replace(_build_prepared_data(sample.rows, stats, encoded, "held-out rows", conversations), stream=stream)
 
 
 def open_mix(args: SFTArguments, train_rows: Any = None) -> SourceMix:
@@ -149,17 +191,27 @@ def open_mix(args: SFTArguments, train_rows: Any = None) -> SourceMix:
     return SourceMix([open_stream(train_rows)])
 
 
-def load_eval_data(args: SFTArguments, eval_rows: Source | None = None) -> Dataset | None:
-    """Load the conversations of eval_rows or of the key eval_data; None if there are none."""
-    if is_encoded(eval_rows):
+def load_eval_data(args: SFTArguments, eval_rows: EvalSource | None = None) -> Dataset | None:
+    """Load the conversations of eval_rows or of the key eval_data, of all sets (`split_sets`), or return None."""
+    if any(map(is_encoded, _list_eval_rows(eval_rows).values())):
         raise SFTError("eval_dataset: encoded already, and streamed rows are not; give rows, or set streaming: false")
-    parts = _load_parts(args, args.eval_data, eval_rows, "eval_dataset", {})
-    return datasets.concatenate_datasets(parts) if parts else None
+    sets = _load_held_out_sets(args, eval_rows, {})
+    return join_sets(sets) if sets else None
+
+
+def _load_held_out_sets(
+    args: SFTArguments, eval_rows: EvalSource | None, unread: dict[str, dict[str, int]]
+) -> dict[str | None, Dataset]:
+    return {
+        name: datasets.concatenate_datasets(_load_parts(args, sources, unread))
+        for name, sources in _list_held_out_sources(args, eval_rows).items()
+    }
 
 
 def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
     """Check and measure rows that are encoded already. There are no held-out conversations to answer."""
-    if args.eval_data or not is_encoded(train_rows) or not (eval_rows is None or is_encoded(eval_rows)):
+    sets = _list_eval_rows(eval_rows)
+    if args.eval_data or not is_encoded(train_rows) or not all(map(is_encoded, sets.values())):
         raise SFTError("train_dataset and eval_dataset: one of them is encoded; encode both or none of them")
     for key in ("held_out", "max_train_rows"):
         if getattr(args, key):
@@ -168,17 +220,36 @@ def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> Pr
             )
     train, train_stats = load_encoded_rows(train_rows, "train_dataset")
     logger.info("training rows, encoded already: %s", train_stats)
-    if eval_rows is None:
+    if not sets:
         return PreparedData(train, train_stats, None, None, None)
-    held_out, held_out_stats = load_encoded_rows(eval_rows, "eval_dataset")
-    logger.info("held-out rows, encoded already: %s", held_out_stats)
-    return PreparedData(train, train_stats, held_out, held_out_stats, None)
+    encoded = {name: load_encoded_rows(rows, _get_eval_name(name)) for name, rows in sets.items()}
+    if len({frozenset(rows.column_names) for rows, _ in encoded.values()}) > 1:
+        raise SFTError("eval_dataset: only some of its sets have sequence_lengths or computed_tokens; give all of them")
+    return _build_prepared_data(train, train_stats, encoded, "held-out rows, encoded already")
+
+
+def _list_eval_rows(eval_rows: EvalSource | None) -> dict[str | None, Any]:
+    """Return the held-out sets of a program by their names; None names a single set, which has no name."""
+    if not isinstance(eval_rows, Mapping):
+        return {} if eval_rows is None else {None: eval_rows}
+    if not eval_rows:
+        raise SFTError("eval_dataset: a mapping without a held-out set; give it names and rows, or leave it out")
+    for name in eval_rows:
+        check_set_name(name, "eval_dataset")
+    return {**eval_rows}
+
+
+def _get_eval_name(name: str | None) -> str:
+    """Return what the log and the errors call a held-out set of a program."""
+    return "eval_dataset" if name is None else f"eval_dataset {name}"
 
 
 def load_splits(
-    args: SFTArguments, train_rows: Source | None = None, eval_rows: Source | None = None
+    args: SFTArguments, train_rows: Source | None = None, eval_rows: EvalSource | None = None
 ) -> tuple[Dataset, Dataset | None]:
     """Load (training, held-out or None) conversations, from the arguments or from the keys; no row is in both.
+
+    Held-out sets with names are joined (`split_sets`).
 
     `max_train_rows` limits the training rows and does not change the held-out rows.
     """
@@ -191,25 +262,42 @@ def load_held_out(args: SFTArguments) -> Dataset | None:
 
 
 def load_splits_and_unread(
-    args: SFTArguments, train_rows: Source | None = None, eval_rows: Source | None = None
+    args: SFTArguments, train_rows: Source | None = None, eval_rows: EvalSource | None = None
 ) -> tuple[Dataset, Dataset | None, dict[str, dict[str, int]]]:
     """Load the splits as `load_splits` does; also return `PreparedData.unread`."""
     if args.held_out and eval_rows is not None:
         raise SFTError("held_out and eval_dataset are both set; remove one of them")
     unread: dict[str, dict[str, int]] = {}
-    parts = _load_parts(args, args.train_data, train_rows, "train_dataset", unread)
-    held_out_parts = _load_parts(args, args.eval_data, eval_rows, "eval_dataset", unread)
-    train, held_out = _split_parts(args, parts, held_out_parts)
+    train_sources = [_name_source(train_rows, "train_dataset")] if train_rows is not None else _list_train_sources(args)
+    parts = _load_parts(args, train_sources, unread)
+    held_out_sets = _load_held_out_sets(args, eval_rows, unread)
+    train, held_out = _split_parts(args, parts, held_out_sets)
     return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out, unread
 
 
-def _load_parts(
-    args: SFTArguments, names: list[str], rows: Source | None, rows_name: str, unread: dict[str, dict[str, int]]
-) -> list[Dataset]:
-    """Load `rows`, or the sources that a key names; adds to `unread`."""
-    sources: list[tuple[str, Source]] = [(entry.label, entry) for entry in map(SourceEntry.parse, names)]
-    if rows is not None:
-        sources = [(str(rows) if isinstance(rows, (str, os.PathLike)) else rows_name, rows)]
+NamedSource: TypeAlias = tuple[str, Source]  # what the log and the errors call it
+
+
+def _list_train_sources(args: SFTArguments) -> list[NamedSource]:
+    return [(entry.label, entry) for entry in map(SourceEntry.parse, args.train_data)]
+
+
+def _list_held_out_sources(args: SFTArguments, eval_rows: EvalSource | None) -> dict[str | None, list[NamedSource]]:
+    """Return the sources of each held-out set: of a program, or of the key."""
+    if eval_rows is not None:
+        sets = _list_eval_rows(eval_rows).items()
+        return {name: [_name_source(rows, _get_eval_name(name))] for name, rows in sets}
+    return {
+        name: [(entry.label, entry) for entry in sources] for name, sources in parse_eval_data(args.eval_data).items()
+    }
+
+
+def _name_source(rows: Source, name: str) -> NamedSource:
+    return (str(rows) if isinstance(rows, (str, os.PathLike)) else name), rows
+
+
+def _load_parts(args: SFTArguments, sources: Iterable[NamedSource], unread: dict[str, dict[str, int]]) -> list[Dataset]:
+    """Load the sources; adds to `unread`."""
     parts = []
     for name, source in sources:
         part, unread[name] = load_source(source, skip_bad_rows=args.skip_bad_rows, name=name)
@@ -218,13 +306,14 @@ def _load_parts(
 
 
 def _split_parts(
-    args: SFTArguments, parts: list[Dataset], held_out_parts: list[Dataset]
+    args: SFTArguments, parts: list[Dataset], held_out_sets: dict[str | None, Dataset]
 ) -> tuple[Dataset, Dataset | None]:
     weights = args.train_data_weights or _list_entry_weights(args)
-    if held_out_parts:
+    if held_out_sets:
         train = mix_datasets(parts, weights)
-        held_out = datasets.concatenate_datasets(held_out_parts)
-        return drop_overlap(train, held_out), held_out
+        for name, rows in held_out_sets.items():
+            train = drop_overlap(train, rows, name)
+        return train, join_sets(held_out_sets)
     if not args.held_out:
         return mix_datasets(parts, weights), None
     train, held_out = split_held_out(datasets.concatenate_datasets(parts), args.held_out)
@@ -248,7 +337,7 @@ def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict
     """
     if args.streaming:
         return _encode_one_row(args, template, _read_streamed_row(args, row))
-    rows = datasets.concatenate_datasets(_load_parts(args, args.train_data, None, "", {}))
+    rows = datasets.concatenate_datasets(_load_parts(args, _list_train_sources(args), {}))
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
     return _encode_one_row(args, template, rows[row : row + 1])

@@ -3,7 +3,8 @@
     sft-pipeline prepare CONFIG --prepared_data prepared/alpaca
     sft-pipeline train CONFIG --prepared_data prepared/alpaca
 
-    train/ held_out/     the columns of encode.FEATURES in shards, as `save_to_disk` writes them
+    train/ held_out/     the columns of encode.FEATURES in shards, as `save_to_disk` writes them; of several held-out
+                         sets, each row has the name of its set
     held_out_conversations/    the held-out conversations, some of which are answered during training
     prepared.json        everything that the ids depend on, and the encoding statistics
     SHA256SUMS           checksums that detect a damaged folder
@@ -24,7 +25,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from sft_pipeline.arguments import SFTArguments, SourceEntry
+from sft_pipeline.arguments import SFTArguments, SourceEntry, parse_eval_data
 from sft_pipeline.config import SFTConfig
 from sft_pipeline.data.encode import ENCODING_FORMAT, EncodingStats, hash_texts, hash_tokenizer
 from sft_pipeline.data.pipeline import PreparedData, prepare_data
@@ -95,23 +96,32 @@ def map_shards(args: SFTConfig, template: Template) -> PreparedData:
         held_out_stats=EncodingStats(**held_out_stats) if held_out_stats else None,
         held_out_conversations=_map_part(folder / "held_out_conversations") if held_out_stats else None,
         unread=record["unread"],
+        held_out_sets={name: EncodingStats(**stats) for name, stats in record.get("held_out_sets", {}).items()},
     )
     for source, counts in data.unread.items():
         if counts:
             logger.info("%s: not read: %s", source, describe_unread_names(Counter(counts)))
     logger.info("training rows of %s: %s", folder, data.train_stats)
-    if data.held_out_stats:
+    for name, stats in data.held_out_sets.items():
+        logger.info("held-out rows of %s, %s: %s", folder, name, stats)
+    if data.held_out_stats and not data.held_out_sets:
         logger.info("held-out rows of %s: %s", folder, data.held_out_stats)
     return data
 
 
 def list_shard_inputs(args: SFTArguments, template: Template) -> dict[str, Any]:
     """List everything that the rows and their ids depend on, in the order in which it is compared."""
+    sets = parse_eval_data(args.eval_data)
+    sources = {
+        "train_data": [SourceEntry.parse(text) for text in args.train_data],
+        "eval_data": [entry for entries in sets.values() for entry in entries],
+    }
     return {
         "format": SHARDS_FORMAT,
         "rows_format": ROWS_FORMAT,
         "encoding_format": ENCODING_FORMAT,
-        **{key: [[text, _hash_entry(text)] for text in getattr(args, key)] for key in SOURCES},
+        **{key: [_hash_entry(entry) for entry in sources[key]] for key in SOURCES},
+        **({"held_out_sets": {name: len(entries) for name, entries in sets.items()}} if sets.keys() - {None} else {}),
         **{key: getattr(args, key) for key in SETTINGS},
         "tokenizer": hash_tokenizer(template.tokenizer),
         "chat_template": hash_texts(template.chat_template),
@@ -119,11 +129,13 @@ def list_shard_inputs(args: SFTArguments, template: Template) -> dict[str, Any]:
     }
 
 
-def _hash_entry(text: str) -> str | None:
-    """Return the hash of the content and weight of an entry; None if it is on the hub: its text then tells them."""
-    entry = SourceEntry.parse(text)
+def _hash_entry(entry: SourceEntry) -> tuple[str, str | None]:
+    """Return the text of an entry and the hash of its content and weight; None if it is on the hub: its text then tells
+    them."""
+    formatted = entry.format()
+    text = formatted if isinstance(formatted, str) else json.dumps(formatted, ensure_ascii=False)
     content = hash_source(entry.path, entry.split or "train")
-    return content if content is None or entry.weight is None else f"{content} {entry.weight}"
+    return text, content if content is None or entry.weight is None else f"{content} {entry.weight}"
 
 
 def find_shard_mismatch(args: SFTArguments, template: Template, folder: Path) -> str | None:
@@ -143,10 +155,10 @@ def find_shard_mismatch(args: SFTArguments, template: Template, folder: Path) ->
 
 def _find_difference(recorded: dict[str, Any], current: dict[str, Any]) -> str | None:
     """Describe the first key whose recorded value differs from the current one; None if all are equal."""
-    for key, value in current.items():
-        recorded_value = recorded.get(key)
+    for key in {**current, **recorded}:
+        recorded_value, value = recorded.get(key), current.get(key)
         if key in SOURCES:
-            difference = _compare_sources(recorded_value or [], value)
+            difference = _compare_sources(recorded_value or [], value or [])
         elif recorded_value != value:
             difference = f"prepared with {reprlib.repr(recorded_value)}, now {reprlib.repr(value)}"
         else:
@@ -188,6 +200,9 @@ def _write_folder(data: PreparedData, inputs: dict[str, Any], folder: Path) -> N
     for name in ("train_stats", "held_out_stats"):
         stats = getattr(data, name)
         record[name] = stats and asdict(replace(stats, cached=True))
+    if data.held_out_sets:
+        stats_of_sets = data.held_out_sets.items()
+        record["held_out_sets"] = {name: asdict(replace(stats, cached=True)) for name, stats in stats_of_sets}
     write_json(folder / RECORD_FILE, record)
     write_checksums(folder)
 

@@ -6,20 +6,24 @@ machine, and all copies of a row are on the same side. All functions take and re
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 
 from sft_pipeline.data.messages import Conversation, Message, parse_conversation
 from sft_pipeline.utils.errors import SFTError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SET_COLUMN = "held_out_set"  # of held-out rows, their set
 
 
 def hash_row(conversation: Conversation, purpose: str = "") -> int:
@@ -135,8 +139,46 @@ def select_rows(dataset: Dataset, rows: int) -> Dataset:
     return dataset.select(np.sort(smallest))
 
 
-def drop_overlap(train: Dataset, held_out: Dataset) -> Dataset:
-    """Drop the rows of `train` that are in `held_out` too, and log their number.
+def join_sets(sets: Mapping[str | None, Dataset]) -> Dataset:
+    """Concatenate held-out sets. Each row has its set in SET_COLUMN, unless they are one set without a name."""
+    if None in sets:
+        return sets[None]
+    label = ClassLabel(names=list(sets))
+    return datasets.concatenate_datasets(
+        [rows.add_column(SET_COLUMN, [index] * len(rows), feature=label) for index, rows in enumerate(sets.values())]
+    )
+
+
+def index_sets(held_out: Any) -> dict[str, np.ndarray]:
+    """Return the indices of the rows of each held-out set by its name, in the order in which the sets were joined; none
+    for rows without names."""
+    if SET_COLUMN not in (getattr(held_out, "column_names", None) or ()):
+        return {}
+    labels = np.array(held_out[SET_COLUMN][:])
+    return {name: np.flatnonzero(labels == index) for index, name in enumerate(held_out.features[SET_COLUMN].names)}
+
+
+def split_sets(held_out: Dataset) -> dict[str | None, Dataset]:
+    """Return the rows of each held-out set by its name, which is None if they are one set without a name."""
+    sets: dict[str | None, Dataset] = {name: held_out.select(rows) for name, rows in index_sets(held_out).items()}
+    return {name: rows.remove_columns(SET_COLUMN) for name, rows in sets.items()} or {None: held_out}
+
+
+def parse_sets(held_out: Dataset) -> dict[str | None, list[Conversation]]:
+    """Parse the held-out conversations of `load_splits`; return those of each set by its name."""
+    return {
+        name: [parse_conversation(text) for text in rows["conversation"]] for name, rows in split_sets(held_out).items()
+    }
+
+
+def alternate(parts: Iterable[Iterable[T]]) -> Iterator[T]:
+    """Yield the first item of each part, then the second of each, and so on: the first n have as many of each part."""
+    for items in itertools.zip_longest(*parts, fillvalue=None):
+        yield from (item for item in items if item is not None)
+
+
+def drop_overlap(train: Dataset, held_out: Dataset, name: str | None = None) -> Dataset:
+    """Drop the rows of `train` that are in `held_out` too, and log their number. name: of the held-out set, if any.
 
     Raises SFTError if no row is left.
     """
@@ -147,5 +189,6 @@ def drop_overlap(train: Dataset, held_out: Dataset) -> Dataset:
         )
     if not is_shared.any():
         return train
-    logger.info("dropped %s training rows that are in the evaluation data too", f"{int(is_shared.sum()):,}")
+    of_set = "" if name is None else f" {name}"
+    logger.info("dropped %s training rows that are in the evaluation data%s too", f"{int(is_shared.sum()):,}", of_set)
     return train.select(np.flatnonzero(~is_shared))

@@ -9,7 +9,7 @@ A file is written completely or not at all; its fields are those of `StepResults
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ AnswerRow = dict[str, Any]
 @dataclass(frozen=True)
 class EvalPrompt:
     """A held-out conversation without its last answer, which is the reference, or a checkable instruction with its
-    id."""
+    id. held_out_set: the name of the set that the conversation is of, if there are several."""
 
     conversation: Conversation
     reference: Message | None = None
     instruction: str | None = None
+    held_out_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class StepResults:
     complete: all prompts were answered, not only the first ones. seconds: time to answer, on the slowest process.
     held_out: `nll_nats`, `tokens` (supervised ones) and `correct` (those that were the model's most likely token), one
     value per row, in the same order at every evaluation. utf8_bytes: of the supervised text of all these rows.
-    table: see `build_table_row`.
+    table: see `build_table_row`; with several held-out sets, `set` is the name of a row's.
+    sets: of several held-out sets, by their names: `metrics` of its rows and answers alone, `rows`, their indices in
+    the columns of `held_out`, and `utf8_bytes` of their text.
     """
 
     step: int
@@ -66,10 +69,26 @@ class StepResults:
     held_out: dict[str, list[float]]
     utf8_bytes: int
     table: list[AnswerRow]
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def select_set(self, name: str) -> StepResults:
+        """Return the results of one of the held-out sets, as if there were no other and no instructions."""
+        part = self.sets[name]
+        return replace(
+            self,
+            metrics=part["metrics"],
+            held_out={column: [values[row] for row in part["rows"]] for column, values in self.held_out.items()},
+            utf8_bytes=part["utf8_bytes"],
+            table=[row for row in self.table if row["set"] == name],
+            sets={},
+        )
 
     def write(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(self))
+        values = asdict(self)
+        if not self.sets:
+            del values["sets"]
+        write_json(file, values)
 
 
 def build_table_row(template: Template, prompt: EvalPrompt, answer: Answer) -> AnswerRow:
@@ -150,12 +169,26 @@ def compute_changes(first: StepResults, last: StepResults) -> dict[str, dict[str
     return changes
 
 
+def compute_set_changes(first: StepResults | None, last: StepResults) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each held-out set and their changes (`compute_changes`) since `first`, by its name."""
+    return {
+        name: {
+            "metrics": part["metrics"],
+            "before_and_after": compute_changes(first.select_set(name), last.select_set(name))
+            if first and name in first.sets
+            else {},
+        }
+        for name, part in last.sets.items()
+    }
+
+
 def join_answers(first: StepResults | None, last: StepResults) -> list[AnswerRow]:
     """Return the held-out answers of two evaluations side by side; without the first, its answers are None."""
     no_answer = {"answer": None, "stopped": None}
     pairs = _pair_rows(first, last, False) if first else [(no_answer, row) for row in _select_rows(last.table, False)]
     return [
         {
+            **({"set": last_row["set"]} if "set" in last_row else {}),
             "prompt": last_row["prompt"],
             "reference": last_row["reference"],
             "before": first_row["answer"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED
+from sft_pipeline.evaluation.step_results import StepResults
 from sft_pipeline.reports.run_results import RunResults
 
 Points = list[tuple[float, float]]
@@ -44,15 +45,39 @@ PARTIAL_NOTE = "evaluations during training use fewer prompts"
 
 
 def build_run_charts(run: RunResults) -> list[Chart]:
-    """Build the charts over the steps of one run; a chart without points is left out."""
+    """Build the charts over the steps of one run; a chart without points is left out.
+
+    With several held-out sets, loss and accuracy have a series for each, and each metric of answers has a chart.
+    """
+    sets = list(enumerate(run.set_names, start=2))
     answers = [
         Series(METRICS[name].title, _get_metric_points(run, name), color, "dots")
         for color, name in enumerate(ANSWER_METRICS)
     ]
     charts = [
-        _build_loss_chart(_build_loss_series(run, "", 0, 1)),
-        _build_accuracy_chart([Series("held out", _get_log_points(run, "eval_token_accuracy"), 1, "dots")], key=False),
+        _build_loss_chart(
+            [
+                *_build_loss_series(run, "", 0, 1),
+                *(Series(name, _get_log_points(run, f"eval_{name}_loss"), color, "dots") for color, name in sets),
+            ]
+        ),
+        _build_accuracy_chart(
+            [
+                Series("held out", _get_log_points(run, "eval_token_accuracy"), 1, "dots"),
+                *(
+                    Series(name, _get_log_points(run, f"eval_{name}_token_accuracy"), color, "dots")
+                    for color, name in sets
+                ),
+            ],
+            key=bool(sets),
+        ),
         Chart("Answers", "step", answers, PARTIAL_NOTE, percent=True, floor=1),
+        *(
+            _build_answer_chart(
+                metric, [Series(name, _get_set_points(run, name, metric), color, "dots") for color, name in sets]
+            )
+            for metric in ANSWER_METRICS
+        ),
         _build_speed_chart([Series("", _get_log_points(run, "tokens_per_second"), 0)], key=False),
         _build_memory_chart([Series("", _get_log_points(run, "peak_memory_gib"), 2)], key=False),
     ]
@@ -69,17 +94,7 @@ def build_comparison_charts(runs: Sequence[RunResults], names: Sequence[str]) ->
     ) -> list[Series]:
         return [Series(name, get_points(run, key), i, kind) for i, (run, name) in named_runs]
 
-    answers = [
-        Chart(
-            METRICS[name].title.capitalize(),
-            "step",
-            build_series(_get_metric_points, name, "dots"),
-            PARTIAL_NOTE,
-            percent=True,
-            floor=1,
-        )
-        for name in ANSWER_METRICS
-    ]
+    answers = [_build_answer_chart(name, build_series(_get_metric_points, name, "dots")) for name in ANSWER_METRICS]
     charts = [
         _build_loss_chart(losses),
         _build_accuracy_chart(build_series(_get_log_points, "eval_token_accuracy", "dots")),
@@ -114,6 +129,10 @@ def _build_accuracy_chart(series: list[Series], key: bool = True) -> Chart:
     return Chart(METRICS["token_accuracy"].title.capitalize(), "step", series, percent=True, key=key)
 
 
+def _build_answer_chart(name: str, series: list[Series]) -> Chart:
+    return Chart(METRICS[name].title.capitalize(), "step", series, PARTIAL_NOTE, percent=True, floor=1)
+
+
 def _build_speed_chart(series: list[Series], key: bool = True) -> Chart:
     return Chart("Tokens per second", "step", series, "mean since the start, without evaluations", floor=1, key=key)
 
@@ -129,7 +148,17 @@ def _get_log_points(run: RunResults, key: str) -> Points:
 
 def _get_metric_points(run: RunResults, name: str) -> Points:
     """Return (step, value) of the evaluations with this metric; that of the best model replaces the one of its step."""
-    points = {evaluation.step: evaluation.metrics[name] for evaluation in run.evaluations if name in evaluation.metrics}
+    return _select_metric_points(run.evaluations, name)
+
+
+def _get_set_points(run: RunResults, set_name: str, name: str) -> Points:
+    """Return the same for the answers to one of the held-out sets."""
+    evaluations = [evaluation for evaluation in run.evaluations if set_name in evaluation.sets]
+    return _select_metric_points([evaluation.select_set(set_name) for evaluation in evaluations], name)
+
+
+def _select_metric_points(evaluations: Sequence[StepResults], name: str) -> Points:
+    points = {evaluation.step: evaluation.metrics[name] for evaluation in evaluations if name in evaluation.metrics}
     return _select_finite(sorted(points.items()))
 
 

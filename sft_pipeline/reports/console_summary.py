@@ -16,10 +16,12 @@ MAX_ANSWERS = 5  # results.json has all answers
 
 def print_results(results: dict[str, Any], folder: str, console: Console) -> None:
     """Print the answers before and after training, the metrics, and where the run is saved."""
-    for row in results["answers"][:MAX_ANSWERS]:
+    for row in results["answers"][: max(MAX_ANSWERS, len(results.get("sets", {})))]:
         table = Table(show_header=False, box=None, padding=(0, 1), expand=True)
         table.add_column(style="bold", width=9, no_wrap=True)
         table.add_column()
+        if "set" in row:
+            table.add_row("held out", row["set"])
         table.add_row("prompt", Text(replace_control_characters(row["prompt"])))
         if row["before"] is not None:
             table.add_row(
@@ -28,8 +30,9 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         table.add_row("after", Text(_format_answer(row["after"], row["stopped"], row["error"])), style="green")
         console.print(table)
         console.print()
-    if results["before_and_after"]:
-        console.print(build_metrics_table(results["before_and_after"]))
+    changes = format_changes(results)
+    if changes:
+        console.print(build_metrics_table(changes))
     parts = (f"{part} {seconds:.0f} s" for part, seconds in results["seconds_by_part"].items() if seconds >= 0.5)
     console.print(f"time: {', '.join(parts)}", highlight=False)
     console.print(
@@ -40,15 +43,24 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
     )
 
 
-def build_metrics_table(changes: dict[str, dict[str, float | None]]) -> Table:
-    """Build a table of the changes by `compute_changes`: a row per metric."""
+def build_metrics_table(changes: list[list[str]]) -> Table:
+    """Build a table of the cells by `format_changes`: a row per metric."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("")
     for name in ("before", "after", "change", "95% interval", "of"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, change in changes.items():
-        table.add_row(*format_change(name, change))
+    for cells in changes:
+        table.add_row(*cells, style=None if any(cells[1:]) else "bold")
     return table
+
+
+def format_changes(results: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of each change: of all held-out rows together, then of each held-out set below its name."""
+    lines = [format_change(metric, change) for metric, change in results["before_and_after"].items()]
+    for name, part in results.get("sets", {}).items():
+        lines += [[name, *[""] * 5]] if part["before_and_after"] else []
+        lines += [format_change(metric, change) for metric, change in part["before_and_after"].items()]
+    return lines
 
 
 def format_change(name: str, change: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sft_pipeline.arguments import SourceEntry
 from sft_pipeline.evaluation.metrics.registry import METRICS, get_metric
-from sft_pipeline.evaluation.step_results import compute_changes
+from sft_pipeline.evaluation.step_results import AnswerRow, StepResults, compute_changes
 from sft_pipeline.reports import charts, svg
 from sft_pipeline.reports.run_results import RunResults, join_tables, read_run
 from sft_pipeline.runs.output_dir import REPORT_FILE
@@ -71,7 +71,8 @@ def render_run(run: RunResults) -> str:
         charts=_draw_charts(charts.build_run_charts(run)),
         lengths=_draw_charts(charts.build_length_charts(run)),
         answer_titles=("before", "after")[-len(evaluations) :],
-        answers=join_tables(evaluations, instructions=False),
+        answers=_group_by_set(join_tables(evaluations, instructions=False)),
+        held_out_sides=[(f"held_out {name}", f"held out: {name}") for name in run.set_names],
         instructions=join_tables(evaluations, instructions=True),
         first_row=_split_first_row(run),
     )
@@ -89,12 +90,30 @@ def render_comparison(runs: list[RunResults]) -> str:
         runs=runs,
         names=names,
         charts=_draw_charts(charts.build_comparison_charts(runs, names)),
-        changes=[compute_changes(evaluations[0], evaluation) for evaluation in evaluations[1:]],
+        set_names=list(dict.fromkeys(name for run in runs for name in run.set_names)),
+        changes=[_compute_changes(evaluations[0], evaluation) for evaluation in evaluations[1:]],
         has_different_rows=len({str(run.last_evaluation and run.last_evaluation.held_out["tokens"]) for run in runs})
         > 1,
         answers=join_tables(evaluations, instructions=False),
         config_differences=_find_config_differences([run.results["config"] for run in runs]),
     )
+
+
+def _compute_changes(first: StepResults, last: StepResults) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (held-out set, metric, change) of the changes between two runs; those of all held-out rows, without the
+    name of a set, come first."""
+    sets = {"": (first, last)}
+    sets |= {name: (first.select_set(name), last.select_set(name)) for name in first.sets if name in last.sets}
+    changes = {name: compute_changes(*pair) for name, pair in sets.items()}
+    return [(name, metric, change) for name, metrics in changes.items() for metric, change in metrics.items()]
+
+
+def _group_by_set(answers: list[tuple[AnswerRow, ...]]) -> dict[str | None, list[tuple[AnswerRow, ...]]]:
+    """Return the rows of each held-out set by its name, in their order; None names rows without a set."""
+    groups: dict[str | None, list[tuple[AnswerRow, ...]]] = {}
+    for rows in answers:
+        groups.setdefault(rows[0].get("set"), []).append(rows)
+    return groups
 
 
 def _get_names(runs: list[RunResults]) -> list[str]:

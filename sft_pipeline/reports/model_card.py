@@ -5,16 +5,17 @@ The front matter is for the Hub: base model, licence, data sets, and the metrics
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
-from sft_pipeline.arguments import SourceEntry
+from sft_pipeline.arguments import SourceEntry, parse_eval_data
 from sft_pipeline.data.sources import is_hub_name
 from sft_pipeline.evaluation.metrics.registry import INSTRUCTIONS_FOLLOWED, METRICS, TOOL_CALLS_MATCHED
 from sft_pipeline.model.loading import PACKAGED
-from sft_pipeline.reports.console_summary import format_change
+from sft_pipeline.reports.console_summary import format_changes
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 # The metrics of the model-index.
@@ -38,7 +39,9 @@ def build_model_card(
     licence: an identifier of the Hub; None takes that of the base model. has_adapters: the model is saved as adapters.
     """
     config = results["config"]
-    entries = [SourceEntry.parse(entry) for entry in (*config.get("train_data", []), *config.get("eval_data", []))]
+    held_out = parse_eval_data(config.get("eval_data", []))
+    entries = [SourceEntry.parse(entry) for entry in config.get("train_data", [])]
+    entries += itertools.chain(*held_out.values())
     base, data = config["model_name_or_path"], [entry.path for entry in entries]
     metadata = ModelCardData(
         model_name=name,
@@ -60,7 +63,7 @@ def build_model_card(
         data=[(_hide_folders(source), find_licence(source, "dataset")) for source in data],
         results=results,
         has_adapters=has_adapters,
-        changes=[format_change(metric, change) for metric, change in results["before_and_after"].items()],
+        changes=format_changes(results),
         settings={key: config[key] for key in SETTINGS if config.get(key) and (config["lora"] or "lora" not in key)},
     )
 
@@ -86,24 +89,29 @@ def find_licence(name: str, kind: str) -> str | None:
 
 
 def _build_eval_results(results: dict[str, Any], data: list[str]) -> list[EvalResult]:
-    """Return the metrics of the saved model that the run has."""
-    values = results["metrics"] or {}
-    held_out = f"held-out rows of {', '.join(map(_hide_folders, data))}" if data else "held-out rows"
+    """Return the metrics of the saved model that the run has: of all held-out rows, then of each held-out set."""
+    parts: list[tuple[str | None, dict[str, Any], list[str]]] = [(None, results["metrics"] or {}, data)]
+    for set_name, entries in parse_eval_data(results["config"].get("eval_data", [])).items():
+        if set_name in results.get("sets", {}):
+            parts.append((set_name, results["sets"][set_name]["metrics"], [entry.path for entry in entries]))
     eval_results = []
-    for name in CARD_METRICS:
-        if values.get(name) is None:
-            continue
-        is_instructions = name == INSTRUCTIONS_FOLLOWED
-        eval_results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="instructions" if is_instructions else "held-out",
-                dataset_name="sft_pipeline's checkable instructions" if is_instructions else held_out,
-                metric_type=METRICS[name].hub_type or name,
-                metric_name=METRICS[name].label,
-                metric_value=round(values[name], 4),
+    for set_name, values, sources in parts:
+        held_out = f"held-out rows of {', '.join(map(_hide_folders, sources))}" if sources else "held-out rows"
+        for name in CARD_METRICS:
+            if values.get(name) is None:
+                continue
+            is_instructions = name == INSTRUCTIONS_FOLLOWED
+            eval_results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type="instructions" if is_instructions else "held-out",
+                    dataset_name="sft_pipeline's checkable instructions" if is_instructions else held_out,
+                    dataset_config=set_name,
+                    metric_type=METRICS[name].hub_type or name,
+                    metric_name=METRICS[name].label,
+                    metric_value=round(values[name], 4),
+                )
             )
-        )
     return eval_results
 
 

@@ -50,6 +50,11 @@ class RunResults:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def set_names(self) -> list[str]:
+        """The names of the held-out sets, if there are several with names."""
+        return list(self.results.get("sets", {}))
+
+    @property
     def command(self) -> str:
         """The command that repeats the run in another output folder."""
         words = ["./launch.sh", "train", str(self.folder / RUN_FILE), "--output_dir", f"{self.folder}-again"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from operator import itemgetter
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from sft_pipeline.arguments import SFTArguments
 from sft_pipeline.config import get_output_dir
 from sft_pipeline.data.messages import Conversation, add_system_prompt, list_questions, split_answer
+from sft_pipeline.data.splits import alternate
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation.metrics.instruction_following import sample_instructions
 from sft_pipeline.evaluation.metrics.registry import TOOL_CALLS_MATCHED
@@ -41,6 +42,7 @@ from sft_pipeline.evaluation.step_results import (
     build_table_row,
     compute_changes,
     compute_held_out_metrics,
+    compute_set_changes,
     compute_table_metrics,
     get_step_file,
     join_answers,
@@ -63,8 +65,9 @@ INITIAL_QUESTIONS = 8  # asked by an intermediate evaluation while the cost of a
 class EvaluationCallback(TrainerCallback):
     """Answer questions at every evaluation of `trainer`.
 
-    held_out: conversations, each ending with a reference answer; the first `num_answers` questions of `list_questions`
-    are asked, and `num_instructions` of the built-in instructions. system_prompt: for conversations without one.
+    held_out: conversations, each ending with a reference answer, or several sets of them by their names; the first
+    `num_answers` questions of `list_questions` are asked, of each set, and `num_instructions` of the built-in
+    instructions. system_prompt: for conversations without one.
     eval_answer_share: see AnswerBudget.
 
     `evaluations` holds the results so far, in order and on every process.
@@ -74,7 +77,7 @@ class EvaluationCallback(TrainerCallback):
         self,
         trainer: Trainer,
         template: Template,
-        held_out: Sequence[Conversation] = (),
+        held_out: Sequence[Conversation] | Mapping[str, Sequence[Conversation]] = (),
         *,
         system_prompt: str | None = None,
         num_answers: int = SFTArguments.num_answers,
@@ -83,7 +86,9 @@ class EvaluationCallback(TrainerCallback):
         eval_answer_share: float = SFTArguments.eval_answer_share,
     ) -> None:
         self.trainer, self.template, self.max_new_tokens = trainer, template, max_new_tokens
-        self.questions = build_questions(held_out, num_answers, num_instructions, system_prompt)
+        sets: Mapping[Any, Sequence[Conversation]] = held_out if isinstance(held_out, Mapping) else {None: held_out}
+        self.set_names = [name for name in sets if name is not None]
+        self.questions = build_questions(sets, num_answers, num_instructions, system_prompt)
         self.folder = get_output_dir(trainer.args) / EVALUATION_DIR
         self.evaluations: list[StepResults] = []
         self._budget = AnswerBudget(eval_answer_share)
@@ -104,6 +109,7 @@ class EvaluationCallback(TrainerCallback):
             "metrics": last and last.metrics,
             "before_and_after": compute_changes(first, last) if first and last else {},
             "answers": join_answers(first, last) if last else [],
+            **({"sets": compute_set_changes(first, last)} if last and last.sets else {}),
         }
 
     def is_complete(self, step: int) -> bool:
@@ -152,6 +158,8 @@ class EvaluationCallback(TrainerCallback):
         best_step = state.best_global_step if self._training_ended and args.load_best_model_at_end else None
         step = state.global_step if best_step is None else best_step
         table = [build_table_row(self.template, question, answer) for question, answer in zip(questions, answers)]
+        if self.set_names:
+            table = [{"set": question.held_out_set, **row} for question, row in zip(questions, table)]
         results = self._build_results(step, seconds, table)
         self.evaluations.append(results)
         self._log_metrics(results)
@@ -160,6 +168,9 @@ class EvaluationCallback(TrainerCallback):
             send_table(results.table, self.trainer, state.global_step)
             if self.questions and not args.disable_tqdm:
                 tqdm.write(f"step {step}: {describe_results(results, len(self.questions))}")
+                for name, part in results.sets.items():
+                    if part["metrics"]["answers"]:
+                        tqdm.write(f"step {step}, {name}: {describe_answers(part['metrics'])}")
 
     def _is_final_model(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether training is over. After the last step the best model may still have to be loaded."""
@@ -205,23 +216,48 @@ class EvaluationCallback(TrainerCallback):
             return [Answer("", False, 0, str(error))] * len(questions)
 
     def _build_results(self, step: int, seconds: float, table: list[AnswerRow]) -> StepResults:
-        metrics, complete = compute_table_metrics(table), len(table) == len(self.questions)
-        if not isinstance(self.trainer, SupervisedTrainer):  # only it has the loss of each row
-            return StepResults(step, complete, seconds, metrics, {}, 0, table)
-        held_out = dict(zip(("nll_nats", "tokens", "correct"), self.trainer.row_loss_sums.T.tolist(), strict=True))
-        metrics = compute_held_out_metrics(held_out, self._utf8_bytes) | metrics
-        return StepResults(step, complete, seconds, metrics, held_out, self._utf8_bytes, table)
+        complete, held_out, row_bytes = len(table) == len(self.questions), dict[str, list[float]](), list[int]()
+        set_rows: Mapping[str, Any] = {}
+        if isinstance(self.trainer, SupervisedTrainer):  # only it has the loss of each row
+            held_out = dict(zip(("nll_nats", "tokens", "correct"), self.trainer.row_loss_sums.T.tolist(), strict=True))
+            set_rows, row_bytes = self.trainer.eval_sets, self._row_bytes
+        sets = {
+            name: self._build_set_results(name, held_out, row_bytes, [*map(int, set_rows.get(name, ()))], table)
+            for name in self.set_names
+        }
+        metrics = compute_table_metrics(table)
+        if held_out:
+            metrics = compute_held_out_metrics(held_out, sum(row_bytes)) | metrics
+        return StepResults(step, complete, seconds, metrics, held_out, sum(row_bytes), table, sets)
+
+    def _build_set_results(
+        self, name: str, held_out: dict[str, list[float]], row_bytes: list[int], rows: list[int], table: list[AnswerRow]
+    ) -> dict[str, Any]:
+        """Return the entry of a held-out set in `StepResults.sets`. rows: the indices of its rows in `held_out`."""
+        utf8_bytes = sum(row_bytes[row] for row in rows)
+        metrics = compute_table_metrics([row for row in table if row["set"] == name])
+        del metrics["instructions"]  # they belong to no set
+        if rows:
+            columns = {column: [values[row] for row in rows] for column, values in held_out.items()}
+            metrics = compute_held_out_metrics(columns, utf8_bytes) | metrics
+        return {"metrics": metrics, "rows": rows, "utf8_bytes": utf8_bytes}
 
     @cached_property
-    def _utf8_bytes(self) -> int:
+    def _row_bytes(self) -> list[int]:
+        """The bytes of the supervised text of each held-out row."""
         rows: Any = self.trainer.eval_dataset
-        return sum(count_supervised_bytes(labels, self.template) for labels in rows["labels"])
+        return [count_supervised_bytes(labels, self.template) for labels in rows["labels"]]
 
     def _log_metrics(self, results: StepResults) -> None:
         """Log to every tracker all metrics but loss, perplexity and accuracy, which the trainer has logged already."""
-        metrics = {name: value for name, value in results.metrics.items() if name not in LOGGED_BY_TRAINER}
-        metrics["answer_seconds"] = round(results.seconds, 2)
-        self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
+        parts = {"": results.metrics} | {f"{name}_": part["metrics"] for name, part in results.sets.items()}
+        metrics = {
+            f"eval_{prefix}{name}": value
+            for prefix, values in parts.items()
+            for name, value in values.items()
+            if name not in LOGGED_BY_TRAINER
+        }
+        self.trainer.log(metrics | {"eval_answer_seconds": round(results.seconds, 2)})
 
 
 class AnswerBudget:
@@ -262,15 +298,19 @@ class AnswerBudget:
 
 
 def build_questions(
-    held_out: Iterable[Conversation], num_answers: int, num_instructions: int, system_prompt: str | None
+    sets: Mapping[str | None, Iterable[Conversation]],
+    num_answers: int,
+    num_instructions: int,
+    system_prompt: str | None,
 ) -> list[EvalPrompt]:
-    """Return the first `num_answers` questions of the held-out conversations, then `num_instructions` verifiable
+    """Return the first `num_answers` questions of each held-out set, in turn, then `num_instructions` verifiable
     instructions."""
-    rows = itertools.chain.from_iterable(map(list_questions, held_out))
-    questions = []
-    for row in itertools.islice(rows, num_answers):
-        prompt, reference = split_answer(add_system_prompt(row, system_prompt))
-        questions.append(EvalPrompt(prompt, reference=reference))
+    parts = []
+    for name, conversations in sets.items():
+        rows = itertools.chain.from_iterable(map(list_questions, conversations))
+        pairs = [split_answer(add_system_prompt(row, system_prompt)) for row in itertools.islice(rows, num_answers)]
+        parts.append([EvalPrompt(prompt, reference=reference, held_out_set=name) for prompt, reference in pairs])
+    questions = list(alternate(parts))
     for instruction in sample_instructions(num_instructions):
         prompt = Conversation(messages=[{"role": "user", "content": instruction.prompt}])
         questions.append(EvalPrompt(add_system_prompt(prompt, system_prompt), instruction=instruction.id))
@@ -297,7 +337,7 @@ def describe_results(results: StepResults, num_questions: int) -> str:
     """Return one line for the terminal: answers, instructions, errors, seconds. num_questions: of all there are."""
     metrics, parts = results.metrics, []
     if metrics["answers"]:
-        parts.append(f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop")
+        parts.append(describe_answers(metrics))
     if TOOL_CALLS_MATCHED in metrics:
         count = sum(row["calls_match"] is not None for row in results.table)
         parts.append(f"{metrics[TOOL_CALLS_MATCHED]:.0%} of {count} tool calls matched")
@@ -309,3 +349,8 @@ def describe_results(results: StepResults, num_questions: int) -> str:
     if not results.complete:
         parts.append(f"the first {len(results.table)} of {num_questions} questions")
     return "; ".join([*parts, f"{results.seconds:.0f} s"])
+
+
+def describe_answers(metrics: dict[str, float]) -> str:
+    """Return a part of a line: how many answers there are, and how many of them end and loop."""
+    return f"{metrics['answers']} answers, {metrics['stop_rate']:.0%} stop, {metrics['loop_rate']:.0%} loop"

@@ -41,5 +41,10 @@ def build_results(trainer: SFTTrainer, output: TrainOutput) -> dict[str, Any]:
 
 
 def count_rows(data: PreparedData) -> dict[str, dict[str, Any] | None]:
-    """Return the counts of training and held-out rows: kept, dropped, tokens (data/encode.py, EncodingStats)."""
-    return {"train": asdict(data.train_stats), "held_out": asdict(data.held_out_stats) if data.held_out_stats else None}
+    """Return the counts of training and held-out rows: kept, dropped, tokens (data/encode.py, EncodingStats).
+
+    Those of a held-out set stand under "held_out NAME".
+    """
+    sets = {f"held_out {name}": asdict(stats) for name, stats in data.held_out_sets.items()}
+    held_out = asdict(data.held_out_stats) if data.held_out_stats else None
+    return {"train": asdict(data.train_stats), "held_out": held_out, **sets}

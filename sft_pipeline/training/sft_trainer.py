@@ -34,13 +34,14 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutpu
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir
 from sft_pipeline.data.batch_sampler import count_row_tokens
 from sft_pipeline.data.chat_templates import build_template
-from sft_pipeline.data.messages import parse_conversation
+from sft_pipeline.data.messages import Conversation
 from sft_pipeline.data.packing import PackingCollator, describe_savings
 from sft_pipeline.data.padding import PaddingCollator
-from sft_pipeline.data.pipeline import PreparedData, prepare_data, prepare_held_out, prepare_stream
+from sft_pipeline.data.pipeline import EvalSource, PreparedData, prepare_data, prepare_held_out, prepare_stream
 from sft_pipeline.data.preview import build_preview
 from sft_pipeline.data.shards import map_shards
 from sft_pipeline.data.sources import Source, describe_unread_names
+from sft_pipeline.data.splits import parse_sets
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
 from sft_pipeline.model.loading import (
@@ -60,6 +61,7 @@ from sft_pipeline.runs.trained_model import save_template_settings
 from sft_pipeline.training.devices import check_devices
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
 from sft_pipeline.training.final_results import count_rows
+from sft_pipeline.training.held_out_sets import check_held_out_sets
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
 from sft_pipeline.training.memory import set_malloc_options
 from sft_pipeline.training.model_setup import choose_token_budget, set_up_model
@@ -85,8 +87,8 @@ class SFTTrainer(SupervisedTrainer):
     model: a hub name, a folder, or a model, which is changed in place. Default: `model_name_or_path` of `args`.
     args: a SFTConfig, or TrainingArguments, which are completed with our defaults.
     train_dataset, eval_dataset: rows of any format of docs/data.md as a list, a `Dataset` or the name of a file, folder
-        or hub dataset; or encoded rows, with `input_ids` and shifted `labels`. Default: `train_data`, `eval_data` and
-        `held_out` of `args`.
+        or hub dataset; or encoded rows, with `input_ids` and shifted `labels`. eval_dataset may be a mapping of names
+        to them: each of these sets has its own metrics. Default: `train_data`, `eval_data` and `held_out` of `args`.
     processing_class: the tokenizer; by default the model's.
     template: a name, or a Template with its tokenizer; by default `template` of `args`.
     peft_config: the adapters to train, in place of the keys `lora*` of `args`.
@@ -105,13 +107,14 @@ class SFTTrainer(SupervisedTrainer):
         args: TrainingArguments | None = None,
         *,
         train_dataset: Source | None = None,
-        eval_dataset: Source | None = None,
+        eval_dataset: EvalSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         template: str | Template | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         args = SFTConfig.from_training_arguments(args or SFTConfig())
+        check_held_out_sets(args, eval_dataset)
         check_devices(args)
         check_parallel_sizes(args, model)
         source = model or args.model_name_or_path
@@ -161,11 +164,10 @@ class SFTTrainer(SupervisedTrainer):
         if args.lora_merge and self.is_fsdp_enabled:
             raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of them off")
         guard_trackers(self)
-        held_out = self.data.held_out_conversations
         self.evaluation = EvaluationCallback(
             self,
             template,
-            [] if held_out is None else [parse_conversation(text) for text in held_out["conversation"]],
+            self._parse_held_out_sets(),
             system_prompt=args.system_prompt,
             num_answers=args.num_answers,
             num_instructions=args.num_instructions,
@@ -277,6 +279,12 @@ class SFTTrainer(SupervisedTrainer):
         card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
         card.save(get_output_dir(self.args) / CARD_FILE)
 
+    def _parse_held_out_sets(self) -> list[Conversation] | dict[str, list[Conversation]]:
+        """Return the held-out conversations to answer: those of each set, if the sets have names."""
+        rows = self.data.held_out_conversations
+        sets = {} if rows is None else parse_sets(rows)  # encoded rows have no conversations
+        return {name: sets.get(name, []) for name in self.data.held_out_sets} or sets.get(None, [])
+
     def _create_output_dir(self) -> str | None:
         """Create the output folder of this run, once; return the checkpoint to resume from, or None."""
         if self._has_output_dir and not is_resuming(self.args):
@@ -321,7 +329,7 @@ def load_training_data(
     args: SFTConfig,
     template: Template,
     train_rows: Source | None,
-    eval_rows: Source | None,
+    eval_rows: EvalSource | None,
     times: TimeAccount,
 ) -> PreparedData:
     """Map the shards of `prepared_data`, or encode the rows.

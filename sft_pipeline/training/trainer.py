@@ -48,6 +48,7 @@ from sft_pipeline.data.row_stream import (
     StreamAccount,
     build_stream_loader,
 )
+from sft_pipeline.data.splits import index_sets
 from sft_pipeline.data.streamed_sources import State
 from sft_pipeline.kernels.cpu_layer_training import find_unused_forward
 from sft_pipeline.model.loss_forward import check_loss_forward
@@ -178,6 +179,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         if tokens_per_batch and self.is_deepspeed_enabled:
             raise SFTError("tokens_per_batch: DeepSpeed counts micro-batches of its own; set it to 0")
         self.row_loss_sums = np.zeros((0, 3))  # of the last evaluation, per row: nll in nats, targets, correct targets
+        self.eval_sets: dict[str, np.ndarray] = {}  # of the last evaluation: the indices of the rows of each named set
         self._tokens_per_batch = tokens_per_batch
         self.stream = stream
         size_key = "tokens_per_batch" if tokens_per_batch else "per_device_train_batch_size"
@@ -451,15 +453,17 @@ class SupervisedTrainer(CheckpointingTrainer):
             write_diverged_rows(folder, rows, self.train_dataset, self.processing_class)
         return SFTError(describe_divergence(folder, step, reason, rows))
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without changing a random state, which the start of a data loader does.
 
-        So training is the same whenever evaluations come.
+        So training is the same whenever evaluations come. The metrics are those of all rows, and, under their names,
+        those of each held-out set (`join_sets`): it is evaluated in one pass, in which each row counts once.
         """
         self.check_forwards()
+        self.eval_sets = index_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
         start, remedy = time.perf_counter(), "lower per_device_eval_batch_size"
         with handle_out_of_memory("an evaluation", remedy, self.args), restore_random_states(self.args.device):
-            metrics = super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
         self._eval_seconds += time.perf_counter() - start
         return metrics
 
@@ -475,8 +479,11 @@ class SupervisedTrainer(CheckpointingTrainer):
         return None, sums, sums[:, 1]
 
     def _compute_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.row_loss_sums = np.asarray(prediction.predictions)
-        return compute_eval_metrics(prediction)
+        self.row_loss_sums = sums = np.asarray(prediction.predictions)
+        metrics = compute_eval_metrics(sums)
+        for set_name, rows in self.eval_sets.items():
+            metrics |= {f"{set_name}_{name}": value for name, value in compute_eval_metrics(sums[rows]).items()}
+        return metrics
 
     def tokens_per_second(self) -> float:
         """Compute the throughput: tokens of all processes without padding / seconds without evaluations."""
@@ -500,9 +507,10 @@ def count_tokens(inputs: dict[str, Tensor]) -> int:
     return int(inputs["token_counts" if "token_counts" in inputs else "attention_mask"].sum())
 
 
-def compute_eval_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute held-out loss (nats per target), perplexity, and token accuracy (argmax) from the sums of each row."""
-    nll, targets, correct = np.asarray(prediction.predictions).sum(axis=0)
+def compute_eval_metrics(row_sums: np.ndarray) -> dict[str, float]:
+    """Compute held-out loss (nats per target), perplexity, and token accuracy (argmax) from the sums of each row,
+    (rows, 3)."""
+    nll, targets, correct = row_sums.sum(axis=0)
     loss = nll / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": float(loss), "perplexity": perplexity, "token_accuracy": float(correct / targets)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 UPDATE_SECONDS = 1.0  # between updates of the elapsed time
+EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")  # the name of the loss of all held-out rows, or of one held-out set
 
 
 @contextmanager
@@ -65,9 +67,11 @@ class TrainingProgress(ProgressCallback):
         if self.training_bar is None:
             return
         if "eval_loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
-                f"token accuracy {logs['eval_token_accuracy']:.1%}"
-            )
+            for match in filter(None, map(EVAL_LOSS.fullmatch, logs)):
+                name, step = match[1], str(state.global_step)
+                self.training_bar.write(
+                    f"step {f'{step}, {name}' if name else step}: held-out loss {logs[match[0]]:.4f}, "
+                    f"token accuracy {logs[match[0].removesuffix('loss') + 'token_accuracy']:.1%}"
+                )
         elif "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s")

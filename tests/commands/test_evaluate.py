@@ -101,6 +101,15 @@ def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp
     held = load_eval_conversations(str(tmp_path))
     questions = {conversation["messages"][0]["content"] for conversation in held}
     assert len(held) == 3 and questions < {row["instruction"] for row in ROWS}
+    # Several sets take turns, so that the first prompts are of all of them.
+    sets = {name: str(tmp_path / f"{name}.json") for name in ("one", "two")}
+    for name in sets:
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps([{"instruction": f"{name} {n}", "output": "yes"} for n in range(2)])
+        )
+    (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0, "eval_data": sets}))
+    questions = [conversation["messages"][0]["content"] for conversation in load_eval_conversations(str(tmp_path))]
+    assert questions == ["one 0", "two 0", "one 1", "two 1"]
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
     message = f"^{tmp_path}: this run has no held-out rows; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):

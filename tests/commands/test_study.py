@@ -184,6 +184,16 @@ def test_fewer_rows_are_among_more():
     assert all(texts == sorted(texts, key=int) for texts in sets) and sets[1] != sets[4][:5]
 
 
+def test_each_held_out_set_is_asked(write, tmp_path):
+    """`num_answers` prompts of each, in turn, so that a small set is not left out."""
+    for name in ("one", "two"):
+        rows = [{"instruction": f"Ask {name} {n}.", "output": "yes"} for n in range(5)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    sets = json.dumps({name: str(tmp_path / f"{name}.json") for name in ("one", "two")})
+    plan = read_plan(write(held_out=0), ["--eval_data", sets, "--num_answers", "2"])
+    assert module.load_study_prompts(plan).texts == ["Ask one 0.", "Ask two 0.", "Ask one 1.", "Ask two 1."]
+
+
 def test_the_held_out_rows_do_not_depend_on_max_train_rows(keys):
     words = [f"--{key}={value}" for key, value in keys.items()]
     (all_rows, held), (few, same) = (load_splits(parse_config(None, [*words, f"--max_train_rows={n}"])) for n in (0, 3))

@@ -39,6 +39,7 @@ from sft_pipeline.data.shards import (
     map_shards,
     write_shards,
 )
+from sft_pipeline.data.splits import parse_sets
 from sft_pipeline.model.loading import load_tokenizer
 from sft_pipeline.train import train
 from sft_pipeline.utils.errors import SFTError
@@ -155,6 +156,28 @@ def test_shards_that_memory_could_not_hold_are_read(tmp_path):
     mapped = in_a_fork(lambda: tokens_read(lambda: _map_part(tmp_path), size // 3))
     loaded = in_a_fork(lambda: tokens_read(lambda: datasets.load_from_disk(tmp_path, keep_in_memory=True), size // 3))
     assert (mapped, loaded) == ("8000000", "ArrowMemoryError")
+
+
+def test_held_out_sets_are_mapped_and_their_names_compared(config, tokenizer, monkeypatch):
+    rows = [{"instruction": f"Ask {n}.", "output": "text " * (n % 4 + 1)} for n in range(6)]
+    for name, part in (("en", rows[:4]), ("zh", rows[4:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    held_out = lambda **sets: ["--held_out", "0", "--eval_data", json.dumps(sets)]  # noqa: E731
+    args = parse_config(str(config), held_out(zh="zh.jsonl", en="en.jsonl"))
+    template = build_template("role", tokenizer)
+    write_shards(args, template, Path("shards"))
+    expected = prepare_data(args, template)
+    renamed = parse_config(str(config), held_out(zh="zh.jsonl", english="en.jsonl"))
+    joined = parse_config(str(config), ["--held_out", "0", "--eval_data", "zh.jsonl", "en.jsonl"])
+    for other in (renamed, joined):
+        assert find_shard_mismatch(other, template, Path("shards")).startswith("held_out_sets differs (prepared with {")
+    no_encoding(monkeypatch)
+    data = map_shards(args, template)
+    assert same_rows(data, expected) and list(data.held_out_sets) == ["zh", "en"]
+    assert data.held_out_sets == {
+        name: dataclasses.replace(stats, cached=True) for name, stats in expected.held_out_sets.items()
+    }
+    assert parse_sets(data.held_out_conversations) == parse_sets(expected.held_out_conversations)
 
 
 def test_without_held_out_rows(config, tokenizer):

@@ -238,7 +238,7 @@ def test_prompts_longer_than_the_context_have_an_error_in_the_table(config, tmp_
     )
     args = parse_config(str(config), [])
     held_out = map(parse_conversation, load_splits(args)[1]["conversation"])
-    for question in build_questions(held_out, NUM_ANSWERS, NUM_INSTRUCTIONS, args.system_prompt):
+    for question in build_questions({None: held_out}, NUM_ANSWERS, NUM_INSTRUCTIONS, args.system_prompt):
         lengths.append(len(template.encode_prompt(question.conversation)))
     limit = sorted(lengths)[len(lengths) // 2] + 6
     results = run_train(config, tmp_path / "out", *limit_positions(config, tmp_path / "model", limit))

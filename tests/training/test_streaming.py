@@ -178,6 +178,16 @@ def test_held_out_rows_are_evaluated_and_not_trained(config, tmp_path):
     assert [entry["step"] for entry in results["loss_curve"] if "eval_loss" in entry] == [0, 5, 10]
 
 
+def test_held_out_sets_have_their_own_losses_beside_a_stream(config, tmp_path):
+    rows = json.loads((config.parent / "rows.json").read_text())
+    for name, part in (("short", rows[:3]), ("long", rows[-4:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    sets = json.dumps({name: str(tmp_path / f"{name}.json") for name in ("short", "long")})
+    results = run_train(config, "--eval_data", sets, "--max_steps", "2", "--output_dir", str(tmp_path / "out"))
+    assert results["rows"]["held_out"]["kept"] == 7
+    assert {"eval_short_loss", "eval_long_loss"} <= set().union(*results["loss_curve"])
+
+
 def test_held_out_rows_are_loaded_without_the_training_rows(config, tmp_path, monkeypatch, caplog):
     (tmp_path / "held.json").write_text(json.dumps([{"instruction": "Who?", "output": "I."}]))
     words = ["--eval_data", str(tmp_path / "held.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
