@@ -120,8 +120,15 @@ RECORDED_KEYS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader with two rules of YAML 1.2 instead of 1.1: `1e-5` is a number, and only `true` and `false` are
-    booleans, so that `save_strategy: no` is a string."""
+    """Safe YAML loader with three rules of YAML 1.2 instead of 1.1: `1e-5` is a number, only `true` and `false` are
+    booleans, so that `save_strategy: no` is a string, and a key stands once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise SFTError(f"{name} is given twice; all but the last would be lost")
+        return super().construct_mapping(node, deep)
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"

@@ -327,6 +327,8 @@ def test_files_that_are_no_config(tmp_path, write):
     message = refusal(write("a: [1\n"))
     assert "not readable as YAML: while parsing a flow sequence at line" in message
     assert "<unicode string>" not in message
+    twice = "not readable as YAML: en is given twice; all but the last would be lost"
+    assert refusal(write("eval_data: {en: a.json, en: b.json}")).endswith(twice)
     assert refusal(write("", needed="- a\n- b\n")).endswith("must contain only `key: value` lines")
     assert refusal(write("", needed="")).endswith("must contain only `key: value` lines")
     assert refusal(write("1: 2\n")).endswith("must contain only `key: value` lines")

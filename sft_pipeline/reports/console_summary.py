@@ -19,7 +19,7 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
     for row in results["answers"][: max(MAX_ANSWERS, len(results.get("sets", {})))]:
         table = Table(show_header=False, box=None, padding=(0, 1), expand=True)
         table.add_column(style="bold", width=9, no_wrap=True)
-        table.add_column()
+        table.add_column(ratio=1)  # else the first column grows beside a short answer
         if "set" in row:
             table.add_row("held out", row["set"])
         table.add_row("prompt", Text(replace_control_characters(row["prompt"])))
