@@ -147,7 +147,8 @@ class SFTArguments:
     train_data_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Times that each source of train_data is used per epoch: 2 is twice, 0.5 uses half of its rows."
+            "help": "Times that each source of train_data is used per epoch: 2 is twice, 0.5 uses half of its rows. "
+            "With streaming, the proportions of their rows."
         },
     )
     held_out: float = field(
@@ -312,6 +313,12 @@ class SFTArguments:
         default_factory=list,
         metadata={
             "help": "Tasks of lm-evaluation-harness asked at the end: names such as gsm8k, YAML files, or folders."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode the rows of train_data as they come, for data larger than the disk; needs max_steps."
         },
     )
 

@@ -378,6 +378,8 @@ def _check_values(args: SFTConfig) -> None:
     _check_library_values(args)
     if args.tokens_per_batch:
         _check_tokens_per_batch(args)
+    if args.streaming:
+        _check_streaming(args)
 
 
 # Keys of TrainingArguments that would fail, or change without a word what is trained, evaluated or saved.
@@ -504,6 +506,31 @@ def _check_tokens_per_batch(args: SFTConfig) -> None:
     strategy = str(args.train_sampling_strategy)
     if strategy not in ("random", "sequential"):
         raise SFTError(f"tokens_per_batch does not support train_sampling_strategy {strategy}; use random")
+
+
+def _check_streaming(args: SFTConfig) -> None:
+    """Raise SFTError for keys that need all rows, or their number, before training begins."""
+    for key, remedy in STREAMING_REMEDIES.items():
+        if getattr(args, key) != SFTConfig.__dataclass_fields__[key].default:
+            raise SFTError(f"streaming: {key} needs all rows before the first step; {remedy}")
+    if args.max_steps <= 0:
+        raise SFTError("streaming: the end of an epoch is not known before it comes; set max_steps")
+    for key in ("save_strategy", "logging_strategy"):
+        if getattr(args, key) == "epoch":
+            raise SFTError(f"streaming: {key}: epoch has no epochs to follow; use steps")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise SFTError(f"streaming: train_sampling_strategy {args.train_sampling_strategy} sorts all rows; use random")
+    if (args.dataloader_num_workers or 0) > 1:
+        raise SFTError("streaming: each worker would read and encode all rows; set dataloader_num_workers to 1 or 0")
+
+
+# Keys that streaming refuses, and what to do.
+STREAMING_REMEDIES = {
+    "num_train_epochs": "remove it, max_steps alone counts",
+    "held_out": "put the held-out rows into eval_data",
+    "max_train_rows": "lower max_steps",
+    "prepared_data": "remove one of them, as prepared rows are mapped and not loaded",
+}
 
 
 def shards_model(args: TrainingArguments) -> bool:

@@ -20,9 +20,8 @@ WIDTH = 80  # columns
 GROUPS = {
     "model and data": (
         *("model_name_or_path", "train_data", "train_data_weights", "eval_data", "held_out", "max_train_rows"),
-        *("prepared_data", "num_proc", "lora", "lora_rank", "lora_alpha", "lora_target_modules", "lora_merge", "peft"),
-        "add_tokens",
-        *("load_in_4bit", "load_in_8bit"),
+        *("prepared_data", "num_proc", "streaming", "lora", "lora_rank", "lora_alpha", "lora_target_modules"),
+        *("lora_merge", "peft", "add_tokens", "load_in_4bit", "load_in_8bit"),
         *("trainable_modules", "trust_remote_code", "revision", "dtype", "attn_implementation"),
     ),
     "template and rows": (

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.data.messages import Conversation, add_system_prompt, split_answer
-from sft_pipeline.data.pipeline import load_splits
+from sft_pipeline.data.pipeline import load_held_out
 from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.data.splits import alternate, parse_sets
 from sft_pipeline.data.template import Template
@@ -176,7 +176,7 @@ def load_eval_conversations(data: str) -> list[Conversation]:
     run_file = Path(data).expanduser() / RUN_FILE
     if not run_file.is_file():
         return load_conversations(data)
-    _, held_out = load_splits(parse_config(str(run_file)))
+    held_out = load_held_out(parse_config(str(run_file)))
     if held_out is None:
         raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
     return list(alternate(parse_sets(held_out).values()))

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model, write_comparison
 from sft_pipeline.config import SFTConfig, build_config_record, get_output_dir, parse_keys, read_keys
-from sft_pipeline.data.pipeline import load_splits
+from sft_pipeline.data.pipeline import load_held_out
 from sft_pipeline.data.splits import alternate, parse_sets
 from sft_pipeline.evaluation import tables
 from sft_pipeline.evaluation.comparison import compare_models
@@ -131,7 +131,7 @@ def _read_variant(
 
 def load_study_prompts(plan: StudyPlan) -> PromptSet:
     """Select the prompts of all variants from the study's held-out rows."""
-    _, held_out = load_splits(plan.base)
+    held_out = load_held_out(plan.base)
     if held_out is None or not plan.base.num_answers:
         raise SFTError("a study needs held-out prompts: set held_out (or eval_data) and num_answers")
     sets = parse_sets(held_out)

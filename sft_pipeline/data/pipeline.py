@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeAlias
 
 import datasets
@@ -15,8 +16,18 @@ from sft_pipeline.arguments import SFTArguments, SourceEntry, check_set_name, pa
 from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset, sum_stats
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import parse_conversation
+from sft_pipeline.data.row_stream import RowStream
 from sft_pipeline.data.sources import Source, load_source
-from sft_pipeline.data.splits import drop_overlap, join_sets, mix_datasets, select_rows, split_held_out, split_sets
+from sft_pipeline.data.splits import (
+    drop_overlap,
+    hash_rows,
+    join_sets,
+    mix_datasets,
+    select_rows,
+    split_held_out,
+    split_sets,
+)
+from sft_pipeline.data.streamed_sources import SourceMix, open_stream
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import count_id_differences
 from sft_pipeline.utils.errors import SFTError
@@ -36,7 +47,8 @@ class PreparedData:
     Of several held-out sets, the rows of all are in `held_out` and `held_out_conversations`, with the name of their set
     (`split_sets`). held_out_sets: the statistics of each of them, in the order of the config; of one set without a
     name none.
-    unread: for each source, in how many rows each column or key is that nothing reads.
+    unread: for each source, in how many rows each column or key is that nothing reads. stream: of a run with
+    `streaming`; `train` and `train_stats` are then those of its first rows, and after training what was read.
     """
 
     train: Dataset
@@ -46,6 +58,7 @@ class PreparedData:
     held_out_conversations: Dataset | None
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     held_out_sets: dict[str, EncodingStats] = field(default_factory=dict)
+    stream: RowStream | None = None
 
 
 def build_encoder(args: SFTArguments, template: Template) -> Encoder:
@@ -87,11 +100,15 @@ def _encode_splits(
     _log_template_differences(train_conversations[:COMPARED_ROWS]["conversation"], template, args)
     if held_out_conversations is None:
         return PreparedData(train, train_stats, None, None, None, unread)
-    encoded = {
-        name: _encode_set(name, rows, encoder, args.num_proc)
-        for name, rows in split_sets(held_out_conversations).items()
-    }
+    encoded = _encode_sets(held_out_conversations, encoder, args.num_proc)
     return _build_prepared_data(train, train_stats, encoded, "held-out rows", held_out_conversations, unread)
+
+
+EncodedSets: TypeAlias = dict[str | None, tuple[Dataset, EncodingStats]]  # held-out sets by name; None is one without
+
+
+def _encode_sets(conversations: Dataset, encoder: Encoder, num_proc: int) -> EncodedSets:
+    return {name: _encode_set(name, rows, encoder, num_proc) for name, rows in split_sets(conversations).items()}
 
 
 def _encode_set(name: str | None, rows: Dataset, encoder: Encoder, num_proc: int) -> tuple[Dataset, EncodingStats]:
@@ -116,6 +133,79 @@ def _build_prepared_data(
         logger.info("%s: %s", title if name is None else f"{title} of {name}", stats)
     stats = sum_stats(list(sets.values()), held_out) if sets else encoded[None][1]
     return PreparedData(train, train_stats, held_out, stats, conversations, unread or {}, sets)
+
+
+def prepare_held_out(
+    args: SFTArguments, template: Template, eval_rows: EvalSource | None, times: TimeAccount
+) -> tuple[Dataset, EncodedSets] | None:
+    """Load and encode the held-out rows of a run with `streaming`; returns None if there are none."""
+    with times.measure("reading rows"):
+        conversations = load_eval_data(args, eval_rows)
+    if conversations is None:
+        return None
+    with times.measure("encoding rows"):
+        return conversations, _encode_sets(conversations, build_encoder(args, template), args.num_proc)
+
+
+def prepare_stream(
+    args: SFTArguments,
+    template: Template,
+    train_rows: Any,
+    held_out: tuple[Dataset, EncodedSets] | None,
+    seed: int,
+    shuffle: bool,
+) -> PreparedData:
+    """Open the sources of training rows and encode the first rows.
+
+    train_rows: a name or an IterableDataset, in place of train_data. seed, shuffle: of the order of the rows.
+    """
+    hashes = frozenset() if held_out is None else frozenset(hash_rows(held_out[0]).tolist())
+    stream = RowStream(
+        open_mix(args, train_rows), build_encoder(args, template), seed, shuffle, hashes, args.skip_bad_rows
+    )
+    sample = stream.read_sample()
+    rows_read = f"{sample.stats.rows:,}"
+    logger.info("the first %s training rows, of which all estimates are made: %s", rows_read, sample.stats)
+    _log_template_differences(sample.conversations[:COMPARED_ROWS], template, args)
+    # A later row may be as long as any.
+    stats = replace(sample.stats, length_quantiles=sample.stats.length_quantiles | {"most": args.max_length})
+    if held_out is None:
+        return PreparedData(sample.rows, stats, None, None, None, stream=stream)
+    conversations, encoded = held_out
+    return replace(_build_prepared_data(sample.rows, stats, encoded, "held-out rows", conversations), stream=stream)
+
+
+def open_mix(args: SFTArguments, train_rows: Any = None) -> SourceMix:
+    """Open the sources of train_data as streams, or `train_rows`."""
+    if train_rows is None:
+        entries = [SourceEntry.parse(entry) for entry in args.train_data]
+        return SourceMix(
+            [open_stream(entry) for entry in entries], args.train_data_weights or _list_entry_weights(args)
+        )
+    if isinstance(train_rows, (str, os.PathLike)):
+        train_rows = SourceEntry(str(train_rows))
+    if not isinstance(train_rows, (SourceEntry, datasets.IterableDataset)):
+        raise SFTError(
+            "train_dataset: rows in memory are not streamed; set streaming: false, or give an IterableDataset"
+        )
+    return SourceMix([open_stream(train_rows)])
+
+
+def load_eval_data(args: SFTArguments, eval_rows: EvalSource | None = None) -> Dataset | None:
+    """Load the conversations of eval_rows or of the key eval_data, of all sets (`split_sets`), or return None."""
+    if any(map(is_encoded, _list_eval_rows(eval_rows).values())):
+        raise SFTError("eval_dataset: encoded already, and streamed rows are not; give rows, or set streaming: false")
+    sets = _load_held_out_sets(args, eval_rows, {})
+    return join_sets(sets) if sets else None
+
+
+def _load_held_out_sets(
+    args: SFTArguments, eval_rows: EvalSource | None, unread: dict[str, dict[str, int]]
+) -> dict[str | None, Dataset]:
+    return {
+        name: datasets.concatenate_datasets(_load_parts(args, sources, unread))
+        for name, sources in _list_held_out_sources(args, eval_rows).items()
+    }
 
 
 def _use_encoded_rows(args: SFTArguments, train_rows: Any, eval_rows: Any) -> PreparedData:
@@ -166,6 +256,11 @@ def load_splits(
     return load_splits_and_unread(args, train_rows, eval_rows)[:2]
 
 
+def load_held_out(args: SFTArguments) -> Dataset | None:
+    """Load the held-out conversations of the keys; of a run with `streaming` no training rows are read for them."""
+    return load_eval_data(args) if args.streaming else load_splits(args)[1]
+
+
 def load_splits_and_unread(
     args: SFTArguments, train_rows: Source | None = None, eval_rows: EvalSource | None = None
 ) -> tuple[Dataset, Dataset | None, dict[str, dict[str, int]]]:
@@ -175,10 +270,7 @@ def load_splits_and_unread(
     unread: dict[str, dict[str, int]] = {}
     train_sources = [_name_source(train_rows, "train_dataset")] if train_rows is not None else _list_train_sources(args)
     parts = _load_parts(args, train_sources, unread)
-    held_out_sets = {
-        name: datasets.concatenate_datasets(_load_parts(args, sources, unread))
-        for name, sources in _list_held_out_sources(args, eval_rows).items()
-    }
+    held_out_sets = _load_held_out_sets(args, eval_rows, unread)
     train, held_out = _split_parts(args, parts, held_out_sets)
     return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out, unread
 
@@ -240,12 +332,30 @@ def _list_entry_weights(args: SFTArguments) -> list[float] | None:
 def load_one_row(args: SFTArguments, template: Template, row: int) -> tuple[dict[str, Any], str]:
     """Load row `row` of train_data (from 0, in file order) as it is trained; returns its columns and its location.
 
-    Raises SFTError for a row that does not exist or that the length policy drops.
+    With `streaming` in the order in which they are read. Raises SFTError for a row that does not exist or that the
+    length policy drops.
     """
+    if args.streaming:
+        return _encode_one_row(args, template, _read_streamed_row(args, row))
     rows = datasets.concatenate_datasets(_load_parts(args, _list_train_sources(args), {}))
     if not 0 <= row < len(rows):
         raise SFTError(f"row {row}: out of range; train_data has rows 0 to {len(rows) - 1}")
-    batch = rows[row : row + 1]
+    return _encode_one_row(args, template, rows[row : row + 1])
+
+
+def _read_streamed_row(args: SFTArguments, row: int) -> dict[str, Any]:
+    """Read row `row` of a stream as a batch of one."""
+    mix = open_mix(args)
+    read = next(islice(iter(mix.read_row, None), row, None), None) if row >= 0 else None
+    if read is None:
+        raise SFTError(f"row {row}: out of range; the rows of train_data have numbers from 0, and end before it")
+    _, values = read
+    if values["problem"] is not None:
+        raise SFTError(f"{values['origin']}: {values['problem']}; fix the data")
+    return {name: [values[name]] for name in ("conversation", "origin")}
+
+
+def _encode_one_row(args: SFTArguments, template: Template, batch: dict[str, Any]) -> tuple[dict[str, Any], str]:
     columns = {name: column[0] for name, column in build_encoder(args, template)(batch).items()}
     if not columns["input_ids"]:
         reason, remedy = columns["outcome"], "raise max_length or change overlong"

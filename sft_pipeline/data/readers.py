@@ -8,6 +8,8 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,29 +24,48 @@ UNREADABLE = (pa.ArrowException, ArithmeticError, LookupError, TypeError)
 SPACE = re.compile(r"[ \t\r\n]*")
 # Characters of JSON read at a time; must be more than the length of a literal, a number's exponent or an escape.
 CHUNK = 1 << 20
+BATCH_ROWS = 1000  # of a columnar file that are converted at a time
 
 
-def read_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+@dataclass
+class FilePosition:
+    """How far a file is read: rows, and of JSONL also lines and bytes, from which reading can go on."""
+
+    rows: int = 0
+    lines: int = 0
+    offset: int = 0
+
+
+def read_rows(path: Path, name: str, position: FilePosition | None = None) -> Iterator[LocatedRow]:
     """Yield (location, row) for each row of a file; `name` is the file's name in locations and errors.
+
+    position: where to begin; it is the end of a row when that row is yielded. JSONL, Parquet and Arrow files are not
+    read again up to there, JSON lists and CSV files are.
 
     Raises SFTError for an unknown file type, a file that does not parse (with the line) or one that is not UTF-8.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise SFTError(f"{name}: unsupported file type; use one of: {', '.join(READERS)}")
+    position = position or FilePosition()
     try:
-        yield from reader(path, name)
+        for row in reader(path, name, position):
+            position.rows += 1
+            yield row
     except UnicodeDecodeError as error:
         raise SFTError(f"{name}: not UTF-8 at byte {_find_invalid_utf8(path)}; save the file as UTF-8") from error
     except OSError as error:
         raise SFTError(f"{name}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[LocatedRow]:
+def _read_jsonl(path: Path, name: str, position: FilePosition) -> Iterator[LocatedRow]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        file.seek(position.offset)
+        for line in file:
+            position.lines += 1
+            position.offset += len(line)
             if line.strip():
-                location = f"{name} line {number}"
+                location = f"{name} line {position.lines}"
                 yield location, _decode_line(line, location)
 
 
@@ -59,15 +80,15 @@ def _decode_line(line: bytes, location: str) -> Any:
         raise SFTError(f"{location}: cannot parse JSON: {error}") from error
 
 
-def _read_json(path: Path, name: str) -> Iterator[LocatedRow]:
+def _read_json(path: Path, name: str, position: FilePosition) -> Iterator[LocatedRow]:
     """Yield the objects of a JSON list, decoded one by one: memory holds the longest row, not the whole file."""
     with path.open(encoding="utf-8-sig") as file:
         stream = _JSONStream(file)
         try:
             if stream.find_next_char() == "{":  # a JSONL file with the suffix .json
-                yield from _read_jsonl(path, name)
+                yield from _read_jsonl(path, name, position)
                 return
-            for index, row in enumerate(_decode_list(stream)):
+            for index, row in islice(enumerate(_decode_list(stream)), position.rows, None):
                 yield f"{name} row {index}", row
         except json.JSONDecodeError as error:
             raise SFTError(f"{name}: invalid JSON: {error.msg} at {stream.format_position(error.pos)}") from error
@@ -179,13 +200,13 @@ def _find_invalid_utf8(path: Path) -> int:
     return start
 
 
-def _read_csv(path: Path, name: str) -> Iterator[LocatedRow]:
+def _read_csv(path: Path, name: str, position: FilePosition) -> Iterator[LocatedRow]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             _check_column_names(list(reader.fieldnames or []), name)
-            for index, row in enumerate(reader):
+            for index, row in islice(enumerate(reader), position.rows, None):
                 if None in row:
                     raise SFTError(f"{name} row {index}: more cells than the header; quote cells that contain commas")
                 yield f"{name} row {index}", row
@@ -193,35 +214,47 @@ def _read_csv(path: Path, name: str) -> Iterator[LocatedRow]:
             raise SFTError(f"{name}: invalid CSV: {error} at line {reader.line_num}") from error
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[LocatedRow]:
+def _read_parquet(path: Path, name: str, position: FilePosition) -> Iterator[LocatedRow]:
     try:
         with pq.ParquetFile(path) as file:
             _check_column_names(file.schema_arrow.names, name)
-            yield from _iterate_batches(file.iter_batches(batch_size=1000), name)
+            groups, first = range(file.num_row_groups), 0
+            while groups and first + (size := file.metadata.row_group(groups[0]).num_rows) <= position.rows:
+                groups, first = groups[1:], first + size
+            batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups))
+            yield from _iterate_batches(batches, name, first, position.rows)
     except UNREADABLE as error:
         raise SFTError(f"{name}: not a readable Parquet file ({format_first_line(error)})") from error
 
 
-def _read_arrow(path: Path, name: str) -> Iterator[LocatedRow]:
+def _read_arrow(path: Path, name: str, position: FilePosition) -> Iterator[LocatedRow]:
     """Read both of Arrow's IPC formats: the file format, and the stream format that `datasets` writes."""
     try:
         with pa.memory_map(str(path)) as source:
             try:
-                table = pa.ipc.open_file(source).read_all()
+                file = pa.ipc.open_file(source)
+                schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
             except pa.ArrowInvalid:
                 source.seek(0)
-                table = pa.ipc.open_stream(source).read_all()
-            _check_column_names(table.column_names, name)
-            # The buffers are used as mapped: without validation an offset beyond the file would be followed.
-            table.validate(full=True)
-            yield from _iterate_batches(table.to_batches(max_chunksize=1000), name)
+                stream = pa.ipc.open_stream(source)
+                schema, batches = stream.schema, iter(stream)
+            _check_column_names(schema.names, name)
+            yield from _iterate_batches(batches, name, 0, position.rows)
     except UNREADABLE as error:
         raise SFTError(f"{name}: not a readable Arrow file ({format_first_line(error)})") from error
 
 
-def _iterate_batches(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[LocatedRow]:
-    rows = (row for batch in batches for row in convert_to_rows(batch))
-    return ((f"{name} row {index}", row) for index, row in enumerate(rows))
+def _iterate_batches(batches: Iterable[pa.RecordBatch], name: str, first: int, start: int) -> Iterator[LocatedRow]:
+    """Yield the rows from `start` on, some at a time; `first` is the number of the first row of the batches."""
+    for batch in batches:
+        end = first + batch.num_rows
+        if start < end:
+            # Buffers are used as mapped: without validation an offset beyond the file would be followed.
+            batch.validate(full=True)
+        for row in range(max(first, start), end, BATCH_ROWS):
+            rows = convert_to_rows(batch.slice(row - first, BATCH_ROWS))
+            yield from ((f"{name} row {index}", values) for index, values in enumerate(rows, row))
+        first = end
 
 
 def convert_to_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
@@ -254,7 +287,7 @@ def _check_column_names(columns: list[str], name: str) -> None:
             raise SFTError(f"{name}: duplicate column {column!r}; rename or remove all but one")
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[LocatedRow]]] = {
+READERS: dict[str, Callable[[Path, str, FilePosition], Iterator[LocatedRow]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

@@ -56,6 +56,8 @@ def write_shards(args: SFTArguments, template: Template, folder: Path) -> None:
 
     Raises SFTError for data that cannot be prepared, a folder with other files, or one that cannot be written.
     """
+    if args.streaming:
+        raise SFTError("streaming: rows are encoded as they come, and nothing is prepared; set streaming: false")
     _check_replaceable(folder)
     if find_shard_mismatch(args, template, folder) is None:
         logger.info("%s: up to date, nothing to prepare", folder)

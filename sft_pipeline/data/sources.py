@@ -84,7 +84,7 @@ def load_source(
         source = SourceEntry(str(source))
     if isinstance(source, SourceEntry):
         name, split = name or source.label, source.split or split
-        source = _resolve_source(source, split)
+        source = resolve_source(source, split)
     else:
         name = name or ("dataset" if isinstance(source, Dataset) else "rows")
     unread: Counter[str] = Counter()
@@ -103,14 +103,14 @@ def load_source(
     return dataset, dict(unread.most_common(SHOWN_NAMES))
 
 
-def _resolve_source(entry: SourceEntry, split: str) -> Path | Dataset:
-    """Return the path of a folder or file, or the dataset of the hub.
+def resolve_source(entry: SourceEntry, split: str, streaming: bool = False) -> Path | Any:
+    """Return the path of a folder or file, or the dataset of the hub, with `streaming` an IterableDataset.
 
     Raises SFTError for options that a path does not have.
     """
     path = Path(entry.path).expanduser()
     if not path.is_dir() and not path.is_file():
-        return _load_from_hub(entry, split)
+        return _load_from_hub(entry, split, streaming)
     for option in ("name", "revision", "data_files"):
         if getattr(entry, option) is not None:
             raise SFTError(f"{entry.path}: {option} is an option of a hub dataset, and this is a path; remove it")
@@ -124,29 +124,31 @@ def _load_path(path: Path, split: str) -> tuple[Dataset, str]:
     if path.is_dir():
         return _load_folder(path, split)
     dataset, row_format, columns = _load_file(path, format_line(path.name))
-    return dataset, _describe_columns(row_format, columns)
+    return dataset, describe_columns(row_format, columns)
 
 
 def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
     """Convert rows in memory; the columns of the first decide the row format."""
     if not isinstance(rows, Sequence):
-        remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split, not streamed)"
+        remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split)"
+        if isinstance(rows, datasets.IterableDataset):
+            remedy = "set streaming: true, which reads training rows from it"
         raise SFTError(f"{name}: cannot be read, it is of type {type(rows).__name__}; {remedy}")
     if not rows:
         raise SFTError(f"{name}: no rows")
     if not isinstance(rows[0], Mapping):
         raise SFTError(f"{name} row 0: expected an object with columns, got {describe_type(rows[0])}")
     row_format = detect_format(rows[0], name)
-    converted = [_convert_row(row, f"{name} row {index}", row_format, False) for index, row in enumerate(rows)]
-    return Dataset.from_list(converted, features=FEATURES), _describe_columns(row_format, list(rows[0]))
+    converted = [convert_source_row(row, f"{name} row {index}", row_format, False) for index, row in enumerate(rows)]
+    return Dataset.from_list(converted, features=FEATURES), describe_columns(row_format, list(rows[0]))
 
 
 def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRow]:
     """Yield (location, row) for each row of a source, without converting, checking or caching it."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        for file in _list_data_files(path, split):
-            yield from read_rows(file, _format_file_name(file))
+        for file in list_data_files(path, split):
+            yield from read_rows(file, format_file_name(file))
     elif path.is_file():
         yield from read_rows(path, format_line(path.name))
     else:
@@ -157,7 +159,7 @@ def read_raw_rows(name_or_path: str, split: str = "train") -> Iterator[LocatedRo
         yield from ((f"{name_or_path} row {index}", row) for index, row in enumerate(rows))
 
 
-def _describe_columns(row_format: RowFormat, columns: list[str]) -> str:
+def describe_columns(row_format: RowFormat, columns: list[str]) -> str:
     """Describe how a source is read: "read as alpaca (instruction, input, output)"."""
     return format_line(f"read as {row_format.name} ({', '.join(row_format.select_columns(columns))})")
 
@@ -177,13 +179,7 @@ def _count_unread_names(dataset: Dataset) -> Counter[str]:
 
 def _load_file(path: Path, name: str) -> tuple[Dataset, RowFormat, list[str]]:
     """Load a file as a dataset of FEATURES; returns it with the row format and the columns of the first row."""
-    first = next(read_rows(path, name), None)
-    if first is None:
-        raise SFTError(f"{name}: no rows")
-    location, row = first
-    if not isinstance(row, dict):
-        raise SFTError(f"{location}: expected an object with columns, got {describe_type(row)}")
-    row_format = detect_format(row, name)
+    row_format, columns = detect_file_format(path, name)
     # datasets hashes these arguments into the name of its cache.
     arguments = {
         "path": str(path.resolve()),
@@ -195,16 +191,35 @@ def _load_file(path: Path, name: str) -> tuple[Dataset, RowFormat, list[str]]:
         dataset = Dataset.from_generator(_generate_rows, features=FEATURES, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None  # datasets wraps the reader's SFTError
-    return dataset, row_format, list(row)
+    return dataset, row_format, columns
+
+
+def detect_file_format(path: Path, name: str) -> tuple[RowFormat, list[str]]:
+    """Return the row format of a file and the columns of its first row."""
+    first = next(read_rows(path, name), None)
+    if first is None:
+        raise SFTError(f"{name}: no rows")
+    location, row = first
+    if not isinstance(row, dict):
+        raise SFTError(f"{location}: expected an object with columns, got {describe_type(row)}")
+    return detect_format(row, name), list(row)
+
+
+def check_same_format(folder: Path, paths: Sequence[Path], formats: Sequence[RowFormat]) -> None:
+    """Raise SFTError unless the files of a folder have the same row format."""
+    for path, row_format in zip(paths, formats):
+        if row_format != formats[0]:
+            mismatch = f"{paths[0].name} is {formats[0].name}, {path.name} is {row_format.name}"
+            raise SFTError(f"{folder}: mixed row formats: {mismatch}; use one format per folder")
 
 
 def _generate_rows(path: str, name: str, format_name: str, cache_key: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of FEATURES of a file; `cache_key` only names the cache."""
     for location, row in read_rows(Path(path), name):
-        yield _convert_row(row, location, FORMATS[format_name], Path(path).suffix.lower() in COLUMNAR)
+        yield convert_source_row(row, location, FORMATS[format_name], Path(path).suffix.lower() in COLUMNAR)
 
 
-def _convert_row(row: Any, location: str, row_format: RowFormat, is_columnar: bool) -> dict[str, Any]:
+def convert_source_row(row: Any, location: str, row_format: RowFormat, is_columnar: bool) -> dict[str, Any]:
     """Convert a row to the columns of FEATURES; a bad row gets its error as `problem`.
 
     is_columnar: whether Arrow has read the row, so that a null in an object may be an absent key.
@@ -235,31 +250,31 @@ def hash_source(name_or_path: str, split: str = "train") -> str | None:
     """Return a hash of the content of a file, or of a folder's data files in order; None if there is no such path."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        hashes = "".join(map(_hash_file, _list_data_files(path, split)))
+        hashes = "".join(map(_hash_file, list_data_files(path, split)))
         return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
     return _hash_file(path) if path.is_file() else None
 
 
 def _load_folder(folder: Path, split: str) -> tuple[Dataset, str]:
-    paths = _list_data_files(folder, split)
-    parts = [_load_file(path, _format_file_name(path)) for path in paths]
+    paths = list_data_files(folder, split)
+    parts = [_load_file(path, format_file_name(path)) for path in paths]
     _, row_format, columns = parts[0]
-    for path, (_, file_format, _) in zip(paths, parts):
-        if file_format != row_format:
-            mismatch = f"{paths[0].name} is {row_format.name}, {path.name} is {file_format.name}"
-            raise SFTError(f"{folder}: mixed row formats: {mismatch}; use one format per folder")
-    files = f"{len(paths)} file{'s' if len(paths) > 1 else ''}"
-    return datasets.concatenate_datasets(
-        [part[0] for part in parts]
-    ), f"{files}, {_describe_columns(row_format, columns)}"
+    check_same_format(folder, paths, [part[1] for part in parts])
+    description = describe_files(paths, row_format, columns)
+    return datasets.concatenate_datasets([part[0] for part in parts]), description
 
 
-def _format_file_name(file: Path) -> str:
+def describe_files(paths: Sequence[Path], row_format: RowFormat, columns: list[str]) -> str:
+    """Describe how the files of a folder are read: "2 files, read as alpaca (instruction, input, output)"."""
+    return f"{len(paths)} file{'s' if len(paths) > 1 else ''}, {describe_columns(row_format, columns)}"
+
+
+def format_file_name(file: Path) -> str:
     """Format the name of a folder's file for errors and the column `origin`."""
     return format_line(f"{file.parent.name}/{file.name}")
 
 
-def _list_data_files(folder: Path, split: str) -> list[Path]:
+def list_data_files(folder: Path, split: str) -> list[Path]:
     """List the data files of a folder, sorted by name; of a saved dataset, the files in its state.json.
 
     The folder may come from someone else, so a symbolic link that leaves it raises SFTError.
@@ -316,13 +331,14 @@ def is_hub_name(name: str) -> bool:
     return Path(name).suffix.lower() not in READERS and bool(HUB_NAME.fullmatch(name)) and not name.startswith(".")
 
 
-def _load_from_hub(entry: SourceEntry, split: str) -> Dataset:
+def _load_from_hub(entry: SourceEntry, split: str, streaming: bool = False) -> Any:
     name = entry.path
     if not is_hub_name(name):
         raise SFTError(f"{name}: no such file or folder; check the path (current folder: {Path.cwd()})")
     try:
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
         return datasets.load_dataset(
-            name, entry.name, split=split, revision=entry.revision, data_files=entry.data_files
+            name, entry.name, split=split, revision=entry.revision, data_files=entry.data_files, **options
         )
     except Exception as error:  # the hub client raises many classes: of the network, of HTTP and its own
         reason = f"{type(error).__name__}: {format_error(error)}"
@@ -345,7 +361,7 @@ def _convert_dataset(dataset: Dataset, name: str) -> tuple[Dataset, str]:
         features=FEATURES,
         desc=f"reading {name}",
     )
-    return converted.with_format(None), _describe_columns(row_format, columns)
+    return converted.with_format(None), describe_columns(row_format, columns)
 
 
 def _count_unread_columns(dataset: Dataset, row_format: RowFormat) -> Counter[str]:
@@ -369,7 +385,7 @@ def _select_arrow_columns(dataset: Dataset, row_format: RowFormat) -> Dataset:
 def _convert_batch(batch: pa.Table, indices: list[int], name: str, format_name: str, rows_format: int) -> pa.Table:
     """Convert a batch to the columns of FEATURES; `rows_format` only names the cache."""
     rows = [
-        _convert_row(row, f"{name} row {index}", FORMATS[format_name], True)
+        convert_source_row(row, f"{name} row {index}", FORMATS[format_name], True)
         for row, index in zip(convert_to_rows(batch), indices)
     ]
     return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import datasets
@@ -73,15 +73,20 @@ def mix_datasets(parts: list[Dataset], weights: list[float] | None = None) -> Da
     Raises SFTError: wrong number of weights, a negative or non-finite weight, all weights 0.
     """
     weights = [1.0] * len(parts) if weights is None else weights
-    if len(weights) != len(parts):
-        raise SFTError(f"train_data_weights: {len(weights)} weights for {len(parts)} datasets; give one per dataset")
+    check_weights(weights, len(parts))
+    repeated = [_repeat_rows(part, weight) for part, weight in zip(parts, weights) if weight > 0]
+    return datasets.concatenate_datasets(repeated)
+
+
+def check_weights(weights: Sequence[float], sources: int) -> None:
+    """Raise SFTError for a wrong number of weights, a negative or non-finite weight, or if all are 0."""
+    if len(weights) != sources:
+        raise SFTError(f"train_data_weights: {len(weights)} weights for {sources} datasets; give one per dataset")
     for weight in weights:
         if not (math.isfinite(weight) and weight >= 0):
             raise SFTError(f"train_data_weights: {weight} must be 0 or more (1 is each row once, 0.5 half of the rows)")
-    repeated = [_repeat_rows(part, weight) for part, weight in zip(parts, weights) if weight > 0]
-    if not repeated:
+    if not any(weights):
         raise SFTError("train_data_weights: all weights are 0; set at least one above 0")
-    return datasets.concatenate_datasets(repeated)
 
 
 def _repeat_rows(dataset: Dataset, weight: float) -> Dataset:

@@ -38,6 +38,7 @@ from sft_pipeline.utils.progress import show_elapsed_time
 from sft_pipeline.utils.time_account import TimeAccount
 
 RUNNING_LOSS_FILE = "running_loss.json"
+STREAM_FILE = "stream.json"
 
 
 @dataclass
@@ -67,6 +68,18 @@ class RunningLoss:
         return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
 
 
+def read_stream_state(checkpoint: str, is_streamed: bool) -> dict[str, Any] | None:
+    """Read where the rows of a checkpoint's run with `streaming` go on; None for a run without.
+
+    Raises SFTError if one of the two runs is streamed and the other is not: their rows come in other orders.
+    """
+    file = Path(checkpoint) / STREAM_FILE
+    if file.is_file() != is_streamed:
+        value = str(file.is_file()).lower()
+        raise SFTError(f"resume_from_checkpoint {checkpoint}: of a run with streaming: {value}; set it so to resume")
+    return json.loads(file.read_text(encoding="utf-8")) if is_streamed else None
+
+
 class CheckpointingTrainer(ShardedTrainer):
     """Writes every checkpoint and model to a staging folder, and renames it once all of it is on disk."""
 
@@ -76,6 +89,7 @@ class CheckpointingTrainer(ShardedTrainer):
         super().__init__(*args, **kwargs)
         self.times = times or TimeAccount()
         self.running_loss = RunningLoss()
+        self.stream_state: dict[str, Any] | None = None  # of a run with `streaming`, after the current step
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the staging folder while a checkpoint is written.
@@ -99,6 +113,8 @@ class CheckpointingTrainer(ShardedTrainer):
                     super()._save_checkpoint(model, trial)
                 if self.args.should_save:
                     write_json(staging_dir / RUNNING_LOSS_FILE, asdict(self.running_loss))
+                    if self.stream_state is not None:
+                        write_json(staging_dir / STREAM_FILE, self.stream_state)
                 self._set_best_checkpoint(run_dir, staging_dir)
                 self.accelerator.wait_for_everyone()
                 with show_elapsed_time(f"checking {name}", bool(self.args.disable_tqdm) or not self.args.should_save):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -30,14 +31,19 @@ def detect_divergence(loss: float, grad_norm: float, vocab_size: int) -> str | N
     return None
 
 
-def describe_divergence(folder: Path, step: int, reason: str, rows: list[int]) -> str:
-    """Return one line: the step, the reason, the training rows, the newest checkpoint and the remedy."""
+def describe_divergence(folder: Path, step: int, reason: str, rows: Sequence[int | str]) -> str:
+    """Return one line: the step, the reason, the training rows, the newest checkpoint and the remedy.
+
+    rows: numbers, those in ROWS_FILE; or of a stream where each is from.
+    """
     where = "in unknown training rows"
     if rows:
         numbers = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
         if len(rows) > MAX_LISTED_ROWS:
             numbers += f" and {len(rows) - MAX_LISTED_ROWS} more"
-        where = f"in training rows {numbers} (see {folder / ROWS_FILE})"
+        where = f"in training rows {numbers}"
+        if isinstance(rows[0], int):
+            where += f" (see {folder / ROWS_FILE})"
     checkpoints = sort_checkpoints(str(folder))
     checkpoint = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved"
     return f"step {step}: {reason}, {where}; {checkpoint}; lower learning_rate or max_grad_norm, or check these rows"

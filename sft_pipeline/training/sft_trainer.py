@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,10 @@ from sft_pipeline.data.chat_templates import build_template
 from sft_pipeline.data.messages import Conversation
 from sft_pipeline.data.packing import PackingCollator, describe_savings
 from sft_pipeline.data.padding import PaddingCollator
-from sft_pipeline.data.pipeline import EvalSource, PreparedData, prepare_data
+from sft_pipeline.data.pipeline import EvalSource, PreparedData, prepare_data, prepare_held_out, prepare_stream
 from sft_pipeline.data.preview import build_preview
 from sft_pipeline.data.shards import map_shards
-from sft_pipeline.data.sources import Source
+from sft_pipeline.data.sources import Source, describe_unread_names
 from sft_pipeline.data.splits import parse_sets
 from sft_pipeline.data.template import Template
 from sft_pipeline.data.tokenizer_export import build_saved_tokenizer
@@ -168,6 +169,7 @@ class SFTTrainer(SupervisedTrainer):
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
             tokens_per_batch=args.tokens_per_batch or 0,
             times=times,
+            stream=self.data.stream,
         )
         if args.lora_merge and self.is_fsdp_enabled:
             raise SFTError("lora_merge: adapters cannot be merged into weights sharded by fsdp; turn one of them off")
@@ -209,6 +211,7 @@ class SFTTrainer(SupervisedTrainer):
         with start_trackers(self, checkpoint, describe_data(self.data)):
             with self.times.measure("training"):
                 self.train_output = output = super().train(checkpoint, *args, **kwargs)
+            self._take_stream_account()
             if self.data.held_out is not None:
                 self._evaluate_final_model()
             if self._tasks:
@@ -319,6 +322,21 @@ class SFTTrainer(SupervisedTrainer):
         self._has_output_dir = True
         return checkpoint
 
+    def _take_stream_account(self) -> None:
+        """Replace the statistics of the first rows of a stream by those of all rows that were read."""
+        if self.stream is None:
+            return
+        account = self.stream_account
+        self.data = replace(
+            self.data,
+            train_stats=account.compute_stats(),
+            unread={source: dict(counts.most_common()) for source, counts in account.unread.items()},
+        )
+        logger.info("streamed training rows: %s", self.data.train_stats)
+        for source, names in account.unread.items():
+            if names:
+                logger.info("%s: not read: %s", source, describe_unread_names(names))
+
     def _evaluate_final_model(self) -> None:
         """Evaluate the model that will be saved, unless the last evaluation did so and asked every question.
 
@@ -339,12 +357,19 @@ def load_training_data(
 ) -> PreparedData:
     """Map the shards of `prepared_data`, or encode the rows.
 
-    On each machine the first process encodes; the others then read its cache.
+    On each machine the first process encodes; the others then read its cache. Of a stream all encode the first rows.
     """
     if args.prepared_data and train_rows is None and eval_rows is None:
         return map_shards(args, template)
     if not args.train_data and train_rows is None:
         raise SFTError("train_dataset: missing; give rows, or the key train_data")
+    if args.streaming:
+        with args.main_process_first(desc="encoding"):
+            held_out = prepare_held_out(args, template, eval_rows, times)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        with times.measure("reading rows"):
+            shuffle = args.train_sampling_strategy == "random"
+            return prepare_stream(args, template, train_rows, held_out, seed, shuffle)
     with args.main_process_first(desc="encoding"):
         return prepare_data(args, template, train_rows, eval_rows, times)
 
@@ -355,6 +380,8 @@ def set_evaluation_arguments(args: SFTConfig, has_held_out_rows: bool) -> None:
     Raises SFTError for keys that need them.
     """
     if has_held_out_rows:
+        if args.streaming and args.eval_strategy == IntervalStrategy.EPOCH:
+            logger.info("eval_strategy: epoch evaluates a stream before and after training; set steps for more")
         return
     if args.load_best_model_at_end:
         raise SFTError("load_best_model_at_end needs held-out rows: set held_out, eval_data or eval_dataset")
@@ -415,4 +442,5 @@ def describe_data(data: PreparedData) -> dict[str, Any]:
     """Return what trackers store beside the arguments: row counts and shares of supervised tokens."""
     stats = {"train": data.train_stats, "held_out": data.held_out_stats}
     shares = {name: split.supervised_tokens / split.tokens for name, split in stats.items() if split}
-    return {"data": count_rows(data), "supervised_share": shares}
+    counts = count_rows(data)
+    return {"data": counts if data.stream is None else counts | {"train": None}, "supervised_share": shares}

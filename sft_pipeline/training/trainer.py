@@ -9,6 +9,7 @@ checkpoints (checkpointing.py), a rehearsal of the heaviest batch (memory.py), a
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -39,12 +40,21 @@ from transformers.trainer_utils import EvalPrediction
 from sft_pipeline.config import get_output_dir
 from sft_pipeline.data.batch_sampler import MICRO_BATCHES, EpochDataLoader, StepBatchSampler, count_row_tokens
 from sft_pipeline.data.packing import PackingCollator
+from sft_pipeline.data.row_stream import (
+    STEP_ROWS,
+    STREAM_STATE,
+    RowStream,
+    StepStream,
+    StreamAccount,
+    build_stream_loader,
+)
 from sft_pipeline.data.splits import index_sets
+from sft_pipeline.data.streamed_sources import State
 from sft_pipeline.kernels.cpu_layer_training import find_unused_forward
 from sft_pipeline.model.loss_forward import check_loss_forward
 from sft_pipeline.model.packed_attention import check_packed_attention
 from sft_pipeline.runs.checkpoints import clear_leftovers
-from sft_pipeline.training.checkpointing import CheckpointingTrainer, RunningLoss
+from sft_pipeline.training.checkpointing import CheckpointingTrainer, RunningLoss, read_stream_state
 from sft_pipeline.training.device_check import check_on_device
 from sft_pipeline.training.divergence import describe_divergence, detect_divergence, write_diverged_rows
 from sft_pipeline.training.memory import (
@@ -102,15 +112,18 @@ class RunRehearsed(Exception):
 @dataclass(frozen=True)
 class RunPlan:
     """What a run would do. tokens: computed, of all its steps; tokens_per_second: of all processes in the heaviest
-    batch, or None where it was not run."""
+    batch, or None where it was not run; sample_rows: of a stream, how many rows the tokens are estimated from."""
 
     rows: int
     steps: int
     tokens: int
     tokens_per_second: float | None
+    sample_rows: int = 0
 
     def __str__(self) -> str:
         text = f"{self.rows:,} rows, {self.steps:,} steps, {self.tokens:,} tokens"
+        if self.sample_rows:
+            text += f" (estimated from the first {self.sample_rows:,} rows)"
         if self.tokens_per_second is None:
             return text
         seconds = self.tokens / self.tokens_per_second
@@ -147,6 +160,8 @@ class SupervisedTrainer(CheckpointingTrainer):
     tokens_per_batch: maximum tokens of a packed micro-batch, or 0 for per_device_train_batch_size rows. The rows of an
     optimizer step are the same with and without it; the micro-batches that they need are run by one `training_step`, so
     `gradient_accumulation_steps` of `args` becomes 1 and its batch size that many times larger.
+
+    stream: trained in place of `train_dataset`, which is then a sample of it, for estimates.
     """
 
     # Narrower than in the library, which allows other types.
@@ -155,7 +170,7 @@ class SupervisedTrainer(CheckpointingTrainer):
     eval_dataset: Dataset
     processing_class: PreTrainedTokenizerBase | None
 
-    def __init__(self, *, tokens_per_batch: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *, tokens_per_batch: int = 0, stream: RowStream | None = None, **kwargs: Any) -> None:
         if tokens_per_batch:
             args: TrainingArguments = kwargs["args"]
             args.per_device_train_batch_size *= args.gradient_accumulation_steps
@@ -166,6 +181,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         self.row_loss_sums = np.zeros((0, 3))  # of the last evaluation, per row: nll in nats, targets, correct targets
         self.eval_sets: dict[str, np.ndarray] = {}  # of the last evaluation: the indices of the rows of each named set
         self._tokens_per_batch = tokens_per_batch
+        self.stream = stream
         size_key = "tokens_per_batch" if tokens_per_batch else "per_device_train_batch_size"
         self._memory_remedy = describe_batch_remedy(size_key, self.args)
         self._num_tokens = 0
@@ -174,6 +190,8 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._sigterm = SigtermHandler()
         self._step_loss: Tensor | float = 0.0  # this process' part of the loss of the current step
         self._pending: StepSums | None = None  # of a step that is not checked yet
+        self._first_stream_state: State | None = None  # where a run that is resumed begins
+        self._step_rows: list[list[str]] = []  # where the rows of the last two steps of a stream are from
         self._is_dry_run = False
         self._rehearsed_tokens_per_second: float | None = None  # of one process
         # First, so that nothing else is started before the heaviest batch is known to fit.
@@ -189,6 +207,8 @@ class SupervisedTrainer(CheckpointingTrainer):
         self._num_tokens, self._eval_seconds, self._step_loss = 0, 0.0, 0.0  # the clock starts after the rehearsal
         self._pending = None
         self.running_loss = RunningLoss.read(Path(checkpoint)) if checkpoint else RunningLoss()
+        self.stream_state = read_stream_state(checkpoint, self.stream is not None) if checkpoint else None
+        self._first_stream_state = self.stream_state
         if self.args.should_save:
             clear_leftovers(get_output_dir(self.args))
         with self._sigterm, raise_on_unsafe_pickles(resume_from_checkpoint):
@@ -234,10 +254,12 @@ class SupervisedTrainer(CheckpointingTrainer):
             self._is_dry_run = False
         steps, rate = self.state.max_steps, self._rehearsed_tokens_per_second
         num_rows = steps * self.get_total_train_batch_size(self.args)
+        num_available = num_rows if self.stream is not None else len(self.train_dataset)
         if self.args.max_steps <= 0:
             num_rows = round(len(self.train_dataset) * self.args.num_train_epochs)  # the last step of an epoch is short
         tokens = round(num_rows * float(self._row_lengths.mean()))
-        return RunPlan(len(self.train_dataset), steps, tokens, rate and rate * self.data_ranks[0])
+        sample_rows = len(self.train_dataset) if self.stream is not None else 0
+        return RunPlan(num_available, steps, tokens, rate and rate * self.data_ranks[0], sample_rows)
 
     def rehearse(self) -> None:
         """Check the model, run the heaviest batch once, and start the clock."""
@@ -255,7 +277,11 @@ class SupervisedTrainer(CheckpointingTrainer):
     @cached_property
     def _row_lengths(self) -> np.ndarray:
         """Number of computed tokens of each training row by itself, counted once for all batch samplers."""
-        return count_row_tokens(self.train_dataset, share_prefixes=getattr(self.data_collator, "share_prefixes", False))
+        return count_row_tokens(self.train_dataset, share_prefixes=self._shares_prefixes)
+
+    @property
+    def _shares_prefixes(self) -> bool:
+        return getattr(self.data_collator, "share_prefixes", False)
 
     def build_batch_sampler(self) -> StepBatchSampler:
         """Return the sampler of this process, which yields the row indices of each micro-batch."""
@@ -280,17 +306,19 @@ class SupervisedTrainer(CheckpointingTrainer):
         """
         if self.args.train_sampling_strategy not in ("random", "sequential"):
             return super().get_train_dataloader()
-        return EpochDataLoader(
-            self.train_dataset,
-            batch_sampler=self.build_batch_sampler(),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            in_order=self.args.dataloader_in_order,
-        )
+        options = {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "in_order": self.args.dataloader_in_order,
+        }
+        batches = self.build_batch_sampler()
+        if self.stream is not None:
+            steps = StepStream(self.stream, batches, self._shares_prefixes, self._first_stream_state)
+            return build_stream_loader(steps, self.data_collator, **options)
+        return EpochDataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, **options)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train one epoch, unless all steps are done.
@@ -300,6 +328,9 @@ class SupervisedTrainer(CheckpointingTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.stream is not None:
+            # The library skips the batches of the steps that are done; the stream begins after them.
+            kwargs["train_dataloader"].dataset.skipped = kwargs["steps_trained_in_current_epoch"]
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(
@@ -309,10 +340,27 @@ class SupervisedTrainer(CheckpointingTrainer):
 
         As in the library, which waits for the device when it copies the number to it.
         """
-        batches = list(islice(epoch_iterator, num_batches))
+        with nullcontext() if self.stream is None else self.times.measure("waiting for rows"):
+            batches = list(islice(epoch_iterator, num_batches))
+        if self.stream is not None:
+            self._take_stream_state(batches)
         count = sum(int(batch["shift_labels"].ne(IGNORED).sum()) for batch in batches)
         num_targets = torch.full((), float(count), device=device)  # filled on the device
         return batches, self.accelerator.reduce(num_targets, reduction="sum")
+
+    def _take_stream_state(self, batches: list[Any]) -> None:
+        """Take the state of the stream after this step from its batches. Raises the error of a row that ended it."""
+        for batch in batches:
+            if isinstance(batch, SFTError):
+                raise batch
+        self.stream_state = json.loads(batches[-1].pop(STREAM_STATE))
+        self._step_rows = [*self._step_rows[-1:], batches[-1].pop(STEP_ROWS)]
+
+    @property
+    def stream_account(self) -> StreamAccount:
+        """What became of the rows that the steps so far were made of."""
+        assert self.stream_state is not None
+        return StreamAccount.from_state(self.stream_state["account"])
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -393,6 +441,10 @@ class SupervisedTrainer(CheckpointingTrainer):
     def _build_divergence_error(self, reason: str, step: int) -> SFTError:
         """Write the rows of the step to the output folder, and return the error that lists them."""
         folder, rows = get_output_dir(self.args), []
+        if self.stream is not None:
+            return SFTError(
+                describe_divergence(folder, step, reason, self._step_rows[step - self.state.global_step - 1])
+            )
         if self.args.train_sampling_strategy in ("random", "sequential"):
             sampler = self.build_batch_sampler()
             epoch, index = divmod(step - 1, len(sampler.split_epoch(0)))

@@ -296,7 +296,7 @@ def test_all_that_decides_the_rows_is_compared(written, tokenizer):
     others |= {"trainable_modules", "num_answers", "num_instructions", "eval_answer_share", "max_new_tokens"}
     others |= {"early_stopping_patience", "overwrite_output_dir", "push_evaluation", "trust_remote_code", "revision"}
     others |= {"share_prefixes", "dtype", "attn_implementation", "peft", "add_tokens"}
-    others |= {"load_in_4bit", "load_in_8bit", "eval_tasks"}
+    others |= {"load_in_4bit", "load_in_8bit", "eval_tasks", "streaming"}
     names = {key.name for key in dataclasses.fields(SFTArguments)}
     ours = {name for name in names if name not in others and not name.startswith("lora")}
     assert ours | FORMAT_KEYS == set(made_from)  # the text of `chat_template`, the arguments of the template

@@ -179,6 +179,7 @@ _TESTS = {
     "load_in_8bit": "tests/model/test_quantization.py::test_a_run_resumes_bit_by_bit_and_every_way_to_load_it_agrees",
     "lora_merge": "tests/model/test_lora.py::test_the_merged_model_computes_what_the_adapters_do",
     "prepared_data": "tests/data/test_shards.py::test_a_run_from_shards_is_the_run_without",
+    "streaming": "tests/training/test_streaming.py::test_a_streamed_run_in_order_is_the_run_of_rows_in_memory",
     "num_proc": "tests/data/test_encode.py::test_two_processes_give_the_rows_of_one",
     "eval_answer_share": "tests/training/test_evaluation_callback.py::test_intermediate_answers_stay_under_their_share",
     "early_stopping_patience": "tests/test_train.py::test_the_best_model_is_saved_and_training_stops_early",
