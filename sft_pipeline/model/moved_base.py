@@ -42,7 +42,7 @@ def save_as_lora(model: Any) -> None:
     if any(layer.get_base_layer().weight.dtype != torch.float32 for layer in layers):
         raise SFTError("peft: init_lora_weights: pissa and olora need a base in float32; use true, or dtype: float32")
     initial = _clone_factors(model)
-    save, load = model.save_pretrained, model.load_adapter
+    save, load_original = model.save_pretrained, model.load_adapter
 
     def save_pretrained(folder: str, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         save(folder, *args, is_main_process=is_main_process, **kwargs)
@@ -51,7 +51,7 @@ def save_as_lora(model: Any) -> None:
 
     def load_adapter(folder: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         if adapter_name not in model.peft_config:
-            return load(folder, adapter_name, *args, **kwargs)
+            return load_original(folder, adapter_name, *args, **kwargs)
         from peft import set_peft_model_state_dict
 
         weights, saved_initial = _read_factors(Path(folder), initial)
