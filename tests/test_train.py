@@ -9,7 +9,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from support.training_runs import run_train
+from support.training_runs import EVALUATED_RUN, run_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_pipeline.cli import main
@@ -43,27 +43,18 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(data, model_folder, tmp_path_factory) -> Path:
     keys = {
+        **EVALUATED_RUN,
         "model_name_or_path": str(model_folder),
         "train_data": str(data),
         "held_out": 6,
-        "template": "role",
         "system_prompt": SYSTEM,
         "max_length": 128,
         "num_answers": 3,
         "num_instructions": 2,
         "max_new_tokens": 6,
         "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
         "seed": 7,
-        "use_cpu": True,
-        "disable_tqdm": True,
     }
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
     file.write_text(yaml.safe_dump(keys, allow_unicode=True))

@@ -121,7 +121,7 @@ def _encode_set(name: str | None, rows: Dataset, encoder: Encoder, num_proc: int
 def _build_prepared_data(
     train: Dataset,
     train_stats: EncodingStats,
-    encoded: dict[str | None, tuple[Dataset, EncodingStats]],
+    encoded: EncodedSets,
     title: str,
     conversations: Dataset | None = None,
     unread: dict[str, dict[str, int]] | None = None,

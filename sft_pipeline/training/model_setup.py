@@ -82,9 +82,10 @@ def set_up_model(
     on_main_process = is_named and loads_on_main_process(args)
     if is_named:
         estimate_step(path, args, template, data, peft_config)
-    model = load_model_for_run(path, args, template, on_main_process) if isinstance(source, str) else source
-    if not is_named:
-        resize_for_tokens(model, args, template)
+    if isinstance(source, str):
+        model = load_model_for_run(path, args, template, on_main_process)
+    else:
+        model = resize_for_tokens(source, args, template)
     set_up_quantized_layers(model)
     set_special_tokens(unwrap_peft(model), template.tokenizer, template.stop_token_ids)
     if args.use_liger_kernel:

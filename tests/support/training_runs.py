@@ -7,6 +7,20 @@ from rich.console import Console
 from sft_pipeline.config import parse_config
 from sft_pipeline.train import train
 
+# Of a run on the CPU that evaluates and saves at every other step.
+EVALUATED_RUN = {
+    "template": "role",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
 
 def run_train(config: Path, *overrides: str) -> dict:
     return train(parse_config(str(config), list(overrides)), Console(quiet=True))

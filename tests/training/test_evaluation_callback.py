@@ -19,6 +19,7 @@ from support.agent import CALL, REPLY, assistant, script_answers, user, write_ca
 from support.processes import Command, find_free_port
 from support.step_results import make_results, make_row
 from support.templates import AGENT_TEMPLATE
+from support.training_runs import EVALUATED_RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -63,26 +64,17 @@ def config(model_folder, tmp_path_factory) -> Path:
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
     keys = {
+        **EVALUATED_RUN,
         "model_name_or_path": str(model_folder),
         "train_data": str(folder / "rows.json"),
         "held_out": ROWS,
-        "template": "role",
         "system_prompt": SYSTEM,
         "num_answers": NUM_ANSWERS,
         "num_instructions": NUM_INSTRUCTIONS,
         "max_new_tokens": 6,
         "eval_answer_share": 1000,
         "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
         "num_proc": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
     }
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(keys, allow_unicode=True))

@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 from support.processes import Command, find_free_port
 from support.reports import chart, edit
+from support.training_runs import EVALUATED_RUN
 from transformers.integrations import rewrite_logs
 
 from sft_pipeline.config import SFTConfig, build_config_record, parse_config
@@ -58,25 +59,16 @@ def folder(tmp_path_factory) -> Path:
 def config(folder, model_folder) -> Path:
     """Config with two sets, and evaluations at steps 0, 2 and 4 that ask every question."""
     keys = {
+        **EVALUATED_RUN,
         "model_name_or_path": str(model_folder),
         "train_data": "rows.json",
         "eval_data": SETS,
-        "template": "role",
         "num_answers": NUM_ANSWERS,
         "num_instructions": NUM_INSTRUCTIONS,
         "max_new_tokens": 5,
         "eval_answer_share": 1000,
         "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
         "num_proc": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
     }
     (folder / "sets.yaml").write_text(yaml.safe_dump(keys))
     return folder / "sets.yaml"
