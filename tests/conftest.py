@@ -20,6 +20,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 pytest.register_assert_rewrite("support")
 
@@ -62,6 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def restore_log_level() -> Iterator[None]:
+    """A Trainer gives transformers the level of its `log_level`, for the whole process."""
+    level = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="session")
