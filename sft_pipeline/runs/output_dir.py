@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 
 from sft_pipeline.config import SFTConfig, get_output_dir
 from sft_pipeline.runs.checkpoints import find_checkpoint_to_resume
+from sft_pipeline.utils.distributed import main_process_first
 from sft_pipeline.utils.errors import SFTError
 
 RUN_FILE = "run.yaml"
@@ -72,7 +73,7 @@ def create_output_dir(args: SFTConfig, checkpoint: str | None, record: dict[str,
     `check_output_dir`, and after data and model are loaded, so that errors in those delete no run.
     """
     folder = get_output_dir(args)
-    with args.main_process_first(desc="output folder"):
+    with main_process_first(args):
         if args.process_index == 0:
             if (folder / RUN_FILE).is_file() and checkpoint is None:
                 shutil.rmtree(folder)

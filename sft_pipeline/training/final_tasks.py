@@ -10,7 +10,7 @@ from sft_pipeline.config import SFTConfig
 from sft_pipeline.evaluation.harness import LoadedTasks, TaskOptions, TaskScore, load_tasks, run_tasks
 from sft_pipeline.inference.eval_mode import use_bf16_weights
 from sft_pipeline.model.loss_forward import patch_loss_forward
-from sft_pipeline.utils.distributed import run_on_main_process
+from sft_pipeline.utils.distributed import main_process_first, run_on_main_process
 from sft_pipeline.utils.errors import format_error
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def load_eval_tasks(args: SFTConfig) -> LoadedTasks | None:
     """Load the tasks of `eval_tasks`, one process after the first; None without tasks. Raises as `load_tasks`."""
     if not args.eval_tasks:
         return None
-    with args.main_process_first(desc="tasks"):
+    with main_process_first(args):
         return load_tasks(TaskOptions(tuple(args.eval_tasks)))
 
 

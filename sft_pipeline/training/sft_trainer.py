@@ -74,6 +74,7 @@ from sft_pipeline.training.parallel_sizes import check_parallel_sizes
 from sft_pipeline.training.precision import describe_precision, take_model_dtype
 from sft_pipeline.training.trackers import drop_missing_trackers, guard_trackers, start_trackers
 from sft_pipeline.training.trainer import SupervisedTrainer
+from sft_pipeline.utils.distributed import main_process_first
 from sft_pipeline.utils.errors import SFTError
 from sft_pipeline.utils.files import get_cache_dir, write_json
 from sft_pipeline.utils.time_account import TimeAccount
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DDP_TIMEOUT = 1800  # seconds, the default
 SAMPLE_ROWS = 1000  # about as many rows are packed to measure what packing saves
 
 
@@ -364,13 +366,13 @@ def load_training_data(
     if not args.train_data and train_rows is None:
         raise SFTError("train_dataset: missing; give rows, or the key train_data")
     if args.streaming:
-        with args.main_process_first(desc="encoding"):
+        with main_process_first(args):
             held_out = prepare_held_out(args, template, eval_rows, times)
         seed = args.seed if args.data_seed is None else args.data_seed
         with times.measure("reading rows"):
             shuffle = args.train_sampling_strategy == "random"
             return prepare_stream(args, template, train_rows, held_out, seed, shuffle)
-    with args.main_process_first(desc="encoding"):
+    with main_process_first(args):
         return prepare_data(args, template, train_rows, eval_rows, times)
 
 
@@ -425,6 +427,8 @@ def log_devices(trainer: SFTTrainer) -> None:
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             layout = f"the model sharded across them ({'FSDP2' if trainer.is_fsdp_enabled else 'ZeRO-3'})"
         logger.info("%s processes (%s), %s", args.world_size, args.distributed_state.backend, layout)
+        if args.use_cpu and args.ddp_timeout != DDP_TIMEOUT:
+            logger.warning("ddp_timeout: not used by transformers with use_cpu, collectives wait %s s", DDP_TIMEOUT)
 
 
 def log_packing(trainer: SFTTrainer) -> None:

@@ -1,7 +1,11 @@
 """Run work on one process of a distributed run for all, or a share of it on each.
 
-An error of one process is raised on all of them, so that none waits for a process that has ended.
+An error of one process is raised on all of them, so that none waits for a process that has ended. While one process
+works, the others wait as long as it takes: not in a collective of the training, which NCCL would end with the whole run
+after `ddp_timeout` (https://github.com/hiyouga/LLaMA-Factory/issues/2424).
 
+    with main_process_first(args):
+        rows = encode_rows()
     reason = run_on_main_process(args, lambda: find_damage(checkpoint))
     sums = run_on_all_processes(args, lambda: hash_share(args.process_index))
 
@@ -19,9 +23,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
@@ -29,6 +35,31 @@ from sft_pipeline.utils.errors import format_error
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+LONGEST_WAIT = timedelta(days=7)  # a process that has ended is noticed at once, as its connections close
+
+
+def wait_for_everyone() -> None:
+    """Return when all processes have called this, however much later than the others the last one comes."""
+    if dist.is_initialized():
+        group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        dist.barrier(group)
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def main_process_first(training: TrainingArguments) -> Iterator[None]:
+    """Run the block on the first process of each machine, and then, also if it has failed, on the others.
+
+    As the method of TrainingArguments, but without a limit on the time that the first one takes.
+    """
+    if training.local_process_index:
+        wait_for_everyone()
+    try:
+        yield
+    finally:
+        if not training.local_process_index:
+            wait_for_everyone()
 
 
 def run_on_main_process(training: TrainingArguments, function: Callable[[], T]) -> T:
@@ -38,6 +69,7 @@ def run_on_main_process(training: TrainingArguments, function: Callable[[], T]) 
     """
     is_main = training.process_index == 0
     outcome: _Outcome = _call(function) if is_main else _Outcome()
+    wait_for_everyone()
     [received] = broadcast_object_list([outcome.make_picklable()])
     return (outcome if is_main else received).get_result()
 

@@ -1,10 +1,12 @@
 """The trainer of a config: which collator it gets."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.training_runs import run_train
 
+from sft_pipeline.training.sft_trainer import log_devices
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -18,3 +20,12 @@ def test_a_budget_of_tokens_needs_a_model_that_can_be_packed(config, tmp_path, m
     message = r"^tokens_per_batch: 128 needs packing, which is off \(it is a teapot\); set it to 0$"
     with pytest.raises(SFTError, match=message):
         run_train(config, "--output_dir", str(tmp_path / "out"), "--tokens_per_batch", "128")
+
+
+@pytest.mark.parametrize(("ddp_timeout", "use_cpu"), [(60, True), (60, False), (1800, True)])
+def test_a_timeout_that_the_library_ignores_is_said(ddp_timeout, use_cpu, caplog):
+    state = SimpleNamespace(backend="gloo")
+    args = SimpleNamespace(world_size=2, distributed_state=state, use_cpu=use_cpu, ddp_timeout=ddp_timeout)
+    log_devices(SimpleNamespace(args=args, is_fsdp_enabled=False))
+    warnings = ["ddp_timeout: not used by transformers with use_cpu, collectives wait 1800 s"]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == warnings * (use_cpu and ddp_timeout == 60)

@@ -1,6 +1,8 @@
 """Work that one process does for all, and errors of one that all raise."""
 
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from support.processes import run_ranks
 from transformers import TrainingArguments
 
 from sft_pipeline.utils.distributed import (
+    main_process_first,
     run_on_all_processes,
     run_on_main_process,
     share_verdict,
@@ -62,6 +65,31 @@ def run_worker(process: int, folder: str) -> None:
     assert outer(process) == process + 1
     (Path(folder) / f"{process}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
+
+
+def run_slow_worker(process: int, folder: str) -> None:
+    """Each time, the first process works longer than any collective waits."""
+    # Not by ddp_timeout, which the library ignores with use_cpu.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+    args = TrainingArguments(folder, use_cpu=True, ddp_backend="gloo")
+    encoded = Path(folder) / "encoded"
+    with main_process_first(args):
+        if process == 0:
+            time.sleep(4)
+            encoded.write_text("rows")
+        rows = encoded.read_text()
+    with pytest.raises(SFTError, match="bad rows"), main_process_first(args):
+        raise SFTError("bad rows")
+    result = run_on_main_process(args, lambda: time.sleep(4) or "done")
+    (Path(folder) / f"{process}.json").write_text(json.dumps([rows, result]))
+    torch.distributed.destroy_process_group()
+
+
+def test_no_process_gives_up_while_the_first_one_encodes(tmp_path):
+    """Tokenizing for longer than ddp_timeout ended runs (https://github.com/hiyouga/LLaMA-Factory/issues/2424)."""
+    run_ranks(run_slow_worker, 2, str(tmp_path))
+    for process in range(2):
+        assert json.loads((tmp_path / f"{process}.json").read_text()) == ["rows", "done"]
 
 
 def test_two_processes_get_the_same_results_and_errors(tmp_path):
