@@ -17,6 +17,7 @@ itself, below any wrapper of `peft`, DDP or FSDP, so that their hooks see one or
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ from sft_pipeline.model.packed_attention import build_packed_arguments
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.distributed import share_verdict
 from sft_pipeline.utils.errors import SFTError, format_first_line
+
+logger = logging.getLogger(__name__)
 
 # The largest relative difference that the checks of a model accept in its loss and logits, by the dtype of its weights.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -59,6 +62,11 @@ def patch_loss_forward(model: PreTrainedModel) -> str | None:
     if has_router_loss:
         head, reason = None, f"{type(causal_lm).__name__} adds a router loss (output_router_logits: true)"
     else:
+        if hasattr(causal_lm.config.get_text_config(), "output_router_logits"):
+            logger.info(
+                "the router of the experts is trained without a loss of its own (output_router_logits: false in the "
+                "model's config.json)"
+            )
         _check_own_loss(causal_lm, reason)
     _check_causality(causal_lm)
 

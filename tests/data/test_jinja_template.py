@@ -303,6 +303,14 @@ def test_arguments_that_are_not_the_templates(name):
     fails(lambda: build(AGENT_TEMPLATE, **{name: 1}), part)
 
 
+def test_text_and_calls_of_one_answer_are_both_trained():
+    """The text beside a call was lost elsewhere (https://github.com/hiyouga/LLaMA-Factory/issues/9107)."""
+    both = answer("I look it up.", reasoning_content="r1", tool_calls=[call(city="Oslo")])
+    [sequence] = check_turns({"messages": [user("q1"), both], "tools": [tool()]})
+    [(_, _, target)] = list_turns(sequence)
+    assert all(text in target for text in ("r1", "I look it up.", '"city": "Oslo"'))
+
+
 # ---- what a template does not write, or cannot
 
 

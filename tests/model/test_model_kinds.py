@@ -139,6 +139,17 @@ def test_a_router_loss_is_added_to_the_padded_batch(name):
     assert compute_expected(make(ROUTER_LOSS[name])) - compute_expected(without) > 1e-3
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_router_loss_that_is_off_is_said(is_on, caplog):
+    """It was off in silence, as in TRL until https://github.com/huggingface/trl/pull/6085."""
+    model = make(ROUTER_LOSS["Mixtral"])
+    model.config.output_router_logits = is_on
+    with caplog.at_level(logging.INFO, logger="sft_pipeline"):
+        patch_loss_forward(model)
+    said = [m for m in caplog.messages if m.startswith("the router of the experts is trained without a loss")]
+    assert len(said) == (not is_on)
+
+
 def test_a_router_loss_is_weighted_by_the_targets_of_its_batch():
     """Of 2 * TARGETS in the step, the batch has a half: the library's loss for the batch alone counts by a half."""
     model = make(ROUTER_LOSS["Mixtral"])
