@@ -30,9 +30,8 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
         table.add_row("after", Text(_format_answer(row["after"], row["stopped"], row["error"])), style="green")
         console.print(table)
         console.print()
-    changes = format_changes(results)
-    if changes:
-        console.print(build_metrics_table(changes))
+    if results["before_and_after"]:
+        console.print(build_metrics_table(results))
     for name, score in results["tasks"].items():
         console.print(f"task {name}: {format_score(score)}", highlight=False, markup=False)
     parts = (f"{part} {seconds:.0f} s" for part, seconds in results["seconds_by_part"].items() if seconds >= 0.5)
@@ -45,13 +44,13 @@ def print_results(results: dict[str, Any], folder: str, console: Console) -> Non
     )
 
 
-def build_metrics_table(changes: list[list[str]]) -> Table:
-    """Build a table of the cells by `format_changes`: a row per metric."""
+def build_metrics_table(results: dict[str, Any]) -> Table:
+    """Build a table of the changes of the metrics: a row per metric, and per held-out set."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("")
     for name in ("before", "after", "change", "95% interval", "of"):
         table.add_column(name, justify="right", no_wrap=True)
-    for cells in changes:
+    for cells in format_changes(results):
         table.add_row(*cells, style=None if any(cells[1:]) else "bold")
     return table
 
