@@ -9,6 +9,7 @@ from rich.console import Console
 from sft_pipeline.commands.evaluate import EvaluateOptions, load_prompt_set, run_model
 from sft_pipeline.config import parse_config
 from sft_pipeline.evaluation.harness import TaskOptions, load_tasks
+from sft_pipeline.reports.html import write_report
 from sft_pipeline.train import rehearse_run, train
 from sft_pipeline.training import final_tasks
 from sft_pipeline.training.sft_trainer import SFTTrainer
@@ -49,6 +50,24 @@ def test_a_run_ends_with_its_tasks(parse, tmp_path, monkeypatch, keys):
     assert sent["eval_facts_choice_acc"] == choice["value"] and "eval_facts_answer_exact_match" in sent
     assert "<h2>Tasks of lm-evaluation-harness</h2>" in (tmp_path / "out" / "report.html").read_text()
     assert "tasks" in results["seconds_by_part"]
+
+
+def test_a_run_that_ends_within_its_tasks_keeps_its_results(parse, tmp_path, monkeypatch):
+    """All but the scores, and the report says so."""
+    out, seen = tmp_path / "out", []
+
+    def end(*args):
+        seen.append((out / "model.safetensors").is_file())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(final_tasks, "run_tasks", end)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(), Console(quiet=True))
+    results = json.loads((out / "results.json").read_text())
+    assert seen == [True] and results["tasks"] == {}
+    assert results["steps"] == 2 and results["eval_loss"]["after"] and results["answers"] and results["rows"]["train"]
+    page = write_report([out]).read_text()
+    assert "Without scores: " in page and f"./launch.sh evaluate {out} --tasks configs/tasks</pre>" in page
 
 
 def test_an_error_in_a_task_does_not_lose_the_run(parse, tmp_path, monkeypatch, caplog):
