@@ -1,6 +1,5 @@
 """Tasks of lm-evaluation-harness: log-likelihoods equal the held-out loss, answers those of `chat`, scores HFLM's."""
 
-import json
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from support.agent import save_agent
 from support.model_comparison import row
+from support.task_files import TEXTS, write_task
 from support.templates import AGENT_TEMPLATE
 
 from sft_pipeline.data.chat_templates import build_template
@@ -222,29 +222,9 @@ def test_the_agent_template_is_scored_as_it_is_trained(model_folder, tmp_path):
             assert loglikelihood == pytest.approx(expected, 1e-4)
 
 
-def write_task(folder: Path, name: str, **keys) -> str:
-    """Write a task of generation over four rows, with other keys; return its file."""
-    folder.mkdir(exist_ok=True)
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"Say {n}.", "text": "the text"}) + "\n" for n in range(4)))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{text}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | keys))
-    return str(folder / f"{name}.yaml")
-
-
 def test_groups_and_metrics_without_a_mean(tmp_path, tiny_model, tokenizer):
     """A group has a score without values; perplexities are no means, and have no standard error."""
-    texts = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
-    write_task(tmp_path / "t", "texts", **texts, metric_list=[{"metric": "word_perplexity"}])
+    write_task(tmp_path / "t", "texts", **TEXTS, metric_list=[{"metric": "word_perplexity"}])
     for name in ("first", "second"):
         write_task(tmp_path / "t", name, metric_list=[{"metric": "exact_match"}], tag="both")
     aggregate = [{"metric": "exact_match", "filter_list": ["none"]}]

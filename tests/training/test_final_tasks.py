@@ -2,9 +2,13 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from support.processes import run_ranks
+from support.task_files import write_tasks
 
 from sft_pipeline.commands.evaluate import EvaluateOptions, load_prompt_set, run_model
 from sft_pipeline.config import parse_config
@@ -82,6 +86,26 @@ def test_an_error_in_a_task_does_not_lose_the_run(parse, tmp_path, monkeypatch, 
         "eval_tasks: not evaluated (RuntimeError: out of memory); the model is saved, and "
         f"`evaluate {tmp_path / 'out'} --tasks configs/tasks` asks them again"
     )
+
+
+def run_rank(process: int, config: str, tasks: str, out: str) -> None:
+    trainer = SFTTrainer(
+        args=parse_config(config, ["--eval_tasks", tasks, "--output_dir", out, "--ddp_backend", "gloo"])
+    )
+    trainer.train()
+    Path(f"{out}{process}.json").write_text(json.dumps([trainer.args.world_size, trainer.task_scores]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_scores_of_the_model_that_they_save(write_config, tmp_path):
+    tasks = write_tasks(tmp_path / "tasks")
+    run_ranks(run_rank, 2, str(write_config(tmp_path, 8, **TASKS)), tasks, str(tmp_path / "out"))
+    options = EvaluateOptions(tasks=TaskOptions((tasks,)))
+    [evaluated] = run_model(str(tmp_path / "out"), "x", load_prompt_set(options), options, load_tasks(options.tasks))
+    scores = {score.name: score.as_json() for score in evaluated.task_scores}
+    for process in range(2):
+        assert json.loads((tmp_path / f"out{process}.json").read_text()) == [2, scores]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"] == scores
 
 
 @pytest.mark.parametrize("run", [train, rehearse_run])
