@@ -17,13 +17,11 @@ from sft_pipeline.config import SFTConfig, get_output_dir
 from sft_pipeline.data.preview import print_row
 from sft_pipeline.reports.console_summary import print_results
 from sft_pipeline.reports.html import write_report
-from sft_pipeline.runs.output_dir import RESULTS_FILE, check_output_dir
-from sft_pipeline.training.final_results import build_results
+from sft_pipeline.runs.output_dir import check_output_dir
 from sft_pipeline.training.hub import upload_model
 from sft_pipeline.training.rank_failures import report_lost_ranks
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.console import print_line
-from sft_pipeline.utils.files import write_json
 from sft_pipeline.utils.progress import show_elapsed_time
 
 
@@ -56,15 +54,14 @@ def train(args: SFTConfig, console: Console) -> dict[str, Any]:
     trainer = SFTTrainer(args=args)
     if trainer.is_world_process_zero():
         print_row(trainer.data.train[0], trainer.template.tokenizer, "first training row", console)
-    output = trainer.train()
+    trainer.train()
     with trainer.times.measure("saving"), show_elapsed_time(f"saving {args.output_dir}", bool(args.disable_tqdm)):
         if not args.eval_tasks:  # before these, `train` has saved it
             trainer.save_model(push=False)
         trainer.save_state()
-    results = build_results(trainer, output)
+    results = trainer.save_results()
     if trainer.is_world_process_zero():
         folder = get_output_dir(args)
-        write_json(folder / RESULTS_FILE, results)
         print_results(results, str(folder), console)
         print_line(console, f"report: {write_report([folder])}")
     if args.push_to_hub:

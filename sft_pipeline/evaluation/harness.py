@@ -17,10 +17,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sft_pipeline.data.template import Template
@@ -113,8 +115,8 @@ class LoadedTasks:
 def load_tasks(options: TaskOptions) -> LoadedTasks:
     """Load the tasks and their rows.
 
-    Raises SFTError: the extra is missing, an unknown name, rows that cannot be read, a task that needs a package or
-    runs code of the model.
+    Raises SFTError: the extra is missing, an unknown name, rows that cannot be read, a task that needs a package, runs
+    code of the model or has `generation_kwargs` that generation does not know.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise SFTError("tasks need lm-evaluation-harness; install it with `pip install 'sft_pipeline[harness]'`")
@@ -122,7 +124,8 @@ def load_tasks(options: TaskOptions) -> LoadedTasks:
     manager, names = _find_tasks(options)
     for name in names:
         try:
-            content = manager.load([name])
+            with _keep_quiet(disable_tqdm=False):
+                content = manager.load([name])
         except Exception as error:  # the code of a task, or a library that reads its rows
             raise SFTError(f"task {name}: {_describe_load_error(error)}") from error
         if repeated := sorted(loaded["tasks"].keys() & content["tasks"].keys()):
@@ -131,6 +134,7 @@ def load_tasks(options: TaskOptions) -> LoadedTasks:
             values.update(content.get(key, {}))
     for name, task in loaded["tasks"].items():
         _check_task(name, task)
+        _name_scoring_errors(name, task)
         if options.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=options.num_fewshot)
         elif task.get_config("num_fewshot") is None:
@@ -219,32 +223,54 @@ def _describe_load_error(error: Exception) -> str:
 
 
 def _check_task(name: str, task: Any) -> None:
-    """Raise SFTError for a task that is not asked here."""
+    """Raise SFTError for a task that is not asked here, before a model is loaded or trained for it."""
+    from sft_pipeline.evaluation.harness_model import read_generation_kwargs
+
     if getattr(task, "UNSAFE_CODE", False):
         raise SFTError(
             f"task {name}: runs code that the model writes, which is not done here; use lm_eval in a sandbox"
         )
     if getattr(task, "MULTIMODAL", False):
         raise SFTError(f"task {name}: has images or audio; remove it")
+    try:
+        read_generation_kwargs(task.get_config("generation_kwargs") or {})
+    except SFTError as error:
+        raise SFTError(f"task {name}: {error}") from error
+
+
+def _name_scoring_errors(name: str, task: Any) -> None:
+    """Let an error of the task's code that scores an answer end with one line, after hours of answers."""
+    process_results = task.process_results
+
+    def score(*args: Any) -> Any:
+        try:
+            return process_results(*args)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {format_error(error)}"
+            raise SFTError(f"task {name}: an answer cannot be scored ({reason}); mend or remove the task") from error
+
+    task.process_results = score
 
 
 @contextlib.contextmanager
 def _keep_quiet(disable_tqdm: bool) -> Iterator[None]:
     """Within this block the harness prints nothing on the standard output, and starts no processes for standard errors.
 
-    disable_tqdm: it also shows no bars of its own.
+    disable_tqdm: it also shows no bars of its own, which have no option.
     """
-    words = {"DISABLE_MULTIPROC": "1"} | ({"TQDM_DISABLE": "1"} if disable_tqdm else {})
-    previous = {key: os.environ.get(key) for key in words}
-    os.environ.update(words)
+    bars: Any = tqdm
+    init, processes = bars.__init__, os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    if disable_tqdm:
+        bars.__init__ = partialmethod(init, disable=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        for key, value in previous.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value
+        bars.__init__ = init
+        os.environ.pop("DISABLE_MULTIPROC")
+        if processes is not None:
+            os.environ["DISABLE_MULTIPROC"] = processes
 
 
 def _build_scores(results: Any) -> Iterator[TaskScore]:
@@ -253,7 +279,7 @@ def _build_scores(results: Any) -> Iterator[TaskScore]:
         samples: Sequence[dict[str, Any]] = results["samples"].get(task, ())
         for key, value in metrics.items():
             metric, _, filter_key = key.partition(",")
-            if not filter_key or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            if not filter_key or metric.endswith("_stderr") or not isinstance(value, (int, float, np.number)):
                 continue
             error = metrics.get(f"{metric}_stderr,{filter_key}")
             yield TaskScore(

@@ -268,11 +268,13 @@ def read_generation_kwargs(kwargs: dict[str, Any]) -> tuple[SamplingParams, list
     options: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_GEN_TOKS))
     until, max_new_tokens = [text for text in options.pop("until", []) if text], options.pop("max_gen_toks")
     do_sample = bool(options.pop("do_sample", False))
+    if options.get("num_beams") == 1:
+        del options["num_beams"]  # what generation does
     sampling = {key: options.pop(key) for key in SAMPLING_KEYS if key in options}
     if options:
         name = sorted(options)[0]
         raise SFTError(
-            f"a task's generation_kwargs have {name}: {options[name]}, which generation does not know; it knows until, "
+            f"generation_kwargs have {name}: {options[name]}, which generation does not know; it knows until, "
             f"max_gen_toks, do_sample, {', '.join(SAMPLING_KEYS)}"
         )
     if not do_sample:

@@ -60,6 +60,12 @@ class RunResults:
         words = ["./launch.sh", "train", str(self.folder / RUN_FILE), "--output_dir", f"{self.folder}-again"]
         return shlex.join(words)
 
+    @property
+    def tasks_command(self) -> str:
+        """The command that asks the saved model the tasks of `eval_tasks`."""
+        tasks = ",".join(self.results["config"]["eval_tasks"])
+        return shlex.join(["./launch.sh", "evaluate", str(self.folder), "--tasks", tasks])
+
     def get_number(self, *keys: str | int, form: str | Callable[[Any], str] = "{}") -> SourcedNumber:
         """Return the number of results.json under these nested keys; its text is ABSENT if it is missing or null.
 

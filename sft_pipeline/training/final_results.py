@@ -6,10 +6,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import TrainOutput
-
 from sft_pipeline.data.pipeline import PreparedData
 from sft_pipeline.training.memory import measure_peak_memory_gib
+from sft_pipeline.utils.errors import SFTError
 
 if TYPE_CHECKING:
     from sft_pipeline.training.sft_trainer import SFTTrainer
@@ -17,8 +16,11 @@ if TYPE_CHECKING:
 PACKAGES = ("sft_pipeline", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 
-def build_results(trainer: SFTTrainer, output: TrainOutput) -> dict[str, Any]:
-    """Build the content of results.json from a trainer that has trained. output: what `train` has returned."""
+def build_results(trainer: SFTTrainer) -> dict[str, Any]:
+    """Build the content of results.json from a trainer. Raises SFTError if it has not trained."""
+    output = trainer.train_output
+    if output is None:
+        raise SFTError("results: nothing has been trained; call train() first")
     history = trainer.state.log_history
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {

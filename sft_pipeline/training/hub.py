@@ -101,12 +101,11 @@ def upload_model(
 
 def build_card(trainer: SFTTrainer, name: str | None = None, license_id: str | None = None) -> ModelCard:
     """Build the model card of a trainer that has trained. Raises SFTError if it has not."""
-    if trainer.train_output is None:
-        raise SFTError("push_to_hub: nothing has been trained, so there is no model card to write; call train() first")
+    results = build_results(trainer)
     name = name or str(trainer.hub_model_id or get_output_dir(trainer.args).absolute()).rpartition("/")[2]
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     dtype, has_adapters = str(model.dtype).removeprefix("torch."), unwrap_peft(model) is not model
-    return build_model_card(build_results(trainer, trainer.train_output), name, dtype, license_id, has_adapters)
+    return build_model_card(results, name, dtype, license_id, has_adapters)
 
 
 @contextmanager

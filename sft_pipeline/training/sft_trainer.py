@@ -55,6 +55,7 @@ from sft_pipeline.model.quantization import dequantize_base, is_quantized, save_
 from sft_pipeline.runs.checkpoints import needs_evaluation
 from sft_pipeline.runs.output_dir import (
     PREVIEW_FILE,
+    RESULTS_FILE,
     check_output_dir,
     copy_evaluations,
     create_output_dir,
@@ -63,7 +64,7 @@ from sft_pipeline.runs.output_dir import (
 from sft_pipeline.runs.trained_model import save_template_settings
 from sft_pipeline.training.devices import check_devices
 from sft_pipeline.training.evaluation_callback import EvaluationCallback
-from sft_pipeline.training.final_results import count_rows
+from sft_pipeline.training.final_results import build_results, count_rows
 from sft_pipeline.training.final_tasks import evaluate_tasks, load_eval_tasks
 from sft_pipeline.training.held_out_sets import check_held_out_sets
 from sft_pipeline.training.hub import CARD_FILE, build_card, convert_hub_errors, upload_model
@@ -198,7 +199,7 @@ class SFTTrainer(SupervisedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train and evaluate the final model, with the trackers of `report_to`.
 
-        With `eval_tasks` the model is saved here, and then asked the tasks.
+        With `eval_tasks` the model and results.json are saved here, and the model is then asked the tasks.
 
         resume_from_checkpoint: a checkpoint folder, True (the newest one) or "auto" (the newest one if there is one);
         by default the key of `args`. The output folder is created here, and gets the files that runs/output_dir.py
@@ -217,11 +218,13 @@ class SFTTrainer(SupervisedTrainer):
             if self.data.held_out is not None:
                 self._evaluate_final_model()
             if self._tasks:
-                # First, so that nothing that happens in a task loses the model.
+                # First, so that nothing that happens in a task loses the model or its results.
                 with self.times.measure("saving"):
                     self.save_model(push=False)
+                    self.save_results()
                 with self.times.measure("tasks"):
                     self.task_scores = evaluate_tasks(self, self._tasks)
+                self.save_results()
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -252,6 +255,13 @@ class SFTTrainer(SupervisedTrainer):
             save_template_settings(Path(output_dir), self.template, self.args.system_prompt)
         if self.args.push_to_hub and push and not _internal_call and output_dir in (None, self.args.output_dir):
             upload_model(self, "Model save")
+
+    def save_results(self) -> dict[str, Any]:
+        """Write results.json to the output folder, from process 0; return its content. Raises SFTError before train."""
+        results = build_results(self)
+        if self.is_world_process_zero():
+            write_json(get_output_dir(self.args) / RESULTS_FILE, results)
+        return results
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository `hub_model_id`: before training, so that a missing login is known by then."""

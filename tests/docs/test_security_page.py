@@ -22,7 +22,7 @@ from support.trainers import make_trainer
 from transformers import AutoTokenizer
 
 from sft_pipeline import cli
-from sft_pipeline.arguments import SFTArguments
+from sft_pipeline.arguments import SFTArguments, SourceEntry
 from sft_pipeline.commands.chat import AnswerStreamer, ChatSession, chat
 from sft_pipeline.commands.generate import _encode_prompt
 from sft_pipeline.commands.resumable_jsonl import AnswerFile
@@ -33,6 +33,7 @@ from sft_pipeline.data.messages import add_system_prompt
 from sft_pipeline.data.preview import format_row_json
 from sft_pipeline.data.prompts import Prompt, load_prompts
 from sft_pipeline.data.sources import load_conversations
+from sft_pipeline.data.streamed_sources import open_stream
 from sft_pipeline.data.tokenizer_export import build_saved_chat_template
 from sft_pipeline.evaluation.judge import Judge
 from sft_pipeline.evaluation.prompt_set import add_examples
@@ -202,7 +203,7 @@ def test_a_link_out_of_a_data_folder_is_refused(tmp_path):
     for target in (private, "../private.jsonl", "/nowhere/at/all.jsonl"):
         (folder / "zz.jsonl").unlink(missing_ok=True)
         (folder / "zz.jsonl").symlink_to(target)
-        for load in (load_conversations, load_prompts):
+        for load in (load_conversations, load_prompts, open_source):
             refusal(
                 lambda load=load: load(str(folder)),
                 "zz.jsonl is a symbolic link that leaves the folder",
@@ -212,9 +213,15 @@ def test_a_link_out_of_a_data_folder_is_refused(tmp_path):
     [data] = (tmp_path / "saved").glob("*.arrow")
     data.rename(tmp_path / "elsewhere.arrow")
     data.symlink_to(tmp_path / "elsewhere.arrow")
-    refusal(
-        lambda: load_conversations(str(tmp_path / "saved")), f"{data.name} is a symbolic link that leaves the folder"
-    )
+    for load in (load_conversations, open_source):
+        refusal(
+            lambda load=load: load(str(tmp_path / "saved")), f"{data.name} is a symbolic link that leaves the folder"
+        )
+
+
+def open_source(name: str) -> list:
+    """Read a source as `streaming: true` does."""
+    return list(open_stream(SourceEntry(name)))
 
 
 def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
@@ -228,7 +235,8 @@ def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
     content = file.read_bytes()
     at = content.rindex(offsets, 0, content.index(b"Hi there"))
     file.write_bytes(content[: at + 4] + (1 << 30).to_bytes(4, "little") + content[at + 8 :])
-    refusal(lambda: load_conversations(str(file)), "rows.arrow: not a readable Arrow file")
+    for load in (load_conversations, open_source):
+        refusal(lambda load=load: load(str(file)), "rows.arrow: not a readable Arrow file")
 
 
 # ---- templates, YAML

@@ -1,6 +1,5 @@
 """Tasks of lm-evaluation-harness: log-likelihoods equal the held-out loss, answers those of `chat`, scores HFLM's."""
 
-import json
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from support.agent import save_agent
 from support.model_comparison import row
+from support.task_files import TEXTS, write_task
 from support.templates import AGENT_TEMPLATE
 
 from sft_pipeline.data.chat_templates import build_template
@@ -222,29 +222,9 @@ def test_the_agent_template_is_scored_as_it_is_trained(model_folder, tmp_path):
             assert loglikelihood == pytest.approx(expected, 1e-4)
 
 
-def write_task(folder: Path, name: str, **keys) -> str:
-    """Write a task of generation over four rows, with other keys; return its file."""
-    folder.mkdir(exist_ok=True)
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"Say {n}.", "text": "the text"}) + "\n" for n in range(4)))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{text}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | keys))
-    return str(folder / f"{name}.yaml")
-
-
 def test_groups_and_metrics_without_a_mean(tmp_path, tiny_model, tokenizer):
     """A group has a score without values; perplexities are no means, and have no standard error."""
-    texts = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
-    write_task(tmp_path / "t", "texts", **texts, metric_list=[{"metric": "word_perplexity"}])
+    write_task(tmp_path / "t", "texts", **TEXTS, metric_list=[{"metric": "word_perplexity"}])
     for name in ("first", "second"):
         write_task(tmp_path / "t", name, metric_list=[{"metric": "exact_match"}], tag="both")
     aggregate = [{"metric": "exact_match", "filter_list": ["none"]}]
@@ -266,14 +246,51 @@ def test_groups_and_metrics_without_a_mean(tmp_path, tiny_model, tokenizer):
     ]
 
 
+CODE = """
+import numpy as np
+
+print("loaded")
+
+def score(doc, results):
+    if doc["question"] == "Say 2.":
+        raise LookupError("no\\nmodel of sentences")
+    return {"exact_match": np.float32(1)}
+"""
+
+
+def test_the_code_of_a_task(tmp_path, tiny_model, tokenizer, capsys):
+    """What it prints is kept off the standard output; its numbers may be numpy's; its error names the task."""
+    file = Path(write_task(tmp_path / "t", "own", metric_list=[{"metric": "exact_match"}]))
+    (file.parent / "code.py").write_text(CODE)
+    file.write_text(file.read_text() + "process_results: !function code.score\n")
+    patch_loss_forward(tiny_model)
+    template = build_template("chat", tokenizer)
+    [score], _ = run_tasks(load_tasks(TaskOptions((str(file),), limit=2)), tiny_model, template, None, True)
+    assert score.value == 1 and score.values == [1, 1]
+    message = r"^task own: an answer cannot be scored \(LookupError: no model of sentences\); mend or remove the task$"
+    with pytest.raises(SFTError, match=message):
+        run_tasks(load_tasks(TaskOptions((str(file),))), tiny_model, template, None, True)
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("loaded\n")
+
+
+def test_bars_can_be_turned_off(tmp_path, tiny_model, tokenizer, capsys):
+    file = write_task(tmp_path / "t", "own", metric_list=[{"metric": "exact_match"}])
+    tasks, template = load_tasks(TaskOptions((file,))), build_template("chat", tokenizer)
+    patch_loss_forward(tiny_model)
+    for disable, expected in ((True, False), (False, True)):
+        capsys.readouterr()
+        run_tasks(tasks, tiny_model, template, None, disable)
+        assert ("4/4" in capsys.readouterr().err) == expected
+
+
 def test_generation_kwargs():
     settings, until = read_generation_kwargs({"until": "\n", "do_sample": False, "temperature": 0.0})
     assert until == ["\n"] and (settings.max_new_tokens, settings.do_sample) == (256, False)
     settings, until = read_generation_kwargs({"until": ["", "a"], "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 3})
     assert until == ["a"] and settings.do_sample and (settings.temperature, settings.top_p) == (0.7, 0.9)
-    with pytest.raises(
-        SFTError, match="^a task's generation_kwargs have num_beams: 4, which generation does not know; "
-    ):
+    assert read_generation_kwargs({"num_beams": 1}) == read_generation_kwargs({})
+    with pytest.raises(SFTError, match="^generation_kwargs have num_beams: 4, which generation does not know; "):
         read_generation_kwargs({"num_beams": 4})
 
 
@@ -299,6 +316,7 @@ def test_error_messages(tmp_path, without_own_tasks, monkeypatch):
     with (folder / "needs.yaml").open("a") as file:
         file.write("process_results: !function needs.process\n")
     unsafe = write_task(folder, "unsafe", unsafe_code=True)
+    beams = write_task(folder, "beams", generation_kwargs={"num_beams": 4})
     cases = {
         ("knwn", str(folder)): "tasks: no task is named knwn; did you mean known? `lm-eval ls tasks` lists them",
         ("zzz", None): "tasks: no task is named zzz; a YAML file of your own is given by its path",
@@ -308,6 +326,10 @@ def test_error_messages(tmp_path, without_own_tasks, monkeypatch):
         (broken, None): f"task {broken}: cannot be loaded (",
         ("needs", str(folder)): "task needs: needs a package (No module named 'no_such_package'); install it with `pip",
         (unsafe, None): "task unsafe: runs code that the model writes",
+        (
+            beams,
+            None,
+        ): "task beams: generation_kwargs have num_beams: 4, which generation does not know; it knows ",
     }
     for (name, include_path), message in cases.items():
         with pytest.raises(SFTError) as error:

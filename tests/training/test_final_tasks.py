@@ -2,13 +2,18 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from support.processes import run_ranks
+from support.task_files import write_tasks
 
 from sft_pipeline.commands.evaluate import EvaluateOptions, load_prompt_set, run_model
 from sft_pipeline.config import parse_config
 from sft_pipeline.evaluation.harness import TaskOptions, load_tasks
+from sft_pipeline.reports.html import write_report
 from sft_pipeline.train import rehearse_run, train
 from sft_pipeline.training import final_tasks
 from sft_pipeline.training.sft_trainer import SFTTrainer
@@ -51,6 +56,24 @@ def test_a_run_ends_with_its_tasks(parse, tmp_path, monkeypatch, keys):
     assert "tasks" in results["seconds_by_part"]
 
 
+def test_a_run_that_ends_within_its_tasks_keeps_its_results(parse, tmp_path, monkeypatch):
+    """All but the scores, and the report says so."""
+    out, seen = tmp_path / "out", []
+
+    def end(*args):
+        seen.append((out / "model.safetensors").is_file())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(final_tasks, "run_tasks", end)
+    with pytest.raises(KeyboardInterrupt):
+        train(parse(), Console(quiet=True))
+    results = json.loads((out / "results.json").read_text())
+    assert seen == [True] and results["tasks"] == {}
+    assert results["steps"] == 2 and results["eval_loss"]["after"] and results["answers"] and results["rows"]["train"]
+    page = write_report([out]).read_text()
+    assert "Without scores: " in page and f"./launch.sh evaluate {out} --tasks configs/tasks</pre>" in page
+
+
 def test_an_error_in_a_task_does_not_lose_the_run(parse, tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError("out of\nmemory")
@@ -63,6 +86,26 @@ def test_an_error_in_a_task_does_not_lose_the_run(parse, tmp_path, monkeypatch, 
         "eval_tasks: not evaluated (RuntimeError: out of memory); the model is saved, and "
         f"`evaluate {tmp_path / 'out'} --tasks configs/tasks` asks them again"
     )
+
+
+def run_rank(process: int, config: str, tasks: str, out: str) -> None:
+    trainer = SFTTrainer(
+        args=parse_config(config, ["--eval_tasks", tasks, "--output_dir", out, "--ddp_backend", "gloo"])
+    )
+    trainer.train()
+    Path(f"{out}{process}.json").write_text(json.dumps([trainer.args.world_size, trainer.task_scores]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_scores_of_the_model_that_they_save(write_config, tmp_path):
+    tasks = write_tasks(tmp_path / "tasks")
+    run_ranks(run_rank, 2, str(write_config(tmp_path, 8, **TASKS)), tasks, str(tmp_path / "out"))
+    options = EvaluateOptions(tasks=TaskOptions((tasks,)))
+    [evaluated] = run_model(str(tmp_path / "out"), "x", load_prompt_set(options), options, load_tasks(options.tasks))
+    scores = {score.name: score.as_json() for score in evaluated.task_scores}
+    for process in range(2):
+        assert json.loads((tmp_path / f"out{process}.json").read_text()) == [2, scores]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"] == scores
 
 
 @pytest.mark.parametrize("run", [train, rehearse_run])

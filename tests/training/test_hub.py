@@ -146,8 +146,10 @@ def test_a_strategy_that_pushes_checkpoints_is_refused_also_if_set_later(hub, co
 
 def test_a_model_that_was_not_trained_has_no_card(hub, config, tmp_path):
     args = parse_config(str(config), [f"--output_dir={tmp_path / 'out'}", "--push_to_hub=false"])
-    with pytest.raises(SFTError, match="nothing has been trained"):
-        SFTTrainer(args=args).push_to_hub()
+    trainer = SFTTrainer(args=args)
+    for call in (trainer.push_to_hub, trainer.save_results):
+        with pytest.raises(SFTError, match=r"^results: nothing has been trained; call train\(\) first$"):
+            call()
     assert not hub.read_commits()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.processes import run_ranks
+from support.task_files import write_tasks
 from support.tiny import build_model
 from support.trainers import make_model, make_trainer
 from torch import nn
@@ -69,9 +70,9 @@ def read_error(function, *arguments, **options) -> str:
     return str(error_info.value)
 
 
-def run_worker(process: int, folder: str, config: str, broken: str) -> None:
+def run_worker(process: int, folder: str, config: str, broken: str, tasks: str) -> None:
     out, file = Path(folder), Path(config)
-    reports = {}
+    reports = {"tasks": {}}
     for name, overrides in (("full", []), ("lora", LORA)):
         trainer = build(file, out / name, *overrides, on_main=True)
         devices = {weight.device.type for weight in trainer.model.parameters()}
@@ -81,15 +82,17 @@ def run_worker(process: int, folder: str, config: str, broken: str) -> None:
         reports[name] = train_and_report(trainer)
         assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
         trainer.save_model()
-        reports[f"{name}, loaded by both"] = train_and_report(
-            build(file, out / f"{name} by both", *overrides, on_main=False)
-        )
+        trainer = build(file, out / f"{name} by both", *overrides, "--eval_tasks", tasks, on_main=False)
+        reports[f"{name}, loaded by both"] = train_and_report(trainer)
+        reports["tasks"][f"{name}, gathered"] = trainer.task_scores
     trainer = build(file, out / "object", on_main=True, model=load_model(parse_config(config).model_name_or_path))
     assert all(weight.device.type == "cpu" for weight in trainer.model.parameters()), "whole on both"
     reports["a model object"] = train_and_report(trainer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardedAnswerer, "fits", lambda self: False)
-        reports["in step"] = train_and_report(build(file, out / "in step", on_main=True))
+        trainer = build(file, out / "in step", "--eval_tasks", tasks, on_main=True)
+        reports["in step"] = train_and_report(trainer)
+        reports["tasks"]["in step"] = trainer.task_scores
     reports["no answers"] = train_and_report(
         build(file, out / "no answers", "--num_answers", "0", "--num_instructions", "0", on_main=True)
     )
@@ -119,9 +122,14 @@ def broken(model_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(config, broken, tmp_path_factory) -> Path:
+def tasks(tmp_path_factory) -> str:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def folder(config, broken, tasks, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    run_ranks(run_worker, PROCESSES, str(folder), str(config), str(broken))
+    run_ranks(run_worker, PROCESSES, str(folder), str(config), str(broken), tasks)
     return folder
 
 
@@ -133,11 +141,12 @@ def reports(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one_process(config, tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("one")
-    return {
-        name: train_and_report(build(config, folder / name, *keys)) for name, keys in (("full", []), ("lora", LORA))
-    }
+def one_process(config, tasks, tmp_path_factory) -> dict[str, dict]:
+    folder, reports = tmp_path_factory.mktemp("one"), {}
+    for name, keys in (("full", []), ("lora", LORA)):
+        trainer = build(config, folder / name, *keys, "--eval_tasks", tasks)
+        reports[name] = train_and_report(trainer) | {"tasks": trainer.task_scores}
+    return reports
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -157,6 +166,17 @@ def test_sharded_models_answer_as_whole_ones(name, reports, one_process):
     assert reports[name]["answers"] == expected and len(expected) == STEPS + 1
     assert len({json.dumps(answers) for answers in expected}) > 1, "they change while the model is trained"
     assert set(reports[name]["errors"]) == {None}
+
+
+@pytest.mark.parametrize("name", ["full, gathered", "lora, gathered", "in step"])
+def test_the_tasks_of_two_processes_have_the_scores_of_one(name, reports, one_process):
+    """Those of likelihood and of generation, on both processes (`reports`); in DDP: test_final_tasks.py."""
+    scores, expected = reports["tasks"][name], one_process["lora" if name.startswith("lora") else "full"]["tasks"]
+    assert list(scores) == list(expected) == ["chosen acc", "likelihood word_perplexity", "written chrf"]
+    for key, score in scores.items():
+        assert score["value"] == pytest.approx(expected[key]["value"], rel=1e-4) and score["questions"] == 4
+    assert len({run["tasks"]["likelihood word_perplexity"]["value"] for run in one_process.values()}) == 2
+    assert expected["written chrf"]["value"] > 0
 
 
 @pytest.mark.parametrize("name", ["full", "in step"])
