@@ -13,7 +13,7 @@ from support.processes import run_ranks
 from support.training_runs import run_train
 
 from sft_pipeline import cli
-from sft_pipeline.commands.evaluate import load_eval_conversations
+from sft_pipeline.commands.evaluate import load_eval_sets
 from sft_pipeline.config import SFTConfig, parse_config
 from sft_pipeline.data import pipeline, row_stream
 from sft_pipeline.data.pipeline import load_one_row
@@ -197,7 +197,7 @@ def test_held_out_rows_are_loaded_without_the_training_rows(config, tmp_path, mo
     run_train(config, *words)
     assert "eval_strategy: epoch evaluates a stream before and after training; set steps for more" in caplog.messages
     monkeypatch.setattr(pipeline, "load_splits", None)
-    [conversation] = load_eval_conversations(str(tmp_path / "out"))
+    [[conversation]] = load_eval_sets(str(tmp_path / "out")).values()
     assert conversation["messages"][0]["content"] == "Who?"
 
 
