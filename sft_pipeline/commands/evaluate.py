@@ -4,7 +4,7 @@
     sft-pipeline evaluate smollm2-135m outputs/quickstart --tasks gsm8k,ifeval
 
 The first model is the baseline. `--data` is a run's output folder, whose held-out rows are used, or a file, folder or
-hub name of rows in any supported format.
+hub name of rows in any supported format. If the run has several held-out sets, the models are also compared on each.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sft_pipeline.data.sources import load_conversations
 from sft_pipeline.data.splits import alternate, parse_sets
 from sft_pipeline.data.template import Template
 from sft_pipeline.evaluation import tables
-from sft_pipeline.evaluation.comparison import Comparison, compare_models
+from sft_pipeline.evaluation.comparison import Comparison, compare_models, compare_sets
 from sft_pipeline.evaluation.harness import LoadedTasks, TaskOptions, load_tasks, run_tasks
 from sft_pipeline.evaluation.judge import Judge, JudgeResults, judge_pairs
 from sft_pipeline.evaluation.metrics.instruction_following import load_instructions
 from sft_pipeline.evaluation.model_results import EvaluatedModel, ModelResults, check_context_length, run_prompt_set
 from sft_pipeline.evaluation.plots import draw_comparison
-from sft_pipeline.evaluation.prompt_set import PromptSet, drop_texts, select_prompts
+from sft_pipeline.evaluation.prompt_set import PromptSet, drop_texts, find_sets, select_prompts
 from sft_pipeline.evaluation.readable_messages import format_answer
 from sft_pipeline.model.loading import check_revision, resolve_model, takes_revision
 from sft_pipeline.model.loss_forward import patch_loss_forward
@@ -114,15 +114,22 @@ def evaluate_models(
     for name, (template, system_prompt) in zip(models, loaded):
         check_rows(name, template, system_prompt, prompt_set)
     results = [result for name in models for result in run_model(name, name, prompt_set, options, tasks)]
-    comparison = compare_models(results, prompt_set)
+    comparison, sets = compare_models(results, prompt_set), compare_sets(results, prompt_set)
     if output:
         # Before the judge, whose server may fail.
-        write_comparison(output, "evaluation", tables.format_markdown(comparison), comparison, results, prompt_set)
+        table = tables.format_markdown(comparison)
+        table += "".join(f"\n## {name}\n\n{tables.format_markdown(part)}" for name, part in sets.items())
+        write_comparison(output, "evaluation", table, comparison, results, prompt_set)
     if not as_json:
         tables.print_table(tables.format_details(comparison), console)
+        for name, part in sets.items():
+            tables.print_table(f"\nheld-out set {name}", console)
+            tables.print_table(tables.format_details(part), console)
     baseline, *candidates = results
     judged = [compare_with_judge(judge, baseline, result, prompt_set) for result in candidates] if judge else []
     content = comparison.as_json() | {"judged": [asdict(judge_results) for judge_results in judged]}
+    if sets:
+        content["sets"] = {name: part.as_json() for name, part in sets.items()}
     if output:
         write_json(output / COMPARISON_FILE, content)
     if as_json:
@@ -167,19 +174,21 @@ def load_prompt_set(options: EvaluateOptions) -> PromptSet:
     """Select held-out prompts and few-shot examples from the rows of `options.data`; an empty set without data."""
     if options.data is None:
         return PromptSet([], [])
-    rows = drop_texts(load_eval_conversations(options.data), options.data)
-    return select_prompts(rows, options.num_prompts, options.few_shot)
+    sets = load_eval_sets(options.data)
+    rows = drop_texts(list(alternate(sets.values())), options.data)
+    prompt_set = select_prompts(rows, options.num_prompts, options.few_shot)
+    return replace(prompt_set, sets=find_sets(prompt_set.rows, sets))
 
 
-def load_eval_conversations(data: str) -> list[Conversation]:
-    """Load a run's held-out rows, or all rows of a file, folder or hub name."""
+def load_eval_sets(data: str) -> dict[str | None, list[Conversation]]:
+    """Load a run's held-out sets by their names, or all rows of a file, folder or hub name, which have none."""
     run_file = Path(data).expanduser() / RUN_FILE
     if not run_file.is_file():
-        return load_conversations(data)
+        return {None: load_conversations(data)}
     held_out = load_held_out(parse_config(str(run_file)))
     if held_out is None:
         raise SFTError(f"{data}: this run has no held-out rows; give a file, folder or hub name of rows")
-    return list(alternate(parse_sets(held_out).values()))
+    return parse_sets(held_out)
 
 
 def run_model(
@@ -246,7 +255,8 @@ def list_answers(results: list[ModelResults], prompt_set: PromptSet) -> Iterator
             for result in results
         ]
         tools = {"tools": prompt["tools"]} if "tools" in prompt else {}
-        yield {"prompt": prompt["messages"], **tools, "reference": reference, "answers": answers}
+        of_set = {"set": prompt_set.sets[index]} if prompt_set.sets else {}
+        yield {"prompt": prompt["messages"], **tools, "reference": reference, **of_set, "answers": answers}
     for index, instruction in enumerate(results[0].instructions):
         answers = [{"model": result.name, **asdict(result.instruction_answers[index])} for result in results]
         messages = [{"role": "user", "content": instruction.prompt}]

@@ -166,7 +166,8 @@ class RowStream:
         while True:
             ended = self._mix.count_rows_of_ended()
             for name in ended.keys() - self._ended.keys():
-                logger.info("%s: all %s rows were read; it begins again, in another order", name, f"{ended[name]:,}")
+                again = "in another order" if self._order["shuffle"] else "in the same order"
+                logger.info("%s: all %s rows were read; it begins again, %s", name, f"{ended[name]:,}", again)
             self._ended = ended
             rows = self._read_rows(BLOCK_ROWS)
             order = np.arange(len(rows))

@@ -260,8 +260,18 @@ def _load_folder(folder: Path, split: str) -> tuple[Dataset, str]:
     parts = [_load_file(path, format_file_name(path)) for path in paths]
     _, row_format, columns = parts[0]
     check_same_format(folder, paths, [part[1] for part in parts])
+    log_unread_files(folder, paths)
     description = describe_files(paths, row_format, columns)
     return datasets.concatenate_datasets([part[0] for part in parts]), description
+
+
+def log_unread_files(folder: Path, paths: Sequence[Path]) -> None:
+    """Log the files and folders in a folder of data files that are not read; hidden ones are left out."""
+    others = sorted({path for path in folder.iterdir() if not path.name.startswith(".")} - set(paths))
+    if others and paths[0].parent == folder and not (folder / "state.json").is_file():
+        shown = [path.name for path in others[:SHOWN_NAMES]]
+        more = [f"{len(others) - SHOWN_NAMES:,} others"] if len(others) > SHOWN_NAMES else []
+        logger.info("%s: not read: %s; data are files of %s", folder, ", ".join(shown + more), ", ".join(READERS))
 
 
 def describe_files(paths: Sequence[Path], row_format: RowFormat, columns: list[str]) -> str:

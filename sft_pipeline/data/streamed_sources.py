@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+from datasets.iterable_dataset import BufferShuffledExamplesIterable
 
 from sft_pipeline.arguments import SourceEntry
 from sft_pipeline.data.formats import RowFormat, detect_format
@@ -28,6 +29,7 @@ from sft_pipeline.data.sources import (
     detect_file_format,
     format_file_name,
     list_data_files,
+    log_unread_files,
     resolve_source,
 )
 from sft_pipeline.data.splits import check_weights
@@ -75,6 +77,8 @@ def _open_files(name: str, path: Path, split: str) -> tuple[FileStream, str]:
     formats = [detect_file_format(*file) for file in zip(paths, names)]
     check_same_format(path, paths, [row_format for row_format, _ in formats])
     row_format, columns = formats[0]
+    if path.is_dir():
+        log_unread_files(path, paths)
     stream = FileStream(name, paths, names, row_format)
     return stream, describe_files(paths, row_format, columns) if path.is_dir() else describe_columns(
         row_format, columns
@@ -128,6 +132,11 @@ class DatasetStream:
             raise SFTError(f"{name}: no rows")
         self.row_format, self.columns = detect_format(first.column_names, name), first.column_names
         self._start = {"rows": 0, "dataset": dataset.with_format("arrow").state_dict()}
+        if _has_shuffle_buffer(dataset._ex_iterable):
+            raise SFTError(
+                f"{name}: is shuffled, and a resumed run would lose the rows of its buffer; leave out `shuffle`, as "
+                "rows are shuffled in blocks here"
+            )
         self._loaded: State | None = None  # the state that was loaded, until a row is read
         self.load_state_dict(self._start)
 
@@ -153,6 +162,13 @@ class DatasetStream:
         self._dataset.load_state_dict(state["dataset"])
 
 
+def _has_shuffle_buffer(iterable: Any) -> bool:
+    """Whether an IterableDataset, or one that it is made of, is shuffled. Its state does not tell."""
+    parts = [getattr(iterable, "ex_iterable", None), *getattr(iterable, "ex_iterables", ())]
+    inner = any(_has_shuffle_buffer(part) for part in parts if part is not None)
+    return inner or isinstance(iterable, BufferShuffledExamplesIterable)
+
+
 @dataclass
 class Progress:
     """How far a source is read. taken: rows in this epoch, or with weights since the beginning; rows: of the source,
@@ -176,6 +192,10 @@ class SourceMix:
         self.progress = [Progress() for _ in self.streams]
         self._start = self.state_dict()
         self._iterators = [iter(stream) for stream in self.streams]
+
+    def __getstate__(self) -> State:
+        """Leave out what a loader cannot send to a process that it spawns; `load_state_dict` begins again there."""
+        return vars(self) | {"_iterators": []}
 
     @property
     def passes(self) -> int:

@@ -86,6 +86,25 @@ def compare_models(models: list[ModelResults], prompts: PromptSet) -> Comparison
     return Comparison(entries, len(rows), len(tasks), excluded)
 
 
+def compare_sets(models: list[ModelResults], prompts: PromptSet) -> dict[str, Comparison]:
+    """Compare the models on the rows of each named held-out set alone, without instructions and tasks."""
+    comparisons = {}
+    for name in dict.fromkeys(prompts.sets):
+        rows = [index for index, set_name in enumerate(prompts.sets) if set_name == name]
+        parts = [
+            ModelResults(
+                results.name,
+                [results.losses[index] for index in rows],
+                [results.answers[index] for index in rows],
+                [results.calls_match[index] for index in rows],
+                [],
+            )
+            for results in models
+        ]
+        comparisons[name] = compare_models(parts, PromptSet([prompts.rows[index] for index in rows], []))
+    return comparisons
+
+
 def compute_difference(baseline: RowValues, values: RowValues) -> PairedDifference | None:
     """Return the difference from the baseline; None with fewer than two rows or a value that is not finite.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sft_pipeline.data.messages import (
     SYSTEM_ROLES,
@@ -24,10 +25,11 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PromptSet:
     """rows: conversations that end with the reference answer. examples: exchanges (user, assistant) whose user message
-    is in none of the rows."""
+    is in none of the rows. sets: the held-out set of each row, if the sets have names."""
 
     rows: list[Conversation]
     examples: list[list[Message]]
+    sets: list[str] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[Conversation]:
@@ -82,6 +84,16 @@ def select_prompts(conversations: list[Conversation], num_prompts: int, few_shot
             "examples; use fewer examples"
         )
     return PromptSet(prompts, examples)
+
+
+def find_sets(rows: Sequence[Conversation], sets: Mapping[str | None, Sequence[Conversation]]) -> list[str]:
+    """Return the name of the held-out set that each question is of; an empty list for one set without a name."""
+    names: dict[int, str] = {}
+    for name, conversations in sets.items():
+        for row in itertools.chain.from_iterable(map(list_questions, conversations)):
+            if name is not None:
+                names.setdefault(hash_row(row), name)
+    return [names[hash_row(row)] for row in rows] if names else []
 
 
 def get_first_exchange(row: Conversation) -> list[Message] | None:

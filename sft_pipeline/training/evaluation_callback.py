@@ -149,7 +149,12 @@ class EvaluationCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Answer, score, log and store. Called inside `trainer.evaluate`, whose time does not count as training."""
+        """Answer, score, log and store. Called inside `trainer.evaluate`, whose time does not count as training.
+
+        Of rows that a program evaluates in place of the held-out ones only the trainer's metrics are known.
+        """
+        if getattr(self.trainer, "evaluates_other_rows", False):
+            return
         ask_all = state.global_step == 0 or self._is_final_model(args, state)
         questions = self.questions if ask_all else select_first(self.questions, self._get_question_count())
         start = time.perf_counter()

@@ -180,6 +180,7 @@ class SupervisedTrainer(CheckpointingTrainer):
             raise SFTError("tokens_per_batch: DeepSpeed counts micro-batches of its own; set it to 0")
         self.row_loss_sums = np.zeros((0, 3))  # of the last evaluation, per row: nll in nats, targets, correct targets
         self.eval_sets: dict[str, np.ndarray] = {}  # of the last evaluation: the indices of the rows of each named set
+        self.evaluates_other_rows = False  # in place of `eval_dataset`, in the last evaluation
         self._tokens_per_batch = tokens_per_batch
         self.stream = stream
         size_key = "tokens_per_batch" if tokens_per_batch else "per_device_train_batch_size"
@@ -458,8 +459,11 @@ class SupervisedTrainer(CheckpointingTrainer):
 
         So training is the same whenever evaluations come. The metrics are those of all rows, and, under their names,
         those of each held-out set (`join_sets`): it is evaluated in one pass, in which each row counts once.
+
+        eval_dataset: other encoded rows, of which only the loss, perplexity and accuracy are computed.
         """
         self.check_forwards()
+        self.evaluates_other_rows = eval_dataset is not None and eval_dataset is not self.eval_dataset
         self.eval_sets = index_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
         start, remedy = time.perf_counter(), "lower per_device_eval_batch_size"
         with handle_out_of_memory("an evaluation", remedy, self.args), restore_random_states(self.args.device):

@@ -30,7 +30,7 @@ from sft_pipeline.commands.evaluate import (
     EvaluateOptions,
     compare_with_judge,
     evaluate_models,
-    load_eval_conversations,
+    load_eval_sets,
     load_prompt_set,
     run_model,
 )
@@ -100,7 +100,7 @@ def test_the_template_of_a_plain_folder_can_be_chosen(data, model_folder, other_
 def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp_path):
     keys = {"model_name_or_path": str(model_folder), "train_data": [data], "held_out": 3}
     (tmp_path / "run.yaml").write_text(json.dumps(keys))
-    held = load_eval_conversations(str(tmp_path))
+    [held] = load_eval_sets(str(tmp_path)).values()
     questions = {conversation["messages"][0]["content"] for conversation in held}
     assert len(held) == 3 and questions < {row["instruction"] for row in ROWS}
     # Several sets take turns, so that the first prompts are of all of them.
@@ -110,12 +110,41 @@ def test_the_data_of_a_runs_folder_are_its_held_out_rows(data, model_folder, tmp
             json.dumps([{"instruction": f"{name} {n}", "output": "yes"} for n in range(2)])
         )
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0, "eval_data": sets}))
-    questions = [conversation["messages"][0]["content"] for conversation in load_eval_conversations(str(tmp_path))]
-    assert questions == ["one 0", "two 0", "one 1", "two 1"]
+    assert list(load_eval_sets(str(tmp_path))) == ["one", "two"]
+    prompt_set = load_prompt_set(EvaluateOptions(str(tmp_path), num_prompts=3))
+    assert (prompt_set.texts, prompt_set.sets) == (["one 0", "two 0", "one 1"], ["one", "two", "one"])
     (tmp_path / "run.yaml").write_text(json.dumps({**keys, "held_out": 0}))
     message = f"^{tmp_path}: this run has no held-out rows; give a file, folder or hub name of rows$"
     with pytest.raises(SFTError, match=message):
-        load_eval_conversations(str(tmp_path))
+        load_eval_sets(str(tmp_path))
+
+
+def test_the_models_are_compared_on_each_held_out_set(data, model_folder, other_folder, tmp_path, capsys):
+    sets = {"short": ROWS[:2], "long": [{"instruction": f"Say it {n} times.", "output": "text " * n} for n in (5, 9)]}
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    paths = {name: str(tmp_path / f"{name}.json") for name in sets}
+    keys = {"model_name_or_path": str(model_folder), "train_data": [data], "eval_data": paths}
+    (tmp_path / "run.yaml").write_text(json.dumps(keys))
+    words = ["evaluate", str(model_folder), str(other_folder), "--max_new_tokens", "2", "--template", "role", "--json"]
+    out = tmp_path / "out"
+    main([*words, "--data", str(tmp_path), "--output", str(out)])
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads((out / "evaluation.json").read_text()) and list(content["sets"]) == ["short", "long"]
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [line.get("set") for line in lines[:5]] == ["short", "long", "short", "long", None]
+    for name, part in content["sets"].items():
+        main([*words, "--data", paths[name]])
+        alone = json.loads(capsys.readouterr().out)
+        assert (part["rows"], part["instructions"]) == (2, 0)
+        for entry, expected in zip(part["entries"], alone["entries"], strict=True):
+            assert "instructions_followed_rate" not in entry["metrics"]
+            known = {metric: expected["metrics"][metric] for metric in entry["metrics"]}
+            assert entry["metrics"] == pytest.approx(known, rel=1e-5)
+        assert f"\n## {name}\n\n| | " in (out / "evaluation.md").read_text()
+    main([*words[:-1], "--data", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert output.index("held-out set short") < output.index("held-out set long")
 
 
 def test_tasks_of_two_models(model_folder, other_folder, tmp_path, capsys):

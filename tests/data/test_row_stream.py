@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_sources_take_turns_and_weights_are_proportions(stream_of, tmp_path, cap
     stream = stream_of(paths, [3.0, 1.0], shuffle=False)
     assert "".join(origin[0] for origin in take(stream, 8)) == "aaabaaab"
     assert Counter(origin[0] for origin in take(stream, 40)) == {"a": 30, "b": 10}
-    again = f"{paths[0]}: all 3 rows were read; it begins again, in another order"
+    again = f"{paths[0]}: all 3 rows were read; it begins again, in the same order"
     assert caplog.messages.count(again) == 1
     assert not take(stream_of(paths, [0.0, 1.0]), 1)[0].startswith("a")
 
@@ -308,6 +309,22 @@ def test_a_dataset_of_the_hub_is_streamed_and_goes_on(stream_of, monkeypatch, tm
         state = json.loads(json.dumps(stream.state_dict()))
         assert take_from(stream_of(["org/rows"]), state, 30 - killed) == expected[killed:]
     assert whole.account.unread["org/rows"]["id"] in range(24, 27)
+
+
+def test_a_shuffled_dataset_is_refused_as_its_buffer_would_be_lost():
+    dataset = Dataset.from_list(make_rows("a", 9)).to_iterable_dataset()
+    with pytest.raises(
+        SFTError, match="^rows: is shuffled, and a resumed run would lose the rows of its buffer; leave"
+    ):
+        open_stream(dataset.shuffle(seed=1).map(lambda row: row), "rows")
+
+
+def test_a_stream_is_sent_to_a_process_that_is_spawned(stream_of, tmp_path):
+    paths = [write_rows(tmp_path / f"{name}.jsonl", make_rows(name, 5)) for name in "ab"]
+    stream, expected = stream_of(paths), take(stream_of(paths), 20)
+    take(stream, 4)
+    state = stream.state_dict()
+    assert take_from(pickle.loads(pickle.dumps(stream)), state, 16) == expected[4:]
 
 
 def test_rows_of_a_dataset_are_those_that_are_read_in_memory(stream_of, encoder, cache):

@@ -529,11 +529,13 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path, caplog):
     write(folder / "a.jsonl", ROWS[1:])
     (folder / "README.md").write_text("not data")
     (folder / ".hidden.json").write_text("not read")
+    (folder / "c.jsonl.gz").write_text("not read")
     with caplog.at_level(logging.INFO, "sft_pipeline"):
         dataset, _ = load_source(folder)
     assert dataset["origin"][:] == ["rows/a.jsonl line 1", "rows/a.jsonl line 2", "rows/b.json row 0"]
     assert parse(dataset) == EXPECTED[1:] + EXPECTED[:1]
     assert "3 rows, 2 files, read as alpaca" in caplog.text
+    assert f"{folder}: not read: README.md, c.jsonl.gz; data are files of .json, .jsonl, .csv" in caplog.text
 
 
 def test_folders_that_do_not_fit(tmp_path):

@@ -7,6 +7,7 @@ code and with the installed libraries.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import datasets
 import evaluate
 import torch
 from torch import nn
@@ -72,6 +73,14 @@ PRIVATE_NAMES = (
         lambda: nn.Identity()._forward_pre_hooks,
         "OrderedDict",
         "as _forward_hooks",
+    ),
+    PrivateName(
+        "data/streamed_sources.py",
+        "_ex_iterable",
+        "datasets",
+        lambda: datasets.Dataset.from_dict({"a": [1]}).to_iterable_dataset()._ex_iterable,
+        "ArrowExamplesIterable",
+        "neither the state of an IterableDataset nor a public attribute tells whether it has a shuffle buffer",
     ),
     PrivateName(
         "evaluation/metrics/hf_metrics.py",

@@ -294,6 +294,20 @@ def trainer(config, tmp_path, tiny_model, make_tokenizer):
     return trainer
 
 
+def test_other_rows_have_a_loss_and_do_not_replace_the_evaluation_of_the_held_out_rows(trainer, tmp_path):
+    [file] = (tmp_path / "out" / EVALUATION_DIR).iterdir()
+    content, logged = file.read_bytes(), len(trainer.state.log_history)
+    rows = {"some": trainer.eval_dataset.select([0, 1]), "all": trainer.eval_dataset.select(range(ROWS))}
+    metrics = trainer.evaluate(rows)
+    [results] = trainer.evaluation.evaluations
+    assert metrics["eval_all_loss"] == pytest.approx(results.metrics["nll_nats_per_token"], rel=1e-6)
+    nll, tokens = (sum(results.held_out[name][:2]) for name in ("nll_nats", "tokens"))
+    assert metrics["eval_some_loss"] == pytest.approx(nll / tokens, rel=1e-6) != metrics["eval_all_loss"]
+    assert file.read_bytes() == content and len(trainer.state.log_history) == logged + 2, "no answers, no bits per byte"
+    trainer.evaluate(trainer.eval_dataset)
+    assert len(trainer.evaluation.evaluations) == 2
+
+
 def get_state(model: torch.nn.Module) -> dict:
     """Return all state of the model and the process that an evaluation could change."""
     return {

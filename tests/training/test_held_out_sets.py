@@ -1,15 +1,17 @@
 """Held-out sets with names: each has the metrics of a run with it alone, and all together those of one set."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
 from rich.console import Console
-from support.processes import Command, find_free_port
+from support.processes import run_ranks
 from support.reports import chart, edit
 from support.training_runs import EVALUATED_RUN
 from transformers.integrations import rewrite_logs
@@ -92,7 +94,7 @@ def runs(config, folder, tmp_path_factory):
 
     def runs(name: str) -> Path:
         if name not in done:
-            overrides = ["--eval_data", *data[name]] if data[name] else []
+            overrides = ["--save_strategy", "no", "--eval_data", *data[name]] if data[name] else []
             done[name] = run_train(config, base / name, *overrides)
         return base / name
 
@@ -373,15 +375,19 @@ def test_sets_keep_their_order_and_their_rows(config):
 # Several processes and resuming.
 
 
+def evaluate_in_process(process: int, config: str, folder: str) -> None:
+    """Evaluate in one of two processes, before the first step, when the model is that of one process."""
+    os.chdir(Path(config).parent)
+    keys = ["--per_device_train_batch_size", "2", "--num_answers", "1", "--num_instructions", "0"]
+    trainer = SFTTrainer(args=parse_config(config, [*keys, "--ddp_backend", "gloo", "--output_dir", folder]))
+    trainer.evaluate()
+    if process == 0:
+        trainer.state.save_to_json(f"{folder}/trainer_state.json")
+    torch.distributed.destroy_process_group()
+
+
 def test_two_processes_have_the_losses_of_one(runs, config, tmp_path):
-    """With gloo. Before the first step the model is the same."""
-    keys = ["--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2", "--num_answers", "1"]
-    keys += ["--max_steps", "1", "--num_instructions", "0", "--save_strategy", "no"]
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
-    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    processes = [Command(["train", config, *keys], config.parent, tmp_path, **rank) for rank in ranks]
-    statuses, _, errors = zip(*(process.wait() for process in processes))
-    assert statuses == (0, 0), errors
+    run_ranks(evaluate_in_process, 2, str(config), str(tmp_path / "out"))
     [first, *_], [expected, *_] = load_history(tmp_path / "out"), load_history(runs("sets"))
     for key, value in expected.items():
         if key.endswith(LOGGED):
