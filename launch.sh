@@ -115,8 +115,12 @@ if [[ $verb == lint ]]; then
     exec mypy
 fi
 extras=lora,plot,judge
-if [[ $verb == dashboard || " $* " == *" --report_to"*trackio* ]]; then extras+=,track; fi
-if [[ " $* " == *" --tasks"* ]]; then extras+=,harness; fi
+needs() { # whether an option of the command $2..., or a key of its config $3, matches $1
+    [[ " ${*:2} " =~ \ --($1) ]] || grep -qsE "^($1)" -- "${3:-}"
+}
+if [[ $verb == dashboard ]] || needs 'report_to.*trackio' "$@"; then extras+=,track; fi
+if needs 'tasks|eval_tasks' "$@"; then extras+=,harness; fi
+if needs 'load_in_[48]bit' "$@"; then extras+=,qlora; fi
 install "$extras"
 if [[ $verb == train ]]; then
     # In the script of a Slurm job, not in a step of it, which srun has already started.

@@ -26,14 +26,14 @@ def test_a_ready_config_is_valid(path):
         assert Path(entry.path).exists() or entry.path in (OWN_DATA, "tatsu-lab/alpaca")
 
 
-@pytest.mark.parametrize("name", ["lora", "continued_pretraining", "fsdp2_qwen3_8b"])
+@pytest.mark.parametrize("name", ["lora", "qlora", "continued_pretraining", "fsdp2_qwen3_8b"])
 def test_a_ready_config_begins_with_its_command(name):
     first, second, third, fourth = Path(f"configs/{name}.yaml").read_text().splitlines()[:4]
     assert all(line.startswith("# ") for line in (first, second, third)) and not fourth.startswith("#")
     assert f" train configs/{name}.yaml" in second
 
 
-@pytest.mark.parametrize("name", ["lora", "continued_pretraining"])
+@pytest.mark.parametrize("name", ["lora", "qlora", "continued_pretraining"])
 def test_a_ready_config_trains(name, model_folder, tmp_path):
     """With the tiny model in place of the real one."""
     keys = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
