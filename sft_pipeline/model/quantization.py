@@ -136,7 +136,8 @@ def dequantize_base(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 
     # Adapters on quantized layers are modules of another class: they are taken off, and put on the plain layers.
     peft_model: Any = model
-    config, state = peft_model.active_peft_config, get_peft_model_state_dict(peft_model)
+    config = peft_model.active_peft_config
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)  # of `add_tokens` it has the rows
     plain: Any = PeftModel(_dequantize(peft_model.unload(), dtype), config)
     set_peft_model_state_dict(plain, state)
     return plain

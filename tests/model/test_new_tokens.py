@@ -101,7 +101,26 @@ def test_new_tokens_under_lora(parse, base, tokenizer, tmp_path):
     torch.testing.assert_close(merged, compute_logits(model), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("keys", [{}, LORA, {**LORA, "bf16": True}], ids=["full", "lora", "bf16"])
+def test_new_tokens_beside_adapters_on_quantized_weights(parse, tmp_path):
+    """Every way to load what was trained gives the model that was evaluated."""
+    keys = {**LORA, "load_in_4bit": True}
+    trainer = SFTTrainer(args=parse(**keys))
+    trainer.train()
+    trainer.save_model()
+    trainer.save_results()
+    with torch.no_grad():
+        expected = compute_logits(trainer.model)
+    export_model(str(tmp_path / "out"), tmp_path / "exported")
+    run(parse("merged", "--lora_merge", "true", **keys))
+    for folder in ("out", "exported", "merged"):
+        actual = compute_logits(load_model(str(tmp_path / folder)))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+RESUMED = {"full": {}, "lora": LORA, "bf16": {**LORA, "bf16": True}, "4 bits": {**LORA, "load_in_4bit": True}}
+
+
+@pytest.mark.parametrize("keys", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(keys, parse, tokenizer, tmp_path):
     run(parse(**keys))
     run(parse("second", "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-3"), **keys))
