@@ -46,6 +46,7 @@ from sft_pipeline.utils.files import get_cache_dir, write_aside
 
 # Part of the cache key: raise it when the same messages would give other ids or labels (or FEATURES change).
 ENCODING_FORMAT = 2
+SOURCE_COLUMN = "source"  # of training rows: the number of their source
 KEPT, TRUNCATED, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
     # 32 bits are enough for every vocabulary and halve the files.
@@ -257,6 +258,8 @@ def encode_dataset(
 ) -> tuple[Dataset, EncodingStats]:
     """Encode conversations, or a dataset of `load_source`; return the kept rows and the statistics.
 
+    The kept rows have the SOURCE_COLUMN that `rows` has.
+
     The result is cached in `SFT_PIPELINE_CACHE` or ~/.cache/sft_pipeline under a hash of the rows and
     `encoder.compute_cache_key()`: only a change of data, template, tokenizer, settings or ENCODING_FORMAT encodes
     again.
@@ -274,6 +277,8 @@ def encode_dataset(
     if not stats.kept:
         counts = str(stats).splitlines()[0]
         raise SFTError(f"no row is left to train on: {counts}; raise max_length or fix the rows")
+    if SOURCE_COLUMN in dataset.column_names:
+        encoded = encoded.add_column(SOURCE_COLUMN, dataset.with_format("numpy")[SOURCE_COLUMN][:])
     if stats.kept < stats.rows:
         encoded = encoded.select(np.flatnonzero(_get_kept_mask(encoded)))
     return encoded.remove_columns(["outcome", "dropped_sequences"]), stats

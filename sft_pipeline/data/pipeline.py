@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 from datasets import Dataset
 
 from sft_pipeline.arguments import SFTArguments, SourceEntry, check_set_name, parse_eval_data
-from sft_pipeline.data.encode import UNSUPERVISED, Encoder, EncodingStats, encode_dataset, sum_stats
+from sft_pipeline.data.encode import SOURCE_COLUMN, UNSUPERVISED, Encoder, EncodingStats, encode_dataset, sum_stats
 from sft_pipeline.data.encoded_rows import is_encoded, load_encoded_rows
 from sft_pipeline.data.messages import parse_conversation
 from sft_pipeline.data.row_stream import RowStream
@@ -47,7 +48,8 @@ class PreparedData:
     Of several held-out sets, the rows of all are in `held_out` and `held_out_conversations`, with the name of their set
     (`split_sets`). held_out_sets: the statistics of each of them, in the order of the config; of one set without a
     name none.
-    unread: for each source, in how many rows each column or key is that nothing reads. stream: of a run with
+    unread: for each source, in how many rows each column or key is that nothing reads. sources: for each source of
+    training rows, how many were read and how many of these are trained, a repeated row each time. stream: of a run with
     `streaming`; `train` and `train_stats` are then those of its first rows, and after training what was read.
     """
 
@@ -58,6 +60,7 @@ class PreparedData:
     held_out_conversations: Dataset | None
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     held_out_sets: dict[str, EncodingStats] = field(default_factory=dict)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
     stream: RowStream | None = None
 
 
@@ -82,7 +85,7 @@ def prepare_data(
     with times.measure("reading rows"):
         if is_encoded(train_rows) or any(map(is_encoded, _list_eval_rows(eval_rows).values())):
             return _use_encoded_rows(args, train_rows, eval_rows)
-        conversations = load_splits_and_unread(args, train_rows, eval_rows)
+        conversations = _load_splits_and_counts(args, train_rows, eval_rows)
     with times.measure("encoding rows"):
         return _encode_splits(args, template, *conversations)
 
@@ -93,15 +96,30 @@ def _encode_splits(
     train_conversations: Dataset,
     held_out_conversations: Dataset | None,
     unread: dict[str, dict[str, int]],
+    rows_read: list[tuple[str, int]],
 ) -> PreparedData:
     encoder = build_encoder(args, template)
     train, train_stats = encode_dataset(train_conversations, encoder, args.num_proc)
+    sources = _count_sources(train, rows_read)
+    train = train.remove_columns(SOURCE_COLUMN)
     logger.info("training rows: %s", train_stats)
     _log_template_differences(train_conversations[:COMPARED_ROWS]["conversation"], template, args)
     if held_out_conversations is None:
-        return PreparedData(train, train_stats, None, None, None, unread)
+        return PreparedData(train, train_stats, None, None, None, unread, sources=sources)
     encoded = _encode_sets(held_out_conversations, encoder, args.num_proc)
-    return _build_prepared_data(train, train_stats, encoded, "held-out rows", held_out_conversations, unread)
+    data = _build_prepared_data(train, train_stats, encoded, "held-out rows", held_out_conversations, unread)
+    return replace(data, sources=sources)
+
+
+def _count_sources(train: Dataset, rows_read: list[tuple[str, int]]) -> dict[str, dict[str, int]]:
+    """Return `PreparedData.sources`. rows_read: the name and the rows of each number in SOURCE_COLUMN of `train`."""
+    kept = np.bincount(train.with_format("numpy")[SOURCE_COLUMN][:], minlength=len(rows_read))
+    sources: dict[str, dict[str, int]] = {}
+    for (name, rows), count in zip(rows_read, kept.tolist()):
+        counts = sources.setdefault(name, {"rows": 0, "kept": 0})
+        counts["rows"] += rows
+        counts["kept"] += count
+    return sources
 
 
 EncodedSets: TypeAlias = dict[str | None, tuple[Dataset, EncodingStats]]  # held-out sets by name; None is one without
@@ -253,7 +271,7 @@ def load_splits(
 
     `max_train_rows` limits the training rows and does not change the held-out rows.
     """
-    return load_splits_and_unread(args, train_rows, eval_rows)[:2]
+    return _load_splits_and_counts(args, train_rows, eval_rows)[:2]
 
 
 def load_held_out(args: SFTArguments) -> Dataset | None:
@@ -261,18 +279,25 @@ def load_held_out(args: SFTArguments) -> Dataset | None:
     return load_eval_data(args) if args.streaming else load_splits(args)[1]
 
 
-def load_splits_and_unread(
+def _load_splits_and_counts(
     args: SFTArguments, train_rows: Source | None = None, eval_rows: EvalSource | None = None
-) -> tuple[Dataset, Dataset | None, dict[str, dict[str, int]]]:
-    """Load the splits as `load_splits` does; also return `PreparedData.unread`."""
+) -> tuple[Dataset, Dataset | None, dict[str, dict[str, int]], list[tuple[str, int]]]:
+    """Load the splits as `load_splits` does; also return `PreparedData.unread`, and the rows read of each source.
+
+    The number of its source is in SOURCE_COLUMN of each training row.
+    """
     if args.held_out and eval_rows is not None:
         raise SFTError("held_out and eval_dataset are both set; remove one of them")
     unread: dict[str, dict[str, int]] = {}
     train_sources = [_name_source(train_rows, "train_dataset")] if train_rows is not None else _list_train_sources(args)
     parts = _load_parts(args, train_sources, unread)
+    rows_read = [(name, len(part)) for (name, _), part in zip(train_sources, parts)]
+    parts = [part.add_column(SOURCE_COLUMN, np.full(len(part), index)) for index, part in enumerate(parts)]
     held_out_sets = _load_held_out_sets(args, eval_rows, unread)
     train, held_out = _split_parts(args, parts, held_out_sets)
-    return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out, unread
+    if held_out is not None and SOURCE_COLUMN in held_out.column_names:
+        held_out = held_out.remove_columns(SOURCE_COLUMN)
+    return (select_rows(train, args.max_train_rows) if args.max_train_rows else train), held_out, unread, rows_read
 
 
 NamedSource: TypeAlias = tuple[str, Source]  # what the log and the errors call it

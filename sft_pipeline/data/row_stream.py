@@ -62,10 +62,13 @@ class StreamAccount:
     supervised_tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)  # tokens of a sequence: sequences
     unread: dict[str, Counter[str]] = field(default_factory=dict)  # of each source the names that came first
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)  # of each source the rows, and those of them kept
 
     def add(self, source: str, row: dict[str, Any], encoded: EncodedRow) -> None:
         """Count a row. encoded: its columns of encode.FEATURES, or only the `outcome` of one that was not encoded."""
         self.rows += 1
+        of_source = self.sources.setdefault(source, {"rows": 0, "kept": 0})
+        of_source["rows"] += 1
         counts = self.unread.setdefault(source, Counter())
         for name in row["unread"]:
             if name in counts or len(counts) < SHOWN_NAMES:
@@ -76,6 +79,7 @@ class StreamAccount:
             self.dropped[outcome] += 1
             return
         self.kept += 1
+        of_source["kept"] += 1
         self.truncated += outcome == TRUNCATED
         self.computed_tokens += encoded["computed_tokens"]
         self.supervised_tokens += len(encoded["labels"]) - encoded["labels"].count(IGNORED)
@@ -100,13 +104,16 @@ class StreamAccount:
     def state_dict(self) -> State:
         lengths = {str(length): count for length, count in sorted(self.lengths.items())}
         unread = {source: dict(counts) for source, counts in self.unread.items()}
-        return vars(self) | {"dropped": dict(self.dropped), "lengths": lengths, "unread": unread}
+        sources = {source: dict(counts) for source, counts in self.sources.items()}
+        return vars(self) | {"dropped": dict(self.dropped), "lengths": lengths, "unread": unread, "sources": sources}
 
     @classmethod
     def from_state(cls, state: State) -> StreamAccount:
         unread = {source: Counter(counts) for source, counts in state["unread"].items()}
         lengths = Counter({int(length): count for length, count in state["lengths"].items()})
-        return cls(**(state | {"dropped": Counter(state["dropped"]), "lengths": lengths, "unread": unread}))
+        sources = {source: dict(counts) for source, counts in state["sources"].items()}
+        counters = {"dropped": Counter(state["dropped"]), "lengths": lengths, "unread": unread, "sources": sources}
+        return cls(**(state | counters))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from sft_pipeline.utils.files import find_damage, sync_to_disk, write_aside, wri
 logger = logging.getLogger(__name__)
 
 # Raise it when the same settings give other splits or keys of prepared.json.
-SHARDS_FORMAT = 4
+SHARDS_FORMAT = 5
 RECORD_FILE = "prepared.json"
 PARTS = ("train", "held_out", "held_out_conversations")
 SOURCES = ("train_data", "eval_data")
@@ -96,6 +96,7 @@ def map_shards(args: SFTConfig, template: Template) -> PreparedData:
         held_out_stats=EncodingStats(**held_out_stats) if held_out_stats else None,
         held_out_conversations=_map_part(folder / "held_out_conversations") if held_out_stats else None,
         unread=record["unread"],
+        sources=record["sources"],
         held_out_sets={name: EncodingStats(**stats) for name, stats in record.get("held_out_sets", {}).items()},
     )
     for source, counts in data.unread.items():
@@ -196,7 +197,7 @@ def _write_folder(data: PreparedData, inputs: dict[str, Any], folder: Path) -> N
         rows = getattr(data, name)
         if rows is not None:
             rows.save_to_disk(folder / name)
-    record: dict[str, Any] = {"made_from": inputs, "unread": data.unread}
+    record: dict[str, Any] = {"made_from": inputs, "unread": data.unread, "sources": data.sources}
     for name in ("train_stats", "held_out_stats"):
         stats = getattr(data, name)
         record[name] = stats and asdict(replace(stats, cached=True))

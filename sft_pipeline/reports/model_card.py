@@ -44,8 +44,9 @@ def build_model_card(
     """
     config = results["config"]
     held_out = parse_eval_data(config.get("eval_data", []))
-    entries = [SourceEntry.parse(entry) for entry in config.get("train_data", [])]
-    entries += itertools.chain(*held_out.values())
+    train_entries = [SourceEntry.parse(entry) for entry in config.get("train_data", [])]
+    entries = [*train_entries, *itertools.chain(*held_out.values())]
+    counts = [results.get("sources", {}).get(entry.label) for entry in train_entries]
     base, data = config["model_name_or_path"], [entry.path for entry in entries]
     languages = [language for source in data for language in find_languages(source)]
     metadata = ModelCardData(
@@ -53,7 +54,7 @@ def build_model_card(
         base_model=_get_hub_model(base),
         license=licence or find_licence(base, "model"),
         language=list(dict.fromkeys(languages)) or None,
-        datasets=[source for source in data if _is_on_hub(source)] or None,
+        datasets=list(dict.fromkeys(filter(_is_on_hub, data))) or None,
         library_name="peft" if has_adapters else "transformers",
         pipeline_tag="text-generation",
         tags=["sft", "sft_pipeline"],
@@ -69,7 +70,10 @@ def build_model_card(
         base=_get_hub_model(base) or _hide_folders(base) or "a model without a name",
         base_licence=find_licence(base, "model"),
         base_revision=config.get("revision"),
-        data=[(_describe_source(entry), find_licence(entry.path, "dataset")) for entry in entries],
+        data=[
+            (_describe_source(entry), find_licence(entry.path, "dataset"), rows)
+            for entry, rows in itertools.zip_longest(entries, counts)
+        ],
         results=results,
         has_adapters=has_adapters,
         settings={key: config[key] for key in SETTINGS if config.get(key) and (has_lora_keys or "lora" not in key)},

@@ -35,6 +35,7 @@ def build_results(trainer: SFTTrainer) -> dict[str, Any]:
         **trainer.evaluation.compare_with_start(),
         "tasks": trainer.task_scores,
         "rows": count_rows(trainer.data),
+        "sources": trainer.data.sources,
         "unread": trainer.data.unread,
         "loss_curve": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
         "versions": {name: version(name) for name in PACKAGES},

@@ -342,6 +342,7 @@ class SFTTrainer(SupervisedTrainer):
         self.data = replace(
             self.data,
             train_stats=account.compute_stats(),
+            sources=account.sources,
             unread={source: dict(counts.most_common()) for source, counts in account.unread.items()},
         )
         logger.info("streamed training rows: %s", self.data.train_stats)

@@ -270,7 +270,7 @@ def test_error_messages(data, model_folder, tmp_path, capsys):
         (model, "--max_new_tokens", "0"): "max_new_tokens is 0; it has to be 1 or more",
         (model, "--few_shot", "-1"): "few_shot is -1; it has to be 0 or more",
         (model, "--output", str(tmp_path / "file")): f"output {tmp_path / 'file'}: is a file; choose a folder",
-        (model, "--tasks", "configs/no"): "tasks: no task is named configs/no; ",
+        (model, "--tasks", str(tmp_path)): f"tasks {tmp_path}: no task in this folder; ",
         (model, "--limit", "2"): "limit is for tasks; add --tasks",
         (
             model,

@@ -14,6 +14,8 @@ from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file
 
+from sft_pipeline import train as train_module
+from sft_pipeline.commands import evaluate as evaluate_module
 from sft_pipeline.commands import study as module
 from sft_pipeline.commands.evaluate import EvaluateOptions, run_model
 from sft_pipeline.commands.study import read_plan, run_study
@@ -74,8 +76,9 @@ def write(keys, tmp_path_factory) -> Callable[..., str]:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """Names of the configs that were trained; in this process, to save time."""
+    """Names of the configs that were trained; in this process and without reports, to save time."""
     names: list[str] = []
+    monkeypatch.setattr(train_module, "write_report", lambda folders: folders[0])
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
         assert command[1:4] == ["-m", "sft_pipeline", "train"]
@@ -118,6 +121,7 @@ def test_a_study_and_its_second_call(write, trained, model_folder, monkeypatch):
     assert (out / "study.png").is_file() and "| training rows |  |  | 4 |  | 10 |  |" in (out / "study.md").read_text()
 
     # Nothing is trained or evaluated again, but an unfinished run is started again.
+    monkeypatch.setattr(evaluate_module, "draw_comparison", lambda *args: None)  # drawn above
     evaluated = []
     monkeypatch.setattr(module, "run_model", lambda path, *args: evaluated.append(path) or run_model(path, *args))
     assert study_results(config) == results and len(trained) == 2 and evaluated == []

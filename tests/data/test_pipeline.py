@@ -137,6 +137,25 @@ def test_prepare(file, tokenizer, cache, caplog):
         assert text == f"<|im_start|>\n#SYSTEM:s\n#USER:{question}\n#ASSISTANT:{answer}<|im_end|>"
 
 
+@pytest.mark.parametrize("keys", [{"held_out": 3}, {"max_train_rows": 9}, {"train_data_weights": [2.0, 1.0]}])
+def test_rows_of_each_source_are_counted(keys, file, tokenizer, cache):
+    """What is read of it, and what is left of that after rows are held out, repeated, limited and dropped."""
+    long = {"instruction": "Say 99", "input": "", "output": "the text " * 60}
+    sources = [file("a.json", 0, 8), file("b.json", 8, 12, long)]
+    sft = arguments(sources, max_length=60, **keys)
+    prepared = prepare_data(sft, build_template("role", tokenizer))
+    numbers = questions(load_splits(sft)[0])
+    expected = {"a": sum(number < 8 for number in numbers), "b": sum(8 <= number < 99 for number in numbers)}
+    assert prepared.train_stats.dropped.get("longer than max_length", 0) == numbers.count(99)
+    assert prepared.sources == {
+        sources[0]: {"rows": 8, "kept": expected["a"]},
+        sources[1]: {"rows": 5, "kept": expected["b"]},
+    }
+    assert sum(expected.values()) == len(prepared.train) and "source" not in prepared.train.column_names
+    again = prepare_data(sft, build_template("role", tokenizer))
+    assert again.train_stats.cached and again.sources == prepared.sources
+
+
 def test_prepare_without_held_out_rows(file, tokenizer, cache):
     prepared = prepare_data(arguments(file("a.json", 0, 2)), build_template("chat", tokenizer))
     assert prepared.held_out is prepared.held_out_stats is prepared.held_out_conversations is None

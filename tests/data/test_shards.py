@@ -108,6 +108,7 @@ def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, 
     with caplog.at_level("INFO", "sft_pipeline.data.shards"):
         data = map_shards(args, template)
     assert same_rows(data, expected)
+    assert data.sources == expected.sources and data.sources
     assert data.unread == expected.unread == {"rows.jsonl": {"id": 1}}
     assert "rows.jsonl: not read: id in 1 row" in caplog.messages
     assert data.train_stats == expected.train_stats and data.held_out_stats == expected.held_out_stats
@@ -510,4 +511,4 @@ def test_the_rows_of_this_format(tmp_path, tokenizer, cache):
             )
             data = prepare_data(args, build_template(template, tokenizer))
             results.append([getattr(data, name).to_list() for name in ("train", "held_out")])
-    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (4, "764b48d8d2005625")
+    assert (shards.SHARDS_FORMAT, hash_texts(json.dumps(results))[:16]) == (5, "764b48d8d2005625")

@@ -35,7 +35,7 @@ def test_the_card_has_the_results_of_the_run(trained, tmp_path):
     assert metrics["loss"] == round(results["eval_loss"]["after"], 4)
     assert metrics["stop_rate"] == results["metrics"]["stop_rate"] and "instructions_followed_rate" in metrics
     text = " ".join(card.text.split())
-    assert "- `rows.jsonl`, licence: cc-by-4.0" in text and "/rows.jsonl" not in str(card)
+    assert "- `rows.jsonl`, licence: cc-by-4.0; 24 rows read, 20 trained" in text and "/rows.jsonl" not in str(card)
     assert "- trained: 20 of 20 rows" in text and "- held out: 4 of 4 rows" in text
     change = results["before_and_after"]["nll_nats_per_token"]
     cells = f"{change['before']:.3f} | {change['after']:.3f} | {change['difference']:+.3f}"
@@ -69,11 +69,14 @@ def test_revisions_tasks_and_sources_of_the_hub(trained):
     results["tasks"] = {"gsm8k exact_match, strict-match": score | {"questions": 1319, "num_fewshot": 5}}
     config = results["config"] | {"model_name_or_path": "org/base", "revision": "v2"}
     sources = [{"path": "org/rows", "split": "train[:5%]", "revision": "a1b2"}, "org/others"]
-    card = build_model_card(results | {"config": config | {"train_data": sources}}, "mine", "float32", None)
+    results["sources"] = {"org/others": {"rows": 1200, "kept": 1100}}
+    config |= {"train_data": sources, "eval_data": ["org/others"]}
+    card = build_model_card(results | {"config": config}, "mine", "float32", None)
     assert card.data.base_model == "org/base" and card.data.datasets == ["org/rows", "org/others"]
     assert "`org/base` (revision v2) fine-tuned" in card.text
     assert "- `org/rows (split: train[:5%], revision: a1b2)`, licence: not known" in card.text
-    assert "- `org/others, revision not pinned`, licence: not known" in card.text
+    others = "- `org/others, revision not pinned`, licence: not known"
+    assert f"{others}; 1,200 rows read, 1,100 trained\n{others}\n" in card.text
     assert "| gsm8k exact_match, strict-match | 0.250 ± 0.010 of 1,319 questions |" in card.text
     assert [result.metric_value for result in card.data.eval_results if result.dataset_name == "gsm8k"] == [0.25]
 

@@ -78,6 +78,7 @@ def test_the_account_is_in_the_results_and_the_report(whole):
     folder, results = whole
     train = results["rows"]["train"]
     assert (train["rows"], train["kept"], train["sequences"]) == (40, 40, 40)
+    assert results["sources"] == {results["config"]["train_data"][0]: {"rows": train["rows"], "kept": train["kept"]}}
     assert train["supervised_tokens"] > 0 and results["unread"] == {results["config"]["train_data"][0]: {}}
     assert "waiting for rows" in results["seconds_by_part"]
     assert "40" in (folder / "report.html").read_text()
@@ -90,7 +91,8 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_bits(step, config, whole, 
     resumed = run_train(config, "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", checkpoint)
     assert curve(resumed) == curve(results)
     assert [entry["epoch"] for entry in resumed["loss_curve"]] == [entry["epoch"] for entry in results["loss_curve"]]
-    assert resumed["rows"] == results["rows"] and resumed["unread"] == results["unread"]
+    assert resumed["rows"] == results["rows"] and resumed["sources"] == results["sources"]
+    assert resumed["unread"] == results["unread"]
     assert_same_model(tmp_path / "out", folder)
 
 

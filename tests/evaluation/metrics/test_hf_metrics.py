@@ -95,7 +95,7 @@ def test_processes_at_once_use_no_network_and_write_no_file(tmp_path):
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(3)
+        for _ in range(2)
     ]
     for process in processes:
         output, errors = process.communicate(timeout=120)
