@@ -46,7 +46,7 @@ from sft_pipeline.utils.files import get_cache_dir, write_aside
 
 # Part of the cache key: raise it when the same messages would give other ids or labels (or FEATURES change).
 ENCODING_FORMAT = 2
-SOURCE_COLUMN = "source"  # of training rows: the number of their source
+SOURCE_COLUMN = "source_index"  # of training rows: the number of their source
 KEPT, TRUNCATED, TOO_LONG, UNSUPERVISED = "kept", "truncated", "longer than max_length", "nothing supervised"
 FEATURES = Features(
     # 32 bits are enough for every vocabulary and halve the files.

@@ -151,7 +151,7 @@ def test_rows_of_each_source_are_counted(keys, file, tokenizer, cache):
         sources[0]: {"rows": 8, "kept": expected["a"]},
         sources[1]: {"rows": 5, "kept": expected["b"]},
     }
-    assert sum(expected.values()) == len(prepared.train) and "source" not in prepared.train.column_names
+    assert sum(expected.values()) == len(prepared.train) and "source_index" not in prepared.train.column_names
     again = prepare_data(sft, build_template("role", tokenizer))
     assert again.train_stats.cached and again.sources == prepared.sources
 
