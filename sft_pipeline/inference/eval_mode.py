@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,7 +19,8 @@ from sft_pipeline.kernels.cpu_layer_inference import (
 )
 from sft_pipeline.kernels.cpu_layer_training import disable_fused_layers
 from sft_pipeline.model.compiled_layers import run_layers_eagerly
-from sft_pipeline.model.module_utils import restore_configs, use_eval_mode
+from sft_pipeline.model.module_utils import replace_attribute, restore_configs, use_eval_mode
+from sft_pipeline.model.quantization import dequantize_layer
 
 ATTENTION = "sft_generation"
 
@@ -104,22 +105,15 @@ def _use_attention(model: PreTrainedModel, attention: Callable) -> Iterator[None
 @contextmanager
 def _use_fused_layers(model: nn.Module, attention: Callable) -> Iterator[None]:
     """Replace the forwards of decoder layers and of other linear layers by those of `cpu_layer_inference`, where it
-    supports them."""
-    replaced: list[nn.Module] = []
-
-    def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        module.forward = forward
-        replaced.append(module)
-
+    supports them. Quantized layers on the CPU compute with dequantized weights, which are made once for the block."""
     fused_layers = [module for module in model.modules() if can_fuse_layer(module)]
     fused_modules = {module for layer in fused_layers for module in layer.modules()}
-    try:
+    with ExitStack() as stack:
         for layer in fused_layers:
-            replace_forward(layer, build_layer_forward(layer, attention))
+            stack.enter_context(replace_attribute(layer, "forward", build_layer_forward(layer, attention)))
         for module in model.modules():
-            if module not in fused_modules and can_fuse_linear(module):
-                replace_forward(module, build_linear_forward(module))
+            plain = dequantize_layer(module) or module
+            if module not in fused_modules and can_fuse_linear(plain):
+                own_forward: Any = module.forward
+                stack.enter_context(replace_attribute(module, "forward", build_linear_forward(plain, own_forward)))
         yield
-    finally:
-        for module in replaced:
-            del module.forward

@@ -14,7 +14,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 # Layers that compute norm, attention with rotary positions, residual sum, norm, silu-gated MLP, residual sum; in Qwen3
 # queries and keys are normed as well.
@@ -75,13 +74,13 @@ def can_fuse_layer(layer: AnyModule) -> bool:
     return len({projection.bias is None for projection in qkv}) == 1 and attention.config.hidden_act == "silu"
 
 
-def build_linear_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Build a forward for a linear layer: oneDNN's product, and torch's own under autocast or for other dtypes."""
+def build_linear_forward(layer: nn.Linear, own_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Build a forward for a linear layer: oneDNN's product, and its own forward under autocast or for other dtypes."""
     onednn_linear = OneDnnLinear([layer])
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return linear(x, layer.weight, layer.bias)
+            return own_forward(x)
         return onednn_linear(x)
 
     return forward

@@ -125,6 +125,26 @@ def _dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return (weight * (scales / 127)[:, None]).to(dtype)
 
 
+def dequantize_layer(layer: nn.Module) -> nn.Linear | None:
+    """Return a linear layer in float32 that computes what a quantized layer on the CPU does; None for other layers."""
+    name = type(layer).__name__  # peft's wrappers have the same ones
+    if name not in ("Linear4bit", "Linear8bitLt") or not type(layer).__module__.startswith("bitsandbytes."):
+        return None
+    quantized: Any = layer
+    weight = quantized.weight
+    if weight.device.type != "cpu" or getattr(quantized, "compute_dtype", None) not in (None, torch.float32):
+        return None
+    if name == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        values = dequantize_4bit(weight.data, weight.quant_state).float()
+    else:
+        values = _dequantize_int8(weight.data, quantized.state.SCB if weight.SCB is None else weight.SCB, torch.float32)
+    plain = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(values, requires_grad=False), quantized.bias
+    return plain
+
+
 def dequantize_base(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Return `model` with weights of `dtype` in place of the quantized ones, in place; its adapters stay unmerged.
 
