@@ -132,7 +132,7 @@ def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
     if not isinstance(rows, Sequence):
         remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split)"
         if isinstance(rows, datasets.IterableDataset):
-            remedy = "set streaming: true, which reads training rows from it"
+            remedy = "streaming: true reads training rows from it; held-out rows have to be a list or a Dataset"
         raise SFTError(f"{name}: cannot be read, it is of type {type(rows).__name__}; {remedy}")
     if not rows:
         raise SFTError(f"{name}: no rows")
