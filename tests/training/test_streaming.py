@@ -283,7 +283,7 @@ def test_rows_in_memory_and_encoded_rows_are_refused(config, model_folder, tmp_p
     ):
         SFTTrainer(args=args, train_dataset=[row])
     stream = Dataset.from_list([row]).to_iterable_dataset()
-    with pytest.raises(SFTError, match="it is of type IterableDataset; streaming: true reads training rows from it; held-"):
+    with pytest.raises(SFTError, match="it is of type IterableDataset; streaming: true reads training rows from it; "):
         SFTTrainer(args=parse_config(str(config), ["--streaming", "false"]), train_dataset=stream)
     encoded = [{"input_ids": [1, 2], "labels": [2, -100]}]
     with pytest.raises(SFTError, match="^eval_dataset: encoded already, and streamed rows are not; give rows, or set"):
