@@ -269,7 +269,7 @@ def log_unread_files(folder: Path, paths: Sequence[Path]) -> None:
     """Log the files and folders in a folder of data files that are not read; hidden ones are left out."""
     others = sorted({path for path in folder.iterdir() if not path.name.startswith(".")} - set(paths))
     if others and paths[0].parent == folder and not (folder / "state.json").is_file():
-        shown = [path.name for path in others[:SHOWN_NAMES]]
+        shown = [format_line(path.name) for path in others[:SHOWN_NAMES]]
         more = [f"{len(others) - SHOWN_NAMES:,} others"] if len(others) > SHOWN_NAMES else []
         logger.info("%s: not read: %s; data are files of %s", folder, ", ".join(shown + more), ", ".join(READERS))
 
