@@ -47,7 +47,8 @@ class SigtermHandler:
 
 def guard_workers(loader: DataLoader) -> DataLoader:
     """Let SIGTERM end the workers of a loader only where their process sends it; one that ends would end the run."""
-    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    base = getattr(loader, "base_dataloader", loader)  # what accelerate has prepared is a wrapper
+    base.worker_init_fn = partial(_start_worker, base.worker_init_fn)
     return loader
 
 

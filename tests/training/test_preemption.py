@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from accelerate import skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from support.processes import CONTEXT, Command, run_ranks
 from support.resuming import HELD_OUT, STEPS, assert_same_end, build, names
 from torch.utils.data import DataLoader
@@ -88,9 +90,17 @@ def test_in_another_thread_signals_are_left_alone():
     assert handlers == [handler]
 
 
-@pytest.mark.parametrize("context", ["fork", CONTEXT], ids=["fork", "forkserver"])
-def test_only_its_own_process_ends_a_worker(context):
-    loader = guard_workers(DataLoader(range(20), num_workers=1, multiprocessing_context=context))
+@pytest.mark.parametrize(
+    ("context", "wrap"),
+    [
+        ("fork", lambda loader: guard_workers(loader)),
+        (CONTEXT, lambda loader: guard_workers(loader)),
+        ("fork", lambda loader: guard_workers(DataLoaderShard(loader.dataset, num_workers=1))),  # of evaluations
+        ("fork", lambda loader: skip_first_batches(guard_workers(loader), 0)),  # of a resumed run
+    ],
+)
+def test_only_its_own_process_ends_a_worker(context, wrap):
+    loader = wrap(DataLoader(range(20), num_workers=1, multiprocessing_context=context))
     others = multiprocessing.active_children()
     batches = iter(loader)
     first = next(batches)
