@@ -64,7 +64,7 @@ def _await_sigterm_of_parent() -> None:
     parent = multiprocessing.parent_process()
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (parent and parent.pid):
         pass
-    os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class PreemptionCallback(TrainerCallback):

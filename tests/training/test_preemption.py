@@ -26,7 +26,7 @@ from sft_pipeline.runs.checkpoints import (
     needs_evaluation,
 )
 from sft_pipeline.runs.output_dir import RESULTS_FILE
-from sft_pipeline.training.preemption import SigtermHandler, guard_workers
+from sft_pipeline.training.preemption import SigtermHandler, _start_worker, guard_workers
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import RunPreempted
 from sft_pipeline.utils.files import find_damage
@@ -109,6 +109,23 @@ def test_only_its_own_process_ends_a_worker(context, wrap):
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     assert [int(batch) for batch in (first, *batches)] == list(range(20))
     assert worker.exitcode == 0
+
+
+def wait_as_worker(started) -> None:
+    _start_worker(None, 0)
+    started.set()
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), CONTEXT], ids=["fork", "forkserver"])
+def test_its_own_process_ends_a_worker(context):
+    started = context.Event()
+    worker = context.Process(target=wait_as_worker, args=(started,), daemon=True)
+    worker.start()
+    assert started.wait(60)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 class TerminateGroup(TrainerCallback):
