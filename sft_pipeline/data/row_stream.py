@@ -213,7 +213,7 @@ class RowStream:
     def _check_kept(self, account: StreamAccount) -> None:
         if self._mix.passes and not account.kept:
             counts = str(account.compute_stats()).splitlines()[0]
-            raise SFTError(f"no row is left to train on: {counts}; raise max_length or fix the rows")
+            raise SFTError(f"no row is left to train on: {counts}; raise max_length, fix the rows or add others")
 
     def _read_rows(self, count: int) -> list[Row]:
         """Read rows of a block: `count`, fewer if they are long, or those to the end of an epoch, which may be none.

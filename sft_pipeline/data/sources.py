@@ -132,7 +132,7 @@ def _convert_list(rows: Any, name: str) -> tuple[Dataset, str]:
     if not isinstance(rows, Sequence):
         remedy = "give a file, a folder, a hub name, a list of rows or a Dataset (one split)"
         if isinstance(rows, datasets.IterableDataset):
-            remedy = "set streaming: true, which reads training rows from it"
+            remedy = "streaming: true reads training rows from it; held-out rows have to be a list or a Dataset"
         raise SFTError(f"{name}: cannot be read, it is of type {type(rows).__name__}; {remedy}")
     if not rows:
         raise SFTError(f"{name}: no rows")
@@ -269,7 +269,7 @@ def log_unread_files(folder: Path, paths: Sequence[Path]) -> None:
     """Log the files and folders in a folder of data files that are not read; hidden ones are left out."""
     others = sorted({path for path in folder.iterdir() if not path.name.startswith(".")} - set(paths))
     if others and paths[0].parent == folder and not (folder / "state.json").is_file():
-        shown = [path.name for path in others[:SHOWN_NAMES]]
+        shown = [format_line(path.name) for path in others[:SHOWN_NAMES]]
         more = [f"{len(others) - SHOWN_NAMES:,} others"] if len(others) > SHOWN_NAMES else []
         logger.info("%s: not read: %s; data are files of %s", folder, ", ".join(shown + more), ", ".join(READERS))
 

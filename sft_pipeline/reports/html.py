@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,14 @@ def _find_config_differences(configs: list[dict[str, Any]]) -> dict[str, list[An
 
 
 def _render(template: str, **context: Any) -> str:
+    no_charts = None if svg.can_draw() else svg.NO_CHARTS
+    if no_charts:
+        logger.warning(no_charts)
+    return _build_environment().get_template(template).render(no_charts=no_charts, **context)
+
+
+@cache
+def _build_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("sft_pipeline.reports"),
         autoescape=True,
@@ -169,11 +178,8 @@ def _render(template: str, **context: Any) -> str:
         "metric_names": list(METRICS),
         "card_metrics": charts.ANSWER_METRICS,
         "row_counts": ROW_COUNTS,
-        "no_charts": None if svg.can_draw() else svg.NO_CHARTS,
     }
-    if not svg.can_draw():
-        logger.warning(svg.NO_CHARTS)
-    return environment.get_template(template).render(**context)
+    return environment
 
 
 def _format_config_value(value: Any) -> str:

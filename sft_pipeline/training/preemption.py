@@ -1,15 +1,21 @@
 """Handle SIGTERM during training: finish the step and save before the process exits.
 
 The trainer asks after each step whether a process received SIGTERM, and then lets `PreemptionCallback` stop the run
-with the controls that `Trainer` gives its callbacks.
+with the controls that `Trainer` gives its callbacks. Slurm and torchrun send SIGTERM to the workers of data loaders
+too, which go on until their process ends them (`guard_workers`).
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_pipeline.config import get_output_dir
@@ -37,6 +43,28 @@ class SigtermHandler:
 
     def _receive(self, *signal_and_frame: object) -> None:
         self.received = True
+
+
+def guard_workers(loader: DataLoader) -> DataLoader:
+    """Let SIGTERM end the workers of a loader only where their process sends it; one that ends would end the run."""
+    base = getattr(loader, "base_dataloader", loader)  # what accelerate has prepared is a wrapper
+    base.worker_init_fn = partial(_start_worker, base.worker_init_fn)
+    return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_sigterm_of_parent, daemon=True).start()
+    if start is not None:
+        start(worker)
+
+
+def _await_sigterm_of_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (parent and parent.pid):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class PreemptionCallback(TrainerCallback):

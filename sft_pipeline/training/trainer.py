@@ -64,7 +64,7 @@ from sft_pipeline.training.memory import (
     rehearse_heaviest_batch,
     restore_random_states,
 )
-from sft_pipeline.training.preemption import PreemptionCallback, SigtermHandler
+from sft_pipeline.training.preemption import PreemptionCallback, SigtermHandler, guard_workers
 from sft_pipeline.training.safe_unpickling import raise_on_unsafe_pickles
 from sft_pipeline.utils.constants import IGNORED
 from sft_pipeline.utils.errors import SFTError
@@ -306,7 +306,7 @@ class SupervisedTrainer(CheckpointingTrainer):
         batches to the device.
         """
         if self.args.train_sampling_strategy not in ("random", "sequential"):
-            return super().get_train_dataloader()
+            return guard_workers(super().get_train_dataloader())
         options = {
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
@@ -318,8 +318,12 @@ class SupervisedTrainer(CheckpointingTrainer):
         batches = self.build_batch_sampler()
         if self.stream is not None:
             steps = StepStream(self.stream, batches, self._shares_prefixes, self._first_stream_state)
-            return build_stream_loader(steps, self.data_collator, **options)
-        return EpochDataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, **options)
+            return guard_workers(build_stream_loader(steps, self.data_collator, **options))
+        loader = EpochDataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, **options)
+        return guard_workers(loader)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return guard_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train one epoch, unless all steps are done.

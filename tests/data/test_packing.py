@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import CONTEXT
 from support.trees import build_row, build_visibility, rows_of_sequences
 from torch.distributed.utils import _apply_to_tensors, _to_kwargs
 from torch.utils.data import DataLoader
@@ -105,7 +106,8 @@ def describe_batch(batch):
 ROWS = [build_simple_row([1, 2, 3, 4], 4), build_simple_row([1, 2, 3, 5, 6], 4)]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+# The second pickles what it sends, as spawning does.
+@pytest.mark.parametrize("context", ["fork", CONTEXT], ids=["fork", "forkserver"])
 def test_workers_of_a_data_loader_send_whole_batches(context):
     [batch] = DataLoader(ROWS, 2, collate_fn=pack_rows, num_workers=1, multiprocessing_context=context)
     assert describe_batch(batch) == describe_batch(pack_rows(ROWS))

@@ -1,9 +1,11 @@
 """A whole training run of a config, and what a folder holds."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from sft_pipeline import cli
 from sft_pipeline.config import parse_config
 from sft_pipeline.train import train
 
@@ -24,6 +26,12 @@ EVALUATED_RUN = {
 
 def run_train(config: Path, *overrides: str) -> dict:
     return train(parse_config(str(config), list(overrides)), Console(quiet=True))
+
+
+def list_imports_of_train(config: str) -> set[str]:
+    """Run `sft-pipeline train`, in a process of its own; return the packages that it has imported then."""
+    cli.main(["train", config])
+    return {name.partition(".")[0] for name in sys.modules}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,11 @@
 """Preemption: SIGTERM saves the step in every process, and the same command resumes."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,16 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from support.processes import Command, run_ranks
+from accelerate import skip_first_batches
+from accelerate.data_loader import DataLoaderShard
+from support.processes import CONTEXT, Command, run_ranks
 from support.resuming import HELD_OUT, STEPS, assert_same_end, build, names
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from sft_pipeline.config import parse_config
 from sft_pipeline.runs.checkpoints import (
     find_newest_checkpoint,
     needs_evaluation,
 )
 from sft_pipeline.runs.output_dir import RESULTS_FILE
-from sft_pipeline.training.preemption import SigtermHandler
+from sft_pipeline.training.preemption import SigtermHandler, _start_worker, guard_workers
+from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import RunPreempted
 from sft_pipeline.utils.files import find_damage
 
@@ -81,6 +88,63 @@ def test_in_another_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert handlers == [handler]
+
+
+@pytest.mark.parametrize(
+    ("context", "wrap"),
+    [
+        ("fork", lambda loader: guard_workers(loader)),
+        (CONTEXT, lambda loader: guard_workers(loader)),
+        ("fork", lambda loader: guard_workers(DataLoaderShard(loader.dataset, num_workers=1))),  # of evaluations
+        ("fork", lambda loader: skip_first_batches(guard_workers(loader), 0)),  # of a resumed run
+    ],
+)
+def test_only_its_own_process_ends_a_worker(context, wrap):
+    loader = wrap(DataLoader(range(20), num_workers=1, multiprocessing_context=context))
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    first = next(batches)
+    [worker] = [process for process in multiprocessing.active_children() if process not in others]
+    for _ in range(2):
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert [int(batch) for batch in (first, *batches)] == list(range(20))
+    assert worker.exitcode == 0
+
+
+def wait_as_worker(started) -> None:
+    _start_worker(None, 0)
+    started.set()
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), CONTEXT], ids=["fork", "forkserver"])
+def test_its_own_process_ends_a_worker(context):
+    started = context.Event()
+    worker = context.Process(target=wait_as_worker, args=(started,), daemon=True)
+    worker.start()
+    assert started.wait(60)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+class TerminateGroup(TrainerCallback):
+    """SIGTERM to this process and its workers within a step, from outside, as torchrun and Slurm send it."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            workers = [process.pid for process in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", "-TERM", *map(str, [os.getpid(), *workers])], check=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_with_a_worker_saves_the_step_too(streaming, config, tmp_path):
+    keys = ["--dataloader_num_workers=1", f"--streaming={str(streaming).lower()}", "--max_steps=5", "--held_out=0"]
+    args = parse_config(str(config), [*keys, f"--output_dir={tmp_path / 'out'}", "--save_steps=100"])
+    with pytest.raises(RunPreempted, match="SIGTERM: saved .*/checkpoint-3; "):
+        SFTTrainer(args=args, callbacks=[TerminateGroup()]).train()
+    assert find_damage(tmp_path / "out" / "checkpoint-3") is None
 
 
 def train_in_process(process: int, folder: str) -> None:

@@ -19,6 +19,7 @@ from sft_pipeline.data import pipeline, row_stream
 from sft_pipeline.data.pipeline import load_one_row
 from sft_pipeline.data.shards import write_shards
 from sft_pipeline.data.streamed_sources import SourceMix
+from sft_pipeline.reports import svg
 from sft_pipeline.train import rehearse_run
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import SFTError
@@ -44,8 +45,10 @@ def config(write_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_blocks():
+    """And no charts, which take longer than the steps of these runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_stream, "BLOCK_ROWS", 12)
+        patch.setattr(svg, "can_draw", lambda: False)
         yield
 
 
@@ -283,7 +286,7 @@ def test_rows_in_memory_and_encoded_rows_are_refused(config, model_folder, tmp_p
     ):
         SFTTrainer(args=args, train_dataset=[row])
     stream = Dataset.from_list([row]).to_iterable_dataset()
-    with pytest.raises(SFTError, match="it is of type IterableDataset; set streaming: true, which reads training rows"):
+    with pytest.raises(SFTError, match="it is of type IterableDataset; streaming: true reads training rows from it; "):
         SFTTrainer(args=parse_config(str(config), ["--streaming", "false"]), train_dataset=stream)
     encoded = [{"input_ids": [1, 2], "labels": [2, -100]}]
     with pytest.raises(SFTError, match="^eval_dataset: encoded already, and streamed rows are not; give rows, or set"):

@@ -9,7 +9,6 @@ import signal
 import socket
 import sqlite3
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from rich.console import Console
+from support.processes import call_in_process
+from support.training_runs import list_imports_of_train
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -368,9 +369,7 @@ def test_a_run_without_report_to_imports_no_tracker(write_config, tmp_path):
     config = write_config(tmp_path, 2, max_steps=1, output_dir=str(tmp_path / "out"))
     lines = config.read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith("report_to")))
-    command = [sys.executable, "-X", "importtime", "-m", "sft_pipeline", "train", str(config)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines() if "|" in line}
+    imported = call_in_process(list_imports_of_train, str(config))
     assert "transformers" in imported and not {"wandb", "trackio"} & imported
 
 
