@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sft_pipeline.model.module_utils import unwrap_peft
-from sft_pipeline.model.moved_base import moves_base, save_as_lora
+from sft_pipeline.model.moved_base import CONFIG_FILE, INIT, describe_as_lora, moves_base, read_init, save_as_lora
 from sft_pipeline.model.new_tokens import count_saved_rows, resize_embeddings
-from sft_pipeline.model.peft_config import check_peft
+from sft_pipeline.model.peft_config import SET_BY_RUN, check_peft
+from sft_pipeline.model.quantization import get_quantization_kind, read_quantization_kind
 from sft_pipeline.utils.errors import SFTError, format_error, format_first_line
 
 if TYPE_CHECKING:
@@ -46,6 +48,43 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
     return adapted
 
 
+def check_saved_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Raise SFTError if `model` has other adapters than a checkpoint that it is to resume, or other weights below them.
+
+    Without a config of adapters in it, as a checkpoint of shards has none, only their absence is checked.
+    """
+    file = checkpoint / CONFIG_FILE
+    adapters: Any = getattr(model, "peft_config", None)
+    if not adapters:
+        if file.is_file():
+            raise SFTError(f"{checkpoint}: has adapters, and this run trains none; set the keys lora or peft as before")
+        return
+    if not file.is_file():
+        if any(checkpoint.glob("model*.safetensors")):
+            raise SFTError(f"{checkpoint}: has a whole model, and this run trains adapters; remove lora and peft")
+        return
+    [config] = adapters.values()
+    saved, own = json.loads(file.read_text(encoding="utf-8")), _describe_config(config)
+    saved[INIT], own[INIT] = read_init(checkpoint) or saved.get(INIT), getattr(config, INIT, None)
+    kinds = (read_quantization_kind(checkpoint), get_quantization_kind(model))
+    saved["quantization"], own["quantization"] = kinds
+    for name in sorted((saved.keys() | own.keys()) - {*SET_BY_RUN, "inference_mode"}):
+        values = [str(sorted(v) if isinstance(v, list) else v) for v in (saved.get(name), own.get(name))]
+        if values[0] != values[1]:
+            raise SFTError(
+                f"{checkpoint}: its adapters were trained with {name}: {values[0]}, and this run has {values[1]}; set "
+                "the keys of adapters as before, or start a new run"
+            )
+
+
+def _describe_config(config: PeftConfig) -> dict[str, Any]:
+    """Return the content of the file that adapters of this config are saved with."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        content: dict[str, Any] = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    return describe_as_lora(content) if moves_base(config) else content
+
+
 def round_frozen_layers(model: PreTrainedModel) -> int:
     """Round the float32 weights of frozen linear layers to bfloat16, in place; return the number of these layers.
 
@@ -72,7 +111,7 @@ def find_base_model(folder: Path) -> BaseModel | None:
 
     Raises SFTError if `peft` is missing, or the base is a local folder that does not exist.
     """
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG_FILE
     if not file.is_file():
         return None
     check_peft(f"{folder}: holds adapters and")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # peft's
+INIT = "init_lora_weights"
 Factors = dict[str, Tensor]  # "….lora_A.weight" (rank, inputs) and "….lora_B.weight" (outputs, rank), by peft's names
 
 
 def moves_base(config: PeftConfig) -> bool:
     """Return whether adapters of this config change the weights of the base when they are added."""
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
+    return str(getattr(config, INIT, "")).lower().startswith(("pissa", "olora"))
 
 
 def save_as_lora(model: Any) -> None:
@@ -80,27 +82,36 @@ def _write_as_lora(folder: Path, initial: Factors) -> None:
     for name, factor in initial.items():
         is_first = ".lora_A." in name
         weights[name] = torch.cat([weights[name], factor if is_first else -factor], 0 if is_first else 1)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    # keeps the scaling: alpha / rank, or alpha / sqrt(rank)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", INIT: config[INIT]})
+    text = json.dumps(describe_as_lora(config), indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def describe_as_lora(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the adapters as they are saved, from the one that they are trained with, as peft writes it.
+
+    The scaling stays: alpha / rank, or alpha / sqrt(rank).
+    """
     alpha_factor = math.sqrt(2) if config["use_rslora"] else 2
-    config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": alpha_factor * config["lora_alpha"]}
+    config = config | {INIT: True, "r": 2 * config["r"], "lora_alpha": alpha_factor * config["lora_alpha"]}
     for key, multiplier in (("rank_pattern", 2), ("alpha_pattern", alpha_factor)):
         config[key] = {name: multiplier * value for name, value in (config[key] or {}).items()}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return config
+
+
+def read_init(folder: Path) -> str | None:
+    """Return the `init_lora_weights` of the saved adapters that took a part out of their base; None of all others."""
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        return (file.metadata() or {}).get(INIT)
 
 
 def _read_factors(folder: Path, initial: Factors) -> tuple[Factors, Factors]:
-    """Return (all weights as they were trained, the factors that the adapters began with) of a saved folder.
-
-    Raises SFTError for adapters that were saved otherwise.
-    """
+    """Return (all weights as they were trained, the factors that the adapters began with) of a saved folder."""
     weights, saved_initial = load_file(folder / WEIGHTS_FILE), {}
     for name, factor in initial.items():
         is_first = ".lora_A." in name
         dim, rank = (0, factor.shape[0]) if is_first else (1, factor.shape[1])
-        if name not in weights or weights[name].shape[dim] != 2 * rank:
-            raise SFTError(f"{folder}: its adapters were trained with another init_lora_weights or rank; set those")
         trained, start = (part.contiguous() for part in weights[name].split(rank, dim))
         weights[name], saved_initial[name] = trained, start if is_first else -start
     return weights, saved_initial

@@ -193,6 +193,21 @@ def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
     return config
 
 
+def get_quantization_kind(model: PreTrainedModel) -> str | None:
+    """Return load_in_4bit or load_in_8bit, as the base of adapters was loaded, or None."""
+    return _get_kind(unwrap_peft(model).config.quantization_config.to_dict()) if is_quantized(model) else None
+
+
+def read_quantization_kind(folder: Path) -> str | None:
+    """Return the same of the base that the adapters in `folder` were trained on."""
+    file = folder / QUANTIZATION_FILE
+    return _get_kind(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _get_kind(config: dict[str, Any]) -> str | None:
+    return next((key for key in ("load_in_4bit", "load_in_8bit") if config.get(key)), None)
+
+
 def _check_bitsandbytes(feature: str, more: str = "") -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SFTError(f"{feature} needs bitsandbytes; install it with `pip install 'sft_pipeline[qlora]'`{more}")

@@ -50,6 +50,7 @@ from sft_pipeline.model.loading import (
     load_tokenizer,
     resolve_model,
 )
+from sft_pipeline.model.lora import check_saved_adapters
 from sft_pipeline.model.new_tokens import add_tokens
 from sft_pipeline.model.quantization import dequantize_base, is_quantized, save_quantization
 from sft_pipeline.runs.checkpoints import needs_evaluation
@@ -325,6 +326,8 @@ class SFTTrainer(SupervisedTrainer):
         if self._has_output_dir and not is_resuming(self.args):
             return None
         checkpoint = check_output_dir(self.args)
+        if checkpoint:
+            check_saved_adapters(self.accelerator.unwrap_model(self.model), Path(checkpoint))
         self.accelerator.wait_for_everyone()  # the others check the folder as this process has found it
         create_output_dir(self.args, checkpoint, self.config_record)
         copy_evaluations(checkpoint, self.args)

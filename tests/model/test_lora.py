@@ -122,6 +122,34 @@ def test_the_fields_of_peft_are_trained_saved_resumed_and_merged(fields, config,
     torch.testing.assert_close(logits(load_model(str(tmp_path / "merged"))), adapted, atol=1e-5, rtol=1e-4)
 
 
+OTHERS = {
+    "r": ({}, {"lora_rank": 2}, "with r: 4, and this run has 2"),
+    "alpha": ({}, {"lora_alpha": 3}, "with lora_alpha: 8, and this run has 3"),
+    "targets": ({}, {"lora_target_modules": ["q_proj"]}, "with target_modules: .*, and this run has .'q_proj'"),
+    "pissa": ({"peft": {"init_lora_weights": "pissa"}}, {"lora_rank": 8}, "init_lora_weights: pissa, .* has True"),
+    "lora": ({}, {"peft": {"init_lora_weights": "pissa"}}, "with init_lora_weights: True, and this run has pissa"),
+    "kind": ({}, {"lora": False, "lora_rank": 16, "lora_alpha": 32, "peft": IA3}, "and this run has"),
+    "4 bits": ({}, {"load_in_4bit": True}, "with quantization: None, and this run has load_in_4bit"),
+    "8 bits": ({"load_in_4bit": True}, {"load_in_8bit": True}, "with quantization: load_in_4bit, .* has load_in_8bit"),
+    "none": ({}, {"lora": False}, "has adapters, and this run trains none; set the keys lora or peft"),
+    "full": ({"lora": False}, {}, "has a whole model, and this run trains adapters; remove lora and peft"),
+}
+
+
+@pytest.mark.parametrize(("keys", "other_keys", "message"), OTHERS.values(), ids=OTHERS)
+def test_a_run_resumes_with_the_adapters_that_it_had_or_not_at_all(keys, other_keys, message, config, tmp_path):
+    """Nothing is written: the run can be resumed with its own keys."""
+    own = yaml.safe_load(config.read_text()) | {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    config.write_text(yaml.safe_dump(own | keys))
+    run(config)
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    over = ["--output_dir", str(tmp_path / "second"), "--resume_from_checkpoint", checkpoint]
+    config.write_text(yaml.safe_dump(own | other_keys))
+    with pytest.raises(SFTError, match=f"^{checkpoint}: .*{message}"):
+        run(config, *over)
+    assert not any((tmp_path / "second").iterdir())
+
+
 def test_unknown_layers_are_named(tiny_model):
     with pytest.raises(SFTError, match=r"peft: Target modules \{'nowhere'\} not found in the base model"):
         add_adapters(tiny_model, build_peft_config(SFTArguments(lora_target_modules=["nowhere"])))

@@ -108,11 +108,3 @@ def test_what_cannot_be_exact_is_refused(write_config, model_folder, tmp_path):
     adapted = get_peft_model(load_model(str(model_folder)), LoraConfig(init_lora_weights="olora"))
     with pytest.raises(SFTError, match="give the base model, and the adapters as peft_config"):
         SFTTrainer(adapted, parse(tmp_path, write_config, {}, "--peft", "null"))
-    plain = SFTTrainer(args=parse(tmp_path, write_config, {}))
-    plain.train()
-    checkpoint = str(tmp_path / "out" / "checkpoint-2")
-    over = ["--output_dir", str(tmp_path / "second"), "--resume_from_checkpoint", checkpoint]
-    with pytest.raises(
-        SFTError, match="checkpoint-2: its adapters were trained with another init_lora_weights or rank"
-    ):
-        train(parse(tmp_path, write_config, FIELDS["pissa"], *over), Console(quiet=True))
