@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sft_pipeline.utils.errors import SFTError
 
 DEFAULT_PROJECT = "sft_pipeline"  # the project name in trackers; the library's default is huggingface
-
-
 SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -37,7 +36,7 @@ class SourceEntry:
         if isinstance(entry, str) and not entry.lstrip().startswith("{"):
             return cls(entry)
         try:
-            values = json.loads(entry) if isinstance(entry, str) else dict(entry)
+            values = parse_json(entry) if isinstance(entry, str) else dict(entry)
         except ValueError as error:
             raise SFTError(f"{key}: {entry!r} is not JSON ({error}); write {{path: ..., split: ...}}") from error
         names = [member.name for member in fields(cls)]
@@ -73,7 +72,7 @@ def parse_eval_data(value: Any) -> dict[str | None, list[SourceEntry]]:
     entries, also as the only text of a list, in JSON. An object with a key of an entry is an entry. Raises SFTError.
     """
     entries = [value] if isinstance(value, (str, dict)) else list(value)
-    mappings = [mapping for mapping in map(_parse_mapping, entries) if mapping]
+    mappings = [mapping for mapping in map(_parse_named_sources, entries) if mapping]
     if not mappings:
         return {None: [SourceEntry.parse(entry, "eval_data") for entry in entries]} if entries else {}
     if len(entries) > 1:
@@ -94,11 +93,11 @@ def check_set_name(name: Any, key: str) -> None:
         raise SFTError(f"{key}: {name!r} cannot be the name of a held-out set; use letters, digits, _ and -")
 
 
-def _parse_mapping(entry: Any) -> dict[str, Any] | None:
+def _parse_named_sources(entry: Any) -> dict[str, Any] | None:
     """Return the mapping of names to sources that an item of eval_data is; None for an entry."""
     if isinstance(entry, str) and entry.lstrip().startswith("{"):
         try:
-            entry = json.loads(entry, object_pairs_hook=_build_mapping)
+            entry = parse_json(entry)
         except json.JSONDecodeError:
             return None  # SourceEntry.parse says why
     if not isinstance(entry, dict) or any(member.name in entry for member in fields(SourceEntry)):
@@ -106,13 +105,21 @@ def _parse_mapping(entry: Any) -> dict[str, Any] | None:
     return entry
 
 
-def _build_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object of JSON, which may name a key twice: all but the last value would be lost."""
-    names = [name for name, _ in pairs]
+def parse_json(text: str) -> Any:
+    """Parse JSON in which no object names a key twice. Raises ValueError, and SFTError for such a key."""
+
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        check_given_once([name for name, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=build_object)
+
+
+def check_given_once(names: Sequence[Any]) -> None:
+    """Raise SFTError for a key that a mapping of YAML or JSON names twice."""
     for name in names:
         if names.count(name) > 1:
-            raise SFTError(f"eval_data: {name} is given twice; give each set a name of its own")
-    return dict(pairs)
+            raise SFTError(f"{name} is given twice; all but the last would be lost")
 
 
 def _is_of_kind(value: Any, kind: type) -> bool:
@@ -326,3 +333,8 @@ class SFTArguments:
     def has_adapters(self) -> bool:
         """Whether adapters are trained, by the keys."""
         return self.lora or bool(self.peft)
+
+    @property
+    def quantization_key(self) -> str | None:
+        """The key that quantizes the base, or None."""
+        return "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else None

@@ -31,7 +31,14 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.utils import is_torch_tf32_available
 
-from sft_pipeline.arguments import DEFAULT_PROJECT, SFTArguments, SourceEntry, parse_eval_data
+from sft_pipeline.arguments import (
+    DEFAULT_PROJECT,
+    SFTArguments,
+    SourceEntry,
+    check_given_once,
+    parse_eval_data,
+    parse_json,
+)
 from sft_pipeline.utils.errors import SFTError, format_error
 
 
@@ -125,10 +132,7 @@ class _Loader(yaml.SafeLoader):
     booleans, so that `save_strategy: no` is a string, and a key stands once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise SFTError(f"{name} is given twice; all but the last would be lost")
+        check_given_once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
 
@@ -312,7 +316,7 @@ def _format_sets(sets: dict[str | None, list[SourceEntry]]) -> Any:
 def _parse_mapping(key: str, value: Any) -> dict[str, Any] | None:
     """Parse the value of a key that is a mapping, which may be JSON text."""
     try:
-        mapping = json.loads(value) if isinstance(value, str) else value
+        mapping = parse_json(value) if isinstance(value, str) else value
     except ValueError as error:
         raise SFTError(f'{key} is not JSON ({error}); write {{"name": value}}') from error
     if mapping is not None and not isinstance(mapping, dict):
@@ -367,9 +371,10 @@ def _check_values(args: SFTConfig) -> None:
             raise SFTError(f"add_tokens: {token!r} is {'there twice' if token else 'empty'}; remove it")
     if args.load_in_4bit and args.load_in_8bit:
         raise SFTError("load_in_4bit and load_in_8bit are both set; remove one of them")
-    if (args.load_in_4bit or args.load_in_8bit) and shards_model(args):
-        key = "load_in_4bit" if args.load_in_4bit else "load_in_8bit"
-        raise SFTError(f"{key}: fsdp and deepspeed do not shard quantized weights here; turn one of them off")
+    if args.quantization_key and shards_model(args):
+        raise SFTError(
+            f"{args.quantization_key}: fsdp and deepspeed do not shard quantized weights here; turn one of them off"
+        )
     if args.early_stopping_patience and not args.load_best_model_at_end:
         raise SFTError("early_stopping_patience needs load_best_model_at_end: true")
     for key, reason in REFUSED_KEYS.items():

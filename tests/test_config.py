@@ -329,6 +329,9 @@ def test_files_that_are_no_config(tmp_path, write):
     assert "<unicode string>" not in message
     twice = "not readable as YAML: en is given twice; all but the last would be lost"
     assert refusal(write("eval_data: {en: a.json, en: b.json}")).endswith(twice)
+    assert refusal(write(""), "--peft", '{"r": 8, "r": 4}') == (
+        'peft is not JSON (r is given twice; all but the last would be lost); write {"name": value}'
+    )
     assert refusal(write("", needed="- a\n- b\n")).endswith("must contain only `key: value` lines")
     assert refusal(write("", needed="")).endswith("must contain only `key: value` lines")
     assert refusal(write("1: 2\n")).endswith("must contain only `key: value` lines")

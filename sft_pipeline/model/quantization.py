@@ -32,18 +32,13 @@ from sft_pipeline.utils.files import write_json
 QUANTIZATION_FILE = "quantization_config.json"  # beside adapters: how the weights of their base were quantized
 
 
-def get_quantization_key(args: SFTConfig) -> str | None:
-    """Return the key of `args` that quantizes the base, or None."""
-    return "load_in_4bit" if args.load_in_4bit else "load_in_8bit" if args.load_in_8bit else None
-
-
 def build_quantization_config(args: SFTConfig) -> BitsAndBytesConfig | None:
     """Build the config of `load_in_4bit` (nf4 and double quantization, as in the paper) or `load_in_8bit`, if one is
     set.
 
     Products are computed in the precision of the run. Raises SFTError if bitsandbytes is missing.
     """
-    key = get_quantization_key(args)
+    key = args.quantization_key
     if key is None:
         return None
     _check_bitsandbytes(f"{key}: true")

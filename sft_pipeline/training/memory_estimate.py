@@ -20,7 +20,6 @@ from sft_pipeline.data.encode import EncodingStats
 from sft_pipeline.kernels.cpu_layer_inference import LAYER_CLASSES
 from sft_pipeline.model.linear_cross_entropy import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from sft_pipeline.model.module_utils import unwrap_peft
-from sft_pipeline.model.quantization import get_quantization_key
 from sft_pipeline.training.memory import GIB, measure_memory_gib
 from sft_pipeline.training.optimizers import LOW_RANK, get_optimizer_name
 from sft_pipeline.training.precision import should_round_frozen_layers
@@ -234,7 +233,7 @@ def estimate_memory(
 
 def _list_quantized_sizes(causal_lm: PreTrainedModel, args: SFTConfig) -> list[int]:
     """Return the number of weights of each layer that is quantized: linear ones but the head, without adapters."""
-    if get_quantization_key(args) is None:
+    if args.quantization_key is None:
         return []
     head = causal_lm.get_output_embeddings()
     layers = [module for module in causal_lm.modules() if type(module) is nn.Linear and module is not head]
@@ -286,7 +285,7 @@ def check_memory(model: PreTrainedModel, args: SFTConfig, stats: EncodingStats, 
 
 def describe_remedies(args: SFTConfig) -> str:
     """Return what makes a run need less memory, of what it does not do yet."""
-    is_quantized = get_quantization_key(args) is not None
+    is_quantized = args.quantization_key is not None
     remedies = {
         "bf16: true": args.mixed_precision == "no" and args.dtype == "float32",
         "activation_checkpointing: true": not args.activation_checkpointing,

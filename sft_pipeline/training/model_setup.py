@@ -34,7 +34,6 @@ from sft_pipeline.model.peft_config import build_peft_config, check_peft_config
 from sft_pipeline.model.quantization import (
     build_quantization_config,
     find_quantization_method,
-    get_quantization_key,
     is_quantized,
     set_up_quantized_layers,
 )
@@ -150,7 +149,7 @@ def check_quantization(
 ) -> None:
     """Raise SFTError for quantized weights without adapters, weights that are saved quantized, and a model given as an
     object that the keys are to quantize."""
-    key = get_quantization_key(args)
+    key = args.quantization_key
     if key and not isinstance(source, str):
         raise SFTError(
             f"{key}: the model is given as an object; load it with its quantization_config, or give its name"

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
+from support.processes import run_ranks
 
 from sft_pipeline.config import parse_config
 from sft_pipeline.model.loading import load_model
@@ -74,6 +75,36 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(fields, write_
     over = ["--output_dir", str(tmp_path / "second"), "--resume_from_checkpoint", checkpoint]
     train(parse(tmp_path, write_config, fields, *over), Console(quiet=True))
     assert read_bits(tmp_path / "second") == read_bits(tmp_path / "out")
+
+
+SHARED = {"num_answers": 0, "num_instructions": 0, "save_strategy": "no", "learning_rate": 1e-3}
+
+
+def run_worker(process: int, config: str, folder: str) -> None:
+    """Train in one of two processes; write the logits of its model, and what is left of a weight of its base."""
+    for name in ("pissa", "olora"):
+        overrides = ["--per_device_train_batch_size=2", "--ddp_backend=gloo", f"--peft={json.dumps(FIELDS[name])}"]
+        trainer = SFTTrainer(args=parse_config(config, [*overrides, f"--output_dir={folder}/{name}"]))
+        trainer.train()
+        trainer.save_model()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        weight = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+        torch.save((compute_logits(model), weight), f"{folder}/{name} {process}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_same_part_out_of_the_base(write_config, tmp_path):
+    config = str(write_config(tmp_path, rows=12, held_out=2, max_steps=4, **SHARED))
+    run_ranks(run_worker, 2, config, str(tmp_path))
+    for name in ("pissa", "olora"):
+        overrides = ["--per_device_train_batch_size=4", f"--peft={json.dumps(FIELDS[name])}"]
+        one = SFTTrainer(args=parse_config(config, [*overrides, f"--output_dir={tmp_path / 'one' / name}"]))
+        one.train()
+        (logits, weight), (other_logits, other_weight) = (torch.load(tmp_path / f"{name} {n}.pt") for n in range(2))
+        assert torch.equal(weight, other_weight) and torch.equal(logits, other_logits)
+        torch.testing.assert_close(logits, compute_logits(one.model), atol=1e-4, rtol=1e-3)
+        saved = load_model(str(tmp_path / name))
+        torch.testing.assert_close(compute_logits(saved), logits, atol=1e-5, rtol=1e-4)
 
 
 def test_a_run_whose_base_was_split_otherwise_goes_on_up_to_rounding(write_config, tmp_path, caplog):

@@ -223,7 +223,7 @@ def fails(call, *parts: str) -> None:
         ({"en": {"path": "en.json", "slit": "x"}}, ["eval_data en: an entry has the unknown key slit"]),
         ({"en": "en.json", "name": "zh.json"}, ["eval_data: an entry has the unknown key en; it may have path, name"]),
         (["zh.json", {"en": "en.json"}], ["eval_data: a mapping of names to sources stands alone; write every source"]),
-        ('{"en": "en.json", "en": "zh.json"}', ["eval_data: en is given twice; give each set a name of its own"]),
+        ('{"en": "en.json", "en": "zh.json"}', ["en is given twice; all but the last would be lost"]),
     ],
 )
 def test_a_mapping_that_cannot_be_read_is_one_line(eval_data, parts, config):
