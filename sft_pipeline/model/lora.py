@@ -54,8 +54,8 @@ def check_saved_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
     Without a config of adapters in it, as a checkpoint of shards has none, only their absence is checked.
     """
     file = checkpoint / CONFIG_FILE
-    adapters: Any = getattr(model, "peft_config", None)
-    if not adapters:
+    peft_model: Any = model
+    if not hasattr(model, "peft_config"):
         if file.is_file():
             raise SFTError(f"{checkpoint}: has adapters, and this run trains none; set the keys lora or peft as before")
         return
@@ -63,7 +63,7 @@ def check_saved_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
         if any(checkpoint.glob("model*.safetensors")):
             raise SFTError(f"{checkpoint}: has a whole model, and this run trains adapters; remove lora and peft")
         return
-    [config] = adapters.values()
+    config = peft_model.active_peft_config
     saved, own = json.loads(file.read_text(encoding="utf-8")), _describe_config(config)
     saved[INIT], own[INIT] = read_init(checkpoint) or saved.get(INIT), getattr(config, INIT, None)
     kinds = (read_quantization_kind(checkpoint), get_quantization_kind(model))
