@@ -159,6 +159,8 @@ def check_quantization(
         raise SFTError(
             f"{key or 'the model'}: quantized weights are not trained, only adapters on them; set lora: true"
         )
+    if quantizes and args.torch_compile:
+        raise SFTError(f"{key or 'the model'}: layers with quantized weights are not compiled; turn torch_compile off")
     if isinstance(source, str) and (method := find_quantization_method(path, args.trust_remote_code, args.revision)):
         remedy = "give the unquantized model, with load_in_4bit: true and lora: true for adapters on weights in 4 bits"
         raise SFTError(f"{path}: its weights are saved quantized ({method}); {remedy}")

@@ -264,6 +264,7 @@ def test_what_cannot_be_quantized_is_one_line(kind, config, tiny_model, tokenize
             SFTTrainer(args=args, **arguments)
 
     refuse(f"{kind}: quantized weights are not trained, only adapters on them; set lora: true", "--lora=false")
+    refuse(f"{kind}: layers with quantized weights are not compiled; turn torch_compile off", "--torch_compile=true")
     refuse(
         "load_in_4bit and load_in_8bit are both set; remove one of them", "--load_in_4bit=true", "--load_in_8bit=true"
     )
