@@ -142,8 +142,11 @@ for line in sys.stdin:
     if request["tokens"] == 1:
         print("not a result\\n", end="")
     if request["tokens"] == 2:
-        print("no memory is left", file=sys.stderr)
-        sys.exit(1)
+        import os, time
+        print("no memory is left", file=sys.stderr, flush=True)
+        os.close(1)
+        time.sleep(1)  # its standard input still takes requests
+        os._exit(1)
     if request["tokens"] == 3:
         import time; time.sleep(60)
     numbers = dict.fromkeys(("flops_per_second", "step_seconds", "peak_gib", "loss"), 1.0)

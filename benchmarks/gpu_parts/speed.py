@@ -73,7 +73,10 @@ class Worker:
             line = None
             if isinstance(error, queue.Empty):
                 return {"error": "not finished in time"}
-        return json.loads(line) if line else {"error": f"the process ended: {self._read_log()}"}
+        if line is None:
+            self._lines.put(None)  # for later requests, which a process that is ending may still take
+            return {"error": f"the process ended: {self._read_log()}"}
+        return json.loads(line)
 
     def _read_log(self) -> str:
         self._log.seek(0)
