@@ -96,8 +96,7 @@ class Int8Forward:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        scales = self.layer.state.SCB if self.layer.weight.SCB is None else self.layer.weight.SCB
-        output: Tensor = _Int8Linear.apply(x, self.layer.weight.data, scales)
+        output: Tensor = _Int8Linear.apply(x, self.layer.weight.data, _get_scales(self.layer))
         return output if self.layer.bias is None else output + self.layer.bias.to(output.dtype)
 
 
@@ -113,6 +112,12 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         weight, scales = ctx.saved_tensors
         return grad_output @ _dequantize_int8(weight, scales, grad_output.dtype), None, None
+
+
+def _get_scales(layer: Any) -> Tensor:
+    """Return the scales (outputs,) of a layer of 8 bits: bitsandbytes moves them from the weight to its state."""
+    scales: Tensor = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    return scales
 
 
 def _dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +139,7 @@ def dequantize_layer(layer: nn.Module) -> nn.Linear | None:
 
         values = dequantize_4bit(weight.data, weight.quant_state).float()
     else:
-        values = _dequantize_int8(weight.data, quantized.state.SCB if weight.SCB is None else weight.SCB, torch.float32)
+        values = _dequantize_int8(weight.data, _get_scales(quantized), torch.float32)
     plain = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
     plain.weight, plain.bias = nn.Parameter(values, requires_grad=False), quantized.bias
     return plain

@@ -318,8 +318,11 @@ class SupervisedTrainer(CheckpointingTrainer):
         batches = self.build_batch_sampler()
         if self.stream is not None:
             steps = StepStream(self.stream, batches, self._shares_prefixes, self._first_stream_state)
-            return guard_workers(build_stream_loader(steps, self.data_collator, **options))
-        loader = EpochDataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, **options)
+            loader: DataLoader = build_stream_loader(steps, self.data_collator, **options)
+        else:
+            loader = EpochDataLoader(
+                self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, **options
+            )
         return guard_workers(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
