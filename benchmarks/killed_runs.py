@@ -1,4 +1,4 @@
-"""The runs that kills.py starts and kills: a small model, and two trainers, each started as its users start it.
+"""The runs that kills.py starts and kills: a small model, and trainers, each started as its users start it.
 
 Every start is a fork of a process that has imported all modules and done nothing else (no threads, no tensors), so
 that it takes a tenth of a second instead of six. SIGKILL ends a forked process as it ends any other.
@@ -89,13 +89,19 @@ def write_task_files(plan: Plan, model: str, data: str, folder: Path) -> None:
     encode_task(str(folder / "model"), str(folder / "rows.json"), len(rows)).write(folder / "task.json")
 
 
-def train_ours(plan: Plan, task: Path, output: Path) -> None:
+def train_ours(plan: Plan, task: Path, output: Path, **more_keys: Any) -> None:
     """Run `sft-pipeline train`, the same command after every kill; each run has its own cache of encoded rows."""
     os.environ["SFT_PIPELINE_CACHE"] = str(output.with_suffix(".cache"))
     keys = {"model_name_or_path": task / "model", "train_data": task / "rows.json", "template": "role", "num_proc": 1}
     keys |= {"system_prompt": SYSTEM_PROMPT, "output_dir": output, "resume_from_checkpoint": "auto"}
-    keys |= plan.build_settings()
+    keys |= plan.build_settings() | more_keys
     run_cli(["train", *(f"--{key}={value}" for key, value in keys.items())])
+
+
+def train_sharded(plan: Plan, task: Path, output: Path) -> None:
+    """Run `sft-pipeline train` in two processes that shard the model with FSDP2, and write its checkpoints together."""
+    config = json.dumps({"state_dict_type": "SHARDED_STATE_DICT"})
+    train_ours(plan, task, output, fsdp="true", fsdp_config=config, per_device_train_batch_size=BATCH_SIZE // 2)
 
 
 def train_plain(plan: Plan, task: Path, output: Path) -> None:
@@ -117,26 +123,44 @@ def train_plain(plan: Plan, task: Path, output: Path) -> None:
     trainer.save_model()
 
 
-TRAINERS: dict[str, tuple[type[Trainer], Callable[[Plan, Path, Path], None]]] = {
-    "ours": (SFTTrainer, train_ours),
-    "plain": (Trainer, train_plain),
+@dataclass(frozen=True)
+class Kind:
+    """A way to train that is tried."""
+
+    title: str
+    trainer: type[Trainer]
+    train: Callable[[Plan, Path, Path], None]
+    num_processes: int = 1
+
+
+TRAINERS = {
+    "ours": Kind("sft_pipeline", SFTTrainer, train_ours),
+    "sharded": Kind("sft_pipeline, two processes (FSDP2)", SFTTrainer, train_sharded, 2),
+    "plain": Kind("transformers.Trainer", Trainer, train_plain),
 }
 
 
-def run_training(name: str, plan: Plan, task: Path, output: Path, marks: int) -> None:
-    """Train in a forked process: its output goes to OUTPUT.log, its progress to the pipe `marks`."""
+def run_training(name: str, plan: Plan, task: Path, output: Path, marks: int, rank: int = 0, port: int = 0) -> None:
+    """Train in a forked process: its output goes to OUTPUT.log, progress of the first process to the pipe `marks`.
+
+    rank, port: of this process among those of the run, as torchrun sets them.
+    """
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    trainer_class, train = TRAINERS[name]
-    patch_trainer(trainer_class, output.with_suffix(".rows"), marks)
-    train(plan, task, output)
+    kind = TRAINERS[name]
+    if kind.num_processes > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": kind.num_processes, "MASTER_PORT": port}
+        ranks["LOCAL_WORLD_SIZE"] = kind.num_processes
+        os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    patch_trainer(kind.trainer, output.with_suffix(".rows"), marks if rank == 0 else os.open(os.devnull, os.O_WRONLY))
+    kind.train(plan, task, output)
 
 
 def list_modules_of_a_run(name: str, plan: Plan, task: Path, output: Path) -> list[str]:
-    """Train once and return the modules that are then imported."""
+    """Train once, in one process, and return the modules that are then imported."""
     pipe, marks = os.pipe()
-    run_training(name, plan, task, output, marks)
+    run_training("plain" if name == "plain" else "ours", plan, task, output, marks)
     os.close(pipe)
     return sorted(sys.modules)
 

@@ -4,10 +4,12 @@
 
 Needs no extra beyond the package itself. Half of the kills come at a moment drawn from the length of a whole run, a
 quarter while a checkpoint is written, a quarter while the final model is saved. The same command is then started again
-(killed_runs.py): `ours` is `train` with --resume_from_checkpoint auto, `plain` is transformers.Trainer with the
-checkpoint that `get_last_checkpoint` returns. Where a start fails, the newest checkpoint is deleted, as a person would
-have to, and counted. The result of a run is compared bit by bit with that of a run that was never killed: the last
-checkpoint (weights, optimizer, other state), the tokens of every step that any start trained, and the final model.
+(killed_runs.py): `ours` is `train` with --resume_from_checkpoint auto, `sharded` the same in two processes that shard
+the model, of which one is killed and the other is stopped as torchrun would stop it, `plain` is transformers.Trainer
+with the checkpoint that `get_last_checkpoint` returns. Where a start fails, the newest checkpoint is deleted, as a
+person would have to, and counted. The result of a run is compared bit by bit with that of a run that was never killed:
+the last checkpoint (weights, optimizer, other state), the tokens of every step that any start trained, and the final
+model.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import json
 import multiprocessing
 import os
 import random
-import select
 import shutil
+import socket
 import statistics
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,7 @@ DIFFERENCES = {
     "last checkpoint gone": "the last checkpoint missing",
 }
 KIND_OF_FILE = {"model.safetensors": "weights", "optimizer.pt": "optimizer"}
-NAMES = {"ours": "sft_pipeline", "plain": "transformers.Trainer"}
+GRACE_SECONDS = 10.0  # that the other processes of a run have after SIGTERM; torchrun gives them 30
 NOTE = """
 Checkpoints deleted by hand: a kill within a save left the newest checkpoint incomplete, and the run does not start
 until somebody deletes it.
@@ -97,52 +100,77 @@ class RunCounts:
     differences: list[str] = field(default_factory=list)
 
 
-class TrainingProcess:
-    """A process that trains in `output`, and the marks of its saves that it has written."""
+class TrainingProcesses:
+    """The processes of a run that trains in `output`, and the marks of its saves that it has written."""
 
     def __init__(self, name: str, plan: Plan, task: Path, output: Path) -> None:
-        self.pipe, marks = os.pipe()
-        self.process: BaseProcess = FORK.Process(target=run_training, args=(name, plan, task, output, marks))
-        self.process.start()
+        read_end, marks = os.pipe()
+        self.pipe: int | None = read_end  # None once all processes have ended
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = (name, plan, task, output, marks)
+        ranks = range(TRAINERS[name].num_processes)
+        self.processes: list[BaseProcess] = [
+            FORK.Process(target=run_training, args=(*arguments, rank, port)) for rank in ranks
+        ]
+        for process in self.processes:
+            process.start()
         os.close(marks)
         self.marks: list[tuple[bytes, float]] = []  # with their time, by time.monotonic
 
     def read_mark(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for a mark; return False once the process has ended."""
-        if not select.select([self.pipe], [], [], max(0.0, timeout))[0]:
+        """Wait up to `timeout` seconds for a mark or the end of a process; return False once all have ended."""
+        if self.pipe is None:
+            return False
+        running = [process.sentinel for process in self.processes if process.exitcode is None]
+        if self.pipe not in connection.wait([self.pipe, *running], max(0.0, timeout)):
+            self._stop_after_a_failure()
             return True
         mark = os.read(self.pipe, 1)
+        if not mark:
+            os.close(self.pipe)
+            self.pipe = None
+            return False
         self.marks.append((mark, time.monotonic()))
-        return bool(mark)
+        return True
+
+    def _stop_after_a_failure(self) -> None:
+        """Stop all processes once one has failed, as torchrun does."""
+        if any(process.exitcode for process in self.processes):
+            for process in self.processes:
+                process.terminate()
+            for process in self.processes:
+                process.join(GRACE_SECONDS)
+                process.kill()
 
     def wait_for_mark(self, mark: bytes, count: int) -> bool:
-        """Wait until the mark has come `count` times; return False if the process ended earlier."""
+        """Wait until the mark has come `count` times; return False if the run ended earlier."""
         while sum(name == mark for name, _ in self.marks) < count:
             if not self.read_mark(60.0):
                 return False
         return True
 
-    def kill_after(self, seconds: float) -> bool:
-        """Send SIGKILL after some seconds; return False if the process ended earlier."""
+    def kill_after(self, seconds: float, rank: int) -> bool:
+        """Send SIGKILL to one process after some seconds; return False if the run ended earlier."""
         end_time = time.monotonic() + seconds
         while (remaining := end_time - time.monotonic()) > 0 and self.read_mark(remaining):
             pass
-        self.process.kill()
-        while self.read_mark(60.0):
-            pass
-        return self.wait_for_exit() < 0
+        self.processes[rank].kill()
+        self.wait_for_exit()
+        return bool(self.processes[rank].exitcode)
 
-    def wait_for_exit(self) -> int:
-        """Wait for the end of the process and return its exit status."""
+    def wait_for_exit(self) -> bool:
+        """Wait for the end of all processes; return whether they succeeded."""
         while self.read_mark(60.0):
             pass
-        os.close(self.pipe)
-        self.process.join()
-        return int(self.process.exitcode or 0)
+        for process in self.processes:
+            process.join()
+        return not any(process.exitcode for process in self.processes)
 
     def get_last_mark(self) -> bytes:
         """Return the last mark: CHECKPOINT_BEGIN or MODEL_BEGIN if the process died within a save."""
-        return next((mark for mark, _ in reversed(self.marks) if mark), b"")
+        return self.marks[-1][0] if self.marks else b""
 
     def compute_median_seconds(self, begin_mark: bytes, end_mark: bytes) -> float:
         """Return the median seconds between two marks."""
@@ -166,14 +194,14 @@ class Experiment:
         arguments = (self.name, short_plan, self.folder.parent, self.folder / "first")
         import_modules(call_in_fork(lambda: list_modules_of_a_run(*arguments)))
         start_time, run = time.monotonic(), self.start_run(self.folder / "whole")
-        if run.wait_for_exit():
+        if not run.wait_for_exit():
             sys.exit((self.folder / "whole.log").read_text(encoding="utf-8")[-3000:])
         self.durations = {"anywhere": time.monotonic() - start_time}
         self.durations["checkpoint"] = run.compute_median_seconds(CHECKPOINT_BEGIN, CHECKPOINT_END)
         self.durations["end"] = run.compute_median_seconds(MODEL_BEGIN, MODEL_END)
 
-    def start_run(self, output: Path) -> TrainingProcess:
-        return TrainingProcess(self.name, self.plan, self.folder.parent, output)
+    def start_run(self, output: Path) -> TrainingProcesses:
+        return TrainingProcesses(self.name, self.plan, self.folder.parent, output)
 
     def run_with_kills(self, kills: int, seed: str) -> None:
         """Train one run from its first start to its end with so many kills, and compare the result."""
@@ -184,9 +212,7 @@ class Experiment:
             if kills and self.kill_run(run, rng):
                 kills -= 1
                 continue
-            if run.process.exitcode is None:
-                run.wait_for_exit()
-            if run.process.exitcode == 0:
+            if run.wait_for_exit():
                 break
             deletions += 1
             delete_newest_checkpoint(output)
@@ -195,16 +221,15 @@ class Experiment:
         self.counts.runs_without_a_hand += not deletions
         self.compare_with_reference(output)
 
-    def kill_run(self, run: TrainingProcess, rng: random.Random) -> bool:
-        """Kill the run at a random moment; return False if it ended earlier."""
+    def kill_run(self, run: TrainingProcesses, rng: random.Random) -> bool:
+        """Kill a process of the run at a random moment; return False if the run ended earlier."""
         [target] = rng.choices(list(TARGETS), list(TARGETS.values()))
         seconds = rng.uniform(0, self.durations[target] * (1 if target == "anywhere" else 1.2))
         count = rng.randint(1, 3)
         mark, count = (CHECKPOINT_BEGIN, count) if target == "checkpoint" else (MODEL_BEGIN, 1)
         if target != "anywhere" and not run.wait_for_mark(mark, count):
-            run.wait_for_exit()
             return False
-        if not run.kill_after(seconds):
+        if not run.kill_after(seconds, rng.randrange(len(run.processes))):
             return False
         self.counts.kills += 1
         self.counts.kills_within_a_checkpoint += run.get_last_mark() == CHECKPOINT_BEGIN
@@ -270,7 +295,7 @@ def build_table(counts: dict[str, RunCounts]) -> Table:
     for kind, title in DIFFERENCES.items():
         lines[f"runs with {title}"] = [entry.differing.get(kind, 0) for entry in counts.values()]
     rows = [[title, *map(str, numbers)] for title, numbers in lines.items()]
-    return Table(["", *(NAMES[name] for name in counts)], rows)
+    return Table(["", *(TRAINERS[name].title for name in counts)], rows)
 
 
 def read_counts(output: Path | None, plan: Plan) -> dict[str, RunCounts]:
@@ -281,7 +306,7 @@ def read_counts(output: Path | None, plan: Plan) -> dict[str, RunCounts]:
     record = json.loads(file.read_text(encoding="utf-8"))
     if record["plan"] != plan.build_record():
         sys.exit(f"{file} has the counts of another plan; delete it, or give another --output")
-    return {name: RunCounts(**record["trainers"][name]) for name in TRAINERS}
+    return {name: RunCounts(**record["trainers"].get(name, {})) for name in TRAINERS}
 
 
 def write_counts(output: Path, plan: Plan, counts: dict[str, RunCounts]) -> None:

@@ -1,5 +1,6 @@
 """What the tests share: caches in a folder of the session's own, no hub, a tiny tokenizer and a tiny model."""
 
+import gc
 import json
 import os
 import shutil
@@ -27,29 +28,17 @@ pytest.register_assert_rewrite("support")
 from support.conversations import QWEN3
 from support.tiny import build_model, build_tokenizer
 
-# The files that take longest start first, so that the processes of `./launch.sh test` end together.
-SLOW_FILES = (
-    *("test_api_page", "test_slurm", "test_launch"),  # of the tests marked `real`
-    *("test_fsdp", "test_two_processes", "test_console", "test_study", "test_evaluation_callback", "test_trackers"),
-    *(
-        "test_engine",
-        "test_generate",
-        "test_lora",
-        "test_preemption",
-        "test_memory",
-        "test_checkpointing",
-        "test_export",
-    ),
-    *(
-        "test_fault_tolerance",
-        "test_gpu_benchmark",
-        "test_hf_metrics",
-        "test_resumable_jsonl",
-        "test_train",
-        "test_trainer",
-    ),
-)
+from sft_pipeline.reports import svg
 
+# The files that take longest start first, so that the processes of `./launch.sh test` end together.
+SLOW_FILES = [
+    *["test_api_page", "test_slurm", "test_launch"],  # of the tests marked `real`
+    *["test_arguments", "test_new_tokens", "test_sharded_loading", "test_lora", "test_fsdp", "test_optimizers"],
+    *["test_quantization", "test_engine", "test_compiled_layers", "test_moved_base", "test_streaming"],
+    *["test_precision", "test_gpu_benchmark", "test_fault_tolerance", "test_memory", "test_final_tasks"],
+    *["test_checkpointing", "test_held_out_sets", "test_console", "test_export", "test_train", "test_hf_metrics"],
+]
+can_draw = svg.can_draw
 
 # Speed is not tested, and a machine that does other work is slow.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,6 +48,12 @@ settings.load_profile("any speed")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOW_FILES)))
+
+
+def pytest_collection_finish() -> None:
+    """Take the libraries out of garbage collection: every run calls it, and would look through millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -71,6 +66,21 @@ def restore_log_level() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     yield
     transformers_logging.set_verbosity(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leave_out_charts() -> Iterator[None]:
+    """The charts of a run's report take longer than its steps: they are drawn where a test takes `draw_charts`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(svg, "can_draw", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def draw_charts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(svg, "can_draw", can_draw)
+        yield
 
 
 @pytest.fixture(scope="session")

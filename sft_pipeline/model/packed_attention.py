@@ -10,7 +10,7 @@ batches, generation) run plain `sdpa`.
     model(input_ids=..., position_ids=..., **build_packed_arguments(tree, device), use_cache=False)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -82,15 +82,18 @@ def packed_attention_forward(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = cast_to_one_dtype(query, key, value)
+    arguments = query, key, value, prefix_tree, scaling, sliding_window
     # A block or less is no work for a GPU, and FlexAttention would compile other kernels for it.
     if dropout or (runs_on_cuda(query.device) and query.shape[2] <= FLEX_BLOCK):
-        return _attend_sdpa(query, key, value, prefix_tree, scaling, dropout, sliding_window), None
-    if runs_on_cuda(query.device):
+        output = _attend_sdpa(*arguments, dropout)
+    elif runs_on_cuda(query.device):
         attend = attend_varlen if can_use_varlen(query, key, value, prefix_tree) else attend_flex
-        return attend(query, key, value, prefix_tree, scaling, sliding_window), None
-    if _is_float32(query):
-        return _BlockAttention.apply(query, key, value, prefix_tree, scaling, sliding_window), None
-    return _attend_sdpa(query, key, value, prefix_tree, scaling, 0.0, sliding_window), None
+        output = attend(*arguments)
+    elif _is_float32(query):
+        output = _BlockAttention.apply(*arguments)
+    else:
+        output = _attend_sdpa(*arguments)
+    return _OwnTensor.apply(output.contiguous()), None
 
 
 def cast_to_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,19 +204,22 @@ def _measure_packing_difference(backbone: Any) -> float:
     return ((packed_states - row_states).abs().max() / row_states.abs().max().clamp(min=1e-9)).item()
 
 
-def compute_check_states(backbone: Any, packed: bool, share: bool = True) -> Tensor:
+def compute_check_states(
+    backbone: Any, packed: bool, share: bool = True, run: Callable[..., Any] | None = None
+) -> Tensor:
     """Return the hidden states (24, hidden size) of four short rows, run packed or one by one, in float32.
 
     The rows are a tree of depth 2: two hang off the first, one of them has a branch itself; without `share` they lie
     side by side. On CUDA the packed line has as many copies of them as reach the kernels that train, and the states
-    are those of the last copy.
+    are those of the last copy. run: calls the backbone, where it cannot be called by itself.
     """
+    run = run or backbone
     device = next(backbone.parameters()).device
     rows = [[*range(7)], [0, 1, 2, 7, 8, 9, 10], [0, 1, 2, 7, 8, 11], [0, 1, 12, 13]]  # positions in the tree's line
     ids = np.array([*range(7), *range(3, 7), 11, 12, 13]) % backbone.config.get_text_config().vocab_size
     if not packed:
         inputs = [torch.from_numpy(ids[row])[None].to(device) for row in rows]
-        return torch.cat([backbone(input_ids=row, use_cache=False).last_hidden_state[0] for row in inputs]).float()
+        return torch.cat([run(input_ids=row, use_cache=False).last_hidden_state[0] for row in inputs]).float()
     depths, positions = np.array([*range(7), *range(3, 7), 5, 2, 3]), np.concatenate(rows)
     subtree_end = np.array([14, 14, 12, 7, 7, 7, 7, 12, 12, 11, 11, 12, 14, 14])
     if not share:
@@ -224,7 +230,7 @@ def compute_check_states(backbone: Any, packed: bool, share: bool = True) -> Ten
     positions = positions + (copies - 1) * len(ids)
     input_ids, position_ids = (torch.from_numpy(np.tile(array, copies))[None].to(device) for array in (ids, depths))
     arguments = build_packed_arguments(build_attention_tree(subtree_end), device)
-    output = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
+    output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
     return output.last_hidden_state[0, torch.from_numpy(positions).to(device)].float()
 
 
@@ -242,8 +248,8 @@ def _attend_sdpa(
     value: Tensor,
     tree: AttentionTree,
     scaling: float,
-    dropout: float,
     window: int | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Compute attention with torch's own function, segment by segment: for any device and dtype, with dropout."""
     group_size = query.shape[1] // key.shape[1]
@@ -265,6 +271,22 @@ def _attend_sdpa(
             mask = mask.triu(num_keys - num_queries - window + 1)
         outputs.append(sdpa(own_query, keys, values, attn_mask=mask))
     return torch.cat(outputs, 2).transpose(1, 2)
+
+
+class _OwnTensor(torch.autograd.Function):
+    """The same values as a tensor that is no view.
+
+    torch.compile looks at what a view is a view of, which differs between the functions of attention: compiled layers
+    would be compiled once more when another of them comes first in the middle of a run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return grad_output
 
 
 class _BlockAttention(torch.autograd.Function):

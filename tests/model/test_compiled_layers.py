@@ -20,11 +20,12 @@ from sft_pipeline.inference.engine import generate
 from sft_pipeline.inference.sampling import SamplingParams
 from sft_pipeline.kernels import cuda_attention
 from sft_pipeline.kernels.cpu_layer_training import use_fused_layers
+from sft_pipeline.kernels.cuda_attention import attend_flex
 from sft_pipeline.model import packed_attention
 from sft_pipeline.model.compiled_layers import compile_layers
 from sft_pipeline.model.lora import add_adapters
 from sft_pipeline.model.loss_forward import patch_loss_forward
-from sft_pipeline.model.packed_attention import use_packed_attention
+from sft_pipeline.model.packed_attention import _attend_sdpa, use_packed_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -109,11 +110,29 @@ def test_sliding_and_full_layers_are_compiled_once_each(backend):
 
 
 def test_the_attention_of_cuda_is_compiled_once_beside_the_layers(backend, monkeypatch):
-    """Its forward pass; on the CPU FlexAttention has no other. A batch of one block has another function's output."""
+    """Its forward pass; on the CPU FlexAttention has no other.
+
+    A batch of one block has another function, and rows side by side have a third: nothing is compiled for the others.
+    """
+    functions = []
+
+    def attend_rows(query, key, value, tree, scaling, window):
+        functions.append("varlen")
+        output = _attend_sdpa(query, key, value, tree, scaling, window)
+        return output[0].contiguous()[None]  # torch's function has no dimension of a batch
+
+    def attend_tree(*arguments):
+        functions.append("flex")
+        return attend_flex(*arguments)
+
+    monkeypatch.setattr(packed_attention, "attend_varlen", attend_rows)
+    monkeypatch.setattr(packed_attention, "attend_flex", attend_tree)
+    monkeypatch.setattr(
+        packed_attention, "can_use_varlen", lambda q, k, v, tree: not any(s.ancestors for s in tree.segments)
+    )
     monkeypatch.setattr(packed_attention, "runs_on_cuda", lambda device: True)
     for module in (packed_attention, cuda_attention):
         monkeypatch.setattr(module, "FLEX_BLOCK", 4)  # as many batches have several blocks as on CUDA
-    monkeypatch.setattr(cuda_attention, "find_varlen_attention", lambda device: None)
     flex = torch.compile(flex_attention, dynamic=True, backend=backend)
     monkeypatch.setattr(cuda_attention, "compile_flex_attention", lambda: flex)
     plain, compiled = build_pair(LlamaConfig, num_hidden_layers=2)
@@ -124,7 +143,8 @@ def test_the_attention_of_cuda_is_compiled_once_beside_the_layers(backend, monke
             expected = compute_sums(plain, padded)
             torch.testing.assert_close(compute_sums(compiled, batch), expected, rtol=1e-5, atol=1e-5)
             counts.append(backend.num_graphs)
-    assert counts[2] == 5 and counts[-1] == 6 and len(batches[3]["prefix_tree"].depths) < 4
+    assert counts[0] == counts[-1] == 5 and len(batches[3]["prefix_tree"].depths) < 4
+    assert functions[:4] == ["flex", "flex", "varlen", "varlen"]  # two layers
 
 
 def compute_sums(model, batch):

@@ -15,6 +15,11 @@ from sft_pipeline.config import parse_config
 from sft_pipeline.train import train
 
 
+@pytest.fixture(scope="module", autouse=True)
+def with_charts(draw_charts) -> None:
+    """The reports of these runs have their charts."""
+
+
 @pytest.fixture(scope="module")
 def config(model_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("config")

@@ -19,7 +19,6 @@ from sft_pipeline.data import pipeline, row_stream
 from sft_pipeline.data.pipeline import load_one_row
 from sft_pipeline.data.shards import write_shards
 from sft_pipeline.data.streamed_sources import SourceMix
-from sft_pipeline.reports import svg
 from sft_pipeline.train import rehearse_run
 from sft_pipeline.training.sft_trainer import SFTTrainer
 from sft_pipeline.utils.errors import SFTError
@@ -45,10 +44,8 @@ def config(write_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_blocks():
-    """And no charts, which take longer than the steps of these runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_stream, "BLOCK_ROWS", 12)
-        patch.setattr(svg, "can_draw", lambda: False)
         yield
 
 
