@@ -186,13 +186,13 @@ def patch_trainer(trainer_class: type[Trainer], rows: Path, marks: int) -> None:
         save_checkpoint(self, *args, **kwargs)
         os.write(marks, CHECKPOINT_END)
 
-    def save_marked_model(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        if args or kwargs:  # the model of a checkpoint
-            save_model(self, *args, **kwargs)
-            return
-        os.write(marks, MODEL_BEGIN)
-        save_model(self)
-        os.write(marks, MODEL_END)
+    def save_marked_model(self: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        is_last = output_dir is None  # else of a checkpoint
+        if is_last:
+            os.write(marks, MODEL_BEGIN)
+        save_model(self, output_dir, *args, **kwargs)
+        if is_last:
+            os.write(marks, MODEL_END)
 
     def run_recorded_step(self: Trainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         digest = hashlib.sha256(inputs["input_ids"].numpy().tobytes()).hexdigest()

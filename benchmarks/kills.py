@@ -68,7 +68,7 @@ DIFFERENCES = {
     "a step too many": "an extra step trained",
     "last checkpoint gone": "the last checkpoint missing",
 }
-KIND_OF_FILE = {"model.safetensors": "weights", "optimizer.pt": "optimizer"}
+KINDS_OF_FILES = {"model.safetensors": "weights", "pytorch_model_fsdp": "weights", "optimizer": "optimizer"}
 GRACE_SECONDS = 10.0  # that the other processes of a run have after SIGTERM; torchrun gives them 30
 NOTE = """
 Checkpoints deleted by hand: a kill within a save left the newest checkpoint incomplete, and the run does not start
@@ -80,6 +80,9 @@ that checkpoint and the end, trains one more step and saves a checkpoint of it (
 learning rate is 0 by then: the weights stay the same, the optimizer's averages do not. Under a constant schedule the
 weights change too (tried with four starts: four different models). Each further kill at the end adds a step, and the
 second extra checkpoint replaces that of the last step (`save_total_limit` is 2): last checkpoint missing.
+
+Two processes: one of them, drawn at random, is killed, and the other stopped as torchrun would stop it. Both write
+their shards of every checkpoint.
 
 Weights, optimizer and other state are compared in the checkpoint of the last step, where it exists; the saved model
 is compared in every run.
@@ -270,8 +273,15 @@ def find_differences(reference: Path, output: Path, steps: int) -> list[str]:
         return [*differences, f"last checkpoint gone: {', '.join(present)} are there"]
     for folder in (reference / last, output / last):  # the library's pickle of its arguments, which is not compared
         (folder / "training_args.bin").unlink(missing_ok=True)
-    names = compare_checkpoints(reference / last, output / last)[1]
-    return differences + [f"{KIND_OF_FILE.get(name.split(': ')[0], 'other state')}: {name}" for name in names]
+    # torch writes an id that it draws, and the folder, into the .metadata of a sharded checkpoint.
+    names = [name for name in compare_checkpoints(reference / last, output / last)[1] if not name.endswith(".metadata")]
+    return differences + [f"{find_kind(name)}: {name}" for name in names]
+
+
+def find_kind(name: str) -> str:
+    """Return the kind of a difference in a checkpoint, by the file or folder that its name begins with."""
+    part = name.split(": ")[0].split("/")[0]
+    return next((kind for start, kind in KINDS_OF_FILES.items() if part.startswith(start)), "other state")
 
 
 def delete_newest_checkpoint(output: Path) -> None:

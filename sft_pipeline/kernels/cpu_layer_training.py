@@ -94,7 +94,7 @@ class FusedTrainingForward:
         params = _list_params(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         x = _FusedAttention.apply(options, hidden_states[0], input_norm.weight, *head_norms, *params)
         params = _list_params(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        return _FusedMLP.apply(post_attention_norm.variance_epsilon, x, post_attention_norm.weight, *params)[None]
+        return _FusedMLP.apply(post_attention_norm.variance_epsilon, x, post_attention_norm.weight, *params)
 
     def _can_run(self, hidden_states: Tensor) -> bool:
         """Return whether the fused functions compute what the modules of the layer would."""
@@ -189,7 +189,10 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _FusedMLP(torch.autograd.Function):
-    """x + down_proj(silu(gate_proj(n)) * up_proj(n)) with n = norm(x): (tokens, hidden size) -> same shape."""
+    """x + down_proj(silu(gate_proj(n)) * up_proj(n)) with n = norm(x).
+
+    x: (tokens, hidden size). Returns (1, tokens, hidden size), not as a view, of which FSDP2 warns.
+    """
 
     @staticmethod
     def forward(
@@ -213,12 +216,13 @@ class _FusedMLP(torch.autograd.Function):
         ctx.save_for_backward(x, inv_rms, gate, up, norm_weight, gate_weight, up_weight, down_weight)
         ctx.biases = gate_bias, up_bias, down_bias
         output = torch.addmm(x, intermediate, down_weight.t())
-        return output if down_bias is None else output.add_(down_bias)
+        return (output if down_bias is None else output.add_(down_bias)).unsqueeze_(0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, inv_rms, gate, up, norm_weight, gate_weight, up_weight, down_weight = ctx.saved_tensors
         needs_grad, biases = ctx.needs_input_grad, ctx.biases
+        grad_output = grad_output[0]
         intermediate, grad_gate, grad_up = _silu_mul_backward(gate, up, grad_output @ down_weight)
         grad_down_weight = _compute_weight_grad(grad_output, intermediate, needs_grad[7])
         del intermediate  # frees its memory for the products below

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import re
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -18,7 +16,7 @@ import torch.multiprocessing
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from support.processes import run_ranks
+from support.processes import call_in_process, run_ranks
 from support.tiny import CHATML, build_tokenizer
 from tokenizers import normalizers
 
@@ -117,46 +115,32 @@ def test_mapped_rows_are_those_that_were_encoded(shard_size, config, tokenizer, 
     assert [Path(file["filename"]).name for file in data.train.cache_files] == files
 
 
-def in_a_fork(work: Callable[[], object]) -> str:
-    """What `work` returns in a fork of this process, whose memory it leaves as it was, or the error it ends with."""
-    ours, theirs = os.pipe()
-    if os.fork() == 0:
-        try:
-            result = str(work())
-        except BaseException as error:
-            result = type(error).__name__
-        finally:
-            os.write(theirs, result.encode())
-            os._exit(0)
-    os.close(theirs)
-    os.wait()
-    with open(ours, "rb") as pipe:
-        return pipe.read().decode()
+def write_long_rows(folder: Path) -> None:
+    row = np.arange(10_000, dtype=np.int32)
+    made = datasets.Dataset.from_dict({name: [row] * 20 for name in ("input_ids", "labels")})
+    datasets.concatenate_datasets([made] * 40).save_to_disk(folder)
 
 
-def tokens_read(read: Callable[[], datasets.Dataset], limit: int) -> int:
+def count_tokens_read(folder: Path, limit: int, is_mapped: bool) -> int:
     """How many there are, read in the order of training by a process that may take `limit` bytes more."""
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # Arrow's own has set some aside before it is limited
     taken = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (taken + limit, taken + limit))
-    rows = read().with_format("numpy")
+    rows = _map_part(folder) if is_mapped else datasets.load_from_disk(folder, keep_in_memory=True)
+    rows = rows.with_format("numpy")
     batches = StepBatchSampler(count_row_tokens(rows), seed=1, rows=10, packed=True)
     return sum(len(rows[row]["input_ids"]) for batch in batches for row in batch)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts there what a process has taken")
 def test_shards_that_memory_could_not_hold_are_read(tmp_path):
-    def write():
-        row = np.arange(10_000, dtype=np.int32)
-        made = datasets.Dataset.from_dict({name: [row] * 20 for name in ("input_ids", "labels")})
-        datasets.concatenate_datasets([made] * 40).save_to_disk(tmp_path)
-
-    assert in_a_fork(write) == "None"
+    """In processes of their own: this one may have freed memory that it could take without asking for more."""
+    call_in_process(write_long_rows, tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
     assert size > 2**26 - 2**22
-    mapped = in_a_fork(lambda: tokens_read(lambda: _map_part(tmp_path), size // 3))
-    loaded = in_a_fork(lambda: tokens_read(lambda: datasets.load_from_disk(tmp_path, keep_in_memory=True), size // 3))
-    assert (mapped, loaded) == ("8000000", "ArrowMemoryError")
+    assert call_in_process(count_tokens_read, tmp_path, size // 3, True) == 8_000_000
+    with pytest.raises(pyarrow.ArrowMemoryError):
+        call_in_process(count_tokens_read, tmp_path, size // 3, False)
 
 
 def test_held_out_sets_are_mapped_and_their_names_compared(config, tokenizer, monkeypatch):

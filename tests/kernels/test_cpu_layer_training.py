@@ -97,8 +97,8 @@ def was_fused(model) -> list[bool]:
     model.base_model(input_ids=tokens, position_ids=tokens - 3, use_cache=False, **arguments)
     for handle in handles:
         handle.remove()
-    # The last function of a fused layer is the MLP's, below the index that adds the first dimension.
-    return ["_FusedMLP" in str(out.grad_fn.next_functions) for out in outputs]
+    # The last function of a fused layer is the MLP's.
+    return ["_FusedMLP" in str(out.grad_fn) for out in outputs]
 
 
 FROZEN = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "layernorm", "k_norm", "embed"]

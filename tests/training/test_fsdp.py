@@ -5,6 +5,7 @@ With every optimization on: packed rows, shared prefix computed once, the head i
 
 import json
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,7 @@ def run_worker(process: int, folder: str, plain: str, plain_adapters: str) -> No
 
     plain, plain_adapters: checkpoints of one process without FSDP.
     """
+    warnings.filterwarnings("error", ".*returned a view tensor")  # which FSDP2 could lose track of
     linear_cross_entropy.CHUNK_BYTES = CHUNK_BYTES
     out, reports = Path(folder), {}
     for state_dict_type in (FULL, SHARDED):
