@@ -112,14 +112,14 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def write_config(model_folder) -> Callable[..., Path]:
     """write_config(folder, rows=8, key=value, ...) writes so many rows of growing length and a config that trains the
-    tiny model on them on the CPU, without bars and trackers; returns the config's path."""
+    tiny model on them on the CPU, without bars, trackers and checkable instructions; returns the config's path."""
 
     def write(folder: Path, rows: int, **keys: object) -> Path:
         texts = [{"instruction": f"Say {n}.", "output": "text " * n} for n in range(1, rows + 1)]
         (folder / "rows.json").write_text(json.dumps(texts))
         own: dict[str, object] = {"model_name_or_path": str(model_folder), "train_data": str(folder / "rows.json")}
         own |= {"template": "role", "per_device_train_batch_size": 2, "num_proc": 1}
-        own |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+        own |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "num_instructions": 0}
         (folder / "tiny.yaml").write_text(yaml.safe_dump(own | keys))
         return folder / "tiny.yaml"
 

@@ -57,15 +57,17 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.real
 def test_two_processes_of_accelerate_train_the_quickstart_like_one(tmp_path, monkeypatch):
-    """The config as it is, without `use_cpu`: on a machine without accelerators the processes join over gloo."""
+    """The config as it is, without `use_cpu`: on a machine without accelerators the processes join over gloo.
+
+    Other ways to start processes are tried on a tiny model in test_launch.py.
+    """
     monkeypatch.delenv("SFT_PIPELINE_CACHE")
-    keys = {"max_steps": 3, "logging_steps": 1, "held_out": 4, "num_answers": 0, "num_instructions": 0}
+    keys = {"max_steps": 2, "logging_steps": 1, "held_out": 4, "num_answers": 0, "num_instructions": 0}
     words = ["-m", "sft_pipeline", "train", "configs/quickstart.yaml", *(f"--{key}={keys[key]}" for key in keys)]
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port=0"]
     launchers = {
         "one": [sys.executable],
         "multi_gpu": [*accelerate, "--multi_gpu", "--num_processes=2"],
-        "file": [*accelerate, "--config_file=configs/accelerate/cpu.yaml"],
     }
     losses = {}
     for name, launcher in launchers.items():
@@ -75,24 +77,23 @@ def test_two_processes_of_accelerate_train_the_quickstart_like_one(tmp_path, mon
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         losses[name] = [entry.get("loss", entry.get("eval_loss")) for entry in history]
         losses[name] = [loss for loss in losses[name] if loss is not None]
-    assert len(losses["one"]) == 5  # three steps, held out before and after
+    assert len(losses["one"]) == 4  # two steps, held out before and after
     assert losses["multi_gpu"] == pytest.approx(losses["one"], rel=1e-5)
-    assert losses["file"] == pytest.approx(losses["one"], rel=1e-5)
 
 
 @pytest.mark.real
 def test_greedy_answers_are_those_of_transformers_one_at_a_time(monkeypatch):
-    """Twenty prompts in a batch that is refilled; `benchmarks/generate.py --check 200` does the same for more."""
+    """Twelve prompts in a batch that is refilled; `benchmarks/generate.py --check 200` does the same for more."""
     monkeypatch.delenv("SFT_PIPELINE_CACHE")
     model, template, _ = load_trained("smollm2-135m")
     rows = [
         json.loads(line) for line in (ROOT / "configs/data/quickstart.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    conversations = [[{"role": "user", "content": row["instruction"]}] for row in rows[:20]]
+    conversations = [[{"role": "user", "content": row["instruction"]}] for row in rows[:12]]
     prompts = [template.encode_prompt({"messages": messages}) for messages in conversations]
     stop, new = template.stop_token_id, 32
     for prompt, done in zip(
-        prompts, generate(model, prompts, [stop], SamplingParams(max_new_tokens=new), batch_size=8)
+        prompts, generate(model, prompts, [stop], SamplingParams(max_new_tokens=new), batch_size=5)
     ):
         ids = torch.tensor([prompt])
         options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": stop, "pad_token_id": stop}

@@ -39,8 +39,8 @@ def build_template(
 
 def load_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
     """Return the jinja text of a file, of a named template of the tokenizer, or of its default template."""
-    own: Any = tokenizer.chat_template
-    named = own if isinstance(own, dict) else {"default": own} if own else {}
+    template: Any = tokenizer.chat_template
+    named = template if isinstance(template, dict) else {"default": template} if template else {}
     if chat_template in named:
         return named[chat_template]
     names = ", ".join(named) or "none"

@@ -251,8 +251,8 @@ class ChatTemplate(Template):
             call = self.features.format_call(CALL)
             text = self._render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], False, None, {})
             control_ids = self._list_control_ids(text.rpartition("sft_value")[2])
-            known = [token for token in control_ids if token in (*stops, self.tokenizer.eos_token_id)]
-            stops += (known or control_ids)[-1:]
+            stop_ids = [token for token in control_ids if token in (*stops, self.tokenizer.eos_token_id)]
+            stops += (stop_ids or control_ids)[-1:]
         return list(dict.fromkeys(stops))
 
     def _list_control_ids(self, text: str) -> list[int]:

@@ -165,10 +165,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_gen
 
 def _split(text: str, content: str) -> tuple[str, str]:
     """Split a text at a content. Raises ValueError with the content if it is not in it exactly once."""
-    before, *after = text.split(content)
-    if len(after) != 1:
+    prefix, *suffixes = text.split(content)
+    if len(suffixes) != 1:
         raise ValueError(content)
-    return before, after[0]
+    return prefix, suffixes[0]
 
 
 def _list_conversations() -> Iterator[list[Message]]:

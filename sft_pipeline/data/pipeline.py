@@ -113,9 +113,9 @@ def _encode_splits(
 
 def _count_sources(train: Dataset, rows_read: list[tuple[str, int]]) -> dict[str, dict[str, int]]:
     """Return `PreparedData.sources`. rows_read: the name and the rows of each number in SOURCE_COLUMN of `train`."""
-    kept = np.bincount(train.with_format("numpy")[SOURCE_COLUMN][:], minlength=len(rows_read))
+    kept_rows = np.bincount(train.with_format("numpy")[SOURCE_COLUMN][:], minlength=len(rows_read))
     sources: dict[str, dict[str, int]] = {}
-    for (name, rows), count in zip(rows_read, kept.tolist()):
+    for (name, rows), count in zip(rows_read, kept_rows.tolist()):
         counts = sources.setdefault(name, {"rows": 0, "kept": 0})
         counts["rows"] += rows
         counts["kept"] += count

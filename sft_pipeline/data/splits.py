@@ -41,8 +41,8 @@ def hash_row(conversation: Conversation, purpose: str = "") -> int:
 
 def _list_message_content(message: Message) -> list[Any]:
     content = [message["role"], message["content"]]
-    others = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
-    return [*content, others] if others else content
+    fields = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
+    return [*content, fields] if fields else content
 
 
 def hash_rows(dataset: Dataset, purpose: str = "") -> np.ndarray:

@@ -168,12 +168,12 @@ def extract_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
             continue
         try:
             value, end = decoder.raw_decode(text, match.start())
-            found = [_read_call(item) for item in (value if isinstance(value, list) else [value])]
+            objects = [_read_call(item) for item in (value if isinstance(value, list) else [value])]
         except (ValueError, RecursionError, SFTError):
             continue
-        if not found:
+        if not objects:
             continue
-        calls += found
+        calls += objects
         content += OPENING_MARK.sub("", text[position : match.start()])
         closing = CLOSING_MARK.match(text, end)
         position = closing.end() if closing else end

@@ -202,15 +202,15 @@ def _find_tasks(options: TaskOptions) -> tuple[Any, list[str]]:
     manager = TaskManager(include_path=folders or None, include_defaults=False)
     if not all(Path(name).is_file() or manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=folders or None)
-    found: list[str] = []
+    task_names: list[str] = []
     for name in names:
         matches = [name] if Path(name).is_file() else sorted(manager.match_tasks([name]))
         if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {near[0]}?" if near else "a YAML file of your own is given by its path"
             raise SFTError(f"tasks: no task is named {name}; {hint} `lm-eval ls tasks` lists them")
-        found += matches
-    return manager, found
+        task_names += matches
+    return manager, task_names
 
 
 def _describe_load_error(error: Exception) -> str:

@@ -210,10 +210,10 @@ def _gather_path(key: Tensor, segment: Segment) -> Tensor:
 
     key: (heads, tokens, head size), of the whole line. A segment without ancestors gets a view.
     """
-    own = key[:, segment.start : segment.end]
+    own_key = key[:, segment.start : segment.end]
     if not segment.ancestors:
-        return own
-    return torch.cat([*(key[:, start:end] for start, end in segment.ancestors), own], 1)
+        return own_key
+    return torch.cat([*(key[:, start:end] for start, end in segment.ancestors), own_key], 1)
 
 
 def _iterate_blocks(segment: Segment, num_keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:

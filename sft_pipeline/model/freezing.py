@@ -65,13 +65,13 @@ def _find_unreached(model: PreTrainedModel) -> list[str]:
     text_modules = (causal_lm.get_decoder(), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     text_parameters = {parameter for module in text_modules if module is not None for parameter in module.parameters()}
     trainable = {name: parameter for name, parameter in causal_lm.named_parameters() if parameter.requires_grad}
-    others = {name: parameter for name, parameter in trainable.items() if parameter not in text_parameters}
-    if not others:
+    outside = {name: parameter for name, parameter in trainable.items() if parameter not in text_parameters}
+    if not outside:
         return []
     input_ids = torch.arange(4, device=causal_lm.device)[None] % causal_lm.config.get_text_config().vocab_size
     grads: tuple[Tensor | None, ...] = ()
     with use_eval_mode(model), torch.enable_grad():
         logits = causal_lm(input_ids=input_ids, use_cache=False).logits
         if logits.requires_grad:  # else no trainable parameter is reached at all
-            grads = torch.autograd.grad(logits.sum(), list(others.values()), allow_unused=True)
-    return [name for name, grad in zip_longest(others, grads) if grad is None]
+            grads = torch.autograd.grad(logits.sum(), list(outside.values()), allow_unused=True)
+    return [name for name, grad in zip_longest(outside, grads) if grad is None]

@@ -64,12 +64,12 @@ def check_saved_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
             raise SFTError(f"{checkpoint}: has a whole model, and this run trains adapters; remove lora and peft")
         return
     config = peft_model.active_peft_config
-    saved, own = json.loads(file.read_text(encoding="utf-8")), _describe_config(config)
-    saved[INIT], own[INIT] = read_init(checkpoint) or saved.get(INIT), getattr(config, INIT, None)
+    saved, current = json.loads(file.read_text(encoding="utf-8")), _describe_config(config)
+    saved[INIT], current[INIT] = read_init(checkpoint) or saved.get(INIT), getattr(config, INIT, None)
     kinds = (read_quantization_kind(checkpoint), get_quantization_kind(model))
-    saved["quantization"], own["quantization"] = kinds
-    for name in sorted((saved.keys() | own.keys()) - {*SET_BY_RUN, "inference_mode"}):
-        values = [str(sorted(v) if isinstance(v, list) else v) for v in (saved.get(name), own.get(name))]
+    saved["quantization"], current["quantization"] = kinds
+    for name in sorted((saved.keys() | current.keys()) - {*SET_BY_RUN, "inference_mode"}):
+        values = [str(sorted(v) if isinstance(v, list) else v) for v in (saved.get(name), current.get(name))]
         if values[0] != values[1]:
             raise SFTError(
                 f"{checkpoint}: its adapters were trained with {name}: {values[0]}, and this run has {values[1]}; set "

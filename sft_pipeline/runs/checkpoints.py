@@ -125,8 +125,8 @@ def find_newest_checkpoint(folder: Path, training: TrainingArguments | None = No
 def find_damage_together(training: TrainingArguments, checkpoint: Path) -> str | None:
     """Return what differs from the checksums of a checkpoint, or None. Each process of the run reads a share of it."""
     process, processes = training.process_index, training.world_size
-    found = run_on_all_processes(training, lambda: find_damage(checkpoint, process, processes))
-    return next(filter(None, found), None)
+    damages = run_on_all_processes(training, lambda: find_damage(checkpoint, process, processes))
+    return next(filter(None, damages), None)
 
 
 def find_checkpoint_to_resume(training: TrainingArguments, folder: Path) -> str | None:

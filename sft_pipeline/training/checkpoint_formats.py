@@ -127,8 +127,8 @@ def _find_missing(model: nn.Module, targets: dict[str, Tensor], names: list[str]
     if hasattr(model, "peft_config"):
         return next((name for name in targets if name not in names), None)
     parameters = fsdp2_canonicalize_names(dict(model.named_parameters(remove_duplicate=False)))
-    found = {parameters[name] for name in names if name in parameters}
-    return next((name for name in targets if name not in names and parameters.get(name) not in found), None)
+    saved = {parameters[name] for name in names if name in parameters}
+    return next((name for name in targets if name not in names and parameters.get(name) not in saved), None)
 
 
 def _find_tensors(checkpoint: Path) -> dict[str, str]:

@@ -137,7 +137,6 @@ def build_accelerate_command(name: str) -> list[str]:
 
 STARTERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "sft_pipeline"],
-    "accelerate launch, cpu": build_accelerate_command("cpu"),
     "launch.sh": [str(ROOT / "launch.sh")],
     "launch.sh, multi_gpu": [str(ROOT / "launch.sh"), "--config_file", str(CONFIG_FILES / "multi_gpu.yaml")],
 }
