@@ -14,12 +14,14 @@ import inspect
 import itertools
 import json
 import keyword
+import math
 import os
 import re
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -163,6 +165,8 @@ def parse_keys(keys: dict[str, Any], name: str = "run", overrides: Sequence[str]
         )
     except SFTError:
         raise
+    except PackageNotFoundError as error:  # the library checks no other key's package
+        raise SFTError("deepspeed needs a package that is not installed: pip install deepspeed") from error
     except Exception as error:
         # TrainingArguments validates its fields against each other and the machine, with exceptions of many types.
         raise SFTError(format_error(error, limit=400)) from error
@@ -200,6 +204,8 @@ class _Parser(HfArgumentParser):
         if names[0] == "--bf16":
             # As for other booleans, whose default is not None: the option alone is true.
             options |= {"nargs": "?", "const": True}
+        if names[0] == "--eval_strategy":
+            options["choices"] = ("no", "steps", "epoch")  # the library's error would not name the key
         if names[0] == "--report_to":
             options["nargs"] = "+"  # several trackers; the library accepts only one
         return super().add_argument(*names, **options)
@@ -214,11 +220,15 @@ def read_keys(path: Path) -> dict[str, Any]:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "no such file"
         raise SFTError(f"{path}: {problem}; give a YAML config file, such as one of those in configs/")
+    text = ""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, _Loader)
     except Exception as error:  # PyYAML also raises the errors of the types it constructs, such as dates
         reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise SFTError(f"{path}: not readable as YAML: {reason}") from error
+        full_width = re.search(r"^\s*\w+\s*：", text, re.MULTILINE)  # as Chinese input methods type it
+        remedy = f"; write {full_width[0].strip()[:-1].strip()}: with the colon ':', not '：'" if full_width else ""
+        raise SFTError(f"{path}: not readable as YAML: {reason}{remedy}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SFTError(f"{path}: must contain only `key: value` lines")
     return values
@@ -251,8 +261,11 @@ def _format_arguments(path: str, key: str, value: Any, hint: Any) -> list[str]:
             raise SFTError(f"{path}: {key} takes one value, not a list")
         return [f"--{key}", *map(str, value)]
     if isinstance(value, str) and not any(_accepts_string(member) for member in members):
-        expected = "a number or true/false is needed; write it without quotes"
-        raise SFTError(f"{path}: {key} is the text {value!r} where {expected}")
+        is_number = re.fullmatch(r"\s*[-+]?\d[\d.]*([eE][-+]?\d+)?\s*", value)
+        has_quotes = is_number or value.strip() in ("true", "false")
+        expected = "true or false" if bool in members else "a number"
+        remedy = "write it without quotes" if has_quotes else f"write {expected}"
+        raise SFTError(f"{path}: {key} is the text {value!r} where {expected} is needed; {remedy}")
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
 
 
@@ -268,13 +281,28 @@ def _accepts_string(type_: Any) -> bool:
 
 
 def _check_known_keys(names: list[str], source: str) -> None:
-    """Raise SFTError for the first name that is not a field, and suggest the most similar field."""
+    """Raise SFTError for the first name that is not a field, and suggest the field that is meant."""
     keys = [key.name for key in dataclasses.fields(SFTConfig) if key.init]
     for name in names:
         key = name.removeprefix("--").split("=")[0]
         if key not in keys:
-            suggestion = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+            suggestion = OTHER_NAMES.get(key) or difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
             raise SFTError(f"{source}: unknown key {key}; did you mean {suggestion}?")
+
+
+# What other tools call our keys, where the most similar key would be another one.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("model", "model_name", "model_path", "base_model"), "model_name_or_path"),
+    **dict.fromkeys(("data", "data_path", "dataset", "dataset_name", "datasets", "train_file"), "train_data"),
+    **dict.fromkeys(("cutoff_len", "max_seq_length", "model_max_length", "sequence_len"), "max_length"),
+    **dict.fromkeys(("validation_file", "eval_dataset"), "eval_data"),
+    "val_size": "held_out",
+    "max_samples": "max_train_rows",
+    "lora_r": "lora_rank",
+    "finetuning_type": "lora",
+}
 
 
 def _parse_train_data(args: SFTConfig) -> list[str]:
@@ -344,6 +372,18 @@ def _check_values(args: SFTConfig) -> None:
     for key in (*counts, "eval_answer_share"):
         if (getattr(args, key) or 0) < 0:
             raise SFTError(f"{key} is {getattr(args, key)}; it has to be 0 or more")
+    for key in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
+        # Infinity would be found after the first steps, a negative weight_decay never.
+        if not 0 <= getattr(args, key) < math.inf:
+            raise SFTError(f"{key} is {getattr(args, key)}; it has to be 0 or more, and finite")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, key) < 1:
+            raise SFTError(f"{key} is {getattr(args, key)}; it has to be 0 or more, and below 1")
+    for key in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, key) or 0) < 2**32:
+            raise SFTError(f"{key} is {getattr(args, key)}; it has to be between 0 and {2**32 - 1}")
+    if not 0 < args.num_train_epochs < math.inf:
+        raise SFTError(f"num_train_epochs is {args.num_train_epochs}; it has to be more than 0, and finite")
     if args.held_out < 0 or (args.held_out > 1 and args.held_out != int(args.held_out)):
         raise SFTError(f"held_out is {args.held_out}; give a whole number of rows, a share below 1, or 0")
     if args.push_to_hub and args.hub_strategy != "end":

@@ -89,7 +89,7 @@ def test_a_learning_rate_in_quotes(make_config, capsys):
     config = make_config()
     plain = Path(config).read_text()
     Path(config).write_text(f'{plain}learning_rate: "1e-5"\n')
-    message = "learning_rate is the text '1e-5' where a number or true/false is needed; write it without quotes"
+    message = "learning_rate is the text '1e-5' where a number is needed; write it without quotes"
     assert refusal(capsys, "train", config) == f"config.yaml: {message}"
     assert not Path("out").exists()
     Path(config).write_text(f"{plain}learning_rate: 1e-5\n")

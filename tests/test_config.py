@@ -1,5 +1,6 @@
 """The config: files and command line, and a one-line error for each mistake in them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from sft_pipeline.training.sft_trainer import set_evaluation_arguments
 from sft_pipeline.utils.errors import SFTError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+RATES = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
 NEEDED = "model_name_or_path: m\ntrain_data: rows.json\n"
 
 
@@ -94,7 +96,7 @@ def test_a_power_of_ten_is_a_number(write, written, value):
 def test_a_number_in_quotes(write):
     config = write('learning_rate: "1e-5"')
     assert refusal(config) == (
-        f"{config}: learning_rate is the text '1e-5' where a number or true/false is needed; write it without quotes"
+        f"{config}: learning_rate is the text '1e-5' where a number is needed; write it without quotes"
     )
     assert "max_length is the text '512'" in refusal(write("max_length: '512'"))
     assert "packing is the text 'true'" in refusal(write("packing: 'true'"))
@@ -269,7 +271,8 @@ def test_keys_that_the_librarys_parser_cannot_read(write):
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_deepspeed_key_without_the_package(write, tmp_path):
     (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
-    assert "deepspeed" in refusal(write(""), "--deepspeed", str(tmp_path / "zero3.json"))
+    message = "deepspeed needs a package that is not installed: pip install deepspeed"
+    assert refusal(write(""), "--deepspeed", str(tmp_path / "zero3.json")) == message
     unset_hf_deepspeed_config()  # transformers keeps the partly built config
 
 
@@ -299,7 +302,11 @@ def test_evaluation_is_off_without_held_out_rows(write):
 
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
-    [("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")],
+    [
+        *[("learning_rte", "learning_rate"), ("max_len", "max_length"), ("modelname", "model_name_or_path")],
+        *[("epochs", "num_train_epochs"), ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_strategy")],
+        *config.OTHER_NAMES.items(),
+    ],
 )
 def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
     config = write(f"{wrong}: 1\n")
@@ -307,6 +314,36 @@ def test_an_unknown_key_names_the_nearest(write, wrong, nearest):
     message = f"the command line: unknown key {wrong}; did you mean {nearest}?"
     assert refusal(write(""), f"--{wrong}", "1") == message
     assert refusal(write(""), f"--{wrong}=1") == message
+
+
+def test_names_of_other_tools_lead_to_keys():
+    names = {key.name for key in dataclasses.fields(SFTConfig)}
+    assert set(config.OTHER_NAMES.values()) <= names and not names & set(config.OTHER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *[(f"{key}: -1.0", f"{key} is -1.0; it has to be 0 or more, and finite") for key in RATES],
+        *[(f"{key}: .nan", f"{key} is nan; it has to be 0 or more, and finite") for key in RATES],
+        ("learning_rate: .inf", "learning_rate is inf; it has to be 0 or more, and finite"),
+        ("adam_beta1: 1.0", "adam_beta1 is 1.0; it has to be 0 or more, and below 1"),
+        ("adam_beta2: -0.1", "adam_beta2 is -0.1; it has to be 0 or more, and below 1"),
+        ("seed: -1", "seed is -1; it has to be between 0 and 4294967295"),
+        ("data_seed: 4294967296", "data_seed is 4294967296; it has to be between 0 and 4294967295"),
+        ("num_train_epochs: 0", "num_train_epochs is 0.0; it has to be more than 0, and finite"),
+        ("num_train_epochs: -1", "num_train_epochs is -1.0; it has to be more than 0, and finite"),
+    ],
+)
+def test_values_out_of_range(write, text, message):
+    """The library fails on them with a traceback, after the rows are read, or trains with them."""
+    assert refusal(write(text)) == message
+
+
+def test_a_full_width_colon(write):
+    config = write("learning_rate：1e-5\nmax_length: 64\n")
+    assert refusal(config).endswith("; write learning_rate: with the colon ':', not '：'")
+    assert "with the colon" not in refusal(write("a: [1\nsystem_prompt: 你好：再见\n"))
 
 
 def test_an_extra_positional_argument(write):
@@ -350,7 +387,10 @@ def test_files_that_are_no_config(tmp_path, write):
         ("train_on: first", "train_on: invalid choice: 'first'"),
         ("overlong: cut", "overlong: invalid choice: 'cut'"),
         ("held_out: some", "held_out is the text 'some' where a number"),
-        ("bf16: yes", "bf16 is the text 'yes' where a number or true/false is needed"),
+        ("bf16: yes", "bf16 is the text 'yes' where true or false is needed; write true or false"),
+        ("packing: 'false'", "packing is the text 'false' where true or false is needed; write it without quotes"),
+        ("learning_rate: 2e-4x", "learning_rate is the text '2e-4x' where a number is needed; write a number"),
+        ("eval_strategy: step", "eval_strategy: invalid choice: 'step' (choose from 'no', 'steps', 'epoch')"),
         ("packing: 3", "packing: "),
         ("eval_data: []", "eval_data: expected at least one argument"),
     ],

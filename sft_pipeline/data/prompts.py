@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sft_pipeline.data.formats import RowFormat, convert_to_prompt, detect_format, list_unread_names
 from sft_pipeline.data.messages import Conversation, Message
-from sft_pipeline.data.readers import LocatedRow
+from sft_pipeline.data.readers import SAVE_AS_UTF8, LocatedRow
 from sft_pipeline.data.sources import describe_unread_names, read_raw_rows
 from sft_pipeline.utils.errors import SFTError
 
@@ -54,7 +54,7 @@ def _read_lines(path: Path) -> Iterator[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SFTError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise SFTError(f"{path}: not UTF-8 at byte {error.start}; {SAVE_AS_UTF8}") from error
     except OSError as error:
         raise SFTError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     for number, line in enumerate(text.split("\n"), 1):

@@ -24,6 +24,8 @@ UNREADABLE = (pa.ArrowException, ArithmeticError, LookupError, TypeError)
 SPACE = re.compile(r"[ \t\r\n]*")
 # Characters of JSON read at a time; must be more than the length of a literal, a number's exponent or an escape.
 CHUNK = 1 << 20
+# What a spreadsheet writes instead, and how to convert it.
+SAVE_AS_UTF8 = "save the file as UTF-8 (in Excel: CSV UTF-8), or convert it, as with `iconv -f GB18030 -t UTF-8`"
 BATCH_ROWS = 1000  # of a columnar file that are converted at a time
 
 
@@ -53,7 +55,7 @@ def read_rows(path: Path, name: str, position: FilePosition | None = None) -> It
             position.rows += 1
             yield row
     except UnicodeDecodeError as error:
-        raise SFTError(f"{name}: not UTF-8 at byte {_find_invalid_utf8(path)}; save the file as UTF-8") from error
+        raise SFTError(f"{name}: not UTF-8 at byte {_find_invalid_utf8(path)}; {SAVE_AS_UTF8}") from error
     except OSError as error:
         raise SFTError(f"{name}: cannot be read ({error.strerror or error}); check its permissions") from error
 
@@ -73,9 +75,10 @@ def _decode_line(line: bytes, location: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise SFTError(f"{location}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8") from error
+        raise SFTError(f"{location}: not UTF-8 at byte {error.start} of the line; {SAVE_AS_UTF8}") from error
     except json.JSONDecodeError as error:
-        raise SFTError(f"{location}: invalid JSON: {error.msg} at column {error.colno}") from error
+        problem = f"{location}: invalid JSON: {error.msg} at column {error.colno}"
+        raise SFTError(f"{problem}; a .jsonl file has one object a line, without commas between them") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         raise SFTError(f"{location}: cannot parse JSON: {error}") from error
 
@@ -105,7 +108,8 @@ def _decode_list(stream: "_JSONStream") -> Iterator[Any]:
     else:
         yield stream.decode_value()
         while stream.read_char(",]", "Expecting ',' or ']'") == ",":
-            stream.find_next_char()
+            if stream.find_next_char() == "]":
+                raise json.JSONDecodeError("Remove the comma before ']'", stream.text, stream.position)
             yield stream.decode_value()
     if stream.find_next_char():
         raise json.JSONDecodeError("Extra data after the list", stream.text, stream.position)
@@ -205,7 +209,10 @@ def _read_csv(path: Path, name: str, position: FilePosition) -> Iterator[Located
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            _check_column_names(list(reader.fieldnames or []), name)
+            columns = list(reader.fieldnames or [])
+            _check_column_names(columns, name)
+            if len(columns) == 1 and (separator := re.search(r"[;\t|]", columns[0])):
+                raise SFTError(f"{name}: its cells are separated by {separator[0]!r}; save it with commas")
             for index, row in islice(enumerate(reader), position.rows, None):
                 if None in row:
                     raise SFTError(f"{name} row {index}: more cells than the header; quote cells that contain commas")

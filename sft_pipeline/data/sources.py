@@ -166,7 +166,10 @@ def describe_columns(row_format: RowFormat, columns: list[str]) -> str:
 
 def describe_unread_names(counts: Counter[str]) -> str:
     """Describe the numbers of rows by name, the largest first: "id in 40 rows, messages[].weight in 12 rows"."""
-    shown = [f"{name} in {rows:,} row{'s' if rows > 1 else ''}" for name, rows in counts.most_common(SHOWN_NAMES)]
+    shown = [
+        f"{name or 'a column without a name'} in {rows:,} row{'s' if rows > 1 else ''}"
+        for name, rows in counts.most_common(SHOWN_NAMES)
+    ]
     more = [f"{len(counts) - SHOWN_NAMES:,} other names"] if len(counts) > SHOWN_NAMES else []
     return ", ".join(shown + more)
 

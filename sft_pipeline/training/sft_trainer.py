@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -112,7 +113,7 @@ class SFTTrainer(SupervisedTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | None = None,
+        model: str | os.PathLike[str] | PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *,
         train_dataset: Source | None = None,
@@ -129,7 +130,7 @@ class SFTTrainer(SupervisedTrainer):
         check_optimizer(args)
         check_parallel_sizes(args, model)
         tasks = load_eval_tasks(args)  # an unknown name ends the run here
-        source = model or args.model_name_or_path
+        source = os.fspath(model) if isinstance(model, os.PathLike) else model or args.model_name_or_path
         if source is None:
             raise SFTError("model: missing; give a model, a folder or a hub name")
         args.model_name_or_path = source if isinstance(source, str) else source.name_or_path

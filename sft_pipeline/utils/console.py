@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, TextIO
@@ -38,6 +39,8 @@ def setup_console() -> None:
         os.environ["TQDM_DISABLE"] = "1"
     # Otherwise the tokenizers library warns when worker processes are forked after its threads were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft 0.21 reads it; two lines about a file of transformers tell a user nothing.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     handler = LineHandler()
     handler.setFormatter(EscapingFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -64,7 +64,7 @@ def test_bytes_that_are_not_utf8_are_found_where_they_stand(text, chunk, tmp_pat
     start = ("[" + json.dumps(text, ensure_ascii=False)).encode()
     for broken in (b"\xff]", "冬".encode()[:2]):
         path.write_bytes(start + broken)
-        assert read(path, chunk) == f"a.json: not UTF-8 at byte {len(start)}; save the file as UTF-8"
+        assert read(path, chunk) == f"a.json: not UTF-8 at byte {len(start)}; {readers.SAVE_AS_UTF8}"
 
 
 def test_a_large_list_is_never_held(tmp_path, monkeypatch):

@@ -169,6 +169,14 @@ def test_unread_keys_of_the_other_formats(tmp_path, caplog):
     ]
 
 
+def test_a_column_without_a_name_is_named_as_such(tmp_path, caplog):
+    """As pandas writes its index."""
+    (tmp_path / "a.csv").write_text(",instruction,output\n0,Hi,Hello\n1,Bye,See you\n")
+    with caplog.at_level(logging.INFO, "sft_pipeline"):
+        load_conversations(tmp_path / "a.csv", name="a")
+    assert caplog.messages[-1] == "a: not read: a column without a name in 2 rows"
+
+
 def test_names_that_nothing_reads_are_one_short_line(tmp_path, caplog):
     rows = [{**UNREAD_ROWS[0], f"id{number}\n\ud800": 1} for number in range(30)]
     with caplog.at_level(logging.INFO, "sft_pipeline"):
@@ -463,7 +471,15 @@ def test_a_csv_file_with_tools_as_json_text(tmp_path):
         ("a.json", f"[\n{GOOD},\n {{,}}]", ["a.json: invalid JSON: Expecting property name", "line 4 column 3"]),
         ("a.json", f"[{GOOD}{GOOD}]", ["a.json: invalid JSON: Expecting ',' or ']' at line 2 column 1"]),
         ("a.json", f"[{GOOD}", ["a.json: invalid JSON: Expecting ',' or ']' at line 2 column 1"]),
-        ("a.json", f"[{GOOD},]", ["a.json: invalid JSON: Expecting value at line 2 column 2"]),
+        ("a.json", f"[{GOOD},]", ["a.json: invalid JSON: Remove the comma before ']' at line 2 column 2"]),
+        (
+            "a.jsonl",
+            GOOD.strip() + ",",
+            ["line 1: invalid JSON: Extra data", "one object a line, without commas between"],
+        ),
+        ("a.csv", "问题,回答\n甲,乙\n".encode("gb18030"), ["a.csv: not UTF-8 at byte 0", "iconv -f GB18030 -t UTF-8"]),
+        ("a.csv", "instruction;output\nHi;Hello\n", ["a.csv: its cells are separated by ';'; save it with commas"]),
+        ("a.csv", "instruction\toutput\nHi\tHello\n", ["a.csv: its cells are separated by '\\t'"]),
         ("a.json", f"[{GOOD}] x", ["a.json: invalid JSON: Extra data after the list at line 2 column 3"]),
         ("a.json", '"Hi"', ["a.json: invalid JSON: Expecting a list of objects at line 1 column 1"]),
         ("a.json", "", ["a.json: invalid JSON: Expecting a list of objects"]),

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from support.training_runs import run_train
 
-from sft_pipeline.training.sft_trainer import log_devices
+from sft_pipeline.config import SFTConfig
+from sft_pipeline.training.sft_trainer import SFTTrainer, log_devices
 from sft_pipeline.utils.errors import SFTError
 
 
@@ -29,3 +30,12 @@ def test_a_timeout_that_the_library_ignores_is_said(ddp_timeout, use_cpu, caplog
     log_devices(SimpleNamespace(args=args, is_fsdp_enabled=False))
     warnings = ["ddp_timeout: not used by transformers with use_cpu, collectives wait 1800 s"]
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == warnings * (use_cpu and ddp_timeout == 60)
+
+
+def test_a_model_may_be_a_path(model_folder, tmp_path):
+    """As for from_pretrained."""
+    rows = [{"prompt": "Hi", "completion": "Hello"}] * 2
+    args = SFTConfig(str(tmp_path / "out"), template="role", use_cpu=True, num_proc=1)
+    trainer = SFTTrainer(model_folder, args, train_dataset=rows)
+    assert trainer.config_record["model_name_or_path"] == str(model_folder)
+    assert trainer.model.name_or_path == str(model_folder)

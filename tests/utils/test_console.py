@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ from sft_pipeline.utils.console import LogStream
 
 ROOT = Path(__file__).parents[2]
 MOVES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def test_a_warning_that_peft_gives_for_every_adapter_is_not_shown():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        console.setup_console()
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        with pytest.raises(FutureWarning, match="another"):
+            warnings.warn("another", FutureWarning, stacklevel=1)
 
 
 class Clock:
