@@ -115,6 +115,16 @@ def test_the_shapes_are_those_of_their_names(name):
     assert model.num_parameters() == SHAPES[name].parameters == parameters[name]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by torch
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_layers_need_as_many_compilations_as_are_allowed(tmp_path, monkeypatch):
+    """With FlexAttention's two, which a CPU does not take; in 16 bits, as the check before the first step runs then."""
+    build_layouts = recompile.build_layouts
+    monkeypatch.setattr(recompile, "build_layouts", lambda *args: build_layouts(*args)[: 2 * recompile.BATCH_ROWS])
+    result = recompile.measure_run(build_setting(tmp_path), {"torch_compile_backend": "eager", "bf16": True})
+    assert result["compilations_by_step"] == [recompile.MAX_COMPILATIONS - 2] * 2
+
+
 # Trainers that are compared
 
 
@@ -133,6 +143,16 @@ def test_the_trainers_train_the_same_loss(data, tmp_path):
 def test_trl_trains_on_the_same_ids(tmp_path):
     ours, theirs = (trainers.train(name, build_setting(tmp_path), "rows", 100, 3, 1) for name in ("ours", "trl"))
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.02), "in packs of an order of its own"
+
+
+def test_the_others_collate_and_log_as_this_project_does(tmp_path):
+    shape, keys = SMALL_SHAPES["qwen3"], ("dataloader_num_workers", "logging_nan_inf_filter", "max_grad_norm", "optim")
+    settings = []
+    for name in ("ours", "trainer", *["trl"] * bool(find_spec("trl"))):
+        rows, model = build_rows(4, shape.vocabulary, scale=0.05), build_model(shape, CPU)
+        trainer = trainers.build_trainer(name, model, rows, 2, 40, str(tmp_path / name), "cpu")
+        settings.append([getattr(trainer.args, key) for key in keys])
+    assert settings == settings[:1] * len(settings)
 
 
 STUB = """

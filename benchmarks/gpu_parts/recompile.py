@@ -26,7 +26,8 @@ from gpu_parts.measuring import (
 from gpu_parts.ours import build_our_trainer
 
 BATCH_ROWS = 4
-MAX_COMPILATIONS, MAX_SYNCHRONIZATIONS = 8, 1
+# Four graphs of layers and one of FlexAttention, each with gradients, and without for the first checks.
+MAX_COMPILATIONS, MAX_SYNCHRONIZATIONS = 10, 1
 CASES: dict[str, dict[str, Any]] = {"eager layers": {}, "compiled layers": {"torch_compile": True}}
 
 

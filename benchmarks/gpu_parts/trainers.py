@@ -69,6 +69,8 @@ def build_trainer(
         return build_our_trainer(model, rows, folder, device_type, **keys)
     use_cpu = device_type == "cpu"
     settings = {**get_shared_settings(use_cpu), "output_dir": folder, "bf16": not use_cpu}
+    # Our defaults: batches are collated beside the steps, and no step waits to look at its loss.
+    settings |= {"dataloader_num_workers": int(not use_cpu), "logging_nan_inf_filter": False}
     sequences = list(iterate_sequences(rows))
     labels = [[IGNORED, *labels[:-1]] for _, labels in sequences]  # these trainers shift by themselves
     dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in sequences], "labels": labels})

@@ -83,6 +83,9 @@ def build_flex_mask(tree: AttentionTree, device: torch.device, window: int | Non
         counts, indices = _list_blocks(blocks)
         lists[f"{name}_num_blocks"] = copy_to_device(counts[None, None], device)
         lists[f"{name}_indices"] = copy_to_device(indices[None, None], device)
+    for tensor in lists.values():
+        # Else kernels compiled for as many blocks as there are heads, or values of a head, are for that number alone.
+        torch._dynamo.maybe_mark_dynamic(tensor, list(range(2, tensor.dim())))
     return BlockMask(
         seq_lengths=(num_tokens, num_tokens), BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=mask_mod, **lists
     )

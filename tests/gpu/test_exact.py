@@ -7,6 +7,8 @@ import torch
 from gpu_parts import exact
 from gpu_parts.inputs import SMALL_SHAPES
 
+from sft_pipeline.model.linear_cross_entropy import _accepts_float32_output
+
 BATCHES = ("rows", "shared start", "conversations")
 
 
@@ -26,6 +28,12 @@ def test_losses_and_gradients_are_those_of_the_plain_computation(data, shape, de
         for precision in ("float32", "bf16"):
             errors = exact.compare(*computations[name], batches, losses, reference, precision, device)
             assert exact.judge(errors, baseline, precision)["is_exact"], (name, precision, errors, baseline)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_products_of_the_head_are_summed_in_float32(dtype, cuda):
+    """Otherwise its gradient is right but for rounding, and slower: each chunk's product is a tensor of its own."""
+    assert _accepts_float32_output(cuda, dtype)
 
 
 def test_errors_are_seen():

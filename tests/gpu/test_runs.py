@@ -85,5 +85,5 @@ def test_liger_trains_the_same_run(cuda, tmp_path):
 def test_a_dozen_layouts_compile_few_graphs_early_and_wait_once_a_step(case, cuda):
     result = recompile.measure_run(Setting(cuda), recompile.CASES[case])
     assert result["steps"] == 12
-    assert result["compilations"] < recompile.MAX_COMPILATIONS and result["late_compilations"] == 0, result
+    assert result["compilations"] <= recompile.MAX_COMPILATIONS and result["late_compilations"] == 0, result
     assert result["synchronizations"] <= recompile.MAX_SYNCHRONIZATIONS, result

@@ -115,6 +115,15 @@ def test_flex_attention_is_the_block_attention_and_compiles_early(backend, windo
     assert counts[-1] <= 3 and counts[2] == counts[-1], "no graph is compiled late"
 
 
+def test_as_many_blocks_as_heads_have_no_kernels_of_their_own(backend):
+    """torch takes equal sizes for one unless it is told: 16,384 tokens are 128 blocks, the size of many heads."""
+    for num_tokens in (500, 300, 900):  # 4 blocks first, as heads
+        tree = build_attention_tree(np.full(num_tokens, num_tokens))
+        with torch.no_grad():
+            attend_flex(*draw_heads(num_tokens, 4, 2, 0), tree, 0.2, None)
+    assert backend.num_graphs == 1
+
+
 @pytest.mark.parametrize("config", [LlamaConfig, Gemma3TextConfig])
 def test_a_model_through_flex_attention_has_the_losses_of_the_padded_batch(config, backend, cuda):
     """With sliding and full layers in turn, as Gemma 3 has them."""

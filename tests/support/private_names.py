@@ -75,6 +75,14 @@ PRIVATE_NAMES = (
         "as _forward_hooks",
     ),
     PrivateName(
+        "kernels/cuda_attention.py",
+        "_dynamo",
+        "torch",
+        lambda: torch._dynamo.maybe_mark_dynamic,
+        "(t, index)",
+        "torch.compiler has no name of its own for what its documentation calls torch._dynamo.maybe_mark_dynamic",
+    ),
+    PrivateName(
         "data/streamed_sources.py",
         "_ex_iterable",
         "datasets",
