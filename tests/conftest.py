@@ -31,13 +31,13 @@ from support.tiny import build_model, build_tokenizer
 from sft_pipeline.reports import svg
 
 # The files that take longest start first, so that the processes of `./launch.sh test` end together.
-SLOW_FILES = [
-    *["test_api_page", "test_slurm", "test_launch"],  # of the tests marked `real`
-    *["test_arguments", "test_new_tokens", "test_sharded_loading", "test_lora", "test_fsdp", "test_optimizers"],
-    *["test_quantization", "test_engine", "test_compiled_layers", "test_moved_base", "test_streaming"],
-    *["test_precision", "test_gpu_benchmark", "test_fault_tolerance", "test_memory", "test_final_tasks"],
-    *["test_checkpointing", "test_held_out_sets", "test_console", "test_export", "test_train", "test_hf_metrics"],
-]
+SLOW_FILES = (
+    "test_api_page test_slurm test_launch "  # of the tests marked `real`
+    "test_arguments test_new_tokens test_sharded_loading test_lora test_fsdp test_optimizers test_quantization "
+    "test_engine test_compiled_layers test_moved_base test_streaming test_precision test_gpu_benchmark "
+    "test_fault_tolerance test_memory test_final_tasks test_checkpointing test_held_out_sets test_console test_export "
+    "test_train test_hf_metrics"
+)
 can_draw = svg.can_draw
 
 # Speed is not tested, and a machine that does other work is slow.
@@ -46,8 +46,8 @@ settings.load_profile("any speed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ranks = {name: rank for rank, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOW_FILES)))
+    ranks = {name: rank for rank, name in enumerate(SLOW_FILES.split())}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def pytest_collection_finish() -> None:
