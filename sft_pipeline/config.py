@@ -384,6 +384,8 @@ def _check_values(args: SFTConfig) -> None:
             raise SFTError(f"{key} is {getattr(args, key)}; it has to be between 0 and {2**32 - 1}")
     if not 0 < args.num_train_epochs < math.inf:
         raise SFTError(f"num_train_epochs is {args.num_train_epochs}; it has to be more than 0, and finite")
+    if args.save_strategy == "steps" and not args.save_steps > 0:  # the library would save nothing, in silence
+        raise SFTError(f"save_steps is {args.save_steps:g}; give a number of steps, or save_strategy: no")
     if args.held_out < 0 or (args.held_out > 1 and args.held_out != int(args.held_out)):
         raise SFTError(f"held_out is {args.held_out}; give a whole number of rows, a share below 1, or 0")
     if args.push_to_hub and args.hub_strategy != "end":

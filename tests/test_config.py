@@ -333,6 +333,7 @@ def test_names_of_other_tools_lead_to_keys():
         ("data_seed: 4294967296", "data_seed is 4294967296; it has to be between 0 and 4294967295"),
         ("num_train_epochs: 0", "num_train_epochs is 0.0; it has to be more than 0, and finite"),
         ("num_train_epochs: -1", "num_train_epochs is -1.0; it has to be more than 0, and finite"),
+        ("save_steps: 0", "save_steps is 0; give a number of steps, or save_strategy: no"),
     ],
 )
 def test_values_out_of_range(write, text, message):
