@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import build_model
 from support.training_runs import run_train
+from support.wrong_kernels import use_wrong_attention, use_wrong_head
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sft_pipeline.config import SFTConfig, parse_config
-from sft_pipeline.model import linear_cross_entropy, packed_attention
 from sft_pipeline.model.loading import load_model
 from sft_pipeline.runs.output_dir import RUN_FILE
 from sft_pipeline.training import evaluation_callback, model_setup
@@ -232,14 +232,10 @@ def build_trainer(config: Path, folder: Path, **keys: object) -> SFTTrainer:
 
 
 @pytest.mark.parametrize("keys", [{"bf16": True}, {"dtype": "bfloat16"}, {"bf16": True, "lora": True}])
-def test_an_attention_that_is_wrong_under_autocast_alone_is_found_before_the_first_step(
-    keys, config, tmp_path, monkeypatch
-):
-    attend = packed_attention._attend_sdpa  # used for packed rows, in other dtypes than float32
+def test_an_attention_that_is_wrong_under_autocast_alone_is_found_before_the_first_step(keys, config, tmp_path):
     trainer = build_trainer(config, tmp_path / "right", **keys)
     check_on_device(trainer, packed=True)
-    monkeypatch.setattr(packed_attention, "_attend_sdpa", lambda *args: attend(*args).roll(1, dims=1))
-    with pytest.raises(SFTError) as error:
+    with use_wrong_attention(), pytest.raises(SFTError) as error:
         trainer.train()
     message = r"packing changes what LlamaForCausalLM computes on cpu in 16 bits: its hidden states have an error of "
     assert re.fullmatch(
@@ -248,14 +244,8 @@ def test_an_attention_that_is_wrong_under_autocast_alone_is_found_before_the_fir
     assert trainer.state.global_step == 0
 
 
-def test_a_head_that_is_wrong_under_autocast_alone_is_found(config, tmp_path, monkeypatch):
+def test_a_head_that_is_wrong_under_autocast_alone_is_found(config, tmp_path):
     trainer = build_trainer(config, tmp_path, bf16=True, packing=False)
-    compute = linear_cross_entropy._compute_chunk
-
-    def compute_wrongly(*args):
-        losses, grads = compute(*args)
-        return (losses * 1.2, grads) if args[0].dtype == torch.bfloat16 else (losses, grads)
-
-    monkeypatch.setattr(linear_cross_entropy, "_compute_chunk", compute_wrongly)
-    with pytest.raises(SFTError, match="^the loss on cpu in 16 bits is not the cross-entropy of the logits of Llama"):
+    message = "^the loss on cpu in 16 bits is not the cross-entropy of the logits of Llama"
+    with use_wrong_head(), pytest.raises(SFTError, match=message):
         check_on_device(trainer, packed=False)
