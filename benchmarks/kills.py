@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from typing import Any
 # Before torch is imported: a process must have a single thread to be forked.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from report import ROOT, Table, write_results
+from report import ROOT, Table, find_free_port, write_results
 
 sys.path.insert(0, str(ROOT))
 
@@ -109,9 +108,7 @@ class TrainingProcesses:
     def __init__(self, name: str, plan: Plan, task: Path, output: Path) -> None:
         read_end, marks = os.pipe()
         self.pipe: int | None = read_end  # None once all processes have ended
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = find_free_port()
         arguments = (name, plan, task, output, marks)
         ranks = range(TRAINERS[name].num_processes)
         self.processes: list[BaseProcess] = [

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def describe_machine() -> Run:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def find_free_port() -> int:
+    """Return a port of this machine that nothing listens on, for the processes of a run to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def build_environment() -> dict[str, str]:

@@ -9,7 +9,6 @@ mean something there, the seconds do not.
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from report import Run, Table, build_environment
+from report import Run, Table, build_environment, find_free_port
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -54,9 +53,7 @@ def run_processes(request: Run, folder: Path, seconds: float) -> Run:
     count, gpus = request["processes"], torch.cuda.device_count()
     share_gpu = request["device"] != "cpu" and gpus < count
     request["backend"] = None if count == 1 else "gloo" if share_gpu or request["device"] == "cpu" else "nccl"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     processes, files = [], []
     for rank in range(count):
         # Both processes that share a GPU are told that they are the first of their machine.
